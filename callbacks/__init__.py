@@ -1,0 +1,1 @@
+"""Lightning callbacks that work for any reparameterizable timm model."""

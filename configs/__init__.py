@@ -1,0 +1,1 @@
+"""Recipes as documents: one YAML file a variant."""

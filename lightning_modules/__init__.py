@@ -1,0 +1,1 @@
+"""LightningModule, data module and command line of the training template."""

@@ -1,0 +1,1 @@
+"""MobileOne for timm."""
