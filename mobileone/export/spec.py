@@ -1,0 +1,111 @@
+"""What a trained classifier expects and returns, in primitives that travel in checkpoints and JSON."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+__all__ = ["ExportSpec"]
+
+
+@dataclass(frozen=True)
+class ExportSpec:
+    """Everything beside the weights that is needed to run a classifier on an image.
+
+    Attributes:
+        model_name: timm name of the model, for example `mobileone_s0`.
+        class_names: one name a logit, in the order of the logits.
+        input_size: `(channels, height, width)` in pixels at evaluation.
+        mean: per-channel mean subtracted from images scaled to 0..1.
+        std: per-channel standard deviation that the difference is divided by.
+        interpolation: resize filter at evaluation: `nearest`, `bilinear`, `bicubic`, ...
+        crop_pct: side of the crop over the side of the resized image, in (0, 1].
+        crop_mode: timm's crop mode: `center`, `squash` or `border`.
+
+    Raises:
+        ValueError: a field is out of its range or the fields contradict each other.
+    """
+
+    model_name: str
+    class_names: tuple[str, ...]
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    crop_mode: str = "center"
+
+    def __post_init__(self) -> None:
+        # Lists (JSON, YAML) and numpy or torch scalars become plain tuples of plain numbers.
+        convert = {
+            "model_name": str(self.model_name),
+            "class_names": tuple(str(n) for n in _sequence("class_names", self.class_names)),
+            "input_size": tuple(int(s) for s in _sequence("input_size", self.input_size)),
+            "mean": tuple(float(m) for m in _sequence("mean", self.mean)),
+            "std": tuple(float(s) for s in _sequence("std", self.std)),
+            "interpolation": str(self.interpolation),
+            "crop_pct": float(self.crop_pct),
+            "crop_mode": str(self.crop_mode),
+        }
+        for name, value in convert.items():
+            object.__setattr__(self, name, value)
+        self._check()
+
+    def _check(self) -> None:
+        if not self.model_name:
+            raise ValueError("`model_name` is empty: give timm's name of the model")
+        if not self.class_names:
+            raise ValueError("`class_names` is empty: give one name a class")
+        if len(set(self.class_names)) != len(self.class_names):
+            twice = sorted({n for n in self.class_names if self.class_names.count(n) > 1})
+            raise ValueError(f"`class_names` must differ from each other; repeated: {twice[:5]}")
+        if len(self.input_size) != 3 or min(self.input_size) < 1:
+            raise ValueError(
+                f"`input_size` (={self.input_size}) must be (channels, height, width), all positive"
+            )
+        channels = self.input_size[0]
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if len(value) != channels:
+                raise ValueError(
+                    f"`{name}` (={value}) must have one value for each of the {channels} "
+                    "channels of `input_size`"
+                )
+            if not all(math.isfinite(v) for v in value):
+                raise ValueError(f"`{name}` (={value}) must be finite")
+        if min(self.std) <= 0:
+            raise ValueError(f"`std` (={self.std}) must be positive")
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"`crop_pct` (={self.crop_pct}) must lie in (0, 1]")
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, the length of the logits."""
+        return len(self.class_names)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as strings, numbers and lists: survives JSON and `torch.load(weights_only=True)`."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ExportSpec":
+        """Rebuild a spec from `to_dict`.
+
+        Raises:
+            ValueError: a field is unknown or missing.
+        """
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        missing = sorted(known - {"crop_mode"} - set(values))
+        if unknown or missing:
+            raise ValueError(
+                f"not an export spec: unknown fields {unknown}, missing fields {missing}; "
+                f"the fields are {sorted(known)}"
+            )
+        return cls(**values)
+
+
+def _sequence(name: str, value: Any) -> Sequence[Any]:  # noqa: ANN401
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ValueError(f"`{name}` (={value!r}) must be a list or a tuple")
+    return value
