@@ -1,1 +1,8 @@
-"""MobileOne for timm."""
+"""MobileOne for timm: importing this package registers the family with `timm.create_model`."""
+
+from mobileone import registration as _registration  # noqa: F401  (registers on import)
+from mobileone.block import FusedMobileOneBlock, MobileOneBlock
+from mobileone.deploy import reparameterize
+from mobileone.model import MobileOne
+
+__all__ = ["FusedMobileOneBlock", "MobileOne", "MobileOneBlock", "reparameterize"]

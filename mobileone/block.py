@@ -1,0 +1,315 @@
+"""The MobileOne block: linear branches in training, one convolution afterwards."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from timm.models.byobnet import LayerFn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mobileone.folding import centre_pad, fold_conv_bn, identity_kernel
+
+__all__ = ["FoldingNotice", "FusedMobileOneBlock", "MobileOneBlock"]
+
+
+class FoldingNotice:
+    """Says once a model, not once a block, that folding in training mode changes the function.
+
+    The blocks of a model share one notice; a deep copy of the model has a fresh start.
+    """
+
+    def __init__(self) -> None:
+        self.given = False
+
+    def give(self) -> None:
+        """Warn, unless this model's user was warned before."""
+        if self.given:
+            return
+        self.given = True
+        warnings.warn(
+            "folding a MobileOne in training mode: the folded network uses the running "
+            "statistics of BatchNorm, so its outputs differ from those of the training-mode "
+            "network; call model.eval() first if you compare the two",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+class FusedMobileOneBlock(nn.Module):
+    """The deployed form of a block: convolution with bias -> attention -> activation.
+
+    Args:
+        conv: The folded convolution; the input (N, C_in, H, W) goes through it first.
+        attn: Squeeze-and-excite or `nn.Identity`.
+        act: The activation.
+    """
+
+    def __init__(self, conv: nn.Conv2d, attn: nn.Module, act: nn.Module) -> None:
+        super().__init__()
+        self.reparam_conv = conv
+        self.attn = attn
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C_in, H, W) to (N, C_out, H', W')."""
+        return self.act(self.attn(self.reparam_conv(x)))
+
+    def fuse(self) -> "FusedMobileOneBlock":
+        """Return the block itself: it is folded already."""
+        return self
+
+
+class MobileOneBlock(nn.Module):
+    """Over-parameterised block of MobileOne (Vasu et al., CVPR 2023, Section 3.2 and Figure 3).
+
+    In training, y = act(attn(Σᵢ BN(Wᵢ ∗ x) + BN(w ∗ x) + BN(x))): k convolution branches, a 1×1
+    "scale" branch where K > 1, and a BatchNorm skip where input and output agree in shape.
+    Whenever BatchNorm runs on fixed statistics (in eval mode, or frozen), the block computes the
+    one convolution that equals this sum, folded anew from the current weights.
+
+    Args:
+        in_chs: Input channels.
+        out_chs: Output channels.
+        kernel_size: Odd kernel size K of the convolution branches.
+        stride: Stride of all branches.
+        dilation: Dilation of the K×K branches.
+        groups: Groups of all convolutions; `in_chs` makes a depthwise block.
+        num_conv_branches: The over-parameterisation factor k, at least 1.
+        use_skip: Build the BatchNorm skip; needs `in_chs == out_chs` and stride 1. Default: build
+            it where that holds.
+        drop_path_rate: Stochastic depth on the branches beside the skip; no effect without one.
+        layers: timm's layer factories (convolution–norm, norm, activation, attention).
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: An argument breaks a rule above.
+
+    Example:
+        >>> block = MobileOneBlock(16, 16, groups=16, num_conv_branches=4).eval()
+        >>> fused = block.fuse()  # one depthwise convolution and a ReLU
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        num_conv_branches: int = 1,
+        use_skip: bool | None = None,
+        drop_path_rate: float = 0.0,
+        layers: LayerFn | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_arguments(in_chs, out_chs, kernel_size, stride, groups, num_conv_branches, use_skip)
+        layers = layers or LayerFn()
+        dd = {"device": device, "dtype": dtype}
+        shared = {"stride": stride, "groups": groups, "apply_act": False, **dd}
+        skip_fits = in_chs == out_chs and stride == 1
+        with_skip = skip_fits if use_skip is None else use_skip
+
+        self.identity = layers.norm_act(out_chs, apply_act=False, **dd) if with_skip else None
+        self.conv_kxk = nn.ModuleList(
+            layers.conv_norm_act(
+                in_chs, out_chs, kernel_size=kernel_size, dilation=dilation, **shared
+            )
+            for _ in range(num_conv_branches)
+        )
+        self.conv_scale = None
+        if kernel_size > 1:
+            self.conv_scale = layers.conv_norm_act(in_chs, out_chs, kernel_size=1, **shared)
+        drops = drop_path_rate > 0.0 and with_skip
+        self.drop_path = DropPath(drop_path_rate) if drops else nn.Identity()
+        self.attn = nn.Identity() if layers.attn is None else layers.attn(out_chs, **dd)
+        self.act = layers.act(inplace=True)
+        self.notice = FoldingNotice()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C_in, H, W) to (N, C_out, H', W')."""
+        if torch.jit.is_scripting():
+            y = self._sum_branches(x)  # the same function; TorchScript cannot compile the folding
+        else:
+            y = self._forward_eager(x)
+        return self.act(self.attn(y))
+
+    @torch.jit.unused
+    def _forward_eager(self, x: Tensor) -> Tensor:
+        if not self._is_affine():
+            with self._updating_statistics_once():
+                return self._sum_branches(x)
+        conv = self.conv_kxk[0].conv
+        weight, bias = self.fold()
+        dtype = conv.weight.dtype
+        return F.conv2d(
+            x,
+            weight.to(dtype),
+            bias.to(dtype),
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+        )
+
+    def _sum_branches(self, x: Tensor) -> Tensor:
+        """Sum of all branches before attention and activation: (N, C_in, H, W) -> (N, C_out, …)."""
+        y: Tensor | None = None
+        if self.conv_scale is not None:
+            y = self.conv_scale(x)
+        for branch in self.conv_kxk:
+            z = branch(x)
+            y = z if y is None else y.add_(z)
+        assert y is not None
+        y = self.drop_path(y)
+        if self.identity is not None:
+            y = y.add_(self.identity(x))
+        return y
+
+    @torch.jit.unused
+    def _norms(self) -> list[nn.Module]:
+        norms = [branch.bn for branch in self.conv_kxk]
+        if self.conv_scale is not None:
+            norms.append(self.conv_scale.bn)
+        if self.identity is not None:
+            norms.append(self.identity)
+        return norms
+
+    @torch.jit.unused
+    def _is_affine(self) -> bool:
+        """Whether the block is one fixed affine map now: no batch statistics, no stochastic depth."""
+        if self.training and isinstance(self.drop_path, DropPath):
+            return False
+        return not any(
+            isinstance(bn, _BatchNorm) and (bn.training or bn.running_mean is None)
+            for bn in self._norms()
+        )
+
+    @torch.jit.unused
+    def _updating_statistics_once(self) -> AbstractContextManager[None]:
+        """Keep the running statistics as they are while gradient checkpointing recomputes."""
+        recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        return _shadowed_buffers(self._norms()) if recomputing else nullcontext()
+
+    @torch.jit.unused
+    def fold(self) -> tuple[Tensor, Tensor]:
+        """Kernel and bias of the one convolution that equals the branches on running statistics.
+
+        Computed in float32 or better and differentiable in the parameters.
+
+        Returns:
+            Kernel of shape (C_out, C_in / groups, K, K) and bias of shape (C_out,).
+
+        Raises:
+            ValueError: A normalisation layer keeps no running statistics.
+        """
+        conv = self.conv_kxk[0].conv
+        size = conv.kernel_size[0]
+        folded = [fold_conv_bn(branch.conv.weight, branch.bn) for branch in self.conv_kxk]
+        if self.conv_scale is not None:
+            weight, bias = fold_conv_bn(self.conv_scale.conv.weight, self.conv_scale.bn)
+            folded.append((centre_pad(weight, size), bias))
+        if self.identity is not None:
+            eye = identity_kernel(conv.out_channels, conv.groups, size, like=conv.weight)
+            folded.append(fold_conv_bn(eye, self.identity))
+        weight, bias = folded[0]
+        for other_weight, other_bias in folded[1:]:
+            weight, bias = weight + other_weight, bias + other_bias
+        return weight, bias
+
+    @torch.jit.unused
+    def fuse(self) -> FusedMobileOneBlock:
+        """Fold the branches into a new, plain block; this block stays as it is.
+
+        Folds on the running statistics, in float32 or better, and then casts to the block's
+        dtype. Device, training flag and `requires_grad` carry over; attention and activation are
+        shared with this block.
+
+        Returns:
+            The block in deployed form.
+
+        Raises:
+            ValueError: A normalisation layer keeps no running statistics.
+        """
+        if not self._is_affine():
+            self.notice.give()
+        with torch.no_grad():
+            weight, bias = self.fold()
+        fused = self.empty_fused()
+        conv, own = fused.reparam_conv, self.conv_kxk[0].conv.weight
+        trainable = any(p.requires_grad for p in self.conv_kxk.parameters())
+        conv.weight = nn.Parameter(weight.to(own.dtype), requires_grad=trainable)
+        conv.bias = nn.Parameter(bias.to(own.dtype), requires_grad=trainable)
+        return fused
+
+    @torch.jit.unused
+    def empty_fused(self) -> FusedMobileOneBlock:
+        """The deployed form with unset convolution weights, to load folded weights into."""
+        conv = self.conv_kxk[0].conv
+        plain = nn.utils.skip_init(
+            nn.Conv2d,
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype,
+        )
+        fused = FusedMobileOneBlock(plain, self.attn, self.act)
+        # not fused.train(): that would reset the flags of a frozen attention
+        fused.training = plain.training = self.training
+        return fused
+
+
+@contextmanager
+def _shadowed_buffers(modules: list[nn.Module]) -> Iterator[None]:
+    """Let the modules write to copies of their buffers; put the untouched originals back."""
+    kept = [dict(module._buffers) for module in modules]
+    for module, buffers in zip(modules, kept, strict=True):
+        copies = {k: None if b is None else b.clone() for k, b in buffers.items()}
+        module._buffers.update(copies)
+    try:
+        yield
+    finally:
+        for module, buffers in zip(modules, kept, strict=True):
+            module._buffers.update(buffers)
+
+
+def _check_arguments(
+    in_chs: int,
+    out_chs: int,
+    kernel_size: int,
+    stride: int,
+    groups: int,
+    num_conv_branches: int,
+    use_skip: bool | None,
+) -> None:
+    if num_conv_branches < 1:
+        raise ValueError(
+            f"`num_conv_branches` (={num_conv_branches}) must be at least 1: a block without "
+            "convolution branches has no weights to fold into"
+        )
+    if kernel_size % 2 == 0:
+        raise ValueError(
+            f"`kernel_size` (={kernel_size}) must be odd, so that the 1×1 and skip branches have "
+            "a centre to be folded into"
+        )
+    if in_chs % groups or out_chs % groups:
+        raise ValueError(
+            f"`groups` (={groups}) must divide `in_chs` (={in_chs}) and `out_chs` (={out_chs})"
+        )
+    if use_skip and (in_chs != out_chs or stride != 1):
+        raise ValueError(
+            f"a skip needs `in_chs` (={in_chs}) equal to `out_chs` (={out_chs}) and `stride` "
+            f"(={stride}) equal to 1; leave `use_skip` unset to add it only where it fits"
+        )
