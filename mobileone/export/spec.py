@@ -1,4 +1,4 @@
-"""What a trained classifier expects and returns, in primitives that travel in checkpoints and JSON."""
+"""What a trained classifier expects and returns: primitives, for checkpoints and for JSON."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -84,7 +84,7 @@ class ExportSpec:
         return len(self.class_names)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as strings, numbers and lists: survives JSON and `torch.load(weights_only=True)`."""
+        """Strings, numbers and lists: survives JSON and `torch.load(weights_only=True)`."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
@@ -105,7 +105,7 @@ class ExportSpec:
         return cls(**values)
 
 
-def _sequence(name: str, value: Any) -> Sequence[Any]:  # noqa: ANN401
+def _sequence(name: str, value: Any) -> Sequence[Any]:
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise ValueError(f"`{name}` (={value!r}) must be a list or a tuple")
     return value

@@ -1,0 +1,167 @@
+"""The description of an artifact: what is inside, where it comes from, and the hashes to check."""
+
+import hashlib
+import json
+import math
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from mobileone.export.metadata import Metadata
+from mobileone.export.spec import ExportSpec
+
+__all__ = ["MANIFEST_NAME", "SCHEMA_VERSION", "Manifest", "TrainingState", "describe_files"]
+
+MANIFEST_NAME = "manifest.json"
+SCHEMA_VERSION = 1
+
+_PACKAGES = ("mobileone-lightning", "torch", "timm", "lightning", "coremltools", "numpy")
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where in its training the model stood; None where nobody knows.
+
+    Attributes:
+        epoch: epochs completed before this one, from 0.
+        step: optimizer steps taken.
+        metrics: the last logged value of each metric.
+        checkpoint: file name of the checkpoint that holds the weights.
+    """
+
+    epoch: int | None = None
+    step: int | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    checkpoint: str | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that is known about an artifact.
+
+    Attributes:
+        spec: model, classes, input size, normalisation, resize and crop.
+        training: epoch, step, metrics, checkpoint.
+        metadata: author, licence, description, version.
+        parameters: number of parameters of the fused model.
+        channel_order: `RGB`, `L` (gray) or `unspecified`.
+        formats: by format name: `path`, `input`, `output`, `bytes`, `files` (by path: `bytes`,
+            `sha256`), `parity`.
+        versions: of Python and the packages that wrote the files.
+        created: time of writing, UTC, ISO 8601.
+        schema_version: version of this layout.
+    """
+
+    spec: ExportSpec
+    training: TrainingState
+    metadata: Metadata
+    parameters: int
+    channel_order: str
+    formats: dict[str, dict[str, Any]]
+    versions: dict[str, str] = field(default_factory=lambda: _versions())
+    created: str = field(
+        default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds")
+    )
+    schema_version: int = SCHEMA_VERSION
+
+    def save(self, directory: Path) -> None:
+        """Write `manifest.json` into the folder."""
+        values = _finite({**asdict(self), "spec": self.spec.to_dict()})
+        text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
+        (directory / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Manifest":
+        """Read the manifest of an artifact folder, or a `manifest.json` itself.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: the file is not a manifest that this version understands.
+        """
+        path = Path(path)
+        file = path / MANIFEST_NAME if path.is_dir() else path
+        if not file.is_file():
+            raise FileNotFoundError(f"no {MANIFEST_NAME} in {path}: is it an artifact folder?")
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            if values["schema_version"] != SCHEMA_VERSION:
+                raise ValueError(
+                    f"schema version {values['schema_version']}, this version reads "
+                    f"{SCHEMA_VERSION}"
+                )
+            known = {f.name for f in fields(cls)}
+            nested = {
+                "spec": ExportSpec.from_dict(values["spec"]),
+                "training": TrainingState(**values["training"]),
+                "metadata": Metadata(**values["metadata"]),
+            }
+            return cls(**{**{k: v for k, v in values.items() if k in known}, **nested})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is not a readable manifest: {error}") from error
+
+    def verify(self, directory: str | Path) -> None:
+        """Compare every file of the artifact in `directory` with its recorded size and hash.
+
+        Raises:
+            ValueError: files are missing, changed, or not in the manifest.
+        """
+        directory = Path(directory)
+        problems = []
+        for name, entry in self.formats.items():
+            found = describe_files(directory / entry["path"])
+            expected = entry["files"]
+            problems += [f"{name}: {p} is missing" for p in sorted(set(expected) - set(found))]
+            problems += [f"{name}: {p} is unknown" for p in sorted(set(found) - set(expected))]
+            problems += [
+                f"{name}: {p} has changed"
+                for p in sorted(set(found) & set(expected))
+                if found[p] != expected[p]
+            ]
+        if problems:
+            raise ValueError(f"{directory} does not match its manifest: {'; '.join(problems)}")
+
+
+def describe_files(path: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of a file, or of each file in a folder, by path from `path.parent`."""
+    files: Iterable[Path] = path.rglob("*") if path.is_dir() else [path]
+    return {
+        file.relative_to(path.parent).as_posix(): {
+            "bytes": file.stat().st_size,
+            "sha256": _sha256(file),
+        }
+        for file in sorted(files)
+        if file.is_file()
+    }
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,86 @@
+"""How far an exported file's answers are from those of the trained model."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mobileone.export.spec import ExportSpec
+
+__all__ = ["NotVerifiedError", "Parity", "compare", "fixed_images", "measure"]
+
+
+class NotVerifiedError(RuntimeError):
+    """The format cannot be run on this machine, so nothing is known about its answers."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Outcome of a comparison.
+
+    Attributes:
+        status: `measured`, or `not verified` (never run: says nothing about the file).
+        reason: why it was not run.
+        kind: what was compared: `logits` or `probabilities`.
+        images: number of images compared.
+        max_relative_error: largest over the images of `max|file - model| / max|model|`.
+        top1_agreement: share of the images given the same class, 0..1.
+    """
+
+    status: str
+    reason: str | None = None
+    kind: str | None = None
+    images: int | None = None
+    max_relative_error: float | None = None
+    top1_agreement: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that apply."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def fixed_images(spec: ExportSpec, count: int = 8) -> Tensor:
+    """The same 8-bit images (count, C, H, W) on every call: coarse random patches plus noise.
+
+    Patches give the model structure at the scale of its filters, noise gives it every value.
+    """
+    generator = torch.Generator().manual_seed(0)
+    channels, height, width = spec.input_size
+    coarse = torch.rand(count, channels, 8, 8, generator=generator)
+    patches = torch.nn.functional.interpolate(coarse, (height, width), mode="nearest")
+    noise = torch.rand(count, channels, height, width, generator=generator)
+    return ((0.8 * patches + 0.2 * noise) * 255).round().to(torch.uint8)
+
+
+def compare(reference: Tensor, candidate: Tensor, kind: str) -> Parity:
+    """Compare two (N, classes) tables of logits or probabilities, in float64.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if reference.shape != candidate.shape:
+        raise ValueError(
+            f"the file returned {tuple(candidate.shape)}, the model {tuple(reference.shape)}"
+        )
+    reference, candidate = reference.double(), candidate.double()
+    difference = (candidate - reference).abs().amax(dim=1)  # (N,)
+    scale = reference.abs().amax(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+    agree = (reference.argmax(dim=1) == candidate.argmax(dim=1)).double().mean()
+    return Parity(
+        "measured",
+        kind=kind,
+        images=len(reference),
+        max_relative_error=float((difference / scale).max()),
+        top1_agreement=float(agree),
+    )
+
+
+def measure(logits: Tensor, run: Callable[[], Tensor], kind: str) -> Parity:
+    """Run a file and compare it with the model's `logits`; a file that cannot be run is not verified."""
+    try:
+        candidate = run()
+    except NotVerifiedError as error:
+        return Parity("not verified", reason=str(error))
+    return compare(logits if kind == "logits" else logits.softmax(dim=1), candidate, kind)

@@ -1,0 +1,39 @@
+"""Per-channel normalisation of 8-bit images, as a function and as the first layer of a model."""
+
+import torch
+from torch import Tensor, nn
+
+from mobileone.export.spec import ExportSpec
+
+__all__ = ["WithPreprocessing", "normalise"]
+
+
+def normalise(images: Tensor, spec: ExportSpec) -> Tensor:
+    """Scale 8-bit images (N, C, H, W) to 0..1, subtract the mean, divide by the std."""
+    mean = torch.tensor(spec.mean).view(-1, 1, 1)  # (C, 1, 1)
+    std = torch.tensor(spec.std).view(-1, 1, 1)
+    return (images.float() / 255 - mean) / std
+
+
+class WithPreprocessing(nn.Module):
+    """Pixel values 0..255 in, class probabilities out: `softmax(model((x - 255 mean) / (255 std)))`.
+
+    The affine map is a layer of its own and not folded into the first convolution: a padded
+    convolution pads *after* the normalisation with zeros, which a folded bias would turn into
+    `-mean / std` at the borders. Subtracting first is also the order that suits half precision:
+    0..255 are exact there, and the difference is small where the factor is applied.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, model: nn.Module, spec: ExportSpec) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", 255 * torch.tensor(spec.mean).view(1, -1, 1, 1))
+        self.register_buffer("scale", 1 / (255 * torch.tensor(spec.std).view(1, -1, 1, 1)))
+        self.train(model.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) of 0..255 -> (N, classes) probabilities."""
+        return torch.softmax(self.model((x - self.mean) * self.scale), dim=1)

@@ -1,0 +1,136 @@
+"""Publish files so that a reader, or a kill at any moment, sees the old one or the new one.
+
+Everything is written in a folder whose name starts with `.tmp-` beside its destination, flushed,
+and then renamed. Replacing a folder swaps the two names in one system call where the kernel offers
+it (Linux, macOS).
+"""
+
+import ctypes
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["clean_stale", "point_link", "publish_file", "publish_folder", "staging"]
+
+_PREFIX = ".tmp-"
+_REPLACED = ".replaced-"
+
+
+@contextmanager
+def staging(parent: Path) -> Iterator[Path]:
+    """A fresh folder in `parent`, removed on exit whatever happens."""
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = parent / f"{_PREFIX}{secrets.token_hex(6)}"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish_file(staged: Path, final: Path) -> None:
+    """Flush `staged` and rename it to `final`, over an older file if there is one."""
+    _flush(staged)
+    staged.replace(final)
+    _flush(final.parent)
+
+
+def publish_folder(staged: Path, final: Path) -> None:
+    """Flush the folder `staged` and rename it to `final`, in place of an older one if there is."""
+    _level_permissions(staged)
+    for path in [*staged.rglob("*"), staged]:
+        _flush(path)
+    if not os.path.lexists(final):
+        staged.rename(final)
+    elif _swap(staged, final):
+        _remove(staged)
+    else:
+        _replace_in_two_steps(staged, final)
+    _flush(final.parent)
+
+
+def point_link(link: Path, target: Path | None) -> None:
+    """Make `link` a relative symlink to `target`; None removes it.
+
+    Raises:
+        FileExistsError: `link` is a real folder.
+    """
+    if target is None:
+        if link.is_symlink():
+            link.unlink()
+        return
+    if link.is_dir() and not link.is_symlink():
+        raise FileExistsError(f"{link} is a folder and not a link: move it away")
+    relative = os.path.relpath(target, link.parent)
+    if link.is_symlink() and os.readlink(link) == relative:
+        return
+    fresh = link.with_name(f"{_PREFIX}{secrets.token_hex(6)}")
+    fresh.symlink_to(relative)
+    fresh.replace(link)
+
+
+def clean_stale(parent: Path) -> None:
+    """Remove what a killed process left in `parent`, and restore a folder it was replacing."""
+    for path in sorted(parent.glob(f"{_PREFIX}*")):
+        original = path.name.partition(_REPLACED)[2]
+        if original and not os.path.lexists(parent / original):
+            path.rename(parent / original)
+        else:
+            _remove(path)
+
+
+def _replace_in_two_steps(staged: Path, final: Path) -> None:
+    """For file systems without a swap: a kill between the renames is mended by `clean_stale`."""
+    aside = final.with_name(f"{_PREFIX}{secrets.token_hex(6)}{_REPLACED}{final.name}")
+    final.rename(aside)
+    try:
+        staged.rename(final)
+    except OSError:
+        aside.rename(final)
+        raise
+    _remove(aside)
+
+
+def _swap(first: Path, second: Path) -> bool:
+    """Exchange two names atomically; False where the system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    a, b = os.fsencode(first.absolute()), os.fsencode(second.absolute())
+    try:
+        if sys.platform.startswith("linux"):
+            at_cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+            return bool(libc and libc.renameat2(at_cwd, a, at_cwd, b, exchange) == 0)
+        if sys.platform == "darwin":
+            swap = 2  # RENAME_SWAP
+            return bool(libc and libc.renamex_np(a, b, swap) == 0)
+    except AttributeError:  # a C library without the call
+        return False
+    return False
+
+
+def _level_permissions(folder: Path) -> None:
+    """Give every file the umask's permissions: some writers make theirs private."""
+    mode = folder.stat().st_mode & 0o777
+    for path in folder.rglob("*"):
+        path.chmod(mode if path.is_dir() else mode & 0o666)
+
+
+def _flush(path: Path) -> None:
+    """Push a file or folder to the disk, so that a power cut cannot reorder it with a rename."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
