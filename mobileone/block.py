@@ -1,5 +1,8 @@
 """The MobileOne block: linear branches in training, one convolution afterwards."""
 
+# torch types every attribute of an nn.Module as `Tensor | Module`
+# mypy: disable-error-code="arg-type,union-attr,index,call-overload,return-value"
+
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,7 +14,7 @@ from timm.models.byobnet import LayerFn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mobileone.folding import centre_pad, fold_conv_bn, identity_kernel
+from mobileone.folding import batch_norm_affine, centre_pad, fold_conv_bn, identity_kernel
 
 __all__ = ["FoldingNotice", "FusedMobileOneBlock", "MobileOneBlock"]
 
@@ -136,28 +139,23 @@ class MobileOneBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C_in, H, W) to (N, C_out, H', W')."""
         if torch.jit.is_scripting():
-            y = self._sum_branches(x)  # the same function; TorchScript cannot compile the folding
+            y = self._sum_branches(x) if self.training else self._folded_conv(x)
+        elif self._is_affine():
+            y = self._folded_conv(x)
         else:
-            y = self._forward_eager(x)
+            y = self._forward_training(x)
         return self.act(self.attn(y))
 
     @torch.jit.unused
-    def _forward_eager(self, x: Tensor) -> Tensor:
-        if not self._is_affine():
-            with self._updating_statistics_once():
-                return self._sum_branches(x)
+    def _forward_training(self, x: Tensor) -> Tensor:
+        with self._updating_statistics_once():
+            return self._sum_branches(x)
+
+    def _folded_conv(self, x: Tensor) -> Tensor:
         conv = self.conv_kxk[0].conv
         weight, bias = self.fold()
-        dtype = conv.weight.dtype
-        return F.conv2d(
-            x,
-            weight.to(dtype),
-            bias.to(dtype),
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
-        )
+        weight, bias = weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
+        return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
     def _sum_branches(self, x: Tensor) -> Tensor:
         """Sum of all branches before attention and activation: (N, C_in, H, W) -> (N, C_out, …)."""
@@ -184,7 +182,7 @@ class MobileOneBlock(nn.Module):
 
     @torch.jit.unused
     def _is_affine(self) -> bool:
-        """Whether the block is one fixed affine map now: no batch statistics, no stochastic depth."""
+        """Whether the block is one fixed affine map: no batch statistics, no stochastic depth."""
         if self.training and isinstance(self.drop_path, DropPath):
             return False
         return not any(
@@ -198,7 +196,6 @@ class MobileOneBlock(nn.Module):
         recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         return _shadowed_buffers(self._norms()) if recomputing else nullcontext()
 
-    @torch.jit.unused
     def fold(self) -> tuple[Tensor, Tensor]:
         """Kernel and bias of the one convolution that equals the branches on running statistics.
 
@@ -210,18 +207,25 @@ class MobileOneBlock(nn.Module):
         Raises:
             ValueError: A normalisation layer keeps no running statistics.
         """
-        conv = self.conv_kxk[0].conv
-        size = conv.kernel_size[0]
-        folded = [fold_conv_bn(branch.conv.weight, branch.bn) for branch in self.conv_kxk]
+        own = self.conv_kxk[0].conv
+        terms: list[tuple[Tensor, Tensor]] = []
+        for branch in self.conv_kxk:
+            bn = branch.bn
+            affine = batch_norm_affine(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
+            terms.append(fold_conv_bn(branch.conv.weight, affine))
         if self.conv_scale is not None:
-            weight, bias = fold_conv_bn(self.conv_scale.conv.weight, self.conv_scale.bn)
-            folded.append((centre_pad(weight, size), bias))
+            bn = self.conv_scale.bn
+            affine = batch_norm_affine(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
+            weight = centre_pad(self.conv_scale.conv.weight, own.kernel_size[0])
+            terms.append(fold_conv_bn(weight, affine))
         if self.identity is not None:
-            eye = identity_kernel(conv.out_channels, conv.groups, size, like=conv.weight)
-            folded.append(fold_conv_bn(eye, self.identity))
-        weight, bias = folded[0]
-        for other_weight, other_bias in folded[1:]:
-            weight, bias = weight + other_weight, bias + other_bias
+            bn = self.identity
+            affine = batch_norm_affine(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
+            weight = identity_kernel(own.out_channels, own.groups, own.kernel_size[0], own.weight)
+            terms.append(fold_conv_bn(weight, affine))
+        weight, bias = terms[0]
+        for w, b in terms[1:]:
+            weight, bias = weight + w, bias + b
         return weight, bias
 
     @torch.jit.unused
@@ -238,15 +242,16 @@ class MobileOneBlock(nn.Module):
         Raises:
             ValueError: A normalisation layer keeps no running statistics.
         """
+        _check_statistics(self._norms())
         if not self._is_affine():
             self.notice.give()
         with torch.no_grad():
             weight, bias = self.fold()
         fused = self.empty_fused()
-        conv, own = fused.reparam_conv, self.conv_kxk[0].conv.weight
+        conv, dtype = fused.reparam_conv, self.conv_kxk[0].conv.weight.dtype
         trainable = any(p.requires_grad for p in self.conv_kxk.parameters())
-        conv.weight = nn.Parameter(weight.to(own.dtype), requires_grad=trainable)
-        conv.bias = nn.Parameter(bias.to(own.dtype), requires_grad=trainable)
+        conv.weight = nn.Parameter(weight.to(dtype), requires_grad=trainable)
+        conv.bias = nn.Parameter(bias.to(dtype), requires_grad=trainable)
         return fused
 
     @torch.jit.unused
@@ -283,6 +288,15 @@ def _shadowed_buffers(modules: list[nn.Module]) -> Iterator[None]:
     finally:
         for module, buffers in zip(modules, kept, strict=True):
             module._buffers.update(buffers)
+
+
+def _check_statistics(norms: list[nn.Module]) -> None:
+    for bn in norms:
+        if getattr(bn, "running_mean", None) is None or getattr(bn, "running_var", None) is None:
+            raise ValueError(
+                f"cannot fold {bn}: it keeps no running mean and variance; build the block with a "
+                "BatchNorm that has track_running_stats=True (the default)"
+            )
 
 
 def _check_arguments(

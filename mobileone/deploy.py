@@ -2,7 +2,7 @@
 
 from copy import deepcopy
 
-from timm.utils import reparameterize_model
+from timm.models import reparameterize_model
 from torch import nn
 
 __all__ = ["reparameterize"]
@@ -26,5 +26,6 @@ def reparameterize(model: nn.Module) -> nn.Module:
         >>> model = timm.create_model("mobileone_s0").eval()
         >>> fused = mobileone.reparameterize(model)
     """
-    holder = nn.Sequential(deepcopy(model))  # timm folds the children of what it is given
-    return reparameterize_model(holder, inplace=True)[0]
+    holder = nn.ModuleList([deepcopy(model)])  # timm folds the children of what it is given
+    reparameterize_model(holder, inplace=True)
+    return holder[0]

@@ -7,54 +7,58 @@ add up to the sum of their kernels and biases (paper, Section 3.2).
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["batch_norm_affine", "centre_pad", "fold_conv_bn", "identity_kernel"]
+__all__ = [
+    "at_least_float32",
+    "batch_norm_affine",
+    "centre_pad",
+    "fold_conv_bn",
+    "identity_kernel",
+]
 
 
-def batch_norm_affine(bn: nn.Module) -> tuple[Tensor, Tensor]:
-    """Write a BatchNorm with its running statistics as y = scale · x + shift.
-
-    Works for BatchNorm2d, SyncBatchNorm, the frozen ones of timm and torchvision, and for layers
-    without affine terms. Computes in float32 or better, whatever the layer's dtype.
+def batch_norm_affine(
+    mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Write BatchNorm with running statistics as y = scale · x + shift.
 
     Args:
-        bn: A normalisation layer with `running_mean` and `running_var` over C channels.
+        mean: Running mean, shape (C,).
+        var: Running variance, shape (C,).
+        gamma: Factor of the affine terms, shape (C,), if the layer has them.
+        beta: Offset of the affine terms, shape (C,), if the layer has them.
+        eps: Added to the variance.
 
     Returns:
-        `scale` and `shift`, each of shape (C,).
-
-    Raises:
-        ValueError: The layer keeps no running statistics, so it has no fixed affine form.
+        `scale` and `shift`, each of shape (C,), in float32 or better.
     """
-    mean, var = getattr(bn, "running_mean", None), getattr(bn, "running_var", None)
-    if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
-        raise ValueError(
-            f"cannot fold {type(bn).__name__}: it has no running mean and variance; use a "
-            "BatchNorm with track_running_stats=True (the default)"
-        )
-    dtype = torch.promote_types(mean.dtype, torch.float32)
-    scale = (var.to(dtype) + bn.eps).rsqrt()
-    if bn.weight is not None:
-        scale = bn.weight.to(dtype) * scale
-    shift = -mean.to(dtype) * scale
-    if bn.bias is not None:
-        shift = bn.bias.to(dtype) + shift
+    scale = at_least_float32(var).add(eps).rsqrt()
+    if gamma is not None:
+        scale = at_least_float32(gamma) * scale
+    shift = -at_least_float32(mean) * scale
+    if beta is not None:
+        shift = at_least_float32(beta) + shift
     return scale, shift
 
 
-def fold_conv_bn(weight: Tensor, bn: nn.Module) -> tuple[Tensor, Tensor]:
-    """Fold a bias-free convolution and the BatchNorm after it.
+def at_least_float32(x: Tensor) -> Tensor:
+    """Widen half-precision tensors to float32; leave others as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def fold_conv_bn(weight: Tensor, affine: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Fold a bias-free convolution and the normalisation after it.
 
     Args:
         weight: Kernel of shape (C_out, C_in / groups, K, K).
-        bn: The normalisation over C_out channels.
+        affine: Scale and shift of the normalisation, each of shape (C_out,).
 
     Returns:
         Kernel of the same shape and bias of shape (C_out,), in float32 or better.
     """
-    scale, shift = batch_norm_affine(bn)
-    return weight.to(scale.dtype) * scale.reshape(-1, 1, 1, 1), shift
+    scale, shift = affine
+    return at_least_float32(weight) * scale.reshape(-1, 1, 1, 1), shift
 
 
 def identity_kernel(channels: int, groups: int, kernel_size: int, like: Tensor) -> Tensor:
@@ -77,4 +81,4 @@ def identity_kernel(channels: int, groups: int, kernel_size: int, like: Tensor) 
 def centre_pad(weight: Tensor, kernel_size: int) -> Tensor:
     """Zero-pad a 1×1 kernel to K×K about its centre: (O, I, 1, 1) -> (O, I, K, K)."""
     margin = kernel_size // 2
-    return F.pad(weight, [margin] * 4)
+    return F.pad(weight, [margin, margin, margin, margin])

@@ -10,9 +10,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mobileone.block import FoldingNotice, MobileOneBlock
 from mobileone.variants import Variant
-from mobileone.weights import adapt_on_load
+from mobileone.weights import adapt_on_load, convert_keys
 
-__all__ = ["MobileOne"]
+__all__ = ["MobileOne", "checkpoint_filter_fn"]
 
 
 class MobileOne(ByobNet):
@@ -94,11 +94,24 @@ class MobileOne(ByobNet):
         self.register_load_state_dict_pre_hook(adapt_on_load)
         self.init_weights()
 
-    @torch.jit.ignore
+    @torch.jit.ignore  # type: ignore[untyped-decorator]
     def init_weights(self) -> None:
         """Set every parameter and buffer to its initial value (He normal, fan out, for kernels)."""
         for module in self.modules():
             _init_module(module)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Convert a weight file before timm adapts it to other channels or classes (timm's hook).
+
+    Args:
+        state_dict: Weights in any known layout.
+        model: The model that will load them.
+
+    Returns:
+        The weights under timm's names.
+    """
+    return convert_keys(state_dict)
 
 
 def _init_module(module: nn.Module) -> None:
@@ -135,7 +148,8 @@ def _cfg(
     kernel_size: int, width: int, group_size: int, stride: int, k: int, attn: str | None
 ) -> ByoBlockCfg:
     build = partial(_build_block, kernel_size=kernel_size, num_conv_branches=k)
-    return ByoBlockCfg(type=build, d=1, c=width, s=stride, gs=group_size, attn_layer=attn)
+    # timm takes any partial here, whatever its annotation says
+    return ByoBlockCfg(type=build, d=1, c=width, s=stride, gs=group_size, attn_layer=attn)  # type: ignore[arg-type]
 
 
 def _build_block(

@@ -9,9 +9,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, byobnet, generate_default_cfgs, register_model
 from torch import nn
 
-from mobileone.model import MobileOne
+from mobileone.model import MobileOne, checkpoint_filter_fn
 from mobileone.variants import VARIANTS, Variant
-from mobileone.weights import convert_keys
 
 __all__: list[str] = []
 
@@ -42,7 +41,7 @@ def _entrypoint(name: str, variant: Variant) -> Callable[..., nn.Module]:
             partial(MobileOne, variant),
             name,
             pretrained,
-            pretrained_filter_fn=lambda state_dict, model: convert_keys(state_dict),
+            pretrained_filter_fn=checkpoint_filter_fn,
             feature_cfg={"flatten_sequential": True},
             **kwargs,
         )
