@@ -1,0 +1,256 @@
+"""The data module: any image data set that timm reads, with timm's transforms for the model."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.data import suggested_max_num_workers
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_modules.catalogue import Catalogue
+from lightning_modules.digits import digits_root, write_digits
+from lightning_modules.images import color_mode
+from lightning_modules.loading import image_loader
+from lightning_modules.samples import ImageSamples
+from lightning_modules.sampling import EpochSampler
+from lightning_modules.splits import FOLDER_NAMES, check_dataset_name
+from lightning_modules.streams import ImageStream
+from lightning_modules.transforms import Transform, eval_transform, resolve_config, train_transform
+
+__all__ = ["ImageDataModule"]
+
+
+class ImageDataModule(LightningDataModule):
+    """Images of classes, from folders (``root/train/<class>/*``, ``root/val/<class>/*``) or timm.
+
+    Every training batch is a function of (seed, epoch, position): the same for any number of
+    workers, and the same in a run that was resumed from the end of an epoch.
+
+    Args:
+        root: folder above the splits (or of train.tar and val.tar); for other data sets what
+            their reader wants.
+        dataset: "" for folders, "digits" for the handwritten digits that come with scikit-learn,
+            or a name of `timm.data.create_dataset`: "torch/cifar10", "hfds/…", "wds/…", ….
+        model: timm name; its pretrained configuration gives the values left None below.
+        train_split, val_split: names of the splits; for folders also their usual synonyms.
+        test_split: None for the folder test/ if there is one, else the validation split.
+        classes: text file, one class a line, that fixes names and indices. By default the
+            sorted folder names, or what the data set says.
+        download: let torchvision or Hugging Face fetch the data.
+        input_size: side in pixels, or (channels, height, width); 1 channel reads grey, 4 RGBA.
+        mean, std: of the normalisation, one value or one a channel.
+        interpolation, crop_pct, crop_mode: of the evaluation; the first also of the training crop.
+        auto_augment: timm's policy, for example "original-mstd0.5" or "rand-m9-mstd0.5". The
+            paper uses AutoAugment for S2-S4 only (section 4).
+        color_jitter: strength; None, as in the paper, for none.
+        hflip, vflip: probability of a flip; 0 for digits and other things with a handedness.
+        scale, ratio: range of the area and of the aspect ratio of the random crop.
+        re_prob: probability of random erasing.
+        batch_size: per device.
+        num_workers: processes a loader; None for what the machine suggests, 8 at most.
+        persistent_workers: keep them from one epoch to the next.
+        drop_last: leave out the last incomplete training batch.
+        skip_unreadable: replace broken images by others with a warning a pass, don't stop.
+        seed: of order and augmentation; None for the one of the checkpoint that is
+            resumed, else the run's (`seed_everything`), else 0.
+
+    Attributes:
+        data_config: timm's keys input_size, interpolation, mean, std, crop_pct, crop_mode.
+
+    Raises:
+        ValueError: an argument out of its range, an unknown model, data set or policy.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        dataset: str = "",
+        model: str = "mobileone_s0",
+        *,
+        train_split: str = "train",
+        val_split: str = "validation",
+        test_split: str | None = None,
+        classes: str | None = None,
+        download: bool = False,
+        input_size: int | tuple[int, int, int] | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        interpolation: str | None = None,
+        crop_pct: float | None = None,
+        crop_mode: str | None = None,
+        auto_augment: str | None = None,
+        color_jitter: float | None = None,
+        hflip: float = 0.5,
+        vflip: float = 0.0,
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        re_prob: float = 0.0,
+        batch_size: int = 256,
+        num_workers: int | None = None,
+        persistent_workers: bool = True,
+        drop_last: bool = True,
+        skip_unreadable: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1 (images per device).")
+        if num_workers is not None and num_workers < 0:
+            raise ValueError(f"num_workers={num_workers} must be 0 or more, or null.")
+        if dataset != "digits":
+            check_dataset_name(dataset)
+        if root is None and dataset in FOLDER_NAMES:
+            raise ValueError(
+                "root is not set. Set `root` to the folder that holds train/ and val/, or "
+                "`dataset: digits` to try the handwritten digits."
+            )
+        self.data_config: dict[str, Any] = resolve_config(
+            model,
+            input_size,
+            mean=mean,
+            std=std,
+            interpolation=interpolation,
+            crop_pct=crop_pct,
+            crop_mode=crop_mode,
+        )
+        self._train_transform = train_transform(
+            self.data_config,
+            auto_augment=auto_augment,
+            color_jitter=color_jitter,
+            hflip=hflip,
+            vflip=vflip,
+            scale=scale,
+            ratio=ratio,
+            re_prob=re_prob,
+        )
+        self._eval_transform = eval_transform(self.data_config)
+        self._mode = color_mode(self.data_config["input_size"][0])
+        self._digits = digits_root(root) if dataset == "digits" else None
+        self._catalogue = Catalogue(
+            "" if self._digits else dataset,
+            self._digits or (Path(root).expanduser() if root else None),
+            train_split,
+            val_split,
+            test_split,
+            classes,
+            batch_size=batch_size,
+            input_img_mode=self._mode,
+        )
+        self._download = download
+        self._batch_size = batch_size
+        self._num_workers = num_workers
+        self._persistent_workers = persistent_workers
+        self._drop_last = drop_last
+        self._skip_unreadable = skip_unreadable
+        self._seed = seed
+        self._restored_seed: int | None = None
+
+    @property
+    def class_names(self) -> list[str]:
+        """The classes in the order of their indices.
+
+        Available before `setup` too: then the data set is prepared and listed at first use.
+        """
+        self.prepare_data()
+        index = self._catalogue.class_index
+        return sorted(index, key=index.__getitem__)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.class_names)
+
+    @property
+    def seed(self) -> int:
+        """The seed in force: the argument, else the checkpoint's, else the run's, else 0."""
+        for seed in (self._seed, self._restored_seed):
+            if seed is not None:
+                return seed
+        return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    def prepare_data(self) -> None:
+        """Once a node: write the digits, or let torchvision or Hugging Face download."""
+        if self._digits:
+            write_digits(self._digits)
+        elif self._download:
+            self._catalogue.download()
+
+    def setup(self, stage: str) -> None:
+        """List the files and check the classes of the splits that ``stage`` needs.
+
+        Raises:
+            FileNotFoundError: no root or no such split; says what is there.
+            ValueError: no images, an empty class, or splits with different classes.
+        """
+        needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+        for split in needed.get(stage, ()):
+            self._catalogue.source(split)
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled, augmented batches, images float (N, C, H, W) and targets long (N,).
+
+        Raises:
+            ValueError: fewer images than one batch while ``drop_last`` is on.
+        """
+        source = self._catalogue.source("train")
+        if isinstance(source, IterableDataset):  # shuffles and shares out by itself
+            return self._loader(source, self._train_transform, drop_last=self._drop_last)
+        trainer = self.trainer
+        replicas, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+        sampler = EpochSampler(source, self.seed, replicas, rank)
+        if self._drop_last and len(sampler) < self._batch_size:
+            raise ValueError(
+                f"batch_size={self._batch_size} is larger than the {len(sampler)} training images "
+                "of one process, and drop_last leaves out incomplete batches, so nothing would "
+                "be trained. Lower batch_size, or set drop_last=false."
+            )
+        return self._loader(
+            source, self._train_transform, sampler=sampler, drop_last=self._drop_last
+        )
+
+    def val_dataloader(self) -> DataLoader:
+        """The validation images in order, with the evaluation transform."""
+        return self._loader(self._catalogue.source("val"), self._eval_transform)
+
+    def test_dataloader(self) -> DataLoader:
+        """The test images (validation images if there are none) in order."""
+        return self._loader(self._catalogue.source("test"), self._eval_transform)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to see the same batches."""
+        return {"seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the checkpoint's seed, unless one was given as an argument."""
+        self._restored_seed = int(state_dict["seed"])
+        if self._seed is not None and self._seed != self._restored_seed:
+            rank_zero_warn(
+                f"data seed {self._seed} differs from the checkpoint's {self._restored_seed}: the "
+                "images will come in another order than in the run that is resumed."
+            )
+
+    def _loader(self, source: Any, transform: Transform, **options: Any) -> DataLoader:
+        workers = self._workers()
+        dataset = (
+            ImageStream(source, transform, self.seed, workers)
+            if isinstance(source, IterableDataset)
+            else ImageSamples(source, transform, self._mode, self.seed, self._skip_unreadable)
+        )
+        return image_loader(
+            dataset,
+            self.seed,
+            workers,
+            self._persistent_workers,
+            batch_size=self._batch_size,
+            pin_memory=self.trainer is not None
+            and self.trainer.strategy.root_device.type == "cuda",
+            **options,
+        )
+
+    def _workers(self) -> int:
+        if self._num_workers is not None:
+            return self._num_workers
+        processes = self.trainer.num_devices if self.trainer else 1
+        return min(8, suggested_max_num_workers(processes))

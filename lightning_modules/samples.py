@@ -1,0 +1,112 @@
+"""A map-style dataset whose samples are a pure function of (seed, epoch, index)."""
+
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from timm.data import ImageDataset
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from lightning_modules.images import UnreadableImageError, convert, read_image
+from lightning_modules.randomness import derive_seed, isolated_rng
+from lightning_modules.sampling import SampleKey
+from lightning_modules.transforms import Transform
+
+__all__ = ["ImageSamples", "Sample", "Unreadable", "collate"]
+
+
+class Unreadable(NamedTuple):
+    """An image that another one stood in for."""
+
+    name: str
+    reason: str
+
+
+class Sample(NamedTuple):
+    """One transformed image, its class, and the unreadable files passed over to find it."""
+
+    image: Tensor
+    target: int
+    skipped: list[Unreadable]
+
+
+class ImageSamples(Dataset[Sample]):
+    """Reads, converts and transforms the images of one split.
+
+    Args:
+        source: timm's or torchvision's dataset, without a transform.
+        transform: PIL image -> tensor; what it draws at random depends on (seed, epoch, index)
+            alone, not on the worker, on what was read before, or on global generators.
+        mode: Pillow's colour mode, see `color_mode`.
+        seed: of the augmentation.
+        skip_unreadable: let the next readable image of the split stand in for a broken one
+            (usually of the same class, for folders are read in order) instead of raising.
+    """
+
+    def __init__(
+        self, source: Any, transform: Transform, mode: str, seed: int, skip_unreadable: bool
+    ) -> None:
+        self.source = source
+        self.transform = transform
+        self.mode = mode
+        self.seed = seed
+        self.skip_unreadable = skip_unreadable
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: SampleKey | int) -> Sample:
+        """The sample of a `SampleKey`; a plain index means epoch 0.
+
+        Raises:
+            UnreadableImageError: the file is broken and ``skip_unreadable`` is off, or no
+                file of the split can be read.
+        """
+        epoch, index = key if isinstance(key, SampleKey) else SampleKey(0, key)
+        image, target, skipped = self._first_readable(index)
+        with isolated_rng(derive_seed(self.seed, epoch, index)):
+            return Sample(self.transform(image), target, skipped)
+
+    def _first_readable(self, index: int) -> tuple[Image.Image, int, list[Unreadable]]:
+        skipped: list[Unreadable] = []
+        for candidate in chain(range(index, len(self)), range(index)):
+            try:
+                image, target = self._read(candidate)
+                return image, int(target), skipped
+            except Exception as error:
+                name = self.filename(candidate)
+                if not self.skip_unreadable:
+                    raise UnreadableImageError(
+                        f"cannot read image {name} ({error}). Repair or remove the file, or set "
+                        "skip_unreadable=true to let another image stand in for it."
+                    ) from error
+                skipped.append(Unreadable(name, str(error)))
+        raise UnreadableImageError(
+            f"none of the {len(self)} images of this split can be read, for example "
+            f"{skipped[0].name} ({skipped[0].reason})."
+        )
+
+    def _read(self, index: int) -> tuple[Image.Image, Any]:
+        if not isinstance(self.source, ImageDataset):  # torchvision decodes by itself
+            image, target = self.source[index]
+            return convert(image, self.mode), target
+        # past timm's ImageDataset, which would replace a broken image without saying so
+        file, target = self.source.reader[index]
+        with file:
+            return read_image(file, self.mode), target
+
+    def filename(self, index: int) -> str:
+        """The path of an image as far as the dataset knows it, for messages."""
+        if isinstance(self.source, ImageDataset):
+            return str(self.source.filename(index, absolute=True))
+        samples = getattr(self.source, "samples", None)  # torchvision's folders
+        return str(samples[index][0]) if samples else f"number {index} of {self.source}"
+
+
+def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[Unreadable]]:
+    """Images (N, C, H, W), targets (N,) and the unreadable files of the whole batch."""
+    images = default_collate([sample.image for sample in samples])
+    targets = torch.tensor([sample.target for sample in samples], dtype=torch.long)
+    return images, targets, [file for sample in samples for file in sample.skipped]

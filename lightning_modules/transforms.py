@@ -1,0 +1,115 @@
+"""timm's training and evaluation transforms, resolved from the model's configuration."""
+
+from collections.abc import Callable
+from typing import Any
+
+import timm
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor
+
+import mobileone  # noqa: F401  registers the family with timm
+from lightning_modules.images import color_mode
+
+__all__ = ["Transform", "eval_transform", "resolve_config", "train_transform"]
+
+Transform = Callable[[Image.Image], Tensor]
+
+_CHOICES = {
+    "interpolation": ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"),
+    "crop_mode": ("center", "squash", "border"),
+}
+
+
+def resolve_config(
+    model: str, input_size: int | tuple[int, int, int] | None = None, **overrides: Any
+) -> dict[str, Any]:
+    """timm's data configuration of ``model``, with the overrides that are not None.
+
+    Args:
+        model: a name that timm knows, with or without a pretrained tag.
+        input_size: a side in pixels, or (channels, height, width).
+        overrides: mean, std, interpolation, crop_pct, crop_mode.
+
+    Returns:
+        The keys input_size (C, H, W), interpolation, mean, std, crop_pct, crop_mode.
+
+    Raises:
+        ValueError: unknown model, or sizes and numbers of channels that cannot be.
+    """
+    cfg = _pretrained_cfg(model)
+    if isinstance(input_size, int):
+        input_size = (cfg["input_size"][0], input_size, input_size)
+    if input_size is not None and (len(input_size) != 3 or min(input_size) < 1):
+        raise ValueError(
+            f"input_size={input_size} must be one side in pixels or (channels, height, width), "
+            "all of them positive, for example 224 or [3, 224, 224]."
+        )
+    channels = (input_size or cfg["input_size"])[0]
+    color_mode(channels)
+    for name in ("mean", "std"):
+        overrides[name] = _per_channel(name, overrides.get(name), cfg[name], channels)
+    crop_pct = overrides.get("crop_pct")
+    if crop_pct is not None and not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct={crop_pct} must be above 0 and at most 1, for example 0.875.")
+    for name, valid in _CHOICES.items():
+        if overrides.get(name) not in (None, *valid):
+            raise ValueError(f"{name}={overrides[name]!r} must be one of {', '.join(valid)}.")
+    return resolve_data_config({"input_size": input_size, **overrides}, pretrained_cfg=cfg)
+
+
+def eval_transform(config: dict[str, Any]) -> Transform:
+    """Resize, centre crop and normalise: PIL image -> float tensor (C, H, W)."""
+    return create_transform(**config, is_training=False)
+
+
+def train_transform(config: dict[str, Any], **augmentation: Any) -> Transform:
+    """Random resized crop, flips and what ``augmentation`` asks for: PIL image -> (C, H, W).
+
+    Args:
+        config: what `resolve_config` returned.
+        augmentation: auto_augment, color_jitter, hflip, vflip, scale, ratio, re_prob as
+            `timm.data.create_transform` takes them.
+
+    Raises:
+        ValueError: an ``auto_augment`` that timm cannot parse, or one for RGBA images.
+    """
+    policy = augmentation.get("auto_augment")
+    if policy and config["input_size"][0] == 4:
+        raise ValueError(
+            f"auto_augment={policy!r} cannot be used with 4 input channels: Pillow's colour "
+            "operations do not support RGBA. Set auto_augment to null, or use 3 channels."
+        )
+    try:
+        return create_transform(**config, is_training=True, **augmentation)
+    except (AssertionError, KeyError, ValueError) as error:
+        if not policy:
+            raise
+        raise ValueError(
+            f"auto_augment={policy!r} is no augmentation that timm knows ({error}). Examples: "
+            "'original-mstd0.5', 'v0', '3a', 'rand-m9-mstd0.5', 'augmix-m3'; null for none."
+        ) from error
+
+
+def _pretrained_cfg(model: str) -> dict[str, Any]:
+    cfg = timm.get_pretrained_cfg(model)
+    if cfg is None:
+        similar = timm.list_models(f"*{model.split('_')[0]}*")[:8]
+        hint = f"Similar names: {', '.join(similar)}." if similar else "See timm.list_models()."
+        raise ValueError(f"model={model!r} is not a model that timm knows. {hint}")
+    return cfg.to_dict()
+
+
+def _per_channel(
+    name: str, given: tuple[float, ...] | None, default: tuple[float, ...], channels: int
+) -> tuple[float, ...]:
+    """``given``, else the model's values; a grey image takes the mean of the three colours."""
+    if given is None and channels == 1:
+        return (sum(default) / len(default),)
+    values = tuple(default if given is None else given)
+    if len(values) not in (1, channels):
+        raise ValueError(
+            f"{name}={list(values)} has {len(values)} values for {channels} input channels. "
+            f"Give {name} as one value or {channels} values, in the range 0 to 1."
+        )
+    return values * channels if len(values) == 1 else values

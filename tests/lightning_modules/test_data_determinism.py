@@ -1,0 +1,247 @@
+"""Every training batch is a function of (seed, epoch, position), proved with a real Trainer."""
+
+import hashlib
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_modules.data import ImageDataModule
+from lightning_modules.sampling import EpochSampler, SampleKey
+
+LOADERS = [(0, False), (2, False), (2, True)]
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Consider setting `persistent_workers=True`",
+    "ignore:.*exists and is not empty",
+    "ignore:.*callbacks used to create the checkpoint need to be provided",
+    "ignore:.*treespec, LeafSpec.*:FutureWarning",  # inside Lightning 2.6
+)
+
+
+class Recorder(LightningModule):
+    """Remembers a digest of every training batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[tuple[int, str]] = []
+
+    def training_step(self, batch, batch_idx):
+        images, targets = batch
+        data = images.numpy().tobytes() + targets.numpy().tobytes()
+        self.seen.append((self.current_epoch, hashlib.sha256(data).hexdigest()))
+        return self.weight * images.mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", batch[0].mean())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def module(root, workers=0, persistent=False, **options):
+    defaults = {"batch_size": 4, "input_size": 16, "auto_augment": "rand-m9-mstd0.5", "seed": 3}
+    return ImageDataModule(
+        str(root),
+        num_workers=workers,
+        persistent_workers=persistent,
+        **{**defaults, **options},
+    )
+
+
+def fit(data, folder, epochs, ckpt_path=None, checkpoint=None, **options):
+    recorder = Recorder()
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[checkpoint] if checkpoint else [],
+        enable_checkpointing=checkpoint is not None,
+        **options,
+    )
+    trainer.fit(recorder, data, ckpt_path=ckpt_path)
+    return recorder.seen
+
+
+@pytest.fixture
+def uninterrupted(pets, tmp_path):
+    """Digests of four epochs of two batches, read without workers."""
+    seen = fit(module(pets), tmp_path, epochs=4)
+    assert [epoch for epoch, _ in seen] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert len({digest for _, digest in seen}) == 8  # every epoch has its own images
+    return seen
+
+
+@pytest.mark.parametrize("when", ["after validation", "after the training epoch"])
+@pytest.mark.parametrize(("workers", "persistent"), LOADERS)
+def test_resumed_run_sees_the_batches_of_an_uninterrupted_one(
+    pets, tmp_path, uninterrupted, workers, persistent, when
+):
+    checkpoint = ModelCheckpoint(
+        tmp_path / "ckpt",
+        filename="{epoch}",
+        save_top_k=-1,
+        save_on_train_epoch_end=when == "after the training epoch",
+    )
+    first = fit(module(pets, workers, persistent), tmp_path, 2, checkpoint=checkpoint)
+    second = fit(
+        module(pets, workers, persistent),
+        tmp_path,
+        epochs=4,
+        ckpt_path=tmp_path / "ckpt" / "epoch=1.ckpt",
+    )
+    assert first + second == uninterrupted
+
+
+@pytest.mark.parametrize(("workers", "persistent"), LOADERS[1:])
+def test_number_of_workers_changes_nothing(pets, tmp_path, uninterrupted, workers, persistent):
+    assert fit(module(pets, workers, persistent), tmp_path, epochs=4) == uninterrupted
+
+
+def test_reloading_the_loader_and_no_sanity_check_change_nothing(pets, tmp_path, uninterrupted):
+    reloaded = fit(
+        module(pets, 2, True),
+        tmp_path,
+        epochs=4,
+        reload_dataloaders_every_n_epochs=1,
+        num_sanity_val_steps=0,
+    )
+    assert reloaded == uninterrupted
+
+
+def test_global_generators_neither_matter_nor_move(pets, tmp_path, uninterrupted):
+    random.seed(99)
+    np.random.seed(99)
+    torch.manual_seed(99)
+    data = module(pets)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    batches = list(loader)
+    after = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    assert before == after
+    first = batches[0][0].numpy().tobytes() + batches[0][1].numpy().tobytes()
+    assert hashlib.sha256(first).hexdigest() == uninterrupted[0][1]
+
+
+def test_workers_do_not_move_the_global_generator(pets):
+    data = module(pets, workers=1)
+    data.setup("fit")
+    before = torch.get_rng_state()
+    list(data.train_dataloader())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_seed_comes_from_the_checkpoint_unless_given(pets, tmp_path, monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    checkpoint = ModelCheckpoint(tmp_path / "ckpt", filename="last")
+    whole = fit(module(pets, seed=None), tmp_path, 2)
+    fit(module(pets, seed=None), tmp_path, 1, checkpoint=checkpoint)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "8")
+    resumed = fit(module(pets, seed=None), tmp_path, 2, ckpt_path=tmp_path / "ckpt" / "last.ckpt")
+    assert resumed == whole[2:]
+    with pytest.warns(UserWarning, match="data seed 5 differs from the checkpoint's 7"):
+        other = fit(
+            module(pets, seed=5), tmp_path, 2, ckpt_path=tmp_path / "ckpt" / "last.ckpt"
+        )
+    assert other != resumed
+
+
+def test_seeds_and_epochs_are_not_interchangeable(pets):
+    def order(seed, epoch):
+        sampler = EpochSampler(range(100), seed)
+        sampler.set_epoch(epoch)
+        return [key.position for key in sampler]
+
+    assert order(0, 1) != order(1, 0)
+    assert sorted(order(0, 1)) == list(range(100))
+    assert order(4, 2) == order(4, 2)
+
+
+def test_ranks_share_the_images_out():
+    samplers = [EpochSampler(range(10), seed=0, num_replicas=3, rank=rank) for rank in range(3)]
+    for sampler in samplers:
+        sampler.set_epoch(5)
+    shares = [list(sampler) for sampler in samplers]
+    assert [len(share) for share in shares] == [4, 4, 4] == [len(s) for s in samplers]
+    positions = [key.position for share in shares for key in share]
+    assert set(positions) == set(range(10))  # two of them twice, to make it even
+    assert {key.epoch for share in shares for key in share} == {5}
+    alone = EpochSampler(range(10), seed=0)
+    alone.set_epoch(5)
+    interleaved = [key.position for trio in zip(*shares, strict=True) for key in trio]
+    assert interleaved[:10] == [key.position for key in alone]
+
+
+def test_same_image_differs_between_epochs_but_not_between_reads(pets):
+    data = module(pets)
+    data.setup("fit")
+    samples = data.train_dataloader().dataset
+    first = samples[SampleKey(0, 0)].image
+    assert torch.equal(first, samples[SampleKey(0, 0)].image)
+    assert not torch.equal(first, samples[SampleKey(1, 0)].image)
+    assert torch.equal(first, samples[0].image)  # a plain index, from Lightning's own samplers
+
+
+def test_loaders_survive_pickling(pets):
+    data = module(pets)
+    data.setup("fit")
+    samples = data.train_dataloader().dataset
+    copy = pickle.loads(pickle.dumps(samples))
+    assert torch.equal(copy[SampleKey(2, 1)].image, samples[SampleKey(2, 1)].image)
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
+def test_overfit_batches_works(pets, tmp_path):
+    seen = fit(module(pets), tmp_path, epochs=2, overfit_batches=1)
+    assert len(seen) == 2
+    assert seen[0][1] == seen[1][1]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_two_processes_see_every_image_once_an_epoch(make_folder, tmp_path):
+    import subprocess
+    import sys
+
+    root = make_folder({"train": {"a": 4, "b": 4}, "val": {"a": 2, "b": 2}})
+    script = tmp_path / "ddp.py"
+    script.write_text(
+        "import sys, json, torch\n"
+        "from lightning.pytorch import LightningModule, Trainer\n"
+        "from lightning_modules.data import ImageDataModule\n"
+        "class M(LightningModule):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(); self.w = torch.nn.Parameter(torch.zeros(())); self.seen = []\n"
+        "    def training_step(self, batch, i):\n"
+        "        self.seen.append([self.current_epoch, *batch[0].sum((1, 2, 3)).tolist()])\n"
+        "        return self.w * batch[0].mean()\n"
+        "    def configure_optimizers(self): return torch.optim.SGD(self.parameters(), lr=0.1)\n"
+        "    def on_train_end(self):\n"
+        "        open(f'{sys.argv[2]}/{self.global_rank}.json', 'w').write(json.dumps(self.seen))\n"
+        "if __name__ == '__main__':\n"
+        "    d = ImageDataModule(sys.argv[1], batch_size=2, input_size=16, seed=3, num_workers=1)\n"
+        "    Trainer(accelerator='cpu', devices=2, strategy='ddp', max_epochs=2, logger=False,\n"
+        "            enable_checkpointing=False, default_root_dir=sys.argv[2],\n"
+        "            limit_val_batches=0).fit(M(), d)\n"
+    )
+    subprocess.run([sys.executable, script, root, tmp_path], check=True, timeout=240)
+    import json
+
+    seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    alone = ImageDataModule(str(root), batch_size=8, input_size=16, seed=3, num_workers=0)
+    alone.setup("fit")
+    loader = alone.train_dataloader()
+    for epoch in (0, 1):
+        loader.sampler.set_epoch(epoch)
+        expected = sorted(next(iter(loader))[0].sum((1, 2, 3)).tolist())
+        found = sorted(v for rank in seen for e, *values in rank if e == epoch for v in values)
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-2)
