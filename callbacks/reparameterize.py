@@ -1,0 +1,354 @@
+"""After each validation: a checkpoint, and from its weights the fused files that ship."""
+
+import contextlib
+import copy
+import inspect
+import math
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from weakref import proxy
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from callbacks.checkpoint_folder import CheckpointFolder
+from mobileone.export import ExportSpec, Manifest, Metadata, TrainingState, export_model
+from mobileone.export.checkpoint import model_weights, read_checkpoint
+from mobileone.export.formats import DEFAULT_FORMATS, check_formats
+from mobileone.export.isolation import isolated
+from mobileone.export.publish import clean_stale, publish_file, staging
+
+__all__ = ["ReparameterizeOnSave"]
+
+
+class ReparameterizeOnSave(ModelCheckpoint):
+    """Save a checkpoint and its fused artifact after every validation of a fit.
+
+    ```
+    <dirpath>/epoch=003-step=000400.ckpt    training checkpoint
+    <dirpath>/epoch=003-step=000400/        model.torchscript.pt, model.mlpackage, manifest.json
+    <dirpath>/last.ckpt, last/, best.ckpt, best/    relative links
+    ```
+
+    The artifact is built from the `state_dict` inside the checkpoint file (the averaged weights
+    where weights are averaged). Each new file appears complete, then the links move, then what is
+    neither the last nor among the best is removed: a kill at any moment leaves a usable last
+    checkpoint and artifact. One process may write to a `dirpath` at a time.
+
+    The module must keep its network in `self.model` and offer an `export_spec`
+    (`mobileone.export.ExportSpec`). Strategies that write one checkpoint file are supported.
+
+    Args:
+        monitor: metric that ranks the checkpoints.
+        mode: `max` if more is better, `min` if less is.
+        save_top_k: how many of the best to keep beside the last; -1 keeps all, 0 only the last.
+        dirpath: folder for it all; None takes `checkpoints` in the logger's folder, or in the
+            trainer's `default_root_dir`.
+        filename: name of a checkpoint; must contain `{step}`, so that names differ.
+        formats: formats of the artifact, names from `mobileone.export.FORMATS`.
+        metadata: author, licence, description and version for the artifact.
+        strict: raise when an export fails. Otherwise training goes on with a warning, the error is
+            kept in `last_error` and beside the checkpoint, and the next validation tries again.
+        save_weights_only: leave optimizers, schedulers and callbacks out of the checkpoints.
+
+    Attributes:
+        last_error: why the last export failed, or None.
+        listeners: called on rank 0 with the folder and the manifest of each published artifact,
+            after the links have moved.
+
+    Raises:
+        ValueError: an unknown format, or a `filename` without `{step}`.
+    """
+
+    def __init__(
+        self,
+        monitor: str = "val/acc1",
+        mode: str = "max",
+        save_top_k: int = 1,
+        dirpath: str | None = None,
+        filename: str = "{epoch:03d}-{step:06d}",
+        formats: Sequence[str] = DEFAULT_FORMATS,
+        metadata: Metadata | None = None,
+        strict: bool = False,
+        save_weights_only: bool = False,
+    ) -> None:
+        if "{step" not in filename:
+            raise ValueError(f"`filename` (={filename!r}) must contain {{step}}: names must differ")
+        super().__init__(
+            dirpath=dirpath,
+            filename=filename,
+            monitor=monitor,
+            mode=mode,
+            save_top_k=save_top_k,
+            save_weights_only=save_weights_only,
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        )
+        self.formats = check_formats(formats)
+        self.metadata = metadata or Metadata()
+        self.strict = strict
+        self.last_error: str | None = None
+        self.listeners: list[Callable[[Path, Manifest], None]] = []
+
+    # -- What others may ask -----------------------------------------------------------------
+
+    @property
+    def artifact_path(self) -> Path | None:
+        """Folder of the newest artifact, or None."""
+        return self._folder.linked_artifact("last") if self.dirpath else None
+
+    @property
+    def best_artifact_path(self) -> Path | None:
+        """Folder of the best checkpoint's artifact, or None."""
+        return self._folder.linked_artifact("best") if self.dirpath else None
+
+    # -- Lightning's hooks -------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if inspect.getattr_static(pl_module, "export_spec", None) is None:
+            raise TypeError(
+                f"{type(pl_module).__name__} has no `export_spec`: define a property that returns "
+                "mobileone.export.ExportSpec(model_name=..., class_names=..., input_size=..., "
+                "mean=..., std=..., interpolation=..., crop_pct=...) and keep the network in "
+                "`self.model`"
+            )
+        if self.dirpath is None:
+            root = Path(trainer.log_dir or trainer.default_root_dir)
+            self.dirpath = str((root / "checkpoints").resolve())
+        with warnings.catch_warnings():  # said better, and not on resuming, by on_fit_start
+            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+            super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _network_of(pl_module)
+        if _dry_run(trainer) or not trainer.is_global_zero:
+            return
+        self._folder.path.mkdir(parents=True, exist_ok=True)
+        clean_stale(self._folder.path)
+        if trainer.ckpt_path is None and any(self._folder.path.glob("*.ckpt")):
+            rank_zero_warn(
+                f"{self.dirpath} holds checkpoints of another run: those of the same name will be "
+                "replaced, the others stay and do not count as best"
+            )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if not fitting or _dry_run(trainer):
+            return
+        metrics = self._monitor_candidates(trainer)
+        path, score, self.best_k_models = trainer.strategy.broadcast(
+            (self.format_checkpoint_name(metrics), self._score(metrics), self.best_k_models)
+        )
+        before = {**super().state_dict()}
+        earlier = {*self.best_k_models, self.last_model_path} - {""}
+        self._rank(path, score)
+        try:
+            self._save_checkpoint(trainer, path)
+        except BaseException:
+            self._restore(before)
+            raise
+        training = TrainingState(
+            epoch=trainer.current_epoch,
+            step=trainer.global_step,
+            metrics={k: float(v) for k, v in trainer.callback_metrics.items()},
+            checkpoint=Path(path).name,
+        )
+        failure = _on_rank_zero(
+            trainer, lambda: self._publish(trainer, pl_module, path, training, earlier)
+        )
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(proxy(self))
+        self.last_error = failure
+        if failure and self.strict:
+            raise RuntimeError(failure)
+        if failure:
+            rank_zero_warn(f"{failure}\nTraining goes on; the next validation tries again.")
+
+    def format_checkpoint_name(
+        self,
+        metrics: dict[str, Tensor],
+        filename: str | None = None,
+        ver: int | None = None,
+        prefix: str | None = None,
+    ) -> str:
+        """As the base class, but a `/` in a metric's name does not make a folder."""
+        folder = Path(self.dirpath or "")
+        name = Path(super().format_checkpoint_name(metrics, filename, ver, prefix))
+        return str(folder / name.relative_to(folder).as_posix().replace("/", "_"))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the ranking; files are looked up by name in `dirpath`, and must still be there.
+
+        So a run folder may be moved, and a new run that starts from another's checkpoint starts
+        with an empty ranking.
+        """
+        here = Path(self.dirpath or "")
+        scores = {str(here / Path(p).name): s for p, s in state_dict["best_k_models"].items()}
+        self.best_k_models = {p: s for p, s in scores.items() if Path(p).is_file()}
+        last = here / Path(state_dict["last_model_path"]).name
+        self.last_model_path = str(last) if last.is_file() else ""
+        self.current_score = state_dict["current_score"]
+        self._name_best()
+
+    # -- One step of the work each -----------------------------------------------------------
+
+    @property
+    def _folder(self) -> CheckpointFolder:
+        assert self.dirpath is not None
+        return CheckpointFolder(self.dirpath)
+
+    def _score(self, metrics: dict[str, Tensor]) -> Tensor:
+        """The monitored value; NaN ranks behind everything."""
+        if self.monitor not in metrics:
+            available = sorted(set(metrics) - {"epoch", "step"})
+            raise ValueError(
+                f"`monitor` (={self.monitor!r}) was not logged by this validation; available: "
+                f"{available}. Set `monitor` to one of them, or log it in `validation_step`"
+            )
+        value = float(metrics[self.monitor])
+        if math.isnan(value):
+            value = math.inf if self.mode == "min" else -math.inf
+        return torch.tensor(value)
+
+    def _rank(self, path: str, score: Tensor) -> None:
+        """Enter a checkpoint; of equal ones the older stays ahead."""
+        scores = {p: s for p, s in self.best_k_models.items() if p != path} | {path: score}
+        order = sorted(scores, key=lambda p: float(scores[p]), reverse=self.mode == "max")
+        kept = order if self.save_top_k == -1 else order[: self.save_top_k]
+        self.best_k_models = {p: scores[p] for p in kept}
+        self.current_score = score
+        self.last_model_path = path
+        self._name_best()
+
+    def _name_best(self) -> None:
+        """Derive the base class's other attributes from the ranking, which is in order."""
+        ranked = list(self.best_k_models)
+        self.best_model_path = ranked[0] if ranked else ""
+        self.best_model_score = self.best_k_models[ranked[0]] if ranked else None
+        self.kth_best_model_path = ranked[-1] if ranked else ""
+        if ranked:
+            self.kth_value = self.best_k_models[ranked[-1]]
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        for name in ("best_k_models", "current_score", "last_model_path"):
+            setattr(self, name, state[name])
+        self._name_best()
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """Write beside and rename: Lightning's own move may cross file systems."""
+        final = Path(filepath)
+        with contextlib.ExitStack() as stack:
+            place = ""
+            if trainer.is_global_zero:
+                place = str(stack.enter_context(staging(final.parent)))
+            staged = Path(trainer.strategy.broadcast(place)) / final.name
+            trainer.save_checkpoint(staged, self.save_weights_only)
+            failure = _on_rank_zero(trainer, lambda: publish_file(staged, final))
+        if failure:
+            raise RuntimeError(failure)
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = filepath
+
+    def _publish(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        path: str,
+        training: TrainingState,
+        earlier: set[str],
+    ) -> str | None:
+        """All that rank 0 does once the checkpoint is complete. Returns what went wrong."""
+        folder = self._folder
+        earlier |= folder.linked_checkpoints()
+        published, failure = self._export(pl_module, path, training)
+        if failure is None:
+            published |= self._export_missed(pl_module)
+        folder.move_link("last", [path])
+        folder.move_link("best", self.best_k_models)
+        keep = {*self.best_k_models, path} | folder.linked_checkpoints()
+        for old in sorted(earlier - keep):
+            if self._should_remove_checkpoint(trainer, old, path):
+                folder.remove(old)
+        for artifact, manifest in published.items():
+            for listener in self.listeners:
+                listener(artifact, manifest)
+        return failure
+
+    def _export(
+        self, pl_module: LightningModule, path: str, training: TrainingState
+    ) -> tuple[dict[Path, Manifest], str | None]:
+        """Build the artifact of a checkpoint from the file itself."""
+        artifact = self._folder.artifact_of(path)
+        try:
+            with isolated():
+                weights = model_weights(read_checkpoint(Path(path))["state_dict"])
+                model = copy.deepcopy(_network_of(pl_module))
+                model.load_state_dict(weights)
+                manifest = export_model(
+                    model,
+                    _spec_of(pl_module),
+                    artifact,
+                    self.formats,
+                    training,
+                    self.metadata,
+                    overwrite=True,
+                )
+        except Exception as error:
+            failure = f"Exporting {artifact.name} failed: {type(error).__name__}: {error}"
+            with contextlib.suppress(OSError):  # a full disk is no reason to stop
+                self._folder.record_error(path, traceback.format_exc(), asdict(training))
+            return {}, failure
+        self._folder.clear_error(path)
+        return {artifact: manifest}, None
+
+    def _export_missed(self, pl_module: LightningModule) -> dict[Path, Manifest]:
+        """Try again for the best checkpoints whose export failed."""
+        published: dict[Path, Manifest] = {}
+        for path in self.best_k_models:
+            recorded = (
+                None if self._folder.has_artifact(path) else self._folder.recorded_error(path)
+            )
+            if recorded:
+                published |= self._export(pl_module, path, TrainingState(**recorded["training"]))[0]
+        return published
+
+
+def _dry_run(trainer: Trainer) -> bool:
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def _network_of(pl_module: LightningModule) -> nn.Module:
+    """The network that ships, without the wrapper of `torch.compile`."""
+    model = getattr(pl_module, "model", None)
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{type(pl_module).__name__} must keep the network that ships in `self.model`"
+        )
+    return model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model
+
+
+def _spec_of(pl_module: LightningModule) -> ExportSpec:
+    spec = pl_module.export_spec
+    if not isinstance(spec, ExportSpec):
+        raise TypeError(f"`export_spec` must be an ExportSpec, not {type(spec).__name__}")
+    return spec
+
+
+def _on_rank_zero(trainer: Trainer, work: Callable[[], str | None]) -> str | None:
+    """Run `work` on rank 0; every rank gets what went wrong, so that all go on or all stop."""
+    failure = None
+    if trainer.is_global_zero:
+        try:
+            failure = work()
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"
+    return trainer.strategy.broadcast(failure)
