@@ -1,0 +1,60 @@
+"""Errors that say what is wrong with a name, a label, a class list or a loss."""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from itertools import zip_longest
+
+import timm
+import torch
+from torch import Tensor
+
+__all__ = ["check_checkpoint_classes", "check_loss", "check_model_name", "check_targets"]
+
+
+def check_model_name(name: str) -> None:
+    """Raise ValueError, with similar names, unless timm knows `name`; hub addresses pass."""
+    if ":" in name or timm.is_model(name):
+        return
+    matches = get_close_matches(name, timm.list_models(), n=5)
+    hint = f": did you mean {', '.join(map(repr, matches))}?" if matches else ""
+    raise ValueError(f"unknown `model` (={name!r}){hint}; timm.list_models() has all names")
+
+
+def check_targets(targets: Tensor, num_classes: int) -> None:
+    """Raise ValueError unless `targets` (N,) are class indices; CUDA's own error says little."""
+    if targets.dtype != torch.long or targets.ndim != 1:
+        raise ValueError(
+            f"targets must be class indices, torch.int64 of shape (N,); got {targets.dtype} of "
+            f"shape {tuple(targets.shape)}"
+        )
+    low, high = int(targets.min()), int(targets.max())
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"a label (={low if low < 0 else high}) is outside 0..{num_classes - 1}, the classes "
+            f"of `num_classes` (={num_classes}): set num_classes to the number of classes in the "
+            "data, and number the labels from 0"
+        )
+
+
+def check_loss(loss: Tensor, *, step: int, epoch: int, lr: float) -> None:
+    """Raise FloatingPointError if the loss is not finite, before it reaches the weights."""
+    if not torch.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss is {loss.item()} at step {step} (epoch {epoch}, learning rate {lr:g}): "
+            "lower `lr`, set `warmup_epochs`, or train with precision bf16-mixed in place of "
+            "16-mixed; then continue from the last checkpoint"
+        )
+
+
+def check_checkpoint_classes(trained: Sequence[str], present: Sequence[str]) -> None:
+    """Raise ValueError unless the data's classes are the checkpoint's, in the same order."""
+    if list(trained) == list(present):
+        return
+    index, (was, now) = next(
+        (i, pair) for i, pair in enumerate(zip_longest(trained, present)) if pair[0] != pair[1]
+    )
+    raise ValueError(
+        f"the checkpoint was trained on other classes than the data have: class {index} is {was!r} "
+        f"in the checkpoint and {now!r} in the data; use the data set it was trained on, or give "
+        "the classes in its order"
+    )

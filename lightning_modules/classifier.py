@@ -1,0 +1,325 @@
+"""Training of any timm classifier, with the recipe of the MobileOne paper as defaults."""
+
+import os
+from typing import Any, Protocol, runtime_checkable
+
+import timm
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+import mobileone  # noqa: F401  (registers the family with timm)
+from lightning_modules.checks import (
+    check_checkpoint_classes,
+    check_loss,
+    check_model_name,
+    check_targets,
+)
+from lightning_modules.optimizers import (
+    build_optimizer,
+    effective_batch_size,
+    steps_per_epoch,
+    total_steps,
+)
+from lightning_modules.randomness import derive_seed
+from lightning_modules.schedules import CosineSchedule
+from mobileone.export.spec import ExportSpec
+
+__all__ = ["ImageClassifier"]
+
+
+@runtime_checkable
+class _ClassifiedData(Protocol):
+    class_names: list[str]
+    data_config: dict[str, Any]
+
+
+class ImageClassifier(LightningModule):
+    r"""Classify images with a timm model; batches are `(images, targets)`.
+
+    The defaults are the recipe of MobileOne (arXiv 2206.04040, section 4.1): SGD with momentum,
+    learning rate 0.1 for an effective batch of 256 on a cosine, label smoothing 0.1, weight decay
+    annealed from 1e-4 to 1e-5 on the same cosine. The paper states neither the momentum (0.9 in
+    reproductions), nor a warm-up (none here), nor whether norms and biases decay (they do here),
+    nor whether annealing goes by step or epoch (by step here). The average of the weights is the
+    `EMA` callback's.
+
+    Logs `train/loss` (this step's, with smoothing), `train/loss_epoch`, `lr`, `weight_decay`, and
+    `loss` (without smoothing), `acc1` and, with more than five classes, `acc5` under `val/` and
+    `test/`. These are exact for uneven batches and over several devices.
+
+    Dropout and stochastic depth draw from a generator that is seeded before each batch by (seed,
+    rank, epoch, batch), so that a resumed run repeats the uninterrupted one bit for bit.
+
+    Args:
+        model: timm name, for example `mobileone_s0` or `repvgg_a0.rvgg_in1k`.
+        num_classes: number of logits.
+        model_kwargs: further arguments of `timm.create_model`, for example `{"drop_rate": 0.1}`.
+        pretrained: start from timm's weights; not repeated when a checkpoint is loaded.
+        optimizer: timm's name; `"momentum"` is plain momentum, timm's `"sgd"` is Nesterov's.
+        optimizer_kwargs: further arguments of the optimizer.
+        lr: learning rate at the start of the cosine.
+        lr_reference_batch: if given, `lr` is meant for this effective batch (256 in the paper) and
+            scaled linearly to the present one (batch × devices × accumulated batches).
+        momentum: of SGD; used by optimizers that have one.
+        weight_decay: at the start.
+        weight_decay_end: at the end; equal to `weight_decay` for a constant one.
+        no_decay_norm_bias: exempt norms and biases. The paper does not state it; mmpretrain's
+            reproduction and Apple's CoreNet do so.
+        warmup_epochs: linear warm-up of the learning rate before the cosine; fractions allowed.
+        label_smoothing: of the training loss.
+        channels_last: memory format on CUDA. Elsewhere it is not used: depthwise convolutions
+            train more than ten times slower with it on CPUs.
+        seed: of dropout; None for the checkpoint's, else that of `seed_everything`, else 0.
+
+    Attributes:
+        model: the timm model, images (N, C, H, W) -> logits (N, num_classes).
+        test_confusion: after a test, counts (num_classes, num_classes): row = true class, column =
+            predicted class.
+        test_per_class: after a test, accuracy in 0..1 (num_classes,); NaN for absent classes.
+
+    Raises:
+        ValueError: an unknown name (similar ones are listed) or a value out of its range.
+    """
+
+    def __init__(
+        self,
+        model: str = "mobileone_s0",
+        *,
+        num_classes: int,
+        model_kwargs: dict[str, Any] | None = None,
+        pretrained: bool = False,
+        optimizer: str = "momentum",
+        optimizer_kwargs: dict[str, Any] | None = None,
+        lr: float = 0.1,
+        lr_reference_batch: int | None = None,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+        weight_decay_end: float = 1e-5,
+        no_decay_norm_bias: bool = False,
+        warmup_epochs: float = 0.0,
+        label_smoothing: float = 0.1,
+        channels_last: bool = True,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        check_model_name(model)
+        if num_classes < 1:
+            raise ValueError(f"`num_classes` (={num_classes}) must be at least 1")
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"`label_smoothing` (={label_smoothing}) must lie in [0, 1]")
+        if weight_decay == 0 and weight_decay_end != 0:
+            raise ValueError(
+                f"`weight_decay_end` (={weight_decay_end}) must be 0 where `weight_decay` is: "
+                "annealing scales the start value"
+            )
+        self.model = timm.create_model(
+            model, pretrained=pretrained, num_classes=num_classes, **(model_kwargs or {})
+        )
+        self.num_classes = num_classes
+        self.train_loss = MeanMetric(nan_strategy="disable")
+        self.val_metrics = _metrics(num_classes, "val/")
+        self.test_metrics = _metrics(num_classes, "test/")
+        self.test_confusion: Tensor | None = None
+        self.test_per_class: Tensor | None = None
+        self._spec: ExportSpec | None = None
+        self._restored_seed: int | None = None
+
+    @property
+    def export_spec(self) -> ExportSpec:
+        """What the model expects and returns, known from the data module or the checkpoint.
+
+        Raises:
+            ValueError: neither has been seen yet.
+        """
+        if self._spec is None:
+            raise ValueError(
+                "the names of the classes and the transform are unknown: train or test with a data "
+                "module that has `class_names` and `data_config` (ImageDataModule), or load a "
+                "checkpoint of such a run"
+            )
+        return self._spec
+
+    @property
+    def seed(self) -> int:
+        """The seed in force: the argument, else the checkpoint's, else the run's, else 0."""
+        for seed in (self.hparams["seed"], self._restored_seed):
+            if seed is not None:
+                return seed
+        return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    def setup(self, stage: str) -> None:
+        """Take the class names and the transform from the data module, and check the classes.
+
+        Raises:
+            ValueError: the data have another number of classes than the model, or, unless
+                training starts anew, other classes than the checkpoint.
+        """
+        data = self.trainer.datamodule
+        if stage != "predict" and isinstance(data, _ClassifiedData):
+            names = tuple(data.class_names)
+            if len(names) != self.num_classes:
+                raise ValueError(
+                    f"the model has `num_classes` (={self.num_classes}), but the data have "
+                    f"{len(names)} classes: set model.num_classes to {len(names)}"
+                )
+            if stage != "fit" and self._spec is not None:
+                check_checkpoint_classes(self._spec.class_names, names)
+            self._spec = ExportSpec(self.hparams["model"], names, **data.data_config)
+        if self._uses_channels_last():
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W), normalised, -> logits (N, num_classes)."""
+        if self._uses_channels_last():
+            images = images.contiguous(memory_format=torch.channels_last)
+        logits: Tensor = self.model(images)  # (N, C, H, W) -> (N, num_classes)
+        return logits
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Make the randomness of this batch independent of what was drawn before."""
+        torch.manual_seed(derive_seed(self.seed, self.global_rank, self.current_epoch, batch_idx))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the smoothed cross-entropy, a scalar.
+
+        Raises:
+            ValueError: a label of an epoch's first batch is out of range.
+            FloatingPointError: the loss is not finite. The weights are still those before the step.
+        """
+        images, targets = batch
+        if batch_idx == 0:
+            check_targets(targets, self.num_classes)
+        loss = F.cross_entropy(
+            self._logits(images), targets, label_smoothing=self.hparams["label_smoothing"]
+        )
+        groups = self.trainer.optimizers[0].param_groups
+        lr = max(float(group["lr"]) for group in groups)
+        check_loss(loss, step=self.global_step, epoch=self.current_epoch, lr=lr)
+        self.log("train/loss", loss, prog_bar=True)
+        self.train_loss.update(loss.detach(), len(targets))
+        self.log("train/loss_epoch", self.train_loss, on_step=False, on_epoch=True)
+        self.log("lr", lr)
+        self.log("weight_decay", max(float(group["weight_decay"]) for group in groups))
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Add a batch to `val/loss`, `val/acc1` and `val/acc5`."""
+        self._evaluate(batch, batch_idx, self.val_metrics)
+
+    def on_test_epoch_start(self) -> None:
+        """Start a confusion matrix; it takes num_classes² numbers, so it exists in tests only."""
+        self.test_confusion = self.test_per_class = None
+        self._confusion = MulticlassConfusionMatrix(self.num_classes, validate_args=False)
+        self._confusion.to(self.device)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Add a batch to `test/loss`, `test/acc1`, `test/acc5` and the confusion matrix."""
+        logits = self._evaluate(batch, batch_idx, self.test_metrics)
+        self._confusion.update(logits, batch[1])
+
+    def on_test_epoch_end(self) -> None:
+        """Leave `test_confusion` and `test_per_class`, the same on all devices."""
+        confusion = self._confusion.compute().cpu()
+        del self._confusion
+        self.test_confusion = confusion
+        self.test_per_class = confusion.diagonal() / confusion.sum(dim=1)
+
+    def predict_step(self, batch: Tensor | tuple[Tensor, ...], batch_idx: int) -> Tensor:
+        """Images (N, C, H, W), or a tuple starting with them, -> probabilities (N, num_classes)."""
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        return self._logits(images).softmax(dim=1)
+
+    def configure_optimizers(self) -> tuple[list[Any], list[Any]]:
+        """Return the optimizer and the schedules of learning rate and weight decay."""
+        h = self.hparams
+        steps = total_steps(self.trainer)  # loads the data, which the lines below need
+        warmup_epochs = h["warmup_epochs"]
+        warmup = round(warmup_epochs * steps_per_epoch(self.trainer)) if warmup_epochs else 0
+        optimizer = build_optimizer(
+            self.model,
+            h["optimizer"],
+            lr=self._scaled_lr(),
+            weight_decay=h["weight_decay"],
+            momentum=h["momentum"],
+            no_decay_norm_bias=h["no_decay_norm_bias"],
+            **(h["optimizer_kwargs"] or {}),
+        )
+        schedules = [CosineSchedule(optimizer, "lr", steps, warmup_steps=warmup)]
+        if h["weight_decay"]:
+            end = h["weight_decay_end"] / h["weight_decay"]
+            schedules.append(CosineSchedule(optimizer, "weight_decay", steps, end))
+        # LearningRateMonitor logs the learning rate under the name of every schedule it finds, so
+        # a name of its own for the weight decay's would be a wrong label
+        return [optimizer], [{"scheduler": s, "interval": "step", "name": "lr"} for s in schedules]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make the checkpoint enough to rebuild the model, offline, and to export it."""
+        saved = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]
+        saved["pretrained"] = False  # the checkpoint has the weights: no download on loading
+        if saved["model_kwargs"]:
+            kept = {k: v for k, v in saved["model_kwargs"].items() if k != "checkpoint_path"}
+            saved["model_kwargs"] = kept
+        checkpoint["dropout_seed"] = self.seed
+        if self._spec is not None:
+            checkpoint["export_spec"] = self._spec.to_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the checkpoint's seed and export spec.
+
+        Raises:
+            ValueError: the data module's classes are others than the checkpoint's.
+        """
+        self._restored_seed = checkpoint.get("dropout_seed")
+        if "export_spec" not in checkpoint:
+            return
+        spec = ExportSpec.from_dict(checkpoint["export_spec"])
+        if self._spec is not None:
+            check_checkpoint_classes(spec.class_names, self._spec.class_names)
+        elif spec.num_classes == self.num_classes:  # else it is loaded for other classes
+            self._spec = spec
+
+    def _logits(self, images: Tensor) -> Tensor:
+        logits: Tensor = self(images)
+        return logits.float()  # losses and probabilities lose too much in half precision
+
+    def _evaluate(
+        self, batch: tuple[Tensor, Tensor], batch_idx: int, metrics: MetricCollection
+    ) -> Tensor:
+        images, targets = batch
+        if batch_idx == 0:
+            check_targets(targets, self.num_classes)
+        logits = self._logits(images)
+        loss = F.cross_entropy(logits, targets)
+        # each metric takes the arguments that it knows
+        metrics.update(preds=logits, target=targets, value=loss, weight=len(targets))
+        self.log_dict(metrics, prog_bar=True)
+        return logits
+
+    def _scaled_lr(self) -> float:
+        lr: float = self.hparams["lr"]
+        reference: int | None = self.hparams["lr_reference_batch"]
+        if reference is None:
+            return lr
+        batch = effective_batch_size(self.trainer)
+        rank_zero_info(f"learning rate {lr} × {batch} / {reference} = {lr * batch / reference:g}")
+        return lr * batch / reference
+
+    def _uses_channels_last(self) -> bool:
+        return bool(self.hparams["channels_last"]) and self.device.type == "cuda"
+
+
+def _metrics(num_classes: int, prefix: str) -> MetricCollection:
+    metrics: dict[str, Any] = {"loss": MeanMetric(nan_strategy="disable")}
+    for k in (1, 5):
+        if k == 1 or num_classes > k:
+            metrics[f"acc{k}"] = MulticlassAccuracy(
+                num_classes, top_k=k, average="micro", validate_args=False
+            )
+    # compute groups would merge acc1 and acc5 for good if they agree on the first batch
+    return MetricCollection(metrics, prefix=prefix, compute_groups=False)

@@ -1,0 +1,108 @@
+"""The optimizer by timm's names, and what its learning rate refers to."""
+
+import math
+from difflib import get_close_matches
+from typing import Any
+
+from lightning.pytorch import Trainer
+from timm.optim import create_optimizer_v2, list_optimizers
+from torch import nn
+from torch.optim import Optimizer
+
+__all__ = ["build_optimizer", "effective_batch_size", "steps_per_epoch", "total_steps"]
+
+
+def build_optimizer(
+    model: nn.Module,
+    name: str,
+    *,
+    lr: float,
+    weight_decay: float,
+    momentum: float = 0.9,
+    no_decay_norm_bias: bool = False,
+    **kwargs: Any,
+) -> Optimizer:
+    """Make timm's optimizer `name` for the trainable parameters of `model`.
+
+    timm's `"momentum"` is SGD with plain momentum; its `"sgd"` is Nesterov's. Parameters that the
+    model itself exempts (`model.no_weight_decay()`) never decay.
+
+    Args:
+        model: its parameters with `requires_grad` are optimized.
+        name: one of `timm.optim.list_optimizers()`.
+        lr: learning rate of all groups.
+        weight_decay: weight decay of the groups that decay.
+        momentum: used by the optimizers that have one.
+        no_decay_norm_bias: no decay for parameters of one dimension (norms, biases).
+        kwargs: passed on to the optimizer.
+
+    Raises:
+        ValueError: `name` is unknown; the message lists similar names.
+    """
+    known = [str(known_name) for known_name in list_optimizers()]
+    if name.lower().split("_")[-1] not in known:
+        raise ValueError(
+            f"unknown `optimizer` (={name!r}){_did_you_mean(name, known)}; "
+            "timm.optim.list_optimizers() has all names"
+        )
+    return create_optimizer_v2(
+        model,
+        opt=name,
+        lr=lr,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        filter_bias_and_bn=no_decay_norm_bias,
+        **kwargs,
+    )
+
+
+def total_steps(trainer: Trainer) -> int:
+    """Optimizer steps of the whole fit; loads the training data to count the batches.
+
+    Raises:
+        ValueError: the trainer runs without end.
+    """
+    steps = trainer.estimated_stepping_batches
+    if not 0 < steps < math.inf:
+        raise ValueError(
+            f"the schedules need to know how long training is, but max_epochs={trainer.max_epochs} "
+            f"and max_steps={trainer.max_steps} give no number of steps: set one of them (with an "
+            "iterable data set, `max_steps`)"
+        )
+    return int(steps)
+
+
+def steps_per_epoch(trainer: Trainer) -> int:
+    """Optimizer steps an epoch; Lightning also steps on an epoch's last, incomplete accumulation.
+
+    Raises:
+        ValueError: the length of an epoch is unknown, as with an iterable data set.
+    """
+    if trainer.num_training_batches == math.inf:
+        raise ValueError(
+            "the length of an epoch is unknown: set `limit_train_batches` to a number of batches"
+        )
+    return math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+
+
+def effective_batch_size(trainer: Trainer) -> int:
+    """Images an optimizer step: batch per device × devices × accumulated batches.
+
+    Raises:
+        ValueError: the training loader does not say its batch size.
+    """
+    loader = trainer.train_dataloader
+    batch_size: int | None = getattr(loader, "batch_size", None) or getattr(
+        getattr(loader, "batch_sampler", None), "batch_size", None
+    )
+    if batch_size is None:
+        raise ValueError(
+            f"the training loader ({type(loader).__name__}) has no `batch_size`, which scaling the "
+            "learning rate needs: set `lr_reference_batch: null` and give the final `lr`"
+        )
+    return batch_size * trainer.world_size * trainer.accumulate_grad_batches
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    matches = get_close_matches(name, known, n=5)
+    return f": did you mean {', '.join(map(repr, matches))}?" if matches else ""
