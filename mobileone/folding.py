@@ -33,12 +33,14 @@ def batch_norm_affine(
     Returns:
         `scale` and `shift`, each of shape (C,), in float32 or better.
     """
+    # the dtype comes from a buffer: FX tracing stands a proxy for parameters, which has none yet
     scale = at_least_float32(var).add(eps).rsqrt()
+    shift = -mean.to(scale.dtype)
     if gamma is not None:
-        scale = at_least_float32(gamma) * scale
-    shift = -at_least_float32(mean) * scale
+        scale = gamma.to(scale.dtype) * scale
+    shift = shift * scale
     if beta is not None:
-        shift = at_least_float32(beta) + shift
+        shift = beta.to(shift.dtype) + shift
     return scale, shift
 
 
@@ -58,7 +60,7 @@ def fold_conv_bn(weight: Tensor, affine: tuple[Tensor, Tensor]) -> tuple[Tensor,
         Kernel of the same shape and bias of shape (C_out,), in float32 or better.
     """
     scale, shift = affine
-    return at_least_float32(weight) * scale.reshape(-1, 1, 1, 1), shift
+    return weight.to(scale.dtype) * scale.reshape(-1, 1, 1, 1), shift
 
 
 def identity_kernel(channels: int, groups: int, kernel_size: int, like: Tensor) -> Tensor:

@@ -1,0 +1,127 @@
+"""The block against arithmetic written out here."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch.utils.checkpoint import checkpoint
+
+from mobileone import MobileOneBlock
+
+SHAPES = [
+    {"in_chs": 3, "out_chs": 8, "stride": 2},  # stem
+    {"in_chs": 8, "out_chs": 8, "groups": 8, "num_conv_branches": 4},
+    {"in_chs": 8, "out_chs": 8, "groups": 8, "stride": 2, "num_conv_branches": 2},
+    {"in_chs": 8, "out_chs": 8, "groups": 8, "dilation": 2},
+    {"in_chs": 8, "out_chs": 8, "kernel_size": 1, "num_conv_branches": 3},
+    {"in_chs": 8, "out_chs": 12, "kernel_size": 1},
+    {"in_chs": 8, "out_chs": 8, "kernel_size": 5, "groups": 2},
+]
+
+
+def batch_normalised(z, bn):
+    """BatchNorm of a training batch, written out."""
+    mean = z.mean((0, 2, 3), keepdim=True)
+    var = ((z - mean) ** 2).mean((0, 2, 3), keepdim=True)
+    normal = (z - mean) / (var + bn.eps).sqrt()
+    return normal * bn.weight[:, None, None] + bn.bias[:, None, None]
+
+
+def expected_training_output(block, x):
+    terms = []
+    for branch in [*block.conv_kxk, block.conv_scale]:
+        if branch is not None:
+            conv = branch.conv
+            z = F.conv2d(
+                x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups
+            )
+            terms.append(batch_normalised(z, branch.bn))
+    if block.identity is not None:
+        terms.append(batch_normalised(x, block.identity))
+    return sum(terms).relu()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_training_sums_the_normalised_branches(shape, randomise):
+    block = randomise(MobileOneBlock(**shape, dtype=torch.float64))
+    x = torch.randn(4, shape["in_chs"], 9, 7, dtype=torch.float64)
+    torch.testing.assert_close(block(x), expected_training_output(block, x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_evaluation_is_one_convolution_and_equals_the_branches(shape, randomise, monkeypatch):
+    block = randomise(MobileOneBlock(**shape, dtype=torch.float64)).eval()
+    x = torch.randn(2, shape["in_chs"], 9, 7, dtype=torch.float64)
+    expected = block._sum_branches(x).relu()
+    calls = []
+    conv2d = F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda *a, **k: calls.append(1) or conv2d(*a, **k))
+    y = block(x)
+    assert len(calls) == 1
+    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_evaluation_follows_a_changed_weight_at_once(randomise):
+    block = randomise(MobileOneBlock(4, 4, groups=4)).eval()
+    x = torch.randn(1, 4, 5, 5)
+    before = block(x)
+    with torch.no_grad():
+        block.conv_kxk[0].conv.weight.mul_(2)
+        block.identity.running_mean.add_(1)
+    after = block(x)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, block._sum_branches(x).relu())
+
+
+def test_evaluation_is_differentiable(randomise):
+    block = randomise(MobileOneBlock(4, 4, groups=4, num_conv_branches=2)).eval()
+    block(torch.randn(1, 4, 5, 5)).sum().backward()
+    assert all(p.grad is not None for p in block.parameters())
+
+
+def test_frozen_batch_norm_in_training_uses_the_one_convolution(randomise):
+    block = randomise(MobileOneBlock(4, 4, groups=4, dtype=torch.float64)).train()
+    for bn in block._norms():
+        bn.eval()
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    buffers = [b.clone() for b in block.buffers()]
+    y = block(x)
+    torch.testing.assert_close(y, block._sum_branches(x).relu(), rtol=1e-10, atol=1e-10)
+    assert all(torch.equal(a, b) for a, b in zip(buffers, block.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_updates_the_statistics_once(use_reentrant):
+    plain, checked = (MobileOneBlock(4, 4, groups=4, num_conv_branches=2) for _ in range(2))
+    checked.load_state_dict(plain.state_dict())
+    x = torch.randn(3, 4, 6, 6, requires_grad=True)
+    plain(x).square().sum().backward()
+    checkpoint(checked, x, use_reentrant=use_reentrant).square().sum().backward()
+    for (key, expected), value in zip(
+        plain.state_dict().items(), checked.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7, msg=key)
+    for a, b in zip(plain.parameters(), checked.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_stochastic_depth_spares_the_skip():
+    block = MobileOneBlock(4, 4, groups=4, drop_path_rate=0.999, dtype=torch.float64).train()
+    assert isinstance(block.drop_path, DropPath)
+    x = torch.randn(4, 4, 6, 6, dtype=torch.float64)
+    torch.testing.assert_close(block(x), batch_normalised(x, block.identity).relu())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({"num_conv_branches": 0}, r"`num_conv_branches` \(=0\) must be at least 1"),
+        ({"kernel_size": 2}, r"`kernel_size` \(=2\) must be odd"),
+        ({"groups": 3}, r"`groups` \(=3\) must divide `in_chs` \(=8\)"),
+        ({"use_skip": True, "stride": 2}, r"`stride` \(=2\) equal to 1"),
+        ({"use_skip": True, "out_chs": 16}, r"`out_chs` \(=16\)"),
+    ],
+)
+def test_bad_arguments_name_value_and_rule(arguments, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        MobileOneBlock(**{"in_chs": 8, "out_chs": 8, **arguments})

@@ -1,0 +1,174 @@
+"""Weight files of every origin, by every route timm offers."""
+
+import re
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import mobileone
+from mobileone.weights import convert_keys, identify
+
+
+def as_apple(state_dict):
+    """Rename timm's keys to those of Apple's release (the inverse of the map under test)."""
+    renamed = {}
+    for key, value in state_dict.items():
+        key = re.sub(r"^stem", "stage0", key)
+        key = re.sub(r"^stages\.(\d)", lambda m: f"stage{int(m[1]) + 1}", key)
+        for ours, theirs in [
+            ("identity", "rbr_skip"),
+            ("conv_scale", "rbr_scale"),
+            ("conv_kxk", "rbr_conv"),
+            ("attn.fc1", "se.reduce"),
+            ("attn.fc2", "se.expand"),
+            ("head.fc", "linear"),
+        ]:
+            key = key.replace(f"{ours}.", f"{theirs}.")
+        renamed[key] = value
+    return renamed
+
+
+def in_lightning(state_dict):
+    return {f"model.{k}": v for k, v in state_dict.items()}
+
+
+@pytest.fixture(scope="module", params=["mobileone_mu0", "mobileone_s4"])
+def trained(request):
+    torch.manual_seed(0)
+    model = timm.create_model(request.param, num_classes=1000).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return request.param, model
+
+
+def files(model):
+    fused = mobileone.reparameterize(model).state_dict()
+    own = model.state_dict()
+    return {
+        "timm": own,
+        "apple": as_apple(own),
+        "apple fused": as_apple(fused),
+        "fused": fused,
+        "lightning": in_lightning(own),
+        "lightning fused": in_lightning(fused),
+        "distributed": {f"module.{k}": v for k, v in own.items()},
+    }
+
+
+ORIGINS = ["timm", "apple", "apple fused", "fused", "lightning", "lightning fused", "distributed"]
+ROUTES = ["load_state_dict", "checkpoint_path", "pretrained", "nested"]
+
+
+@pytest.mark.parametrize(
+    ("origin", "route"),
+    [
+        (origin, route)
+        for origin in ORIGINS
+        for route in ROUTES
+        # a wrapper inside a wrapper is nobody's file
+        if route != "nested" or origin in ("timm", "apple", "apple fused", "fused")
+    ],
+)
+def test_every_origin_loads_by_every_route(trained, origin, route, tmp_path):
+    name, model = trained
+    state_dict = files(model)[origin]
+    path = tmp_path / "weights.pth"
+    if route == "load_state_dict":
+        loaded = timm.create_model(name)
+        loaded.load_state_dict(state_dict)
+    elif route == "checkpoint_path":
+        torch.save({"state_dict": state_dict}, path)
+        loaded = timm.create_model(name, checkpoint_path=path)
+    elif route == "pretrained":
+        torch.save(state_dict, path)
+        overlay = {"file": str(path), "num_classes": 1000}
+        loaded = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+    else:
+        outer = nn.ModuleDict({"backbone": timm.create_model(name)})
+        outer.load_state_dict({f"backbone.{k}": v for k, v in state_dict.items()})
+        loaded = outer["backbone"]
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(loaded.eval()(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_pretrained_apple_weights_adapt_to_classes_and_channels(trained, tmp_path):
+    name, model = trained
+    torch.save(as_apple(model.state_dict()), tmp_path / "apple.pth")
+    loaded = timm.create_model(
+        name,
+        pretrained=True,
+        num_classes=7,
+        in_chans=1,
+        pretrained_cfg_overlay={"file": str(tmp_path / "apple.pth")},
+    ).eval()
+    assert loaded(torch.randn(1, 1, 64, 64)).shape == (1, 7)
+    expected = model.stem.conv_kxk[0].conv.weight.sum(1, keepdim=True)
+    torch.testing.assert_close(loaded.stem.conv_kxk[0].conv.weight, expected)
+
+
+def test_fused_weights_give_a_fused_model_that_saves_and_loads_again(trained):
+    name, model = trained
+    fused = mobileone.reparameterize(model)
+    once = timm.create_model(name)
+    once.load_state_dict(fused.state_dict())
+    twice = timm.create_model(name)
+    twice.load_state_dict(once.state_dict())
+    assert list(twice.state_dict()) == list(fused.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(twice.eval()(x), fused(x))
+
+
+def test_apple_map_covers_every_key(trained):
+    _, model = trained
+    for state_dict in (model.state_dict(), mobileone.reparameterize(model).state_dict()):
+        assert list(convert_keys(as_apple(state_dict))) == list(state_dict)
+
+
+@pytest.mark.parametrize("name", sorted(timm.list_models("mobileone_*")))
+@pytest.mark.parametrize("fused", [False, True])
+def test_identify_names_the_variant(name, fused):
+    model = timm.create_model(name, num_classes=11, in_chans=4, device="meta").eval()
+    state_dict = (mobileone.reparameterize(model) if fused else model).state_dict()
+    info = identify(state_dict)
+    assert (info.variant, info.fused, info.num_classes, info.in_chans) == (name, fused, 11, 4)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_mismatch_says_which_model_the_file_is(fused):
+    other = timm.create_model("mobileone_mu1", num_classes=3).eval()
+    state_dict = (mobileone.reparameterize(other) if fused else other).state_dict()
+    form = "fused" if fused else "training form"
+    with pytest.raises(RuntimeError, match=rf"look like mobileone_mu1 \({form}, 3 classes") as info:
+        timm.create_model("mobileone_mu0").load_state_dict(as_apple(state_dict))
+    assert "this model is mobileone_mu0" in str(info.value)
+    assert "timm.create_model('mobileone_mu1', num_classes=3, in_chans=3)" in str(info.value)
+
+
+def test_mismatch_of_classes_is_explained():
+    weights = timm.create_model("mobileone_mu0", num_classes=3).state_dict()
+    with pytest.raises(RuntimeError, match="3 classes.*this model is.*1000 classes"):
+        timm.create_model("mobileone_mu0").load_state_dict(weights)
+
+
+def test_training_weights_do_not_fit_a_fused_model():
+    model = timm.create_model("mobileone_mu0").eval()
+    with pytest.raises(RuntimeError, match="load them into a fresh model"):
+        mobileone.reparameterize(model).load_state_dict(model.state_dict())
+
+
+def test_foreign_weights_are_named_as_such():
+    foreign = timm.create_model("resnet18", device="meta").state_dict()
+    with pytest.raises(RuntimeError, match="not a MobileOne's"):
+        timm.create_model("mobileone_mu0").load_state_dict(foreign)
+
+
+def test_headless_weights_load_without_the_head(trained):
+    name, model = trained
+    body = {k: v for k, v in model.state_dict().items() if not k.startswith("head.")}
+    loaded = timm.create_model(name, num_classes=5)
+    missing = loaded.load_state_dict(body, strict=False).missing_keys
+    assert missing == ["head.fc.weight", "head.fc.bias"]
