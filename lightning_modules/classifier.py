@@ -172,7 +172,7 @@ class ImageClassifier(LightningModule):
                 check_checkpoint_classes(self._spec.class_names, names)
             self._spec = ExportSpec(self.hparams["model"], names, **data.data_config)
         if self._uses_channels_last():
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.model.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W), normalised, -> logits (N, num_classes)."""
