@@ -4,6 +4,7 @@ import copy
 import os
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -75,15 +76,13 @@ def export_model(
             path = staged / target.filename
             interface = target.write(fused, spec, path, metadata)
             files = describe_files(path)
-            parity = measure(
-                logits, lambda t=target, p=path: t.predict(p, spec, images), target.output
-            )
+            run_file = partial(target.predict, path, spec, images)
             entries[name] = {
                 "path": target.filename,
                 **interface,
                 "bytes": sum(file["bytes"] for file in files.values()),
                 "files": files,
-                "parity": parity.to_dict(),
+                "parity": measure(logits, run_file, target.output).to_dict(),
             }
         manifest = Manifest(
             spec=spec,

@@ -7,6 +7,7 @@ import contextlib
 import io
 import logging
 import re
+import shutil
 import sys
 import types
 import warnings
@@ -54,6 +55,9 @@ def write(model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata) ->
         Description of the input and the outputs for the manifest.
     """
     shape = (1, *spec.input_size)
+    # In the caller's folder: coremltools' own temporary copies live until the process ends, which
+    # is one more model on the disk at every validation.
+    converted = path.with_name(f"converted-{path.name}")
     with _quiet():
         ct = _coremltools()
         traced = torch.jit.trace(
@@ -69,12 +73,14 @@ def write(model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata) ->
             compute_precision=ct.precision.FLOAT16,
             minimum_deployment_target=ct.target.iOS16,
             skip_model_load=True,
+            package_dir=str(converted),
         )
         mlmodel.author = metadata.author
         mlmodel.license = metadata.license
         mlmodel.short_description = metadata.description or ""
         mlmodel.version = metadata.version or ""
         mlmodel.save(str(path))
+    shutil.rmtree(converted)
     return _interface(spec)
 
 
@@ -154,6 +160,8 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings(), contextlib.redirect_stderr(captured):
             warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated")
             warnings.filterwarnings("ignore", message=r"Output, '.*', of the source model, has")
+            # coremltools leaves a temporary folder of weights to the garbage collector
+            warnings.filterwarnings("ignore", "Implicitly cleaning up", ResourceWarning)
             yield
     finally:
         logger.removeFilter(wanted)

@@ -78,7 +78,7 @@ def compare(reference: Tensor, candidate: Tensor, kind: str) -> Parity:
 
 
 def measure(logits: Tensor, run: Callable[[], Tensor], kind: str) -> Parity:
-    """Run a file and compare it with the model's `logits`; a file that cannot be run is not verified."""
+    """Run a file and compare it with the model's `logits`; one that cannot run is not verified."""
     try:
         candidate = run()
     except NotVerifiedError as error:

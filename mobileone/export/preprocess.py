@@ -16,12 +16,11 @@ def normalise(images: Tensor, spec: ExportSpec) -> Tensor:
 
 
 class WithPreprocessing(nn.Module):
-    """Pixel values 0..255 in, class probabilities out: `softmax(model((x - 255 mean) / (255 std)))`.
+    """Pixel values 0..255 to probabilities: `softmax(model((x - 255 mean) / (255 std)))`.
 
     The affine map is a layer of its own and not folded into the first convolution: a padded
     convolution pads *after* the normalisation with zeros, which a folded bias would turn into
-    `-mean / std` at the borders. Subtracting first is also the order that suits half precision:
-    0..255 are exact there, and the difference is small where the factor is applied.
+    `-mean / std` at the borders. Core ML's own image scale is one number for all channels.
     """
 
     mean: Tensor

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["clean_stale", "point_link", "publish_file", "publish_folder", "staging"]
+__all__ = ["clean_stale", "discard", "point_link", "publish_file", "publish_folder", "staging"]
 
 _PREFIX = ".tmp-"
 _REPLACED = ".replaced-"
@@ -47,10 +47,18 @@ def publish_folder(staged: Path, final: Path) -> None:
     if not os.path.lexists(final):
         staged.rename(final)
     elif _swap(staged, final):
-        _remove(staged)
+        _remove(staged)  # now the older one
     else:
         _replace_in_two_steps(staged, final)
     _flush(final.parent)
+
+
+def discard(path: Path) -> None:
+    """Remove a file or folder under another name, so that no half of it is ever seen."""
+    if os.path.lexists(path):
+        hidden = path.with_name(f"{_PREFIX}{secrets.token_hex(6)}")
+        path.rename(hidden)
+        _remove(hidden)
 
 
 def point_link(link: Path, target: Path | None) -> None:
@@ -66,7 +74,7 @@ def point_link(link: Path, target: Path | None) -> None:
     if link.is_dir() and not link.is_symlink():
         raise FileExistsError(f"{link} is a folder and not a link: move it away")
     relative = os.path.relpath(target, link.parent)
-    if link.is_symlink() and os.readlink(link) == relative:
+    if link.is_symlink() and link.readlink() == Path(relative):
         return
     fresh = link.with_name(f"{_PREFIX}{secrets.token_hex(6)}")
     fresh.symlink_to(relative)

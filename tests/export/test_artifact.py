@@ -1,0 +1,212 @@
+import copy
+import random
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mobileone import MobileOneBlock
+from mobileone.export import (
+    Manifest,
+    Metadata,
+    TrainingState,
+    export_model,
+    load_torchscript_artifact,
+)
+from mobileone.export import formats as formats_module
+from mobileone.export.isolation import isolated
+
+FORMATS = ["torchscript"]
+
+
+def test_the_folder_holds_both_formats_and_says_what_was_checked(make_model, make_spec, tmp_path):
+    pytest.importorskip("coremltools")
+    manifest = export_model(make_model(), make_spec(), tmp_path / "artifact")
+    names = {p.name for p in (tmp_path / "artifact").iterdir()}
+    assert names == {"model.torchscript.pt", "model.mlpackage", "manifest.json"}
+    assert [p.name for p in tmp_path.iterdir()] == ["artifact"]
+    torchscript = manifest.formats["torchscript"]["parity"]
+    assert torchscript["status"] == "measured"
+    assert torchscript["max_relative_error"] < 1e-4
+    assert torchscript["top1_agreement"] == 1
+    coreml = manifest.formats["coreml"]["parity"]
+    if sys.platform != "darwin":
+        assert coreml["status"] == "not verified"
+        assert set(coreml) == {"status", "reason"}
+    Manifest.load(tmp_path / "artifact").verify(tmp_path / "artifact")
+
+
+def test_parity_sees_a_wrong_file(make_model, make_spec, tmp_path, monkeypatch):
+    row = formats_module.FORMATS["torchscript"]
+
+    def sabotaged(model, spec, path, metadata):
+        wrong = copy.deepcopy(model)
+        wrong[-1].weight.neg_()
+        return row.write(wrong, spec, path, metadata)
+
+    bad = formats_module.Format(row.filename, row.output, sabotaged, row.predict)
+    monkeypatch.setitem(formats_module.FORMATS, "torchscript", bad)
+    manifest = export_model(make_model(), make_spec(), tmp_path / "artifact", FORMATS)
+    assert manifest.formats["torchscript"]["parity"]["max_relative_error"] > 0.1
+
+
+def test_a_failure_leaves_no_trace_and_the_older_artifact(
+    make_model, make_spec, tmp_path, monkeypatch
+):
+    folder = tmp_path / "artifact"
+    first = export_model(make_model(), make_spec(), folder, FORMATS)
+
+    def full(self, directory):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Manifest, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        export_model(make_model(), make_spec(), folder, FORMATS, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["artifact"]
+    assert Manifest.load(folder) == first
+    first.verify(folder)
+
+
+def test_an_existing_folder_is_replaced_only_on_demand(make_model, make_spec, tmp_path):
+    folder = tmp_path / "artifact"
+    export_model(make_model(), make_spec(), folder, FORMATS, TrainingState(step=1))
+    with pytest.raises(FileExistsError, match="overwriting"):
+        export_model(make_model(), make_spec(), folder, FORMATS, TrainingState(step=2))
+    assert Manifest.load(folder).training.step == 1
+    export_model(make_model(), make_spec(), folder, FORMATS, TrainingState(step=2), overwrite=True)
+    assert Manifest.load(folder).training.step == 2
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_as_it_was(make_model, make_spec, tmp_path, training):
+    model = make_model().bfloat16().to(memory_format=torch.channels_last).train(training)
+    model[0].requires_grad_(False)
+    before = copy.deepcopy(model)
+    export_model(model, make_spec(), tmp_path / "artifact", FORMATS)
+    assert [m.training for m in model.modules()] == [m.training for m in before.modules()]
+    for ours, theirs in zip(model.parameters(), before.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        assert (ours.dtype, ours.requires_grad) == (theirs.dtype, theirs.requires_grad)
+        assert ours.stride() == theirs.stride()
+
+
+class Dicer(nn.Module):
+    """Draws random numbers whenever it is copied or run, as a careless model may."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        torch.rand(1), np.random.rand(), random.random()
+        warnings.simplefilter("ignore")
+        torch.backends.cudnn.benchmark = True
+        return self.model(x)
+
+
+def modes():
+    cudnn = torch.backends.cudnn
+    return (
+        torch.get_rng_state().tolist(),
+        str(np.random.get_state()),
+        random.getstate(),
+        list(warnings.filters),
+        (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+    )
+
+
+@pytest.mark.parametrize("inference", [True, False])
+@pytest.mark.parametrize("formats", [["torchscript"], ["coreml"]])
+def test_random_states_and_modes_are_left_as_they_were(
+    make_model, make_spec, tmp_path, formats, inference
+):
+    if "coreml" in formats:
+        pytest.importorskip("coremltools")
+    model = Dicer(make_model())
+    with torch.inference_mode(inference), torch.autocast("cpu", enabled=not inference):
+        before = modes()
+        export_model(model, make_spec(), tmp_path / "artifact", formats)
+        assert modes() == before
+
+
+def test_isolation_holds_when_the_work_fails():
+    before = modes()
+    with pytest.raises(RuntimeError), isolated():
+        Dicer(nn.Identity())(torch.ones(1))
+        raise RuntimeError
+    assert modes() == before
+
+
+def test_a_wrong_number_of_classes_is_named(make_model, make_spec, tmp_path):
+    with pytest.raises(ValueError, match=r"returned \(8, 5\).*3 class names"):
+        export_model(make_model(classes=5), make_spec(), tmp_path / "artifact", FORMATS)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("channels", "names"), [(1, ("a", "b")), (4, ("a", "b", "c")), (3, ("only",))]
+)
+def test_channels_and_classes_may_be_few_or_many(make_model, make_spec, tmp_path, channels, names):
+    spec = make_spec(channels, (64, 96), names)
+    model = make_model(channels, len(names))
+    manifest = export_model(model, spec, tmp_path / "artifact", FORMATS)
+    module, loaded = load_torchscript_artifact(tmp_path / "artifact")
+    assert loaded.spec == spec
+    assert manifest.channel_order == {1: "L", 3: "RGB"}.get(channels, "unspecified")
+    images = torch.randn(3, channels, 64, 96)
+    with torch.no_grad():
+        assert torch.allclose(module(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_the_metadata_is_completed(make_model, make_spec, tmp_path):
+    run = TrainingState(3, 400, {"val/acc1": 0.5}, "x.ckpt")
+    manifest = export_model(make_model(), make_spec(), tmp_path / "1", FORMATS, run)
+    assert manifest.metadata.version == "epoch 3, step 400"
+    assert "tiny" in manifest.metadata.description
+    mine = Metadata("Ada", "MIT", "mine", "7")
+    manifest = export_model(make_model(), make_spec(), tmp_path / "2", FORMATS, run, mine)
+    assert manifest.metadata == mine
+
+
+def test_a_compiled_model_is_unwrapped(make_model, make_spec, tmp_path):
+    model = make_model()
+    export_model(torch.compile(model), make_spec(), tmp_path / "artifact", FORMATS)
+    images = torch.randn(2, 3, 32, 48)
+    module, _ = load_torchscript_artifact(tmp_path / "artifact")
+    with torch.no_grad():
+        assert torch.allclose(module(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_loading_refuses_a_tampered_folder(make_model, make_spec, tmp_path):
+    folder = tmp_path / "artifact"
+    export_model(make_model(), make_spec(), folder, FORMATS)
+    file = folder / "model.torchscript.pt"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="does not match its manifest"):
+        load_torchscript_artifact(folder)
+
+
+def test_importing_the_package_does_not_import_coremltools_or_lightning():
+    code = (
+        "import sys, mobileone.export as e; print({'coremltools', 'lightning'} & set(sys.modules))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "set()"
+
+
+def test_a_model_without_anything_to_fuse_is_exported(make_spec, tmp_path):
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
+    manifest = export_model(model, make_spec(), tmp_path / "artifact", FORMATS)
+    assert manifest.formats["torchscript"]["parity"]["max_relative_error"] < 1e-5
+    assert not any(isinstance(m, MobileOneBlock) for m in model.modules())

@@ -1,0 +1,117 @@
+import pytest
+import timm
+import torch
+
+from mobileone.export import export_checkpoint, load_torchscript_artifact
+
+FORMATS = ["torchscript"]
+
+
+@pytest.fixture(scope="module")
+def model(randomise):
+    return randomise(timm.create_model("mobileone_s0", num_classes=3, in_chans=1)).eval()
+
+
+@pytest.fixture
+def contents(model, make_spec):
+    return {
+        "epoch": 3,
+        "global_step": 400,
+        "state_dict": {f"model.{k}": v for k, v in model.state_dict().items()}
+        | {"metric.total": torch.ones(1)},
+        "hyper_parameters": {"model": "mobileone_s0", "num_classes": None, "model_kwargs": None},
+        "export_spec": make_spec(1).to_dict(),
+    }
+
+
+def save(contents, path):
+    torch.save(contents, path)
+    return path
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_checkpoint_alone_is_enough(model, contents, tmp_path, compiled):
+    if compiled:
+        contents["state_dict"] = {
+            k.replace("model.", "model._orig_mod."): v for k, v in contents["state_dict"].items()
+        }
+    path = save(contents, tmp_path / "x.ckpt")
+    manifest = export_checkpoint(path, tmp_path / "artifact", FORMATS)
+    assert (manifest.training.epoch, manifest.training.step) == (3, 400)
+    assert manifest.training.checkpoint == "x.ckpt"
+    images = torch.randn(2, 1, 32, 48)
+    module, _ = load_torchscript_artifact(tmp_path / "artifact")
+    with torch.no_grad():
+        expected = model(images)
+        assert (module(images) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_arguments_of_the_model_are_used(contents, randomise, tmp_path):
+    other = timm.create_model("mobileone_s0", num_classes=3, in_chans=1, global_pool="max")
+    contents["state_dict"] = {f"model.{k}": v for k, v in randomise(other).state_dict().items()}
+    contents["hyper_parameters"]["model_kwargs"] = {"global_pool": "max"}
+    path = save(contents, tmp_path / "x.ckpt")
+    export_checkpoint(path, tmp_path / "artifact", FORMATS)
+    images = torch.randn(2, 1, 32, 48)
+    with torch.no_grad():
+        expected = other.eval()(images)
+        got = load_torchscript_artifact(tmp_path / "artifact")[0](images)
+    assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def broken(contents, change):
+    if change == "no spec":
+        del contents["export_spec"]
+    elif change == "bad spec":
+        contents["export_spec"]["std"] = [0.0]
+    elif change == "no state":
+        del contents["state_dict"]
+    elif change == "no model":
+        contents["state_dict"] = {"net.weight": torch.ones(1)}
+    elif change == "other model":
+        contents["hyper_parameters"]["model"] = "mobileone_s1"
+    elif change == "unknown model":
+        contents["hyper_parameters"]["model"] = "mobileone_s9"
+    return contents
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("no spec", "has no `export_spec`"),
+        ("bad spec", r"`export_spec` of .* is not valid: `std`"),
+        ("no state", "not a Lightning checkpoint"),
+        ("no model", r"no weights named `model\.\*`"),
+        ("other model", "do not fit 'mobileone_s1'"),
+        ("unknown model", "mobileone_s9"),
+    ],
+)
+def test_what_is_wrong_with_a_checkpoint_is_said(contents, tmp_path, change, message):
+    path = save(broken(contents, change), tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=message):
+        export_checkpoint(path, tmp_path / "artifact", FORMATS)
+    assert not (tmp_path / "artifact").exists()
+
+
+def test_a_damaged_a_foreign_and_a_missing_file(contents, tmp_path):
+    path = save(contents, tmp_path / "x.ckpt")
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(ValueError, match="cannot be read"):
+        export_checkpoint(path, tmp_path / "artifact")
+    path.write_text("hello")
+    with pytest.raises(ValueError, match="cannot be read"):
+        export_checkpoint(path, tmp_path / "artifact")
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        export_checkpoint(tmp_path / "none.ckpt", tmp_path / "artifact")
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+def test_code_in_a_checkpoint_does_not_run(contents, tmp_path, capsys):
+    path = save({**contents, "extra": Evil()}, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match="cannot be read"):
+        export_checkpoint(path, tmp_path / "artifact")
+    assert "code ran" not in capsys.readouterr().out

@@ -1,0 +1,146 @@
+import logging
+import sys
+import warnings
+
+import pytest
+import torch
+
+from mobileone import reparameterize
+from mobileone.export import coreml
+from mobileone.export.metadata import Metadata
+from mobileone.export.parity import NotVerifiedError, fixed_images
+
+ct = pytest.importorskip("coremltools")
+
+NAMES = ('the "cat", sat', "crème brûlée", "猫")
+
+
+@pytest.fixture(scope="module")
+def convert(make_model, make_spec, tmp_path_factory):
+    """Convert the tiny model once a spec; returns Core ML's description and operations."""
+    done = {}
+
+    def run(channels=3, names=NAMES, size=(32, 48)):
+        key = (channels, names, size)
+        if key not in done:
+            path = tmp_path_factory.mktemp("coreml") / "model.mlpackage"
+            spec = make_spec(channels, size, names)
+            model = reparameterize(make_model(channels, len(names)))
+            metadata = Metadata("Ada Ö.", "MIT", 'says "hi"', "1.2")
+            interface = coreml.write(model, spec, path, metadata)
+            proto = ct.models.MLModel(str(path), skip_model_load=True).get_spec()
+            done[key] = proto, interface, path
+        return done[key]
+
+    return run
+
+
+def operations(proto):
+    (block,) = proto.mlProgram.functions["main"].block_specializations.values()
+    return [op for op in block.operations if op.type != "const"]
+
+
+@pytest.mark.parametrize(
+    ("channels", "space", "size"), [(3, "RGB", (32, 48)), (1, "GRAYSCALE", (48, 32))]
+)
+def test_the_input_is_an_image_of_the_right_size_and_colours(convert, channels, space, size):
+    proto, interface, _ = convert(channels, size=size)
+    (feature,) = proto.description.input
+    image = feature.type.imageType
+    assert feature.name == "image"
+    assert (image.height, image.width) == size
+    assert image.ColorSpace.Name(image.colorSpace) == space
+    described = interface["input"]
+    assert described["type"] == "image"
+    assert (described["color_space"], described["height"], described["width"]) == (space, *size)
+
+
+def test_other_channel_counts_take_an_array(convert):
+    proto, interface, _ = convert(4)
+    (feature,) = proto.description.input
+    assert list(feature.type.multiArrayType.shape) == [1, 4, 32, 48]
+    assert interface["input"]["type"] == "multi_array"
+    assert interface["input"]["shape"] == [1, 4, 32, 48]
+    assert interface["input"]["range"] == [0, 255]
+
+
+@pytest.mark.parametrize("names", [NAMES, ("only",)])
+def test_it_is_a_classifier_with_the_labels_in_order(convert, names):
+    proto, interface, _ = convert(names=names)
+    (classify,) = [op for op in operations(proto) if op.type == "classify"]
+    labels = classify.inputs["classes"].arguments[0].value
+    values = labels.immediateValue.tensor.strings.values
+    assert tuple(values) == names
+    assert proto.description.predictedFeatureName == "classLabel"
+    assert proto.description.predictedProbabilitiesName == interface["output"]["name"]
+
+
+def test_weights_and_arithmetic_are_half_precision(convert):
+    proto, interface, _ = convert()
+    kinds = {
+        op.type: {o.type.tensorType.dataType for o in op.outputs}
+        for op in operations(proto)
+        if op.type in {"sub", "mul", "conv", "linear", "softmax"}
+    }
+    float16 = 10  # FLOAT16 in coremltools' MIL.proto
+    assert kinds == {name: {float16} for name in ("sub", "mul", "conv", "linear", "softmax")}
+    assert interface["compute_precision"] == "float16"
+    assert interface["minimum_deployment_target"] == "iOS16"
+    assert proto.specificationVersion == 7  # iOS 16
+
+
+def test_the_program_is_normalisation_two_fused_convolutions_and_softmax(convert):
+    types = [op.type for op in operations(convert()[0])]
+    assert types.count("conv") == 2
+    assert types.count("sub") == types.count("mul") == 1
+    assert types.index("sub") < types.index("mul") < types.index("conv")
+    assert types[-1] == "classify"
+    assert "softmax" in types
+    assert "batch_norm" not in types
+
+
+def test_metadata_is_inside(convert):
+    metadata = convert()[0].description.metadata
+    assert (metadata.author, metadata.license) == ("Ada Ö.", "MIT")
+    assert (metadata.shortDescription, metadata.versionString) == ('says "hi"', "1.2")
+
+
+def test_nothing_else_is_left_beside(convert):
+    path = convert()[2]
+    assert [p.name for p in path.parent.iterdir()] == ["model.mlpackage"]
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has the runtime")
+def test_without_a_runtime_it_is_not_verified(convert, make_spec):
+    with pytest.raises(NotVerifiedError, match="macOS only"):
+        coreml.predict(convert()[2], make_spec(), fixed_images(make_spec()))
+
+
+@pytest.mark.skipif(sys.platform != "darwin", reason="needs macOS")
+def test_the_runtime_agrees(convert, make_model, make_spec):
+    spec = make_spec(3, (32, 48), NAMES)
+    images = fixed_images(spec)
+    expected = make_model()(coreml.normalise(images, spec)).softmax(1)
+    assert torch.allclose(coreml.predict(convert()[2], spec, images), expected, atol=5e-3)
+
+
+def test_conversion_is_silent_but_hides_nothing_else(
+    make_model, make_spec, tmp_path, capfd, caplog, monkeypatch
+):
+    convert = ct.convert
+
+    def talkative(*args, **kwargs):
+        print("something new", file=sys.stderr)
+        logging.getLogger("coremltools").warning("a new problem")
+        warnings.warn("be careful", UserWarning, stacklevel=1)
+        return convert(*args, **kwargs)
+
+    monkeypatch.setattr(ct, "convert", talkative)
+    with pytest.warns(UserWarning, match="be careful"):
+        coreml.write(
+            reparameterize(make_model()), make_spec(), tmp_path / "m.mlpackage", Metadata()
+        )
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.split("\n") == ["something new", ""]
+    assert [r.message for r in caplog.records] == ["a new problem"]

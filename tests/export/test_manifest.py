@@ -1,0 +1,67 @@
+import dataclasses
+import json
+
+import pytest
+
+from mobileone.export import Manifest, TrainingState
+from mobileone.export.manifest import SCHEMA_VERSION
+
+
+def test_a_manifest_survives_the_disk(exported):
+    _, folder, manifest = exported
+    loaded = Manifest.load(folder)
+    assert loaded == manifest
+    assert Manifest.load(folder / "manifest.json") == manifest
+    loaded.verify(folder)
+
+
+def test_it_says_what_is_inside(exported):
+    _, folder, manifest = exported
+    assert manifest.spec.class_names == ("a", "b", "c")
+    assert manifest.channel_order == "RGB"
+    assert {"python", "torch", "timm", "coremltools"} <= set(manifest.versions)
+    entry = manifest.formats["torchscript"]
+    assert entry["output"]["kind"] == "logits"
+    assert entry["bytes"] == (folder / entry["path"]).stat().st_size
+    # convolutions 3->8 (3x3) and 8 depthwise (3x3) with biases, classifier 8->3
+    assert manifest.parameters == (8 * 3 * 9 + 8) + (8 * 9 + 8) + (8 * 3 + 3)
+
+
+def test_a_changed_a_missing_and_an_unknown_file_are_found(exported):
+    _, folder, manifest = exported
+    file = folder / "model.torchscript.pt"
+    contents = bytearray(file.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    file.write_bytes(contents)
+    with pytest.raises(ValueError, match="has changed"):
+        manifest.verify(folder)
+    file.unlink()
+    with pytest.raises(ValueError, match="is missing"):
+        manifest.verify(folder)
+    file.mkdir()
+    (file / "extra").write_text("")
+    with pytest.raises(ValueError, match="is unknown"):
+        manifest.verify(folder)
+
+
+def test_values_that_json_lacks_become_null(exported, tmp_path):
+    manifest = exported[2]
+    training = TrainingState(1, 2, {"val/acc1": float("nan"), "val/loss": 0.5}, "x.ckpt")
+    dataclasses.replace(manifest, training=training).save(tmp_path)
+    text = (tmp_path / "manifest.json").read_text()
+    assert "NaN" not in text
+    assert Manifest.load(tmp_path).training.metrics == {"val/acc1": None, "val/loss": 0.5}
+
+
+def test_unreadable_manifests_say_why(exported, tmp_path):
+    _, folder, _ = exported
+    with pytest.raises(FileNotFoundError, match=r"no manifest\.json"):
+        Manifest.load(tmp_path)
+    file = folder / "manifest.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({**values, "schema_version": SCHEMA_VERSION + 1}))
+    with pytest.raises(ValueError, match="schema version"):
+        Manifest.load(folder)
+    file.write_text("{")
+    with pytest.raises(ValueError, match="not a readable manifest"):
+        Manifest.load(folder)

@@ -1,0 +1,56 @@
+import math
+
+import pytest
+import torch
+
+from mobileone.export.parity import NotVerifiedError, compare, fixed_images, measure
+
+
+def test_the_largest_relative_error_over_the_images():
+    reference = torch.tensor([[1.0, -4.0], [10.0, 2.0]])
+    candidate = torch.tensor([[1.0, -3.0], [10.0, 3.0]])
+    parity = compare(reference, candidate, "logits")
+    assert parity.max_relative_error == pytest.approx(max(1 / 4, 1 / 10))
+    assert (parity.status, parity.top1_agreement, parity.images) == ("measured", 1.0, 2)
+
+
+def test_top1_agreement_counts_images():
+    reference = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    assert compare(reference, reference.flip(1), "logits").top1_agreement == 0
+    candidate = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
+    assert compare(reference, candidate, "logits").top1_agreement == 0.75
+
+
+def test_an_answer_that_is_not_a_number_is_not_good():
+    parity = compare(torch.ones(1, 2), torch.tensor([[1.0, math.nan]]), "logits")
+    assert math.isnan(parity.max_relative_error)
+
+
+def test_shapes_must_agree():
+    with pytest.raises(ValueError, match="returned"):
+        compare(torch.ones(2, 3), torch.ones(2, 1), "logits")
+
+
+def test_probabilities_are_compared_with_the_softmax():
+    logits = torch.tensor([[1.0, 2.0, 3.0]])
+    same = measure(logits, lambda: logits.softmax(1), "probabilities")
+    assert same.max_relative_error == 0
+    assert same.kind == "probabilities"
+
+
+def test_what_cannot_run_is_not_verified_and_has_no_figures():
+    def cannot():
+        raise NotVerifiedError("no runtime")
+
+    parity = measure(torch.ones(1, 2), cannot, "logits").to_dict()
+    assert parity == {"status": "not verified", "reason": "no runtime"}
+
+
+def test_the_images_are_fixed_and_leave_the_generator_alone(make_spec):
+    before = torch.get_rng_state()
+    first, second = fixed_images(make_spec(4)), fixed_images(make_spec(4))
+    assert torch.equal(first, second)
+    assert torch.equal(before, torch.get_rng_state())
+    assert first.shape == (8, 4, 32, 48)
+    assert first.dtype == torch.uint8
+    assert int(first.max()) > 230 and int(first.min()) < 25

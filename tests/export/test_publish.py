@@ -1,0 +1,121 @@
+import os
+import stat
+
+import pytest
+
+from mobileone.export import publish
+
+
+def folder_with(path, text):
+    path.mkdir(parents=True)
+    (path / "file").write_text(text)
+    return path
+
+
+def test_a_failure_while_staging_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), publish.staging(tmp_path) as folder:
+        folder_with(folder / "x", "half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("can_swap", [True, False])
+def test_a_folder_replaces_an_older_one(tmp_path, monkeypatch, can_swap):
+    if not can_swap:
+        monkeypatch.setattr(publish, "_swap", lambda first, second: False)
+    final = folder_with(tmp_path / "final", "old")
+    publish.publish_folder(folder_with(tmp_path / ".tmp-1", "new"), final)
+    assert (final / "file").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["final"]
+
+
+def test_the_two_names_are_swapped_in_one_call_here(tmp_path):
+    first, second = folder_with(tmp_path / "1", "one"), folder_with(tmp_path / "2", "two")
+    if not publish._swap(first, second):
+        pytest.skip("no atomic swap on this system")
+    assert (first / "file").read_text() == "two"
+    assert (second / "file").read_text() == "one"
+
+
+def test_a_kill_between_the_two_renames_is_mended(tmp_path, monkeypatch):
+    monkeypatch.setattr(publish, "_swap", lambda first, second: False)
+    final = folder_with(tmp_path / "final", "old")
+    staged = folder_with(tmp_path / ".tmp-1", "new")
+    rename = type(staged).rename
+
+    def killed(self, target):
+        if self == staged:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(type(staged), "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        publish.publish_folder(staged, final)
+    monkeypatch.undo()
+    assert not final.exists()
+    publish.clean_stale(tmp_path)
+    assert (final / "file").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["final"]
+
+
+def test_private_files_become_readable(tmp_path):
+    staged = folder_with(tmp_path / ".tmp-1" / "x", "new")
+    (staged / "file").chmod(0o600)
+    (staged / "inner").mkdir(mode=0o700)
+    publish.publish_folder(staged, tmp_path / "final")
+    mask = (tmp_path / ".tmp-1").stat().st_mode & 0o777
+    assert stat.S_IMODE((tmp_path / "final" / "file").stat().st_mode) == mask & 0o666
+    assert stat.S_IMODE((tmp_path / "final" / "inner").stat().st_mode) == mask
+
+
+def test_a_link_is_relative_and_never_missing(tmp_path, monkeypatch):
+    link, first, second = tmp_path / "last", tmp_path / "1", tmp_path / "2"
+    folder_with(first, "one")
+    folder_with(second, "two")
+    publish.point_link(link, first)
+    moments = []
+    replace = type(link).replace
+
+    def watched(self, target):
+        moments.append((link / "file").read_text())
+        replace(self, target)
+        moments.append((link / "file").read_text())
+
+    monkeypatch.setattr(type(link), "replace", watched)
+    publish.point_link(link, second)
+    assert moments == ["one", "two"]
+    assert str(link.readlink()) == "2"
+    publish.point_link(link, None)
+    assert not os.path.lexists(link)
+
+
+def test_a_link_does_not_take_the_place_of_a_real_folder(tmp_path):
+    folder_with(tmp_path / "last", "mine")
+    folder_with(tmp_path / "1", "one")
+    with pytest.raises(FileExistsError, match="move it away"):
+        publish.point_link(tmp_path / "last", tmp_path / "1")
+    assert (tmp_path / "last" / "file").read_text() == "mine"
+
+
+def test_cleaning_removes_only_what_was_staged(tmp_path):
+    folder_with(tmp_path / "keep", "kept")
+    folder_with(tmp_path / ".tmp-1", "stale")
+    (tmp_path / ".tmp-2").symlink_to("keep")
+    publish.clean_stale(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["keep"]
+    assert (tmp_path / "keep" / "file").read_text() == "kept"
+
+
+def test_discarding_hides_a_folder_before_it_empties_it(tmp_path, monkeypatch):
+    folder_with(tmp_path / "old", "x")
+    seen = []
+    remove = publish.shutil.rmtree
+    monkeypatch.setattr(
+        publish.shutil,
+        "rmtree",
+        lambda p, **k: (seen.append((tmp_path / "old").exists()), remove(p, **k)),
+    )
+    publish.discard(tmp_path / "old")
+    publish.discard(tmp_path / "old")
+    assert seen == [False]
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,56 @@
+import pytest
+import timm
+import torch
+
+import mobileone
+from mobileone.export import load_torchscript_artifact
+from mobileone.export.formats import check_formats
+from mobileone.export.metadata import Metadata
+from mobileone.export.torchscript import load, write
+
+
+@pytest.mark.parametrize("name", ["mobileone_s0", "repvgg_a0"])
+def test_the_file_equals_timms_unfused_model(tmp_path, make_spec, randomise, name):
+    """Reference: timm's own blocks with the same weights, branches and BatchNorm unfused."""
+    entrypoint = getattr(timm.models.byobnet, name)
+    reference = randomise(entrypoint(num_classes=3)).eval()
+    ours = timm.create_model(name, num_classes=3)
+    ours.load_state_dict(reference.state_dict())
+    write(mobileone.reparameterize(ours.eval()), make_spec(), tmp_path / "m.pt", Metadata())
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected, got = reference(images), load(tmp_path / "m.pt")(images)
+    assert (got - expected).abs().max() / expected.abs().max() < 1e-4
+
+
+def test_float64_fusing_is_exact(make_model, randomise):
+    model = make_model().double()
+    blocks, images = model[0], torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    branches = [*blocks.conv_kxk, blocks.conv_scale]
+    expected = torch.relu(sum(branch(images) for branch in branches))
+    assert torch.allclose(mobileone.reparameterize(blocks)(images), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_the_batch_size_is_free(exported, batch):
+    model, folder, _ = exported
+    module, _ = load_torchscript_artifact(folder)
+    images = torch.randn(batch, 3, 32, 48)
+    with torch.no_grad():
+        assert torch.allclose(module(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_the_file_is_fused(exported):
+    module, manifest = load_torchscript_artifact(exported[1])
+    names = dict(module.named_parameters())
+    assert sum(p.numel() for p in names.values()) == manifest.parameters
+    assert not any("bn" in name or "conv_kxk" in name for name in names)
+
+
+def test_unknown_formats_are_named():
+    with pytest.raises(ValueError, match=r"\['onyx'\].*torchscript"):
+        check_formats(["torchscript", "onyx"])
+    with pytest.raises(ValueError, match="one or more"):
+        check_formats([])
+    with pytest.raises(ValueError, match="must be a list"):
+        check_formats("coreml")
