@@ -1,0 +1,506 @@
+"""EMA against an average kept by hand, and against the defects of Lightning's WeightAveraging.
+
+Tests of a defect run the same scenario with Lightning's class and state what that does, so that
+they show both that the defect is there and that EMA does not have it.
+"""
+
+import itertools
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_avg_fn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
+
+from callbacks.ema import EMA
+
+BATCHES, BATCH, DECAY = 5, 4, 0.8
+COUNT = "norm.num_batches_tracked"
+
+
+class Net(LightningModule):
+    """A little of everything that a state dict can hold or leave out."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.linear = nn.Linear(3, 4)
+        self.linear.weight = nn.Parameter(torch.randn(4, 3, generator=generator))
+        self.linear.bias = nn.Parameter(torch.zeros(4))
+        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("batches", torch.zeros(1), persistent=False)
+        self.register_buffer("mask", torch.full((2,), -torch.inf), persistent=False)
+        self.loss = MeanMetric()
+        self.seen = MeanMetric()
+        self.seen.persistent(True)
+        self.validated = []
+
+    def forward(self, x):
+        return self.norm(self.linear(x)).sum(1)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        self.batches += 1
+        loss = F.mse_loss(self(x), y)
+        self.seen.update(loss.detach())
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        self.validated.append(self.linear.weight.detach().clone())
+        self.loss.update(F.mse_loss(self(x), y))
+        self.log("val/loss", self.loss)
+
+    test_step = validation_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+class Trace(Callback):
+    """The raw state after each optimizer step."""
+
+    def __init__(self):
+        self.states = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if not trainer.fit_loop._should_accumulate():
+            self.states.append(copy(pl_module.state_dict()))
+
+
+class SaveEachEpoch(Callback):
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.save_checkpoint(f"{trainer.default_root_dir}/{trainer.current_epoch}.ckpt")
+
+
+class Fail(Callback):
+    """Raise in the n-th validation."""
+
+    def __init__(self, error, validation=1):
+        self.error, self.validation, self.count = error, validation, itertools.count()
+
+    def on_validation_batch_end(self, *args):
+        if next(self.count) == self.validation:
+            raise self.error
+
+
+def copy(state):
+    return {name: value.clone() for name, value in state.items()}
+
+
+def loader():
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(BATCHES * BATCH, 3, generator=generator)
+    return DataLoader(TensorDataset(x, x.sum(1) * 3 + 1), BATCH)
+
+
+def one_batch():
+    return DataLoader(loader().dataset, BATCHES * BATCH)
+
+
+def make_trainer(tmp_path, *callbacks, epochs=3, **kwargs):
+    return Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        callbacks=list(callbacks),
+        default_root_dir=tmp_path,
+        logger=False,
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **kwargs,
+    )
+
+
+def fit(tmp_path, *callbacks, ckpt_path=None, **kwargs):
+    """A fitted module, its trainer and the raw states after each step."""
+    trace, net = Trace(), Net()
+    trainer = make_trainer(tmp_path, trace, *callbacks, **kwargs)
+    trainer.fit(net, loader(), one_batch(), ckpt_path=ckpt_path)
+    return net, trainer, trace.states
+
+
+def lightnings(start_step=0):
+    """Lightning's class, with the same decay and start."""
+
+    class Delayed(WeightAveraging):
+        def should_update(self, step_idx=None, epoch_idx=None):
+            return step_idx is not None and step_idx >= start_step
+
+    return Delayed(avg_fn=get_ema_avg_fn(DECAY))
+
+
+def averaged(states, decay=DECAY):
+    """The average after the last of the raw states, in float64."""
+    decays = itertools.repeat(decay) if isinstance(decay, float) else iter(decay)
+    average = {name: value.double() for name, value in states[0].items()}
+    for state in states[1:]:
+        d = next(decays)
+        for name, value in state.items():
+            average[name] = d * average[name] + (1 - d) * value.double()
+    for name, value in states[-1].items():
+        if not value.is_floating_point() or name.startswith("seen."):
+            average[name] = value
+    return average
+
+
+def assert_near(state, expected):
+    assert state.keys() == expected.keys()
+    for name, value in state.items():
+        torch.testing.assert_close(
+            value.double(),
+            expected[name].double(),
+            rtol=1e-5,
+            atol=1e-6,
+            msg=lambda m, n=name: n + m,
+        )
+
+
+def assert_equal(state, expected):
+    assert state.keys() == expected.keys()
+    different = [name for name, value in state.items() if not torch.equal(value, expected[name])]
+    assert not different
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b):
+    return torch.equal(a["linear.weight"], b["linear.weight"])
+
+
+# --- the average -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_average_is_the_one_kept_by_hand(tmp_path, accumulate):
+    net, _, states = fit(tmp_path, EMA(DECAY), accumulate_grad_batches=accumulate)
+    assert len(states) == 3 * -(-BATCHES // accumulate)
+    assert_near(net.state_dict(), averaged(states))
+    assert not same(net.state_dict(), states[-1])
+
+
+def test_default_decay_is_the_papers():
+    assert EMA().decay_at(0) == EMA().decay_at(10**6) == 0.9995
+
+
+def test_decay_warms_up(tmp_path):
+    net, _, states = fit(tmp_path, EMA(DECAY, warmup=True))
+    decays = [min(DECAY, (1 + n) / (10 + n)) for n in range(1, len(states))]
+    assert decays[0] == 2 / 11
+    assert_near(net.state_dict(), averaged(states, decays))
+
+
+def test_integer_buffers_are_copied(tmp_path):
+    net, _, states = fit(tmp_path, EMA(DECAY))
+    assert net.norm.num_batches_tracked == states[-1][COUNT] == 15
+
+    net, _, states = fit(tmp_path, lightnings())
+    assert net.norm.num_batches_tracked < 15  # averaged and truncated
+
+
+def test_buffers_outside_the_state_dict_stay_the_modules(tmp_path):
+    net, _, _ = fit(tmp_path, EMA(DECAY))
+    assert net.batches == 3 * BATCHES
+    assert torch.equal(net.mask, torch.full((2,), -torch.inf))  # no average with infinity
+    net, _, _ = fit(tmp_path, lightnings())
+    assert net.batches < 3 * BATCHES
+
+
+def test_metrics_do_not_notice(tmp_path):
+    """The states of metrics are those of the module, in memory and in the checkpoint."""
+    without, _, _ = fit(tmp_path)
+    net, trainer, _ = fit(tmp_path, EMA(DECAY))
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    assert net.seen.compute() == without.seen.compute()
+    saved = load(tmp_path / "end.ckpt")
+    for key in ("state_dict", "current_model_state"):
+        assert torch.equal(saved[key]["seen.weight"], without.seen.weight)
+        assert saved[key]["seen.weight"] == 15
+
+    _, trainer, _ = fit(tmp_path, lightnings())
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    assert load(tmp_path / "end.ckpt")["state_dict"]["seen.weight"] == 0  # of before the training
+
+
+def test_training_is_the_same_as_without(tmp_path):
+    _, _, without = fit(tmp_path)
+    _, _, states = fit(tmp_path, EMA(DECAY))
+    for a, b in zip(without, states, strict=True):
+        assert_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"), [((1.1,), "decay"), ((0.9, False, -1), "start_step")]
+)
+def test_values_out_of_range_are_refused(arguments, name):
+    with pytest.raises(ValueError, match=rf"`{name}` \(="):
+        EMA(*arguments)
+
+
+# --- which weights are where -----------------------------------------------------------------
+
+
+def test_validation_sees_the_average_and_training_goes_on_raw(tmp_path):
+    net, _, states = fit(tmp_path, EMA(DECAY))
+    for epoch, weight in enumerate(net.validated, start=1):
+        expected = averaged(states[: epoch * BATCHES])["linear.weight"]
+        torch.testing.assert_close(weight.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_checkpoint_holds_both_sets_and_loads_safely(tmp_path):
+    class AfterValidation(Callback):
+        def on_validation_end(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / "now.ckpt")
+
+    _, _, states = fit(tmp_path, EMA(DECAY), AfterValidation())
+    saved = load(tmp_path / "now.ckpt")
+    assert_near(saved["state_dict"], averaged(states))
+    assert_equal(saved["current_model_state"], states[-1])
+    plain = Net.load_from_checkpoint(tmp_path / "now.ckpt", weights_only=True)
+    assert_equal(plain.state_dict(), saved["state_dict"])
+
+
+def test_checkpoint_saved_during_validation_is_not_swapped(tmp_path):
+    class InValidation(Callback):
+        def on_validation_batch_end(self, trainer, *args):
+            trainer.save_checkpoint(tmp_path / "now.ckpt")
+
+    def scenario(callback):
+        _, _, states = fit(tmp_path, callback, InValidation())
+        return load(tmp_path / "now.ckpt"), states
+
+    saved, states = scenario(EMA(DECAY))
+    assert_near(saved["state_dict"], averaged(states))
+    assert_equal(saved["current_model_state"], states[-1])
+    saved, states = scenario(lightnings())
+    assert same(saved["state_dict"], states[-1])
+
+
+def test_defect_1_test_with_a_checkpoint_after_fit_sees_the_average(tmp_path):
+    def scenario(callback):
+        net, trainer, _ = fit(tmp_path, callback, SaveEachEpoch())
+        net.validated.clear()
+        trainer.test(net, one_batch(), ckpt_path=tmp_path / "1.ckpt", verbose=False)
+        saved = load(tmp_path / "1.ckpt")
+        return net.validated[0], saved["state_dict"], saved["current_model_state"]
+
+    tested, average, _ = scenario(EMA(DECAY))
+    assert torch.equal(tested, average["linear.weight"])
+    tested, _, raw = scenario(lightnings())
+    assert torch.equal(tested, raw["linear.weight"])
+
+
+def test_test_without_a_checkpoint_after_fit_sees_the_average(tmp_path):
+    net, trainer, states = fit(tmp_path, EMA(DECAY))
+    net.validated.clear()
+    trainer.test(net, one_batch(), verbose=False)
+    trainer.validate(net, one_batch(), verbose=False)
+    assert len(net.validated) == 2
+    for weight in net.validated:
+        expected = averaged(states)["linear.weight"]
+        torch.testing.assert_close(weight.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_another_module_is_validated_with_its_own_weights(tmp_path):
+    def scenario(callback):
+        _, trainer, _ = fit(tmp_path, callback)
+        other = Net()
+        trainer.validate(other, one_batch(), verbose=False)
+        return other.validated[0]
+
+    assert torch.equal(scenario(EMA(DECAY)), Net().linear.weight)
+    assert not torch.equal(scenario(lightnings()), Net().linear.weight)
+
+
+def test_defect_2_before_the_start_the_raw_weights_count(tmp_path):
+    def scenario(callback):
+        net, _, states = fit(tmp_path, callback, SaveEachEpoch())
+        return net, states, load(tmp_path / "0.ckpt")
+
+    start = 1000  # never begins
+    net, states, saved = scenario(EMA(DECAY, start_step=start))
+    assert torch.equal(net.validated[0], states[BATCHES - 1]["linear.weight"])
+    assert_equal(saved["state_dict"], states[BATCHES - 1])
+    assert_equal(net.state_dict(), states[-1])
+
+    net, states, saved = scenario(lightnings(start))
+    initial = Net().linear.weight
+    assert torch.equal(net.validated[0], initial)
+    assert torch.equal(saved["state_dict"]["linear.weight"], initial)
+    assert torch.equal(net.linear.weight, initial)  # the training is lost
+
+
+def test_delayed_average_begins_with_the_weights_of_its_first_step(tmp_path):
+    net, _, states = fit(tmp_path, EMA(DECAY, start_step=7))
+    assert torch.equal(net.validated[0], states[BATCHES - 1]["linear.weight"])
+    assert_near(net.state_dict(), averaged(states[7:]))
+
+
+def test_defect_3_weights_only_checkpoints_hold_the_average(tmp_path):
+    def scenario(callback):
+        save = ModelCheckpoint(tmp_path / type(callback).__name__, save_weights_only=True)
+        _, _, states = fit(tmp_path, callback, save)
+        return load(save.best_model_path), states
+
+    saved, states = scenario(EMA(DECAY))
+    assert_near(saved["state_dict"], averaged(states))
+    assert "current_model_state" not in saved
+    saved, states = scenario(lightnings())
+    assert_equal(saved["state_dict"], states[-1])
+
+
+def test_weights_only_checkpoint_leaves_training_alone(tmp_path):
+    class Save(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+
+    _, _, without = fit(tmp_path)
+    _, trainer, states = fit(tmp_path, EMA(DECAY), Save())
+    assert_equal(without[-1], states[-1])
+    trainer.save_checkpoint(tmp_path / "after.ckpt", weights_only=True)
+    assert_near(load(tmp_path / "after.ckpt")["state_dict"], averaged(states))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt()])
+def test_defect_4_exception_in_validation_does_not_swap_the_sets(tmp_path, error):
+    def scenario(callback):
+        net, trace = Net(), Trace()
+        folder = tmp_path / type(callback).__name__
+        save = ModelCheckpoint(folder, filename="x", save_on_exception=True, every_n_epochs=9)
+        trainer = make_trainer(tmp_path, callback, trace, Fail(error), save)
+        with pytest.raises((RuntimeError, SystemExit)):
+            trainer.fit(net, loader(), one_batch())
+        return net, load(folder / "x.ckpt"), trace.states
+
+    net, saved, states = scenario(EMA(DECAY))
+    assert len(states) == 2 * BATCHES
+    assert_near(saved["state_dict"], averaged(states))
+    assert_equal(saved["current_model_state"], states[-1])
+    assert_equal(net.state_dict(), states[-1])
+
+    net, saved, states = scenario(lightnings())
+    assert same(saved["state_dict"], states[-1])
+    assert not same(saved["current_model_state"], states[-1])
+
+
+@pytest.mark.parametrize("hook", ["on_validation_start", "on_validation_batch_end"])
+def test_interrupt_in_the_middle_of_an_exchange_loses_nothing(tmp_path, monkeypatch, hook):
+    def half_copy(weights, module):
+        monkeypatch.undo()
+        with torch.no_grad():
+            module.linear.weight.copy_(weights["linear.weight"])
+        raise RuntimeError("stop")
+
+    before_the_exchange = Callback()
+    setattr(
+        before_the_exchange, hook, lambda *_: monkeypatch.setattr("callbacks.ema._copy", half_copy)
+    )
+    net, trace = Net(), Trace()
+    trainer = make_trainer(tmp_path, before_the_exchange, EMA(DECAY), trace)
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer.fit(net, loader(), one_batch())
+    trainer.save_checkpoint(tmp_path / "now.ckpt")
+    saved = load(tmp_path / "now.ckpt")
+    assert_equal(net.state_dict(), trace.states[-1])
+    assert_equal(saved["current_model_state"], trace.states[-1])
+    assert_near(saved["state_dict"], averaged(trace.states))
+
+
+def test_defect_5_checkpoint_saved_after_fit_keeps_the_raw_weights(tmp_path):
+    def scenario(callback):
+        _, trainer, states = fit(tmp_path, callback)
+        trainer.save_checkpoint(tmp_path / "end.ckpt")
+        return load(tmp_path / "end.ckpt"), states
+
+    saved, states = scenario(EMA(DECAY))
+    assert_near(saved["state_dict"], averaged(states))
+    assert_equal(saved["current_model_state"], states[-1])
+    saved, states = scenario(lightnings())
+    assert not same(saved["current_model_state"], states[-1])
+
+
+# --- resuming and loading --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("options", [{}, {"warmup": True}, {"start_step": 6}, {"device": "cpu"}])
+def test_resuming_is_bit_identical(tmp_path, accumulate, options):
+    settings = {"accumulate_grad_batches": accumulate}
+    whole, trainer, raw = fit(tmp_path, EMA(DECAY, **options), SaveEachEpoch(), **settings)
+    trainer.save_checkpoint(tmp_path / "whole.ckpt")
+
+    resumed, trainer, raw_resumed = fit(
+        tmp_path, EMA(DECAY, **options), ckpt_path=tmp_path / "0.ckpt", **settings
+    )
+    trainer.save_checkpoint(tmp_path / "resumed.ckpt")
+
+    assert len(raw) * 2 == len(raw_resumed) * 3
+    assert_equal(raw[-1], raw_resumed[-1])
+    assert_equal(whole.state_dict(), resumed.state_dict())
+    for a, b in zip(whole.validated[1:], resumed.validated, strict=True):
+        assert torch.equal(a, b)
+    a, b = load(tmp_path / "whole.ckpt"), load(tmp_path / "resumed.ckpt")
+    for key in ("state_dict", "current_model_state", "averaging_state"):
+        assert_equal(a[key], b[key])
+
+
+def test_training_can_go_on_from_a_checkpoint_saved_after_fit(tmp_path):
+    whole, _, raw = fit(tmp_path, EMA(DECAY), epochs=4)
+    _, trainer, _ = fit(tmp_path, EMA(DECAY), epochs=2)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    resumed, _, raw_resumed = fit(tmp_path, EMA(DECAY), epochs=4, ckpt_path=tmp_path / "end.ckpt")
+    assert_equal(raw[-1], raw_resumed[-1])
+    assert_equal(whole.state_dict(), resumed.state_dict())
+
+
+def test_resuming_from_a_checkpoint_without_ema_starts_the_average(tmp_path):
+    fit(tmp_path, SaveEachEpoch())
+    with pytest.warns(UserWarning, match="saved without EMA"):
+        net, _, states = fit(tmp_path, EMA(DECAY), ckpt_path=tmp_path / "0.ckpt")
+    assert_near(net.state_dict(), averaged(states))
+
+
+def test_validating_a_checkpoint_alone_is_quiet_and_sees_the_average(tmp_path):
+    """Lightning's class warns that its state cannot be restored; warnings are errors here."""
+    fit(tmp_path, EMA(DECAY), SaveEachEpoch())
+    for run in ("validate", "test"):
+        net = Net()
+        trainer = make_trainer(tmp_path, EMA(DECAY))
+        getattr(trainer, run)(net, one_batch(), ckpt_path=tmp_path / "2.ckpt", verbose=False)
+        average = load(tmp_path / "2.ckpt")["state_dict"]["linear.weight"]
+        assert torch.equal(net.validated[0], average)
+
+    fit(tmp_path, lightnings(), SaveEachEpoch())
+    with pytest.warns(UserWarning, match="cannot be restored"):
+        make_trainer(tmp_path, lightnings()).test(
+            Net(), one_batch(), ckpt_path=tmp_path / "2.ckpt", verbose=False
+        )
+
+
+def test_a_callback_can_serve_a_second_trainer(tmp_path):
+    def scenario(callback):
+        fit(tmp_path, callback)
+        net, _, states = fit(tmp_path, callback)
+        return net.linear.weight.detach().double(), averaged(states)["linear.weight"]
+
+    weight, expected = scenario(EMA(DECAY))
+    torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
+    weight, expected = scenario(lightnings())
+    assert not torch.allclose(weight, expected, rtol=1e-3)  # waits for a step that never comes
+
+
+def test_half_precision_training_is_averaged_in_single_precision(tmp_path):
+    _, trainer, states = fit(tmp_path, EMA(DECAY), precision="bf16-true")
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    average = load(tmp_path / "end.ckpt")["state_dict"]
+    assert states[-1]["linear.weight"].dtype == torch.bfloat16
+    assert average["linear.weight"].dtype == torch.float32
+    expected = averaged(states)["linear.weight"]
+    torch.testing.assert_close(average["linear.weight"].double(), expected, rtol=1e-5, atol=1e-6)
