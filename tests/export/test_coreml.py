@@ -68,9 +68,8 @@ def test_other_channel_counts_take_an_array(convert):
 def test_it_is_a_classifier_with_the_labels_in_order(convert, names):
     proto, interface, _ = convert(names=names)
     (classify,) = [op for op in operations(proto) if op.type == "classify"]
-    labels = classify.inputs["classes"].arguments[0].value
-    values = labels.immediateValue.tensor.strings.values
-    assert tuple(values) == names
+    labels = classify.inputs["classes"].arguments[0].value.immediateValue.list.values
+    assert tuple(v.immediateValue.tensor.strings.values[0] for v in labels) == names
     assert proto.description.predictedFeatureName == "classLabel"
     assert proto.description.predictedProbabilitiesName == interface["output"]["name"]
 

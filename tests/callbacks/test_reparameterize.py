@@ -1,0 +1,678 @@
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import nn
+from torch.optim.swa_utils import get_ema_avg_fn
+from torch.utils.data import DataLoader, TensorDataset
+
+from callbacks import reparameterize
+from callbacks.reparameterize import ReparameterizeOnSave
+from mobileone import MobileOneBlock
+from mobileone.export import ExportSpec, Manifest, Metadata, load_torchscript_artifact
+
+FORMATS = ["torchscript"]
+STEPS = 4  # training batches an epoch
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),  # by Lightning
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
+    # Lightning about resuming in the middle of an epoch with a loader that cannot
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),
+]
+
+
+class Classifier(LightningModule):
+    """Scores come from a list, so that tests decide which checkpoint is best."""
+
+    def __init__(self, scores=(), noise=False):
+        super().__init__()
+        torch.manual_seed(1)
+        self.model = nn.Sequential(
+            MobileOneBlock(3, 8, stride=2, num_conv_branches=2),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(8, 3),
+        )
+        self.scores, self.noise = list(scores), noise
+
+    @property
+    def export_spec(self):
+        return ExportSpec(
+            "tiny", ("a", "b", "c"), (3, 16, 16), (0.5,) * 3, (0.2,) * 3, "bilinear", 1
+        )
+
+    def training_step(self, batch):
+        x, y = batch
+        if self.noise:
+            x = x + torch.rand_like(x) + random.random() + float(np.random.rand())
+        return nn.functional.cross_entropy(self.model(x), y)
+
+    def validation_step(self, batch):
+        self.model(batch[0])
+
+    def on_validation_epoch_end(self):
+        if not self.trainer.sanity_checking:
+            self.log("val/acc1", self.scores.pop(0) if self.scores else 0.0)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+    def train_dataloader(self):
+        return self._loader(STEPS)
+
+    def val_dataloader(self):
+        return self._loader(1)
+
+    @staticmethod
+    def _loader(batches):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(4 * batches, 3, 16, 16, generator=generator)
+        y = torch.randint(0, 3, (4 * batches,), generator=generator)
+        return DataLoader(TensorDataset(x, y), batch_size=4)
+
+
+def fit(module, callback, tmp_path, *, resume=None, callbacks=(), **options):
+    options = {"max_epochs": 1, "num_sanity_val_steps": 0, **options}
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        callbacks=[callback, *callbacks] if callback else list(callbacks),
+        enable_checkpointing=callback is not None,
+        **options,
+    )
+    trainer.fit(module, ckpt_path=resume, weights_only=True if resume else None)
+    return trainer
+
+
+@pytest.fixture
+def make(tmp_path):
+    def build(**options):
+        return ReparameterizeOnSave(
+            **{"dirpath": str(tmp_path / "checkpoints"), "formats": FORMATS, **options}
+        )
+
+    return build
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "checkpoints"
+
+
+def name(epoch):
+    return f"epoch={epoch:03d}-step={(epoch + 1) * STEPS:06d}"
+
+
+def contents(folder):
+    return {p.name for p in folder.iterdir()}
+
+
+def expected(*epochs):
+    return {"last", "last.ckpt", "best", "best.ckpt"} | {
+        f"{name(e)}{end}" for e in epochs for end in ("", ".ckpt")
+    }
+
+
+def targets(folder):
+    links = [p for p in folder.iterdir() if p.is_symlink()]
+    return {link.name: str(link.readlink()) for link in links}
+
+
+def answers(module, x):
+    with torch.no_grad():
+        return module.eval()(x)
+
+
+def assert_artifact_is_of(checkpoint):
+    """The artifact's answers against the branches run one by one with the checkpoint's weights."""
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    block = MobileOneBlock(3, 8, stride=2, num_conv_branches=2).eval()
+    block.load_state_dict({k[8:]: v for k, v in state.items() if k.startswith("model.0.")})
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        y = torch.relu(sum(branch(x) for branch in [*block.conv_kxk, block.conv_scale]))
+        want = y.mean((2, 3)) @ state["model.3.weight"].T + state["model.3.bias"]
+    artifact, manifest = load_torchscript_artifact(str(checkpoint).removesuffix(".ckpt"))
+    assert torch.allclose(answers(artifact, x), want, rtol=1e-4, atol=1e-5)
+    assert manifest.training.checkpoint == checkpoint.name
+    return want
+
+
+# -- When and what ---------------------------------------------------------------------------
+
+
+def test_each_validation_saves_both_and_links_them(make, tmp_path, folder):
+    callback = make(save_top_k=1)
+    fit(Classifier([0.2, 0.9, 0.5]), callback, tmp_path, max_epochs=3)
+    assert contents(folder) == expected(1, 2)
+    assert targets(folder) == {
+        "last": name(2),
+        "last.ckpt": f"{name(2)}.ckpt",
+        "best": name(1),
+        "best.ckpt": f"{name(1)}.ckpt",
+    }
+    assert callback.artifact_path == folder / name(2)
+    assert callback.best_artifact_path == folder / name(1)
+    assert callback.best_model_path == str(folder / f"{name(1)}.ckpt")
+    manifest = Manifest.load(folder / "best")
+    assert (manifest.training.epoch, manifest.training.step) == (1, 2 * STEPS)
+    assert manifest.training.metrics["val/acc1"] == pytest.approx(0.9)
+    manifest.verify(folder / "best")
+    assert_artifact_is_of(folder / f"{name(1)}.ckpt")
+    assert_artifact_is_of(folder / f"{name(2)}.ckpt")
+
+
+def test_both_formats_by_default(tmp_path, folder):
+    pytest.importorskip("coremltools")
+    callback = ReparameterizeOnSave(dirpath=str(folder), metadata=Metadata(author="Ada"))
+    fit(Classifier(), callback, tmp_path)
+    manifest = Manifest.load(folder / "last")
+    assert set(manifest.formats) == {"torchscript", "coreml"}
+    assert manifest.metadata.author == "Ada"
+    manifest.verify(folder / "last")
+
+
+@pytest.mark.parametrize(
+    ("mode", "top_k", "kept"),
+    [("max", 1, {1, 4}), ("max", 2, {1, 3, 4}), ("min", 1, {2, 4}), ("max", -1, {0, 1, 2, 3, 4})],
+)
+def test_the_best_k_and_the_last_are_kept(make, tmp_path, folder, mode, top_k, kept):
+    scores = [0.5, 0.9, 0.1, 0.8, 0.6]
+    fit(Classifier(scores), make(mode=mode, save_top_k=top_k), tmp_path, max_epochs=5)
+    assert contents(folder) == expected(*kept)
+
+
+def test_only_the_last_is_kept_without_a_top_k(make, tmp_path, folder):
+    fit(Classifier([0.5, 0.1]), make(save_top_k=0), tmp_path, max_epochs=2)
+    assert contents(folder) == {"last", "last.ckpt", name(1), f"{name(1)}.ckpt"}
+
+
+def test_equal_scores_keep_the_older_and_nan_is_never_best(make, tmp_path, folder):
+    fit(Classifier([0.5, 0.5, float("nan")]), make(), tmp_path, max_epochs=3)
+    assert targets(folder)["best"] == name(0)
+    assert Manifest.load(folder / "last").training.metrics["val/acc1"] is None
+
+
+def test_validations_within_an_epoch_count(make, tmp_path, folder):
+    fit(Classifier([0.1, 0.2]), make(save_top_k=-1), tmp_path, val_check_interval=0.5)
+    steps = {p.name for p in folder.glob("epoch*.ckpt") if not p.is_symlink()}
+    assert steps == {"epoch=000-step=000002.ckpt", "epoch=000-step=000004.ckpt"}
+
+
+def test_the_sanity_check_and_a_dry_run_save_nothing(make, tmp_path, folder):
+    seen = []
+
+    class Look(Callback):
+        def on_sanity_check_end(self, trainer, pl_module):
+            seen.extend(folder.iterdir())
+
+    fit(Classifier([0.5]), make(), tmp_path, num_sanity_val_steps=1, callbacks=[Look()])
+    assert seen == []
+    assert contents(folder) == expected(0)
+    other = ReparameterizeOnSave(dirpath=str(tmp_path / "dry"), formats=FORMATS)
+    fit(Classifier(), other, tmp_path, fast_dev_run=True)
+    assert not (tmp_path / "dry").exists()
+
+
+def test_a_separate_validation_saves_nothing(make, tmp_path, folder):
+    trainer = fit(Classifier([0.5]), make(), tmp_path)
+    before = contents(folder)
+    trainer.validate(Classifier([0.9]), verbose=False)
+    assert contents(folder) == before
+
+
+def test_a_slash_in_a_metric_does_not_make_a_folder(make, tmp_path, folder):
+    callback = make(filename="{step}-{val/acc1:.2f}")
+    fit(Classifier([0.25]), callback, tmp_path)
+    assert f"step={STEPS}-val_acc1=0.25.ckpt" in contents(folder)
+    assert (folder / f"step={STEPS}-val_acc1=0.25" / "manifest.json").is_file()
+
+
+# -- Which weights ---------------------------------------------------------------------------
+
+
+class Average(WeightAveraging):
+    def __init__(self):
+        super().__init__(avg_fn=get_ema_avg_fn(0.5))
+
+
+def test_averaged_weights_are_what_ships(make, tmp_path, folder):
+    fit(Classifier([0.5]), make(), tmp_path, callbacks=[Average()])
+    checkpoint = folder / f"{name(0)}.ckpt"
+    saved = torch.load(checkpoint, weights_only=True)
+    averaged, raw = saved["state_dict"], saved["current_model_state"]
+    assert (averaged["model.3.weight"] - raw["model.3.weight"]).abs().max() > 1e-3
+    assert_artifact_is_of(checkpoint)
+
+
+def test_weights_only_checkpoints_get_the_artifact_of_their_weights(make, tmp_path, folder):
+    fit(Classifier([0.5]), make(save_weights_only=True), tmp_path)
+    saved = torch.load(folder / f"{name(0)}.ckpt", weights_only=True)
+    assert "optimizer_states" not in saved
+    assert_artifact_is_of(folder / f"{name(0)}.ckpt")
+
+
+def test_a_compiled_network_is_unwrapped(make, tmp_path, folder):
+    module = Classifier([0.5])
+    module.model = torch.compile(module.model, backend="eager")
+    fit(module, make(), tmp_path)
+    saved = torch.load(folder / f"{name(0)}.ckpt", weights_only=True)["state_dict"]
+    assert any("_orig_mod" in key for key in saved)
+    assert (folder / "last" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("formats", [["torchscript"], ["torchscript", "coreml"]])
+def test_training_is_bit_identical_with_and_without(make, tmp_path, formats):
+    def train(callback):
+        torch.manual_seed(3), np.random.seed(3), random.seed(3)
+        module = Classifier([0.1, 0.2], noise=True)
+        torch.manual_seed(3)
+        fit(module, callback, tmp_path, max_epochs=2, num_sanity_val_steps=1)
+        draws = (torch.rand(1).item(), np.random.rand(), random.random())
+        return module.state_dict(), draws, [m.training for m in module.modules()]
+
+    if "coreml" in formats:
+        pytest.importorskip("coremltools")
+    with_export, without = train(make(formats=formats)), train(None)
+    assert with_export[1:] == without[1:]
+    assert all(torch.equal(v, without[0][k]) for k, v in with_export[0].items())
+
+
+# -- Resuming --------------------------------------------------------------------------------
+
+
+def test_the_ranking_survives_a_resume(make, tmp_path, folder):
+    fit(Classifier([0.9, 0.1]), make(), tmp_path, max_epochs=2)
+    callback = make()
+    resume = str(folder / "last.ckpt")
+    fit(Classifier([0.5, 0.2]), callback, tmp_path, max_epochs=4, resume=resume)
+    assert contents(folder) == expected(0, 3)
+    assert targets(folder)["best"] == name(0)
+    assert float(callback.best_model_score) == pytest.approx(0.9)
+
+
+def test_the_ranking_survives_a_move_of_the_folder(make, tmp_path, folder):
+    fit(Classifier([0.9, 0.1]), make(), tmp_path, max_epochs=2)
+    moved = tmp_path / "moved"
+    folder.rename(moved)
+    callback = make(dirpath=str(moved))
+    resume = str(moved / "last.ckpt")
+    fit(Classifier([0.5]), callback, tmp_path, max_epochs=3, resume=resume)
+    assert contents(moved) == expected(0, 2)
+    assert callback.best_model_path == str(moved / f"{name(0)}.ckpt")
+
+
+def test_a_new_folder_starts_a_new_ranking(make, tmp_path, folder):
+    fit(Classifier([0.9]), make(), tmp_path)
+    other = make(dirpath=str(tmp_path / "other"))
+    resume = str(folder / "last.ckpt")
+    fit(Classifier([0.5]), other, tmp_path, max_epochs=2, resume=resume)
+    assert contents(tmp_path / "other") == expected(1)
+    assert contents(folder) == expected(0)
+
+
+def test_a_checkpoint_that_was_deleted_does_not_count(make, tmp_path, folder):
+    fit(Classifier([0.9, 0.1]), make(), tmp_path, max_epochs=2)
+    (folder / f"{name(0)}.ckpt").unlink()
+    resume = str(folder / "last.ckpt")
+    fit(Classifier([0.5]), make(), tmp_path, max_epochs=3, resume=resume)
+    assert targets(folder)["best.ckpt"] == f"{name(2)}.ckpt"
+    assert targets(folder)["best"] == name(2)
+
+
+def test_the_checkpoint_that_was_named_for_resuming_stays(make, tmp_path, folder):
+    fit(Classifier([0.1]), make(), tmp_path)
+    resume = str(folder / f"{name(0)}.ckpt")
+    fit(Classifier([0.5, 0.6]), make(), tmp_path, max_epochs=3, resume=resume)
+    assert contents(folder) == expected(0, 2)
+
+
+def test_a_validation_at_the_same_step_replaces_its_own_files(make, tmp_path, folder):
+    def options():
+        return {"accumulate_grad_batches": 2, "val_check_interval": 1, "limit_train_batches": 2}
+
+    callback = make()
+    callback.listeners.append(lambda path, manifest: published.append(path.name))
+    published = []
+    fit(Classifier([0.1, 0.2]), callback, tmp_path, **options())
+    # two batches make one step: validations at step 0 and at step 1
+    assert published == ["epoch=000-step=000000", "epoch=000-step=000001"]
+    before = torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
+    with pytest.warns(UserWarning, match="checkpoints of another run"):
+        fit(Classifier([0.1, 0.3]), make(), tmp_path, **options())
+    assert targets(folder)["last"] == "epoch=000-step=000001"
+    Manifest.load(folder / "last").verify(folder / "last")
+    after = torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(v, before[k]) for k, v in after.items())
+    assert Manifest.load(folder / "last").training.metrics["val/acc1"] == pytest.approx(0.3)
+
+
+# -- When things go wrong --------------------------------------------------------------------
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Make chosen exports fail, counted from 0."""
+    real, count = reparameterize.export_model, iter(range(1000))
+
+    def install(bad, error=lambda: RuntimeError("no such operator")):
+        def export(*args, **kwargs):
+            if next(count) in bad:
+                raise error()
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(reparameterize, "export_model", export)
+
+    return install
+
+
+def test_a_failed_export_does_not_stop_training(make, tmp_path, folder, failing):
+    failing({0, 1, 2})
+    callback = make()
+    with pytest.warns(UserWarning, match="no such operator"):
+        trainer = fit(Classifier([0.1, 0.2, 0.3]), callback, tmp_path, max_epochs=3)
+    assert trainer.current_epoch == 3
+    assert "no such operator" in callback.last_error
+    assert targets(folder) == {"last.ckpt": f"{name(2)}.ckpt", "best.ckpt": f"{name(2)}.ckpt"}
+    error = json.loads((folder / f"{name(2)}.export-error.json").read_text())
+    assert "RuntimeError: no such operator" in error["error"]
+    assert contents(folder) == {
+        "last.ckpt",
+        "best.ckpt",
+        f"{name(2)}.ckpt",
+        f"{name(2)}.export-error.json",
+    }
+    assert callback.artifact_path is None
+
+
+@pytest.mark.filterwarnings("ignore:Exporting")
+def test_the_last_good_artifact_stays_until_there_is_a_better(make, tmp_path, folder, failing):
+    failing({1, 2})
+    fit(Classifier([0.1, 0.2, 0.3]), make(), tmp_path, max_epochs=3)
+    assert targets(folder) == {
+        "last": name(0),
+        "best": name(0),
+        "last.ckpt": f"{name(2)}.ckpt",
+        "best.ckpt": f"{name(2)}.ckpt",
+    }
+    load_torchscript_artifact(folder / "best")
+    # A later success moves the links, and what they held on to goes.
+    resume = str(folder / "last.ckpt")
+    fit(Classifier([0.4]), make(), tmp_path, max_epochs=4, resume=resume)
+    assert contents(folder) == expected(3)
+
+
+@pytest.mark.filterwarnings("ignore:Exporting")
+def test_the_best_is_tried_again_at_the_next_validation(make, tmp_path, folder, failing):
+    failing({0})
+    callback = make()
+    fit(Classifier([0.9, 0.1]), callback, tmp_path, max_epochs=2)
+    assert contents(folder) == expected(0, 1)
+    assert targets(folder)["best"] == name(0)
+    assert callback.last_error is None
+    assert Manifest.load(folder / "best").training.metrics["val/acc1"] == pytest.approx(0.9)
+    assert_artifact_is_of(folder / f"{name(0)}.ckpt")
+
+
+def test_strict_raises_and_keeps_the_checkpoint(make, tmp_path, folder, failing):
+    failing({0})
+    with pytest.raises(RuntimeError, match="no such operator"):
+        fit(Classifier([0.1]), make(strict=True), tmp_path)
+    assert targets(folder)["last.ckpt"] == f"{name(0)}.ckpt"
+
+
+@pytest.mark.filterwarnings("ignore:Exporting")
+def test_a_full_disk_in_the_export_leaves_no_half_artifact(make, tmp_path, folder, monkeypatch):
+    def full(self, directory):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Manifest, "save", full)
+    callback = make()
+    fit(Classifier([0.1]), callback, tmp_path)
+    assert "No space left" in callback.last_error
+    assert not any(p.name.startswith(".tmp") for p in folder.iterdir())
+    assert not (folder / name(0)).exists()
+
+
+def test_a_full_disk_in_the_checkpoint_leaves_the_older_one(make, tmp_path, folder, monkeypatch):
+    real, calls = Trainer.save_checkpoint, []
+
+    def save(self, path, *args, **kwargs):
+        calls.append(path)
+        if len(calls) == 2:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        real(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "save_checkpoint", save)
+    callback = make()
+    with pytest.raises(OSError, match="No space left"):
+        fit(Classifier([0.1, 0.2]), callback, tmp_path, max_epochs=2)
+    assert contents(folder) == expected(0)
+    assert callback.best_model_path == callback.last_model_path == str(folder / f"{name(0)}.ckpt")
+    assert_artifact_is_of(folder / f"{name(0)}.ckpt")
+
+
+def test_stale_folders_go_at_the_start(make, tmp_path, folder):
+    (folder / ".tmp-abc").mkdir(parents=True)
+    (folder / "mine").mkdir()
+    fit(Classifier([0.1]), make(), tmp_path)
+    assert contents(folder) == expected(0) | {"mine"}
+
+
+def test_a_missing_metric_is_named_with_those_there_are(make, tmp_path):
+    with pytest.raises(ValueError, match=r"'val/f1'.*available: \['val/acc1'\]"):
+        fit(Classifier([0.1]), make(monitor="val/f1"), tmp_path)
+
+
+def test_a_module_without_what_is_needed_is_told_so_at_the_start(make, tmp_path):
+    class Bare(Classifier):
+        export_spec = None
+
+    with pytest.raises(TypeError, match=r"Bare has no `export_spec`: define a property"):
+        fit(Bare(), make(), tmp_path)
+
+    module = Classifier()
+    del module.model
+    module.net = nn.Linear(1, 1)
+    with pytest.raises(TypeError, match=r"Classifier must keep the network .* `self\.model`"):
+        fit(module, make(), tmp_path)
+
+
+def test_names_must_differ():
+    with pytest.raises(ValueError, match=r"must contain \{step\}"):
+        ReparameterizeOnSave(filename="best")
+
+
+# -- Telling others --------------------------------------------------------------------------
+
+
+def test_listeners_hear_of_each_artifact_when_its_links_have_moved(make, tmp_path, folder):
+    heard = []
+    callback = make()
+    callback.listeners.append(lambda p, m: heard.append((p, m.training.step, targets(folder))))
+    fit(Classifier([0.1, 0.2]), callback, tmp_path, max_epochs=2)
+    assert [h[:2] for h in heard] == [(folder / name(e), (e + 1) * STEPS) for e in (0, 1)]
+    assert [h[2]["last"] for h in heard] == [name(0), name(1)]
+
+
+def test_a_listener_that_fails_does_not_stop_training(make, tmp_path, folder):
+    callback = make()
+    callback.listeners.append(lambda path, manifest: 1 / 0)
+    with pytest.warns(UserWarning, match="ZeroDivisionError"):
+        fit(Classifier([0.1]), callback, tmp_path)
+    assert contents(folder) == expected(0)
+
+
+def test_lightning_finds_last_and_best(make, tmp_path):
+    trainer = fit(Classifier([0.9, 0.1]), make(), tmp_path, max_epochs=2)
+    module = Classifier([0.3, 0.3])
+    trainer.validate(module, ckpt_path="best", verbose=False, weights_only=True)
+    assert trainer.ckpt_path.endswith(f"{name(0)}.ckpt")
+    trainer.validate(module, ckpt_path="last", verbose=False, weights_only=True)
+    assert Path(trainer.ckpt_path).resolve().name == f"{name(1)}.ckpt"
+
+
+# -- Kills and several processes -------------------------------------------------------------
+
+
+def run_script(text, *arguments, timeout=500):
+    """Run a script that has this module's names, in a process of its own."""
+    head = f"""
+import importlib.util, os, shutil, signal, sys
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("tests_here", {__file__!r})
+here = importlib.util.module_from_spec(spec)
+sys.modules["tests_here"] = here
+spec.loader.exec_module(here)
+here.torch.set_num_threads(1)
+"""
+    command = [sys.executable, "-c", head + text, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+KILLS = """
+start, work = Path(sys.argv[1]), Path(sys.argv[2])
+WATCHED = {"os.rename", "os.remove", "os.symlink", "os.mkdir", "os.rmdir", "os.chmod", "open"}
+
+def train(folder, epochs, kill_at=None):
+    count = 0
+    def hook(event, arguments):
+        nonlocal count
+        if event in WATCHED and str(arguments[0]).startswith(str(folder)):
+            count += 1
+            if count == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+    if kill_at:
+        sys.addaudithook(hook)
+    callback = here.ReparameterizeOnSave(dirpath=str(folder), formats=["torchscript"])
+    scores = {2: [0.5], 4: [0.6, 0.1]}[epochs]
+    resume = str(folder / "last.ckpt")
+    here.fit(here.Classifier(scores), callback, folder, max_epochs=epochs, resume=resume)
+
+def child(*arguments):
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        try:
+            train(*arguments)
+        except BaseException as error:
+            print("FAILED", arguments, repr(error), flush=True)
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(pid, 0)[1]
+
+kills = 0
+while True:
+    kills += 1
+    shutil.rmtree(work, ignore_errors=True)
+    shutil.copytree(start, work, symlinks=True)
+    status = child(work, 4, kills)
+    for name in ("last", "best"):
+        here.torch.load(work / f"{name}.ckpt", weights_only=True)
+        here.Manifest.load(work / name).verify(work / name)
+        here.load_torchscript_artifact(work / name)
+    if not os.WIFSIGNALED(status):
+        assert status == 0
+        break
+    if kills % 10 == 1:
+        saved = here.torch.load(work / "last.ckpt", weights_only=True)["epoch"]
+        if saved < 3:
+            assert child(work, 4) == 0
+            assert not list(work.glob(".tmp*"))
+            assert here.targets(work)["last"] == here.name(3)
+print("kills", kills - 1)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
+def test_a_kill_before_any_file_operation_leaves_usable_files(make, tmp_path, folder):
+    fit(Classifier([0.5, 0.4]), make(), tmp_path, max_epochs=2)
+    out = run_script(KILLS, folder, tmp_path / "work")
+    assert int(out.split("kills")[1]) > 40
+
+
+PROCESSES = """
+import warnings
+folder, fails = Path(sys.argv[1]), sys.argv[2] == "fails"
+if fails:
+    def export(*arguments, **options):
+        raise RuntimeError("no such operator")
+    here.reparameterize.export_model = export
+
+class Unequal(here.Classifier):
+    # each rank would rank differently: rank 0 decides
+    def on_validation_epoch_end(self):
+        first = [0.9, 0.1, 0.5] if self.global_rank == 0 else [0.1, 0.9, 0.5]
+        self.log("val/acc1", first[self.current_epoch], sync_dist=False)
+
+callback = here.ReparameterizeOnSave(dirpath=str(folder), formats=["torchscript"])
+trainer = here.fit(
+    Unequal(), callback, folder, max_epochs=3, devices=2, strategy="ddp", num_nodes=1
+)
+print(trainer.global_rank, callback.best_model_path, callback.last_error, flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("outcome", ["works", "fails"])
+def test_two_processes_agree(tmp_path, folder, outcome):
+    script = tmp_path / "script.py"
+    script.write_text("")
+    out = run_script(PROCESSES, folder, outcome, timeout=180)
+    lines = sorted(line for line in out.splitlines() if line[:2] in ("0 ", "1 "))
+    assert [line[0] for line in lines] == ["0", "1"]
+    assert lines[0][2:] == lines[1][2:]
+    assert ("no such operator" in lines[0]) == (outcome == "fails")
+    assert f"{name(0)[:9]}" in lines[0]
+    assert (folder / "last" / "manifest.json").is_file() == (outcome == "works")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["mobileone_s1", "repvgg_a0", "fastvit_t8", "repvit_m0_9"])
+def test_families_that_timm_can_fuse(make, tmp_path, folder, model):
+    import timm
+
+    pytest.importorskip("coremltools")
+
+    class Timm(Classifier):
+        def __init__(self):
+            super().__init__([0.5])
+            self.model = timm.create_model(model, num_classes=3)
+
+        @property
+        def export_spec(self):
+            return ExportSpec(
+                model, ("a", "b", "c"), (3, 64, 64), (0.5,) * 3, (0.2,) * 3, "bicubic", 1
+            )
+
+        @staticmethod
+        def _loader(batches):
+            x, y = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 0])
+            return DataLoader(TensorDataset(x, y), batch_size=4)
+
+    module = Timm()
+    callback = make(formats=["torchscript", "coreml"], strict=True)
+    fit(module, callback, tmp_path)
+    artifact, manifest = load_torchscript_artifact(folder / "last")
+    assert manifest.formats["torchscript"]["parity"]["max_relative_error"] < 1e-3
+    before = sum(p.numel() for p in module.model.parameters())
+    assert manifest.parameters < before
+    x = torch.randn(2, 3, 64, 64)
+    want = answers(module.model, x)
+    assert (answers(artifact, x) - want).abs().max() < 1e-3 * want.abs().max()
