@@ -1,6 +1,7 @@
 """The data module: any image data set that timm reads, with timm's transforms for the model."""
 
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ class ImageDataModule(LightningDataModule):
         self._seed = seed
         self._restored_seed: int | None = None
 
-    @property
+    @cached_property
     def class_names(self) -> list[str]:
         """The classes in the order of their indices.
 

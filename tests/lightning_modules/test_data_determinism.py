@@ -132,6 +132,20 @@ def test_global_generators_neither_matter_nor_move(pets, tmp_path, uninterrupted
     assert hashlib.sha256(first).hexdigest() == uninterrupted[0][1]
 
 
+def test_torch_flips_vary_with_image_and_epoch_but_not_with_the_global_seed(pets):
+    data = module(pets, auto_augment=None, scale=(1, 1), ratio=(1, 1), hflip=0.5)
+    data.setup("fit")
+    samples = data.train_dataloader().dataset
+    draws = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        draws.append(
+            [samples[SampleKey(epoch, 0)].image.sum(0)[0, 0].item() for epoch in range(12)]
+        )
+    assert draws[0] == draws[1] == draws[2] == draws[3]
+    assert len(set(draws[0])) == 2  # the image and its mirror image
+
+
 def test_workers_do_not_move_the_global_generator(pets):
     data = module(pets, workers=1)
     data.setup("fit")
@@ -149,9 +163,7 @@ def test_seed_comes_from_the_checkpoint_unless_given(pets, tmp_path, monkeypatch
     resumed = fit(module(pets, seed=None), tmp_path, 2, ckpt_path=tmp_path / "ckpt" / "last.ckpt")
     assert resumed == whole[2:]
     with pytest.warns(UserWarning, match="data seed 5 differs from the checkpoint's 7"):
-        other = fit(
-            module(pets, seed=5), tmp_path, 2, ckpt_path=tmp_path / "ckpt" / "last.ckpt"
-        )
+        other = fit(module(pets, seed=5), tmp_path, 2, ckpt_path=tmp_path / "ckpt" / "last.ckpt")
     assert other != resumed
 
 

@@ -1,0 +1,213 @@
+"""Classify files of images into a CSV, from a checkpoint or from an exported artifact."""
+
+import glob
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from timm.utils.misc import natural_key
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_modules.images import IMAGE_SUFFIXES, color_mode, read_image
+from lightning_modules.table import PredictionTable
+from lightning_modules.transforms import Transform, eval_transform
+from mobileone.export import ExportSpec, load_torchscript_artifact
+from mobileone.export.checkpoint import load_model, read_checkpoint
+
+__all__ = ["PredictionSummary", "find_images", "load_classifier", "predict_folder"]
+
+
+@dataclass(frozen=True)
+class PredictionSummary:
+    """What `predict_folder` did.
+
+    Attributes:
+        output: the CSV file.
+        images: how many images were classified.
+        unreadable: path and reason of each file that could not be read.
+    """
+
+    output: Path
+    images: int
+    unreadable: tuple[tuple[str, str], ...]
+
+
+def predict_folder(
+    source: str | Path,
+    images: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    top_k: int | None = 1,
+    skip_unreadable: bool = False,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    device: str = "auto",
+    progress: bool = True,
+) -> PredictionSummary:
+    """Classify images and write one CSV row an image, in the order of their paths.
+
+    The images go through the evaluation transform that the model was validated with. The columns
+    are path, label, probability; then label_2, probability_2 … up to ``top_k``, or, if it is
+    None, one column ``p(<class>)`` for every class; then error, which says why a file could not
+    be read (its other columns are empty). The file appears when it is complete; rows written
+    before an interruption stay beside it in ``<output>.partial``.
+
+    Args:
+        source: a checkpoint (``.ckpt``) or an artifact folder.
+        images: a folder (searched recursively), an image, a glob pattern, or a list of these.
+        output: the CSV file to write (UTF-8); its folder is created.
+        top_k: how many classes to name; None for the probabilities of all of them.
+        skip_unreadable: leave unreadable files out of the CSV; the summary still names them.
+        batch_size: images a step.
+        num_workers: processes that read images.
+        device: for torch, or "auto" for the GPU if there is one.
+        progress: show a bar.
+
+    Raises:
+        FileNotFoundError: no such source, no such images.
+        ValueError: a source that cannot be used, an argument out of its range.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1.")
+    paths = find_images(images)
+    model, spec = load_classifier(source)
+    if top_k is not None and not 1 <= top_k <= spec.num_classes:
+        raise ValueError(
+            f"top_k={top_k} must be from 1 to the {spec.num_classes} classes of the model, or null "
+            "for the probabilities of all classes."
+        )
+    place = torch.device(_auto_device() if device == "auto" else device)
+    loader = DataLoader(
+        _Files(paths, spec), batch_size, num_workers=num_workers, collate_fn=_collate
+    )
+    unreadable: list[tuple[str, str]] = []
+    with PredictionTable(Path(output), spec.class_names, top_k) as table:
+        for batch in _with_progress(loader, progress):
+            rows = iter(_probabilities(model, batch.images, place))
+            for path, error in zip(batch.paths, batch.errors, strict=True):
+                if error is None:
+                    table.write(path, next(rows))
+                    continue
+                unreadable.append((path, error))
+                if not skip_unreadable:
+                    table.write_error(path, error)
+    return PredictionSummary(Path(output), len(paths) - len(unreadable), tuple(unreadable))
+
+
+def load_classifier(source: str | Path) -> tuple[nn.Module, ExportSpec]:
+    """The model in eval mode on the CPU, (N, C, H, W) -> logits (N, classes), and its spec.
+
+    A checkpoint gives the weights of its ``state_dict``: the averaged ones if there are any.
+
+    Raises:
+        FileNotFoundError: no such checkpoint or artifact folder.
+        ValueError: a file that is neither, or is damaged.
+    """
+    path = Path(source)
+    if path.is_dir():
+        module, manifest = load_torchscript_artifact(path)
+        return module, manifest.spec
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{str(path)!r} does not exist. Give a checkpoint (….ckpt) or an artifact folder (the "
+            "one with manifest.json)."
+        )
+    model, spec = load_model(read_checkpoint(path), path)
+    return model.eval(), spec
+
+
+def find_images(images: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Image files of folders, patterns and single names, each once; folders in natural order.
+
+    Raises:
+        FileNotFoundError: a name that does not exist, or no images anywhere.
+    """
+    given = [images] if isinstance(images, (str, Path)) else list(images)
+    found = list(dict.fromkeys(path for item in given for path in _expand(item)))
+    if not found:
+        shown = ", ".join(repr(str(item)) for item in given) or "an empty list"
+        raise FileNotFoundError(
+            f"no images in {shown}. Looked for files that end in {', '.join(IMAGE_SUFFIXES)}, in "
+            "subfolders too."
+        )
+    return found
+
+
+def _expand(item: str | Path) -> list[Path]:
+    path = Path(item).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        return _sorted(p for p in path.rglob("*") if _is_image(p))
+    if glob.has_magic(str(item)):
+        matches = (Path(name) for name in glob.glob(str(path), recursive=True))  # noqa: PTH207
+        return _sorted(p for p in matches if _is_image(p))
+    raise FileNotFoundError(f"{str(item)!r} does not exist: give a folder, an image or a pattern.")
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+
+
+def _sorted(paths: Iterable[Path]) -> list[Path]:
+    return sorted(paths, key=lambda path: (natural_key(str(path)), str(path)))
+
+
+class _Batch(NamedTuple):
+    """Files, why each could not be read (None if it could), and the readable ones stacked."""
+
+    paths: list[str]
+    errors: list[str | None]
+    images: Tensor | None
+
+
+class _Files(Dataset[tuple[str, Tensor | None, str | None]]):
+    """Path, transformed image, error: one of the last two is None."""
+
+    def __init__(self, paths: list[Path], spec: ExportSpec) -> None:
+        config = asdict(spec)
+        del config["model_name"], config["class_names"]
+        self.paths = paths
+        self.transform: Transform = eval_transform(config)
+        self.mode = color_mode(spec.input_size[0])
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[str, Tensor | None, str | None]:
+        path = self.paths[index]
+        try:
+            with path.open("rb") as file:
+                image = read_image(file, self.mode)
+        except Exception as error:  # whatever a decoder raises
+            return str(path), None, f"{type(error).__name__}: {error}"
+        return str(path), self.transform(image), None
+
+
+def _collate(items: list[tuple[str, Tensor | None, str | None]]) -> _Batch:
+    paths, images, errors = zip(*items, strict=True)
+    readable = [image for image in images if image is not None]
+    return _Batch(list(paths), list(errors), torch.stack(readable) if readable else None)
+
+
+@torch.inference_mode()
+def _probabilities(model: nn.Module, images: Tensor | None, device: torch.device) -> Tensor:
+    """(N, C, H, W) -> (N, classes) on the CPU; no rows for no images."""
+    if images is None:
+        return torch.empty(0, 0)
+    return model.to(device)(images.to(device)).float().softmax(dim=1).cpu()
+
+
+def _auto_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _with_progress(loader: DataLoader, progress: bool) -> Iterator[_Batch]:
+    return iter(
+        track(loader, description="Classifying", disable=not progress, console=Console(stderr=True))
+    )

@@ -1,0 +1,446 @@
+"""Splits, classes, transforms and errors of the data module."""
+
+import gc
+import math
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data.readers.reader import Reader
+
+from lightning_modules import catalogue as catalogue_module
+from lightning_modules.data import ImageDataModule
+from lightning_modules.images import UnreadableImageError, read_image
+from lightning_modules.sampling import SampleKey
+
+
+def module(root, **options):
+    defaults = {"batch_size": 2, "input_size": 16, "num_workers": 0}
+    return ImageDataModule(str(root), **{**defaults, **options})
+
+
+def ready(root, stage="fit", **options):
+    data = module(root, **options)
+    data.setup(stage)
+    return data
+
+
+# --- layout and classes
+
+
+def test_folders(pets):
+    data = ready(pets)
+    assert data.class_names == ["cat", "dog"]
+    assert data.num_classes == 2
+    images, targets = next(iter(data.train_dataloader()))
+    assert images.shape == (2, 3, 16, 16)
+    assert images.dtype == torch.float32
+    assert targets.dtype == torch.int64
+    assert len(data.train_dataloader()) == 5
+    assert [t for _, batch in data.val_dataloader() for t in batch.tolist()] == [0, 0, 1, 1]
+
+
+def test_classes_are_known_before_setup(pets):
+    assert module(pets).class_names == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("name", ["val", "validation", "valid", "eval"])
+def test_names_of_the_validation_folder(make_folder, name):
+    root = make_folder({"train": {"a": 2}, name: {"a": 3}})
+    assert len(ready(root).val_dataloader().dataset) == 3
+
+
+def test_test_folder_is_used_if_there_is_one(make_folder, pets):
+    assert len(ready(pets, "test").test_dataloader().dataset) == 4
+    splits = {"train": {"a": 2, "b": 2}, "val": {"a": 1, "b": 1}, "test": {"b": 5}}
+    data = ready(make_folder(splits, "three"), "test")
+    assert [t for _, batch in data.test_dataloader() for t in batch.tolist()] == [1] * 5
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_tar_files(pets):
+    for split in ("train", "val"):
+        with tarfile.open(pets / f"{split}.tar", "w") as tar:
+            for path in (pets / split).rglob("*.png"):
+                tar.add(path, path.relative_to(pets / split))
+                path.unlink()
+        for folder in (pets / split).iterdir():
+            folder.rmdir()
+        (pets / split).rmdir()
+    data = ready(pets, dataset="tar")
+    assert data.class_names == ["cat", "dog"]
+    assert len(data.train_dataloader().dataset) == 10
+    assert [t for _, batch in data.val_dataloader() for t in batch.tolist()] == [0, 0, 1, 1]
+    del data
+    gc.collect()  # timm's reader leaves the tars open: have that warned about here and now
+
+
+def test_natural_order_with_ties_decided(make_folder):
+    labels = ("10", "2", "1", "01")
+    root = make_folder({split: dict.fromkeys(labels, 1) for split in ("train", "val")})
+    data = ready(root)
+    assert data.class_names == ["01", "1", "2", "10"]
+    files = [path for path, _ in data.val_dataloader().dataset.source.reader.samples]
+    targets = [t for _, batch in data.val_dataloader() for t in batch.tolist()]
+    assert [data.class_names[t] for t in targets] == [Path(path).parent.name for path in files]
+
+
+def test_class_file_fixes_the_order_in_both_splits(pets, tmp_path):
+    (tmp_path / "classes.txt").write_text("dog\ncat\n")
+    data = ready(pets, classes=str(tmp_path / "classes.txt"))
+    assert data.class_names == ["dog", "cat"]
+    assert [t for _, batch in data.val_dataloader() for t in batch.tolist()] == [1, 1, 0, 0]
+
+
+def test_evaluation_without_training_images(pets, make_folder):
+    root = make_folder({"val": {"a": 1, "b": 1}}, "only_val")
+    with pytest.warns(UserWarning, match="no training images"):
+        assert ready(root, "validate").class_names == ["a", "b"]
+
+
+def test_torchvision_dataset(tmp_path):
+    for split in ("train", "val"):
+        for label in ("a", "b"):
+            (tmp_path / split / label).mkdir(parents=True)
+            Image.new("L", (9, 9), 80).save(tmp_path / split / label / "0.png")
+    data = ready(tmp_path, dataset="torch/image_folder", train_split="train", val_split="val")
+    assert data.num_classes == 2
+    assert next(iter(data.val_dataloader()))[0].shape == (2, 3, 16, 16)
+
+
+# --- errors before anything long
+
+
+def test_missing_root(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere' does not exist.*train/<class>"):
+        ready(tmp_path / "nowhere")
+
+
+def test_root_is_needed():
+    with pytest.raises(ValueError, match="root is not set"):
+        ImageDataModule()
+
+
+def test_no_train_split_lists_what_is_there(make_folder):
+    root = make_folder({"images": {"cat": 1}, "labels": {"x": 1}})
+    with pytest.raises(FileNotFoundError, match=r"no split 'train'.*found images/, labels/"):
+        ready(root)
+
+
+def test_no_validation_split(make_folder):
+    with pytest.raises(FileNotFoundError, match=r"no split 'validation'.*found train/"):
+        ready(make_folder({"train": {"cat": 1}}))
+
+
+def test_empty_split(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    with pytest.raises(ValueError, match="Found 0 images"):
+        ready(tmp_path)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_empty_class(pets, split):
+    (pets / split / "hamster").mkdir()
+    with pytest.raises(ValueError, match=f"{split}: no images in 'hamster'"):
+        ready(pets)
+
+
+def test_class_only_in_validation(make_folder):
+    root = make_folder({"train": {"a": 1, "c": 1}, "val": {"a": 1, "b": 1, "c": 1}})
+    with pytest.raises(ValueError, match=r"val has classes.*'b'"):
+        ready(root)
+
+
+def test_class_missing_from_validation(make_folder):
+    root = make_folder({"train": {"a": 1, "b": 1}, "val": {"b": 1}})
+    with pytest.raises(ValueError, match=r"val has no images of 'a'"):
+        ready(root)
+
+
+def test_class_file_must_match_the_folders(pets, tmp_path):
+    file = tmp_path / "classes.txt"
+    file.write_text("cat\n")
+    with pytest.raises(ValueError, match=r"train has classes.*'dog'"):
+        ready(pets, classes=str(file))
+    file.write_text("cat\ndog\nfish\n")
+    with pytest.raises(ValueError, match=r"train has no images of 'fish'"):
+        ready(pets, classes=str(file))
+    file.write_text("cat\ncat\n")
+    with pytest.raises(ValueError, match="repeats 'cat'"):
+        ready(pets, classes=str(file))
+    with pytest.raises(FileNotFoundError, match="not a file"):
+        ready(pets, classes=str(tmp_path / "none.txt"))
+
+
+def test_images_outside_class_folders(pets):
+    Image.new("RGB", (4, 4)).save(pets / "train" / "loose.png")
+    with pytest.raises(ValueError, match=r"1 images lie directly.*loose\.png"):
+        ready(pets)
+
+
+def test_hidden_folder_is_no_class(pets):
+    (pets / "train" / ".ipynb_checkpoints").mkdir()
+    ready(pets)
+    Image.new("RGB", (4, 4)).save(pets / "train" / ".ipynb_checkpoints" / "0.png")
+    with pytest.raises(ValueError, match=r"hidden folders.*ipynb_checkpoints"):
+        ready(pets)
+
+
+def test_batch_larger_than_the_data(pets):
+    with pytest.raises(ValueError, match="batch_size=11 is larger than the 10 training images"):
+        ready(pets, batch_size=11).train_dataloader()
+    assert len(ready(pets, batch_size=11, drop_last=False).train_dataloader()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "mobileone_s9"}, r"mobileone_s9.*mobileone_s0"),
+        ({"dataset": "imagenett"}, "dataset='imagenett' is unknown"),
+        ({"dataset": "torch/nothing"}, "Unknown torchvision dataset nothing"),
+        ({"auto_augment": "nope"}, "auto_augment='nope'.*rand-m9"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"num_workers": -1}, "num_workers=-1"),
+        ({"input_size": (2, 8, 8)}, "2 channels"),
+        ({"input_size": 0}, "input_size="),
+        ({"input_size": (4, 8, 8)}, r"mean=.* 3 values for 4"),
+        ({"mean": (0.5, 0.5)}, "2 values for 3"),
+        ({"crop_pct": 1.5}, "crop_pct=1.5"),
+        ({"interpolation": "cubic"}, "interpolation='cubic' must be one of nearest"),
+        ({"crop_mode": "middle"}, "crop_mode='middle'"),
+    ],
+)
+def test_bad_arguments(pets, options, message):
+    with pytest.raises(ValueError, match=message):
+        ready(pets, **options)
+
+
+def test_auto_augment_needs_colours_that_pillow_can_change(pets):
+    options = {"input_size": (4, 8, 8), "mean": (0.5,), "std": (0.5,)}
+    with pytest.raises(ValueError, match="do not support RGBA"):
+        ready(pets, auto_augment="original", **options)
+
+
+def test_package_of_the_reader_is_missing(monkeypatch):
+    def unavailable(*args, **kwargs):
+        raise ImportError("No module named 'datasets'")
+
+    monkeypatch.setattr("lightning_modules.splits.create_dataset", unavailable)
+    with pytest.raises(ImportError, match=r"dataset='hfds/mnist' needs a package.*`datasets`"):
+        ImageDataModule(dataset="hfds/mnist").setup("fit")
+
+
+# --- unreadable images
+
+
+@pytest.fixture
+def broken(pets):
+    """Training images of which the first of each class is truncated."""
+    for label in ("cat", "dog"):
+        path = pets / "train" / label / "0.png"
+        path.write_bytes(path.read_bytes()[:200])
+    return pets
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_image_is_named(broken, workers):
+    loader = ready(broken, num_workers=workers, batch_size=10).train_dataloader()
+    with pytest.raises(UnreadableImageError, match=r"train/(cat|dog)/0\.png.*skip_unreadable=true"):
+        list(loader)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_images_are_replaced_and_reported_once_a_pass(broken, workers):
+    loader = ready(broken, num_workers=workers, skip_unreadable=True).train_dataloader()
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"2 unreadable.*cat/0\.png.*dog/0\.png") as caught:
+            batches = list(loader)
+        assert len(caught) == 1
+        assert sum(len(targets) for _, targets in batches) == 10
+
+
+def test_report_comes_with_the_last_batch(broken):
+    """A consumer that counts batches, as Lightning does, never asks for one more."""
+    loader = ready(broken, skip_unreadable=True).train_dataloader()
+    with pytest.warns(UserWarning, match="2 unreadable"):
+        iterator = iter(loader)
+        for _ in range(len(loader)):
+            next(iterator)
+
+
+def test_stand_in_is_the_next_readable_image(broken):
+    still = {"hflip": 0, "scale": (1, 1), "ratio": (1, 1)}
+    samples = ready(broken, skip_unreadable=True, **still).train_dataloader().dataset
+    sample = samples[SampleKey(0, 0)]
+    assert [file.name for file in sample.skipped] == [str(broken / "train/cat/0.png")]
+    assert sample.target == 0
+    assert torch.equal(sample.image, samples[SampleKey(0, 1)].image)
+    assert not torch.equal(sample.image, samples[SampleKey(0, 2)].image)
+    assert samples[SampleKey(0, 1)].skipped == []
+
+
+def test_nothing_readable(pets):
+    for path in (pets / "val").rglob("*.png"):
+        path.write_bytes(b"not an image")
+    loader = ready(pets, skip_unreadable=True).val_dataloader()
+    with pytest.raises(UnreadableImageError, match="none of the 4 images"):
+        list(loader)
+
+
+# --- colour modes
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+    values = np.array([[0, 257 * 100, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    with (tmp_path / "deep.png").open("rb") as file:
+        assert np.asarray(read_image(file, "L")).tolist() == [[0, 100, 255]]
+    with (tmp_path / "deep.png").open("rb") as file:
+        assert np.asarray(read_image(file, "RGB")).tolist() == [[[0] * 3, [100] * 3, [255] * 3]]
+
+
+def _cmyk(path):
+    Image.new("CMYK", (5, 5), (0, 255, 255, 0)).save(path, "TIFF")
+
+
+def _palette(path):
+    image = Image.new("P", (5, 5), 1)
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    image.info["transparency"] = bytes([0, 128])
+    image.save(path, "PNG")
+
+
+def _rgba(path):
+    Image.new("RGBA", (5, 5), (255, 0, 0, 10)).save(path, "PNG")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("write", [_cmyk, _palette, _rgba])
+def test_colour_modes_become_rgb(tmp_path, write):
+    write(tmp_path / "image")
+    with (tmp_path / "image").open("rb") as file:
+        image = read_image(file, "RGB")
+    assert image.mode == "RGB"
+    assert image.getpixel((2, 2)) == (255, 0, 0)
+
+
+def test_one_pixel_and_other_suffixes(make_folder):
+    root = make_folder({"train": {"a": 1}, "val": {"a": 1}}, size=(1, 1))
+    for suffix in ("webp", "bmp", "tiff", "JPG"):
+        Image.new("L", (1, 1), 9).save(root / "val" / "a" / f"x.{suffix}")
+    images = torch.cat([batch for batch, _ in ready(root).val_dataloader()])
+    assert images.shape == (5, 3, 16, 16)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_channels(pets, channels):
+    extra = {"mean": (0.5,), "std": (0.5,)} if channels == 4 else {}
+    data = ready(pets, input_size=(channels, 12, 16), **extra)
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        assert next(iter(loader))[0].shape == (2, channels, 12, 16)
+    assert len(data.data_config["mean"]) == channels
+
+
+# --- transforms
+
+
+def test_configuration_comes_from_the_model(pets):
+    config = ImageDataModule(str(pets), model="mobileone_s1").data_config
+    assert config["input_size"] == (3, 224, 224)
+    assert config["crop_pct"] == 0.9
+    assert config["interpolation"] == "bilinear"
+    assert config["mean"] == (0.485, 0.456, 0.406)
+    changed = ImageDataModule(str(pets), input_size=64, mean=(0.5,), crop_pct=1.0).data_config
+    assert changed["input_size"] == (3, 64, 64)
+    assert changed["mean"] == (0.5, 0.5, 0.5)
+    assert changed["crop_pct"] == 1.0
+    assert changed["std"] == (0.229, 0.224, 0.225)
+
+
+def test_validation_transform_against_pillow_and_numpy(make_folder):
+    root = make_folder({"train": {"a": 2}, "val": {"a": 1}}, size=(50, 37))
+    data = ready(root, input_size=24, crop_pct=0.8, interpolation="bicubic")
+    (batch, _), *_ = data.val_dataloader()
+
+    image = Image.open(root / "val" / "a" / "0.png")
+    short = math.floor(24 / 0.8)  # 30: the short side after the resize
+    image = image.resize((int(50 * short / 37), short), Image.Resampling.BICUBIC)
+    left, top = round((image.width - 24) / 2), round((image.height - 24) / 2)
+    pixels = np.asarray(image, dtype=np.float64)[top : top + 24, left : left + 24] / 255
+    expected = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    np.testing.assert_allclose(batch[0].numpy(), expected.transpose(2, 0, 1), atol=1e-6)
+
+
+def test_without_augmentation_options_training_only_crops_and_flips(pets):
+    names = [type(t).__name__ for t in ready(pets).train_dataloader().dataset.transform.transforms]
+    assert names == [
+        "RandomResizedCropAndInterpolation",
+        "RandomHorizontalFlip",
+        "MaybeToTensor",
+        "Normalize",
+    ]
+    bare = ready(pets, hflip=0).train_dataloader().dataset.transform.transforms
+    assert "RandomHorizontalFlip" not in [type(t).__name__ for t in bare]
+
+
+def test_auto_augment_and_erasing_are_passed_on(pets):
+    data = ready(pets, auto_augment="original-mstd0.5", re_prob=0.5, color_jitter=0.4, vflip=0.1)
+    names = [type(t).__name__ for t in data.train_dataloader().dataset.transform.transforms]
+    assert {"AutoAugment", "RandomErasing", "RandomVerticalFlip"} <= set(names)
+
+
+# --- streams
+
+
+class _Numbers(Reader):
+    """A streaming reader of ten images whose brightness is the epoch."""
+
+    class_to_idx = {"even": 0, "odd": 1}  # noqa: RUF012
+
+    def __init__(self):
+        super().__init__()
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
+
+    def set_epoch(self, epoch):
+        self.epoch.fill_(epoch)
+
+    def __iter__(self):
+        for number in range(10):
+            yield Image.new("RGB", (20, 20), (int(self.epoch), 0, 0)), number % 2
+
+    def __len__(self):
+        return 10
+
+
+@pytest.mark.parametrize(("workers", "persistent"), [(0, False), (1, True)])
+def test_stream_hears_of_the_epoch(monkeypatch, workers, persistent):
+    from lightning.fabric.utilities.data import _set_sampler_epoch
+    from timm.data import IterableImageDataset
+
+    def open_split(*args, **kwargs):
+        return IterableImageDataset(None, reader=_Numbers())
+
+    monkeypatch.setattr(catalogue_module, "open_split", open_split)
+    data = ImageDataModule(
+        dataset="wds/numbers",
+        input_size=8,
+        batch_size=5,
+        mean=(0.0,),
+        std=(1.0,),
+        num_workers=workers,
+        persistent_workers=persistent,
+    )
+    data.setup("fit")
+    assert data.class_names == ["even", "odd"]
+    loader = data.train_dataloader()
+    assert len(loader) == 2
+    for epoch in (0, 3):
+        iterator = iter(loader)
+        _set_sampler_epoch(loader, epoch)  # Lightning's own way, and after iter(), as it does
+        images = torch.cat([images for images, _ in iterator])
+        assert images.shape == (10, 3, 8, 8)
+        assert (images[:, 0] * 255).round().unique().tolist() == [epoch]
