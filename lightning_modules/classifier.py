@@ -122,7 +122,7 @@ class ImageClassifier(LightningModule):
             model, pretrained=pretrained, num_classes=num_classes, **(model_kwargs or {})
         )
         self.num_classes = num_classes
-        self.train_loss = MeanMetric(nan_strategy="disable")
+        self.train_loss = _mean()
         self.val_metrics = _metrics(num_classes, "val/")
         self.test_metrics = _metrics(num_classes, "test/")
         self.test_confusion: Tensor | None = None
@@ -195,14 +195,18 @@ class ImageClassifier(LightningModule):
         images, targets = batch
         if batch_idx == 0:
             check_targets(targets, self.num_classes)
-        loss = F.cross_entropy(
-            self._logits(images), targets, label_smoothing=self.hparams["label_smoothing"]
+        losses = F.cross_entropy(
+            self._logits(images),
+            targets,
+            label_smoothing=self.hparams["label_smoothing"],
+            reduction="none",
         )
+        loss = losses.mean()
         groups = self.trainer.optimizers[0].param_groups
         lr = max(float(group["lr"]) for group in groups)
         check_loss(loss, step=self.global_step, epoch=self.current_epoch, lr=lr)
         self.log("train/loss", loss, prog_bar=True)
-        self.train_loss.update(loss.detach(), len(targets))
+        self.train_loss.update(losses.detach())
         self.log("train/loss_epoch", self.train_loss, on_step=False, on_epoch=True)
         self.log("lr", lr)
         self.log("weight_decay", max(float(group["weight_decay"]) for group in groups))
@@ -295,9 +299,8 @@ class ImageClassifier(LightningModule):
         if batch_idx == 0:
             check_targets(targets, self.num_classes)
         logits = self._logits(images)
-        loss = F.cross_entropy(logits, targets)
-        # each metric takes the arguments that it knows
-        metrics.update(preds=logits, target=targets, value=loss, weight=len(targets))
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        metrics.update(preds=logits, target=targets, value=losses)  # each takes what it knows
         self.log_dict(metrics, prog_bar=True)
         return logits
 
@@ -314,8 +317,14 @@ class ImageClassifier(LightningModule):
         return bool(self.hparams["channels_last"]) and self.device.type == "cuda"
 
 
+def _mean() -> MeanMetric:
+    # "disable" keeps NaN visible. It also ignores weights (torchmetrics 1.9), so that the mean must
+    # be given the loss of each image, not a batch's mean and size.
+    return MeanMetric(nan_strategy="disable")
+
+
 def _metrics(num_classes: int, prefix: str) -> MetricCollection:
-    metrics: dict[str, Any] = {"loss": MeanMetric(nan_strategy="disable")}
+    metrics: dict[str, Any] = {"loss": _mean()}
     for k in (1, 5):
         if k == 1 or num_classes > k:
             metrics[f"acc{k}"] = MulticlassAccuracy(
