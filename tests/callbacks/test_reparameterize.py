@@ -528,7 +528,7 @@ def test_lightning_finds_last_and_best(make, tmp_path):
 # -- Kills and several processes -------------------------------------------------------------
 
 
-def run_script(text, *arguments, timeout=500):
+def run_script(script, text, *arguments, timeout=500):
     """Run a script that has this module's names, in a process of its own."""
     head = f"""
 import importlib.util, os, shutil, signal, sys
@@ -539,7 +539,8 @@ sys.modules["tests_here"] = here
 spec.loader.exec_module(here)
 here.torch.set_num_threads(1)
 """
-    command = [sys.executable, "-c", head + text, *map(str, arguments)]
+    script.write_text(head + text)
+    command = [sys.executable, str(script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -603,7 +604,7 @@ print("kills", kills - 1)
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
 def test_a_kill_before_any_file_operation_leaves_usable_files(make, tmp_path, folder):
     fit(Classifier([0.5, 0.4]), make(), tmp_path, max_epochs=2)
-    out = run_script(KILLS, folder, tmp_path / "work")
+    out = run_script(tmp_path / "kills.py", KILLS, folder, tmp_path / "work")
     assert int(out.split("kills")[1]) > 40
 
 
@@ -632,9 +633,7 @@ print(trainer.global_rank, callback.best_model_path, callback.last_error, flush=
 @pytest.mark.slow
 @pytest.mark.parametrize("outcome", ["works", "fails"])
 def test_two_processes_agree(tmp_path, folder, outcome):
-    script = tmp_path / "script.py"
-    script.write_text("")
-    out = run_script(PROCESSES, folder, outcome, timeout=180)
+    out = run_script(tmp_path / "processes.py", PROCESSES, folder, outcome, timeout=180)
     lines = sorted(line for line in out.splitlines() if line[:2] in ("0 ", "1 "))
     assert [line[0] for line in lines] == ["0", "1"]
     assert lines[0][2:] == lines[1][2:]
