@@ -20,7 +20,7 @@ PUBLISHED = {
 }
 # paper, Table 13 (M parameters, M multiply-adds); mu0's layout is inexact
 MICRO = {"mobileone_mu1": (0.98, 139), "mobileone_mu2": (1.3, 214)}
-FAMILY = sorted(PUBLISHED) + ["mobileone_mu0", *sorted(MICRO)]
+FAMILY = [*sorted(PUBLISHED), "mobileone_mu0", *sorted(MICRO)]
 
 
 def count(model):

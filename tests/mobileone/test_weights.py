@@ -150,7 +150,7 @@ def test_mismatch_says_which_model_the_file_is(fused):
 
 def test_mismatch_of_classes_is_explained():
     weights = timm.create_model("mobileone_mu0", num_classes=3).state_dict()
-    with pytest.raises(RuntimeError, match="3 classes.*this model is.*1000 classes"):
+    with pytest.raises(RuntimeError, match=r"3 classes.*this model is.*1000 classes"):
         timm.create_model("mobileone_mu0").load_state_dict(weights)
 
 

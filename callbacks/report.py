@@ -1,0 +1,150 @@
+"""Pictures and artifacts of a run: into the run folder and, where there is one, into wandb."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from callbacks.figures import confusion_figure, samples_figure
+from callbacks.reparameterize import ReparameterizeOnSave
+from mobileone.export.manifest import MANIFEST_NAME, Manifest
+from mobileone.export.spec import ExportSpec
+
+__all__ = ["Report"]
+
+
+class Report(Callback):
+    """Show what the model does, and hand its fused artifact to wandb.
+
+    After each validation: predictions on the first validation images. After a test: the confusion
+    matrix, as a picture and as CSV. Both go to `<run>/report/` and to a WandbLogger. The artifact
+    is logged as a wandb Artifact of type "model", with the manifest as its metadata.
+
+    The LightningModule needs `export_spec` (class names, normalisation) and, for the matrix,
+    `test_confusion`, as `ImageClassifier` has.
+
+    Args:
+        samples: Images to show after a validation; 0 for none.
+        log_artifact: Which artifacts go to wandb: the best one when the fit ends, one after
+            each validation, or none.
+    """
+
+    def __init__(
+        self, samples: int = 16, log_artifact: Literal["best", "every", "none"] = "best"
+    ) -> None:
+        if samples < 0:
+            raise ValueError(f"`samples` (={samples}) must be at least 0")
+        if log_artifact not in ("best", "every", "none"):
+            raise ValueError(f"`log_artifact` (={log_artifact!r}) must be best, every or none")
+        self.samples = samples
+        self.log_artifact = log_artifact
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ask to be told of every artifact, if every one is to be logged."""
+        saver = trainer.checkpoint_callback
+        if stage != "fit" or not isinstance(saver, ReparameterizeOnSave):
+            return
+        if self.log_artifact == "every":
+            saver.listeners.append(
+                lambda path, manifest: _log_artifact(trainer, path, manifest, ["latest"])
+            )
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: tuple[Tensor, Tensor],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Show predictions on the first images, by the very weights that are validated."""
+        if batch_idx or not self.samples or trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        images, targets = (x[: self.samples] for x in batch)
+        with torch.no_grad():
+            probabilities = pl_module(images).float().softmax(dim=1)
+        spec = cast(ExportSpec, pl_module.export_spec)
+        figure = samples_figure(
+            _denormalised(images.float().cpu(), spec),
+            targets.cpu(),
+            probabilities.cpu(),
+            spec.class_names,
+        )
+        _publish(trainer, "samples", figure)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the confusion matrix of the test."""
+        confusion = cast(Tensor | None, pl_module.test_confusion)
+        if confusion is None or not trainer.is_global_zero:
+            return
+        names = cast(ExportSpec, pl_module.export_spec).class_names
+        _publish(trainer, "confusion_matrix", confusion_figure(confusion, names))
+        if not _dry_run(trainer):
+            _write_matrix(_folder(trainer) / "confusion_matrix.csv", confusion, names)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the best artifact."""
+        saver = trainer.checkpoint_callback
+        if self.log_artifact != "best" or not isinstance(saver, ReparameterizeOnSave):
+            return
+        path = saver.best_artifact_path
+        if path is not None and trainer.is_global_zero:
+            _log_artifact(trainer, path, Manifest.load(path), ["best", "latest"])
+
+
+def _denormalised(images: Tensor, spec: ExportSpec) -> Tensor:
+    shape = (-1, 1, 1)
+    return images * torch.tensor(spec.std).view(shape) + torch.tensor(spec.mean).view(shape)
+
+
+def _folder(trainer: Trainer) -> Path:
+    folder = Path(trainer.default_root_dir) / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _dry_run(trainer: Trainer) -> bool:
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def _publish(trainer: Trainer, name: str, figure: Figure) -> None:
+    if _dry_run(trainer):
+        return
+    final = _folder(trainer) / f"{name}.png"
+    beside = final.with_suffix(".tmp")
+    figure.savefig(beside, dpi=120, format="png")
+    beside.replace(final)
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(f"report/{name}", [str(final)], step=trainer.global_step)
+
+
+def _write_matrix(path: Path, confusion: Tensor, names: tuple[str, ...]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["true \\ predicted", *names])
+        for name, row in zip(names, confusion.tolist(), strict=True):
+            writer.writerow([name, *row])
+
+
+@rank_zero_only
+def _log_artifact(trainer: Trainer, path: Path, manifest: Manifest, aliases: list[str]) -> None:
+    import wandb
+
+    for logger in trainer.loggers:
+        if not isinstance(logger, WandbLogger):
+            continue
+        name = f"{manifest.spec.model_name}-{logger.experiment.id}".replace("/", "-")
+        artifact = wandb.Artifact(
+            name, type="model", metadata=json.loads((path / MANIFEST_NAME).read_text())
+        )
+        artifact.add_dir(str(path))
+        logger.experiment.log_artifact(artifact, aliases=aliases)

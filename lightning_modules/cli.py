@@ -1,0 +1,89 @@
+"""The command `mobileone`: a table of subcommands, each imported when it is called."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
+
+__all__ = ["COMMANDS", "main"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: where its function is, and one line for the help."""
+
+    target: str
+    help: str
+
+    def load(self) -> Callable[[str, list[str]], None]:
+        """Import the function, which takes the subcommand's name and its arguments."""
+        module, _, name = self.target.partition(":")
+        return getattr(import_module(module), name)
+
+
+_TRAINING = "lightning_modules.training:run"
+
+COMMANDS = {
+    "fit": Command(_TRAINING, "train; after each validation write checkpoint and fused artifacts"),
+    "validate": Command(_TRAINING, "evaluate a checkpoint on the validation set"),
+    "test": Command(_TRAINING, "evaluate a checkpoint on the test set, with a confusion matrix"),
+    "predict": Command(
+        "lightning_modules.commands:predict",
+        "label a folder of images with a checkpoint or an artifact, into a CSV file",
+    ),
+    "export": Command(
+        "lightning_modules.commands:export", "turn a checkpoint into fused artifacts, untrained"
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a subcommand.
+
+    Args:
+        argv: Arguments after the program's name; `sys.argv[1:]` by default.
+
+    Raises:
+        SystemExit: With code 2 on arguments that cannot be used.
+    """
+    name, *rest = argv if argv is not None else sys.argv[1:] or ["--help"]
+    if "_ARGCOMPLETE" in os.environ:
+        import_module("lightning_modules.completion").complete(COMMANDS)
+    elif name in ("-h", "--help"):
+        print(_help())
+    elif name == "--version":
+        print(f"mobileone {version('mobileone-lightning')}")
+    elif name in COMMANDS:
+        COMMANDS[name].load()(name, list(rest))
+    else:
+        listed = ", ".join(COMMANDS)
+        sys.exit(_complain(f"unknown subcommand {name!r}; choose one of: {listed}"))
+
+
+def _complain(message: str) -> int:
+    print(f"mobileone: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {c.help}" for name, c in COMMANDS.items())
+    return f"""usage: mobileone SUBCOMMAND [options]
+
+Train MobileOne, or any reparameterizable timm network, and ship it.
+
+subcommands:
+{rows}
+
+  -h, --help     show this help
+  --version      show the version
+
+`mobileone SUBCOMMAND --help` lists a subcommand's options. To begin:
+
+  mobileone fit --config configs/quickstart.yaml"""
+
+
+if __name__ == "__main__":
+    main()

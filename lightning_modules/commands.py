@@ -1,0 +1,64 @@
+"""The subcommands that do not train: predict and export."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+__all__ = ["export", "export_parser", "predict", "predict_parser"]
+
+
+def predict(name: str, argv: list[str]) -> None:
+    """Run `mobileone predict`."""
+    options = predict_parser(name).parse_args(argv)
+    from lightning_modules.predict import predict_folder
+
+    summary = _answer(predict_folder, options)
+    print(f"{summary.images} images -> {summary.output}")
+    for path, reason in summary.unreadable:
+        print(f"unreadable: {path}: {reason}", file=sys.stderr)
+
+
+def predict_parser(name: str) -> ArgumentParser:
+    """Arguments of `mobileone predict`."""
+    from lightning_modules.predict import predict_folder
+
+    parser = ArgumentParser(
+        prog=f"mobileone {name}",
+        description="Label images with a checkpoint (.ckpt) or an artifact folder, into a CSV "
+        "file. Example: mobileone predict runs/quickstart/latest/checkpoints/best photos/ out.csv",
+    )
+    parser.add_function_arguments(predict_folder, as_positional=True, as_group=False)
+    return parser
+
+
+def export(name: str, argv: list[str]) -> None:
+    """Run `mobileone export`."""
+    options = export_parser(name).parse_args(argv)
+    from mobileone.export.checkpoint import export_checkpoint
+
+    manifest = _answer(export_checkpoint, options)
+    print(f"{', '.join(manifest.formats)} -> {Path(options.directory)}")
+
+
+def export_parser(name: str) -> ArgumentParser:
+    """Arguments of `mobileone export`."""
+    from mobileone.export.checkpoint import export_checkpoint
+
+    parser = ArgumentParser(
+        prog=f"mobileone {name}",
+        description="Write the fused artifacts of a checkpoint, without training. Example: "
+        "mobileone export runs/quickstart/latest/checkpoints/last.ckpt shipped/",
+    )
+    parser.add_function_arguments(export_checkpoint, as_positional=True, as_group=False)
+    return parser
+
+
+def _answer(function: Callable[..., Any], options: Namespace) -> Any:
+    """Call a function whose errors are messages for the user."""
+    try:
+        return function(**options.as_dict())
+    except (ValueError, OSError) as error:
+        sys.exit(f"mobileone: error: {error}")

@@ -1,0 +1,28 @@
+"""Messages of the libraries that tell a user nothing, each silenced by its own text."""
+
+import logging
+import warnings
+
+__all__ = ["silence_known_messages"]
+
+_WARNINGS = (
+    # Lightning calls a function of torch's that torch has deprecated
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    # the number of workers is the user's decision; the data module has a default
+    r"The '\w+' does not have many workers",
+    # short epochs are shorter than the logging interval
+    r"The number of training batches \(\d+\) is smaller than the logging interval",
+)
+_LOGS = ("💡 Tip:", "TPU available:", "Loading `train_dataloader` to estimate")
+
+
+def silence_known_messages() -> None:
+    """Silence them for the rest of the process; for commands, not for libraries."""
+    for message in _WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch"):
+        logging.getLogger(name).addFilter(_is_telling)
+
+
+def _is_telling(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_LOGS)

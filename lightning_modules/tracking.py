@@ -1,0 +1,74 @@
+"""Loggers of a run: wandb, offline unless asked otherwise, and a CSV file beside it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+
+from lightning_modules.run_folder import RunFolder
+
+__all__ = ["WandbOptions", "make_loggers"]
+
+
+@dataclass
+class WandbOptions:
+    """How the run is tracked in wandb.
+
+    Args:
+        mode: offline writes `<run>/wandb` and needs neither network nor key (send it later with
+            `wandb sync`); online streams; disabled tracks nothing.
+        project: wandb project.
+        entity: wandb user or team; None for your default.
+        group: groups runs, for example the seeds of one experiment.
+        tags: labels of the run.
+    """
+
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "mobileone"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] | None = None
+
+
+def make_loggers(run: RunFolder, options: WandbOptions) -> list[Logger]:
+    """Make the run's loggers.
+
+    Args:
+        run: Where they write; its id continues a resumed run.
+        options: The wandb options.
+
+    Returns:
+        A CSV logger (`<run>/metrics/version_*/metrics.csv`, a new version a resume) and, unless
+        disabled, a wandb logger.
+
+    Raises:
+        ValueError: Online tracking was asked for and there is no API key.
+    """
+    loggers: list[Logger] = [CSVLogger(run.path, name="metrics")]
+    if options.mode == "disabled":
+        return loggers
+    if options.mode == "online":
+        _check_api_key()
+    logger = WandbLogger(
+        save_dir=run.path,
+        id=run.wandb_id,
+        name=run.wandb_id,
+        resume="allow",
+        offline=options.mode == "offline",
+        project=options.project,
+        entity=options.entity,
+        group=options.group,
+        tags=options.tags,
+    )
+    logger._wandb_init.pop("anonymous", None)  # wandb warns of this key even where it is None
+    return [*loggers, logger]
+
+
+def _check_api_key() -> None:
+    import wandb
+
+    if not wandb.api.api_key:
+        raise ValueError(
+            "wandb.mode=online needs an API key: run `wandb login` or set WANDB_API_KEY, or leave "
+            "the mode at offline and send the run later with `wandb sync`"
+        )
