@@ -16,8 +16,8 @@ def isolated() -> Iterator[None]:
     """Restore on exit every random state and mode that a CPU export could touch.
 
     Covers the generators of torch (CPU), numpy and `random`, the warning filters, gradient and
-    inference mode, autocast and cuDNN's flags. Inside, gradients are off and inference mode is
-    left: tensors created in inference mode cannot be traced.
+    inference mode, autocast and cuDNN's flags. Inside, all of these modes are off: an export
+    does the same at the end of a validation as by itself.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     cudnn = torch.backends.cudnn

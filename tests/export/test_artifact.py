@@ -140,6 +140,14 @@ def test_random_states_and_modes_are_left_as_they_were(
         assert modes() == before
 
 
+def test_isolated_work_runs_in_the_same_modes_everywhere():
+    with torch.inference_mode(), torch.autocast("cpu"), isolated():
+        assert not torch.is_inference_mode_enabled()
+        assert not torch.is_autocast_enabled("cpu")
+    with isolated():
+        assert not torch.is_grad_enabled()
+
+
 def test_isolation_holds_when_the_work_fails():
     before = modes()
     with pytest.raises(RuntimeError), isolated():
