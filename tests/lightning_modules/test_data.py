@@ -272,6 +272,18 @@ def test_report_comes_with_the_last_batch(broken):
             next(iterator)
 
 
+def test_report_comes_when_a_pass_is_cut_short(broken):
+    loader = ready(broken, skip_unreadable=True, batch_size=4).train_dataloader()
+    assert len(loader) == 2
+    with pytest.warns(UserWarning, match="unreadable images were replaced") as caught:
+        for seed in range(20):  # one of these orders begins with a broken image
+            loader.sampler.set_epoch(seed)
+            iterator = iter(loader)
+            next(iterator)
+            iterator.close()
+    assert len(caught) > 1
+
+
 def test_stand_in_is_the_next_readable_image(broken):
     still = {"hflip": 0, "scale": (1, 1), "ratio": (1, 1)}
     samples = ready(broken, skip_unreadable=True, **still).train_dataloader().dataset
