@@ -128,7 +128,7 @@ class ReparameterizeOnSave(ModelCheckpoint):
             super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _network_of(pl_module)
+        _network_of(pl_module), _spec_of(pl_module)  # better now than after an epoch
         if _dry_run(trainer) or not trainer.is_global_zero:
             return
         self._folder.path.mkdir(parents=True, exist_ok=True)

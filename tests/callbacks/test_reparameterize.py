@@ -14,6 +14,7 @@ from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks import reparameterize
+from callbacks.ema import EMA
 from callbacks.reparameterize import ReparameterizeOnSave
 from mobileone import MobileOneBlock
 from mobileone.export import ExportSpec, Manifest, Metadata, load_torchscript_artifact
@@ -264,6 +265,17 @@ def test_weights_only_checkpoints_get_the_artifact_of_their_weights(make, tmp_pa
     assert_artifact_is_of(folder / f"{name(0)}.ckpt")
 
 
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_the_projects_own_average_ships_too(make, tmp_path, folder, weights_only):
+    ema = EMA(decay=0.5)
+    fit(Classifier([0.5]), make(save_weights_only=weights_only), tmp_path, callbacks=[ema])
+    checkpoint = folder / f"{name(0)}.ckpt"
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    averaged = ema._average_model.module.state_dict()
+    assert all(torch.equal(v, averaged[k]) for k, v in saved.items())
+    assert_artifact_is_of(checkpoint)
+
+
 def test_a_compiled_network_is_unwrapped(make, tmp_path, folder):
     module = Classifier([0.5])
     module.model = torch.compile(module.model, backend="eager")
@@ -483,6 +495,12 @@ def test_a_module_without_what_is_needed_is_told_so_at_the_start(make, tmp_path)
 
     with pytest.raises(TypeError, match=r"Bare has no `export_spec`: define a property"):
         fit(Bare(), make(), tmp_path)
+
+    class Wrong(Classifier):
+        export_spec = "mobileone_s0"
+
+    with pytest.raises(TypeError, match="must be an ExportSpec, not str"):
+        fit(Wrong(), make(), tmp_path)
 
     module = Classifier()
     del module.model
