@@ -160,7 +160,7 @@ class ImageClassifier(LightningModule):
             ValueError: the data have another number of classes than the model, or, unless
                 training starts anew, other classes than the checkpoint.
         """
-        data = self.trainer.datamodule
+        data = getattr(self.trainer, "datamodule", None)
         if stage != "predict" and isinstance(data, _ClassifiedData):
             names = tuple(data.class_names)
             if len(names) != self.num_classes:
@@ -330,5 +330,5 @@ def _metrics(num_classes: int, prefix: str) -> MetricCollection:
             metrics[f"acc{k}"] = MulticlassAccuracy(
                 num_classes, top_k=k, average="micro", validate_args=False
             )
-    # compute groups would merge acc1 and acc5 for good if they agree on the first batch
+    # these share no state, and torchmetrics would guess from the first batch whether they do
     return MetricCollection(metrics, prefix=prefix, compute_groups=False)

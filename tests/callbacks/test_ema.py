@@ -297,6 +297,13 @@ def test_defect_1_test_with_a_checkpoint_after_fit_sees_the_average(tmp_path):
     assert torch.equal(tested, raw["linear.weight"])
 
 
+def test_checkpoint_saved_after_a_test_holds_the_tested_weights(tmp_path):
+    _, trainer, _ = fit(tmp_path, EMA(DECAY), SaveEachEpoch())
+    trainer.test(Net(), one_batch(), ckpt_path=tmp_path / "0.ckpt", verbose=False)
+    trainer.save_checkpoint(tmp_path / "now.ckpt")
+    assert_equal(load(tmp_path / "now.ckpt")["state_dict"], load(tmp_path / "0.ckpt")["state_dict"])
+
+
 def test_test_without_a_checkpoint_after_fit_sees_the_average(tmp_path):
     net, trainer, states = fit(tmp_path, EMA(DECAY))
     net.validated.clear()
@@ -317,6 +324,13 @@ def test_another_module_is_validated_with_its_own_weights(tmp_path):
 
     assert torch.equal(scenario(EMA(DECAY)), Net().linear.weight)
     assert not torch.equal(scenario(lightnings()), Net().linear.weight)
+
+    trainer, other = make_trainer(tmp_path, EMA(DECAY), Fail(RuntimeError("stop"))), Net()
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer.fit(Net(), loader(), one_batch())
+    trainer.callbacks.pop(1)
+    trainer.validate(other, one_batch(), verbose=False)
+    assert torch.equal(other.validated[0], Net().linear.weight)
 
 
 def test_defect_2_before_the_start_the_raw_weights_count(tmp_path):
@@ -366,6 +380,16 @@ def test_weights_only_checkpoint_leaves_training_alone(tmp_path):
     assert_equal(without[-1], states[-1])
     trainer.save_checkpoint(tmp_path / "after.ckpt", weights_only=True)
     assert_near(load(tmp_path / "after.ckpt")["state_dict"], averaged(states))
+
+
+def test_weights_only_checkpoint_in_a_validation_leaves_the_average_there(tmp_path):
+    class Save(Callback):
+        def on_validation_batch_start(self, trainer, *args):
+            trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+
+    net, _, states = fit(tmp_path, EMA(DECAY), Save())
+    expected = averaged(states)["linear.weight"]
+    torch.testing.assert_close(net.validated[-1].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt()])

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.nn import functional as F
@@ -162,6 +163,14 @@ def test_training_loss_is_smoothed(tmp_path):
     assert log["train/loss"] == pytest.approx([expected], rel=1e-5)
 
 
+def test_learning_rate_monitor_labels_nothing_wrongly(tmp_path):
+    monitor = LearningRateMonitor(log_weight_decay=True)
+    trainer = make_trainer(tmp_path, monitor, logger=Log(tmp_path).logger, epochs=1)
+    trainer.fit(classifier(), Images())
+    assert monitor.lrs.keys() == {"lr"}  # it takes each schedule's name for a learning rate
+    assert monitor.last_weight_decay_values.keys() == {"lr-weight_decay"}
+
+
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_learning_rate_scales_with_the_effective_batch(tmp_path, accumulate):
     log = Log(tmp_path)
@@ -210,8 +219,6 @@ def test_metrics_are_exact_for_an_uneven_last_batch(tmp_path):
 
 
 def test_acc5_differs_from_acc1_though_they_agree_on_the_first_batch(tmp_path):
-    """torchmetrics' compute groups would merge the two for good."""
-
     class Ranks(nn.Module):
         def forward(self, images):  # first batch: top-1 right; later: only among the top five
             return images.flatten(1)[:, :7]
