@@ -200,9 +200,16 @@ def test_only_the_last_is_kept_without_a_top_k(make, tmp_path, folder):
     assert contents(folder) == {"last", "last.ckpt", name(1), f"{name(1)}.ckpt"}
 
 
-def test_equal_scores_keep_the_older_and_nan_is_never_best(make, tmp_path, folder):
-    fit(Classifier([0.5, 0.5, float("nan")]), make(), tmp_path, max_epochs=3)
+def test_of_equal_scores_the_older_stays_best(make, tmp_path, folder):
+    fit(Classifier([0.5, 0.5, 0.1]), make(), tmp_path, max_epochs=3)
     assert targets(folder)["best"] == name(0)
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_a_score_that_is_not_a_number_is_never_best(make, tmp_path, folder, mode):
+    nan = float("nan")
+    fit(Classifier([nan, 0.5, nan]), make(mode=mode), tmp_path, max_epochs=3)
+    assert targets(folder)["best"] == name(1)
     assert Manifest.load(folder / "last").training.metrics["val/acc1"] is None
 
 
@@ -438,6 +445,15 @@ def test_the_best_is_tried_again_at_the_next_validation(make, tmp_path, folder, 
     assert_artifact_is_of(folder / f"{name(0)}.ckpt")
 
 
+@pytest.mark.filterwarnings("ignore:Exporting", "ignore:.* holds checkpoints of another run")
+def test_an_older_artifact_is_not_taken_for_the_one_that_failed(make, tmp_path, folder, failing):
+    fit(Classifier([0.1]), make(), tmp_path)
+    failing({0})
+    fit(Classifier([0.9, 0.2]), make(), tmp_path, max_epochs=2)
+    assert Manifest.load(folder / "best").training.metrics["val/acc1"] == pytest.approx(0.9)
+    assert targets(folder)["best"] == name(0)
+
+
 def test_strict_raises_and_keeps_the_checkpoint(make, tmp_path, folder, failing):
     failing({0})
     with pytest.raises(RuntimeError, match="no such operator"):
@@ -572,7 +588,7 @@ def train(folder, epochs, kill_at=None):
     count = 0
     def hook(event, arguments):
         nonlocal count
-        if event in WATCHED and str(arguments[0]).startswith(str(folder)):
+        if event in WATCHED and any(str(a).startswith(str(folder)) for a in arguments):
             count += 1
             if count == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
