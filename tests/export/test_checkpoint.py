@@ -3,6 +3,7 @@ import timm
 import torch
 
 from mobileone.export import export_checkpoint, load_torchscript_artifact
+from mobileone.export.checkpoint import model_weights
 
 FORMATS = ["torchscript"]
 
@@ -115,3 +116,8 @@ def test_code_in_a_checkpoint_does_not_run(contents, tmp_path, capsys):
     with pytest.raises(ValueError, match="cannot be read"):
         export_checkpoint(path, tmp_path / "artifact")
     assert "code ran" not in capsys.readouterr().out
+
+
+def test_the_wrapper_of_a_compiled_network_is_taken_off_the_names():
+    state = {"model._orig_mod.0.weight": 1, "model.1._orig_mod.bias": 2, "metric.total": 3}
+    assert model_weights(state) == {"0.weight": 1, "1.bias": 2}
