@@ -5,7 +5,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import timm
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
@@ -243,7 +243,8 @@ class ImageClassifier(LightningModule):
         """Return the optimizer and the schedules of learning rate and weight decay."""
         h = self.hparams
         steps = total_steps(self.trainer)  # loads the data, which the lines below need
-        warmup_epochs = h["warmup_epochs"]
+        # a development run of a few batches ends before any warm-up would
+        warmup_epochs = 0 if _fast_dev_run(self.trainer) else h["warmup_epochs"]
         warmup = round(warmup_epochs * steps_per_epoch(self.trainer)) if warmup_epochs else 0
         optimizer = build_optimizer(
             self.model,
@@ -321,6 +322,10 @@ def _mean() -> MeanMetric:
     # "disable" keeps NaN visible. It also ignores weights (torchmetrics 1.9), so that the mean must
     # be given the loss of each image, not a batch's mean and size.
     return MeanMetric(nan_strategy="disable")
+
+
+def _fast_dev_run(trainer: Trainer) -> bool:
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
 def _metrics(num_classes: int, prefix: str) -> MetricCollection:

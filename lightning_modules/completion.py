@@ -1,10 +1,10 @@
 """Tab completion by argcomplete, over the real parsers of the subcommands."""
 
+import argparse
 import os
 from collections.abc import Iterable
 
 import argcomplete
-from jsonargparse import ArgumentParser
 
 __all__ = ["complete"]
 
@@ -12,23 +12,26 @@ __all__ = ["complete"]
 def complete(commands: Iterable[str]) -> None:
     """Answer the shell and exit; only the subcommand that is being typed is imported.
 
+    jsonargparse answers for a parser on its own, so the subcommand's word is taken out of the
+    line that the shell sent.
+
     Args:
         commands: Names of all subcommands.
     """
-    words = os.environ.get("COMP_LINE", "").split(" ")
-    typed = words[1] if len(words) > 2 else ""
-    if typed in ("fit", "validate", "test"):
+    program, _, rest = os.environ["COMP_LINE"].partition(" ")
+    name, typed, arguments = rest.partition(" ")
+    if not typed or name not in commands:
+        parser = argparse.ArgumentParser(prog="mobileone")
+        parser.add_argument("subcommand", choices=list(commands))
+        argcomplete.autocomplete(parser)
+        return
+    os.environ["COMP_LINE"] = f"{program} {arguments}"
+    os.environ["COMP_POINT"] = str(int(os.environ["COMP_POINT"]) - len(name) - 1)
+    if name in ("fit", "validate", "test"):
         from lightning_modules.training import run
 
-        run(typed, [])  # its parser answers, and exits
-    top = ArgumentParser(prog="mobileone")
-    subcommands = top.add_subcommands()
-    for name in commands:
-        subcommands.add_subcommand(name, _parser_of(name) if name == typed else ArgumentParser())
-    argcomplete.autocomplete(top)
+        run(name, [])
+    else:
+        from lightning_modules import commands as others
 
-
-def _parser_of(name: str) -> ArgumentParser:
-    from lightning_modules import commands
-
-    return getattr(commands, f"{name}_parser")(name)
+        getattr(others, f"{name}_parser")(name).parse_args([])

@@ -44,7 +44,7 @@ def option_value(argv: list[str], *flags: str) -> str | None:
         *flags: Spellings of the option.
     """
     value = None
-    for word, following in zip(argv, [*argv[1:], None], strict=True):
+    for word, following in zip(argv, [*argv[1:], None], strict=False):
         flag, equals, attached = word.partition("=")
         if flag in flags:
             value = attached if equals else following

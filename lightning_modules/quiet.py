@@ -1,6 +1,7 @@
 """Messages of the libraries that tell a user nothing, each silenced by its own text."""
 
 import logging
+import os
 import warnings
 
 __all__ = ["silence_known_messages"]
@@ -18,6 +19,8 @@ _LOGS = ("💡 Tip:", "TPU available:", "Loading `train_dataloader` to estimate"
 
 def silence_known_messages() -> None:
     """Silence them for the rest of the process; for commands, not for libraries."""
+    # Lightning calls functions of jsonargparse that go in version 5, which is not admitted
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch"):

@@ -1,5 +1,6 @@
 """The subcommands that run a Trainer: fit, validate and test, on LightningCLI."""
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -50,8 +51,8 @@ def run(name: str, argv: list[str]) -> None:
             save_config_callback=_SaveConfig,
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            # the table would list the metrics; `before_fit` says what matters
-            trainer_defaults={"enable_model_summary": False},
+            # the paper's epochs; no table of modules: `before_fit` says what matters
+            trainer_defaults={"max_epochs": 300, "enable_model_summary": False},
             parser_kwargs={"prog": "mobileone"},
         )
     except _UsageError as error:
@@ -113,6 +114,8 @@ class TrainingCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, with the checkpoint's hyper-parameters as defaults of the model's arguments."""
+        if "_ARGCOMPLETE" in os.environ:  # the shell asks; this answers and exits
+            self._subcommand_parsers[sys.argv[1]].parse_args([])
         checkpoint = option_value(sys.argv, "--ckpt_path")
         if checkpoint is not None:
             known = _hyper_parameters(checkpoint)
@@ -149,8 +152,9 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the loggers, unless the configuration has its own."""
         asked = self.config[self.subcommand].trainer.logger
-        if self.run is not None and asked in (None, True):
-            kwargs["logger"] = make_loggers(self.run, self._get(self.config_init, "wandb"))
+        if asked in (None, True):
+            options = self._get(self.config_init, "wandb")
+            kwargs["logger"] = make_loggers(self.run, options) if self.run is not None else False
         return super().instantiate_trainer(**kwargs)
 
     @rank_zero_only

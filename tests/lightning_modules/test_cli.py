@@ -1,0 +1,245 @@
+"""The command line as a user meets it, on the digits, with the smallest model."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import wandb
+import yaml
+
+from lightning_modules.classifier import ImageClassifier
+from lightning_modules.cli import COMMANDS, main
+
+TINY = (
+    "--config quickstart --model.model mobileone_mu0 --model.warmup_epochs 0 "
+    "--trainer.limit_train_batches 4 "
+    "--trainer.limit_val_batches 2 --trainer.limit_test_batches 2 --data.batch_size 32 "
+    "--data.num_workers 0 --trainer.log_every_n_steps 1 --checkpoint.formats [torchscript] "
+    "--trainer.enable_progress_bar false --trainer.accelerator cpu"
+).split()
+
+
+class Stop(Exception):
+    """Ends a run where a test wants it to."""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch, cache):
+    """A folder of its own for each test, and no wandb run left open."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MOBILEONE_CACHE", str(cache))
+    monkeypatch.delenv("MOBILEONE_RUN_FOLDER", raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    yield
+    wandb.finish()
+
+
+def fit(*more, epochs=1):
+    """One new run in this process; its folder."""
+    os.environ.pop("MOBILEONE_RUN_FOLDER", None)
+    main(["fit", *TINY, "--trainer.max_epochs", str(epochs), *more])
+    wandb.finish()
+
+
+def read_table(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def trained(tmp_path):
+    fit("--wandb.mode", "disabled", "--model.lr", "0.07")
+    return (tmp_path / "runs/quickstart/latest").resolve()
+
+
+def test_fit_leaves_everything_a_user_wants(tmp_path):
+    fit()
+    run = tmp_path / "runs/quickstart/latest"
+    for name in ("best", "last"):
+        assert (run / f"checkpoints/{name}.ckpt").is_file()
+        assert (run / f"checkpoints/{name}/model.torchscript.pt").is_file()
+        manifest = json.loads((run / f"checkpoints/{name}/manifest.json").read_text())
+        assert manifest["spec"]["class_names"] == [str(n) for n in range(10)]
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["model"] == "mobileone_mu0"
+    rows = read_table(run / "metrics/version_0/metrics.csv")
+    assert {"train/loss", "val/acc1", "lr", "weight_decay"} <= set(rows[0])
+    assert (run / "report/samples.png").stat().st_size > 10_000
+    assert list(run.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def test_second_run_gets_a_folder_of_its_own(tmp_path):
+    fit("--wandb.mode", "disabled")
+    fit("--wandb.mode", "disabled")
+    runs = [p for p in (tmp_path / "runs/quickstart").iterdir() if not p.is_symlink()]
+    assert len(runs) == 2
+    assert all((p / "checkpoints/last.ckpt").is_file() for p in runs)
+
+
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    """Same folder, same wandb run, same weights bit for bit."""
+    fit(epochs=2)
+    whole = (tmp_path / "runs/quickstart/latest").resolve()
+
+    with pytest.MonkeyPatch.context() as patch:
+        hook = ImageClassifier.on_train_batch_start
+
+        def interrupted(self, batch, batch_idx):
+            if self.current_epoch == 1:
+                raise Stop
+            return hook(self, batch, batch_idx)
+
+        patch.setattr(ImageClassifier, "on_train_batch_start", interrupted)
+        with pytest.raises(Stop):
+            fit(epochs=2)
+    wandb.finish()
+    broken = (tmp_path / "runs/quickstart/latest").resolve()
+    assert broken != whole
+    main(["fit", "--ckpt_path", str(broken / "checkpoints/last.ckpt")])
+
+    for kind in ("state_dict", "current_model_state"):
+        expected, resumed = (
+            torch.load(run / "checkpoints/last.ckpt", weights_only=True)[kind]
+            for run in (whole, broken)
+        )
+        assert expected.keys() == resumed.keys()
+        assert all(torch.equal(expected[k], resumed[k]) for k in expected)
+    ids = {p.name.split("-", 3)[3] for p in broken.glob("wandb/offline-run-*")}
+    assert ids == {json.loads((broken / "run.json").read_text())["wandb_id"]}
+    assert len(list(broken.glob("wandb/offline-run-*"))) == 2
+    assert len(list(broken.glob("metrics/version_*"))) == 2
+
+
+def test_validate_and_test_need_nothing_but_the_checkpoint(trained, capsys):
+    main(["validate", "--ckpt_path", str(trained / "checkpoints/best.ckpt")])
+    assert "val/acc1" in capsys.readouterr().out
+    main(["test", "--ckpt_path", str(trained / "checkpoints/best.ckpt")])
+    assert "test/acc1" in capsys.readouterr().out
+    assert (trained / "report/confusion_matrix.png").is_file()
+    rows = read_table(trained / "report/confusion_matrix.csv")
+    assert len(rows) == 10
+    assert sum(int(row[str(n)]) for row in rows for n in range(10)) == 64  # two batches of 32
+
+
+def test_predict_takes_a_checkpoint_or_an_artifact(trained, cache, tmp_path):
+    images = next(p for p in cache.rglob("val") if p.is_dir())
+    tables = []
+    for number, source in enumerate(("checkpoints/best.ckpt", "checkpoints/best")):
+        output = tmp_path / f"{number}.csv"
+        main(["predict", str(trained / source), str(images), str(output), "--top_k", "2"])
+        tables.append(read_table(output))
+    assert len(tables[0]) == len(tables[1]) == 360
+    assert [r["path"] for r in tables[0]] == [r["path"] for r in tables[1]]
+    for ours, shipped in zip(*tables, strict=True):
+        assert float(ours["probability"]) == pytest.approx(float(shipped["probability"]), abs=1e-4)
+
+
+def test_export_writes_an_artifact_once(trained, tmp_path, capsys):
+    command = ["export", str(trained / "checkpoints/last.ckpt"), str(tmp_path / "shipped")]
+    main([*command, "--formats", "[torchscript]"])
+    assert (tmp_path / "shipped/manifest.json").is_file()
+    with pytest.raises(SystemExit, match="shipped"):
+        main([*command, "--formats", "[torchscript]"])
+
+
+def test_explicit_flag_wins_over_the_checkpoint(trained, tmp_path, monkeypatch):
+    """LightningCLI alone lets the checkpoint's hyper-parameters override flags."""
+    lone = tmp_path / "lone.ckpt"
+    lone.write_bytes((trained / "checkpoints/last.ckpt").read_bytes())
+    seen = []
+
+    def setup(self, stage):
+        seen.append(self.hparams)
+        raise Stop
+
+    monkeypatch.setattr(ImageClassifier, "setup", setup)
+    data = ["--data.dataset", "digits", "--data.input_size", "32"]
+    with pytest.raises(Stop):
+        main(["fit", "--ckpt_path", str(lone), "--model.momentum", "0.8", *data])
+    assert seen[0]["momentum"] == 0.8
+    assert seen[0]["model"] == "mobileone_mu0"  # from the checkpoint
+    assert seen[0]["lr"] == 0.07  # from the checkpoint
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["fti"], "unknown subcommand 'fti'; choose one of: fit, validate"),
+        (["fit"], "root is not set"),
+        (["fit", "--data.root", "nowhere"], "nowhere"),
+        (["fit", "--data.dataset", "digits", "--model.model", "mobilone_s0"], "mobileone_s0"),
+        (["fit", "--config", "quickstrat"], "quickstrat"),
+        (["fit", "--data.dataset", "digits", "--ckpt_path", "no.ckpt"], "no.ckpt"),
+        (["test", "--data.dataset", "digits"], "--ckpt_path is needed"),
+        (["fit", "--data.dataset", "digits", "--model.lrr", "1"], "lrr"),
+        (["predict", "no.ckpt", ".", "out.csv"], "no images in"),
+        (["export", "no.ckpt", "out"], "no.ckpt"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_refused_in_a_line(argv, complaint, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    said = capsys.readouterr().err + str(stop.value.code)
+    assert complaint in said
+    assert "Traceback" not in said
+    assert stop.value.code not in (0, None)
+    assert not list(tmp_path.rglob("checkpoints"))
+
+
+def test_online_tracking_without_a_key_is_refused_before_training(monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    with pytest.raises(SystemExit):
+        main(["fit", *TINY, "--wandb.mode", "online"])
+
+
+def test_top_level_help_is_fast_because_it_imports_nothing():
+    script = (
+        "import sys; from lightning_modules.cli import main; main(['--help']);"
+        "assert not {'torch', 'lightning', 'timm', 'jsonargparse'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+def test_python_dash_m_is_the_same_command():
+    done = subprocess.run([sys.executable, "-m", "mobileone", "--help"], capture_output=True)
+    ours = subprocess.run(
+        [sys.executable, "-m", "lightning_modules.cli", "--help"], capture_output=True
+    )
+    assert done.returncode == 0
+    assert done.stdout == ours.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("mobileone ex", {"export"}),
+        ("mobileone fit --model.label", {"--model.label_smoothing"}),
+        ("mobileone predict --top", {"--top_k"}),
+    ],
+)
+def test_tab_completion(line, expected, tmp_path):
+    script = "from lightning_modules.cli import main; main()"
+    answer = tmp_path / "answer"
+    environment = {
+        "_ARGCOMPLETE": "1",
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(answer),
+        "_ARGCOMPLETE_IFS": "\n",
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+        "COMP_TYPE": "9",
+    }
+    environment = {**os.environ, **environment}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=False, timeout=120)
+    assert expected <= {word.strip() for word in answer.read_text().splitlines()}
