@@ -23,9 +23,9 @@ __all__ = ["Report"]
 class Report(Callback):
     """Show what the model does, and hand its fused artifact to wandb.
 
-    After each validation: predictions on the first validation images. After a test: the confusion
-    matrix, as a picture and as CSV. Both go to `<run>/report/` and to a WandbLogger. The artifact
-    is logged as a wandb Artifact of type "model", with the manifest as its metadata.
+    After each validation: predictions on images from the whole validation set. After a test: the
+    confusion matrix, as a picture and as CSV. Both go to `<run>/report/` and to a WandbLogger. The
+    artifact is logged as a wandb Artifact of type "model", with the manifest as its metadata.
 
     The LightningModule needs `export_spec` (class names, normalisation) and, for the matrix,
     `test_confusion`, as `ImageClassifier` has.
@@ -45,6 +45,7 @@ class Report(Callback):
             raise ValueError(f"`log_artifact` (={log_artifact!r}) must be best, every or none")
         self.samples = samples
         self.log_artifact = log_artifact
+        self._shown: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ask to be told of every artifact, if every one is to be logged."""
@@ -56,6 +57,10 @@ class Report(Callback):
                 lambda path, manifest: _log_artifact(trainer, path, manifest, ["latest"])
             )
 
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start a new collection of samples."""
+        self._shown = []
+
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -65,18 +70,30 @@ class Report(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Show predictions on the first images, by the very weights that are validated."""
-        if batch_idx or not self.samples or trainer.sanity_checking or not trainer.is_global_zero:
+        """Predict some images, by the very weights that are validated.
+
+        They come from all batches alike: validation sets are sorted by class.
+        """
+        if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        images, targets = (x[: self.samples] for x in batch)
-        with torch.no_grad():
-            probabilities = pl_module(images).float().softmax(dim=1)
+        batches = int(sum(trainer.num_val_batches)) if self.samples else 1
+        due = self.samples * (batch_idx + 1) // batches - self.samples * batch_idx // batches
+        if due:
+            images, targets = (x[:: max(1, len(x) // due)][:due] for x in batch)
+            with torch.no_grad():
+                probabilities = pl_module(images).float().softmax(dim=1)
+            self._shown.append((images.float().cpu(), targets.cpu(), probabilities.cpu()))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the samples."""
+        if not self._shown:
+            return
+        images, targets, probabilities = (
+            torch.cat(parts) for parts in zip(*self._shown, strict=True)
+        )
         spec = cast(ExportSpec, pl_module.export_spec)
         figure = samples_figure(
-            _denormalised(images.float().cpu(), spec),
-            targets.cpu(),
-            probabilities.cpu(),
-            spec.class_names,
+            _denormalised(images, spec), targets, probabilities, spec.class_names
         )
         _publish(trainer, "samples", figure)
 

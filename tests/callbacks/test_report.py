@@ -1,0 +1,226 @@
+"""Pictures and artifacts of a run: what is drawn, where it goes, and that wandb gets it."""
+
+import csv
+import json
+import struct
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from callbacks.figures import confusion_figure, samples_figure
+from callbacks.reparameterize import ReparameterizeOnSave
+from callbacks.report import Report
+from lightning_modules.run_folder import RunFolder
+from lightning_modules.tracking import WandbOptions, make_loggers
+from mobileone.export.spec import ExportSpec
+
+NAMES = ("cat", "dog", "a $5 bill")
+SPEC = ExportSpec("mobileone_mu0", NAMES, (3, 32, 32), (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0)
+
+
+class Network(nn.Module):
+    """Predicts the class that is written into the first pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return 5 * self.scale * nn.functional.one_hot(x[:, 0, 0, 0].long(), 3).float()
+
+
+class Classifier(LightningModule):
+    export_spec = SPEC
+    test_confusion = None
+
+    def __init__(self):
+        super().__init__()
+        self.model = Network()
+
+    def forward(self, x):
+        return self.model(x)
+
+    def training_step(self, batch, _):
+        return self(batch[0]).sum()
+
+    def validation_step(self, batch, _):
+        self.log("val/acc1", 1.0)
+
+    def test_step(self, batch, _):
+        pass
+
+    def on_test_epoch_end(self):
+        self.test_confusion = torch.tensor([[3, 1, 0], [0, 4, 0], [2, 0, 0]])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.fixture
+def loader():
+    """Ten images sorted by class, in batches of four."""
+    targets = torch.tensor([0] * 4 + [1] * 4 + [2] * 2)
+    images = targets.float()[:, None, None, None].expand(-1, 3, 32, 32).clone()
+    return DataLoader(TensorDataset(images, targets), batch_size=4)
+
+
+def trainer(tmp_path, *callbacks, logger=False):
+    return Trainer(
+        max_epochs=1,
+        log_every_n_steps=1,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        callbacks=list(callbacks),
+        logger=logger,
+        enable_checkpointing=any(isinstance(c, ReparameterizeOnSave) for c in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+@pytest.mark.parametrize(("samples", "classes"), [(3, [0, 1, 2]), (8, [0, 0, 1, 1, 1, 2, 2])])
+def test_samples_come_from_the_whole_set(samples, classes, loader, tmp_path, monkeypatch):
+    drawn = []
+
+    def record(images, targets, probabilities, names):
+        drawn.append((images, targets, probabilities))
+        return samples_figure(images, targets, probabilities, names)
+
+    monkeypatch.setattr("callbacks.report.samples_figure", record)
+    trainer(tmp_path, Report(samples=samples)).validate(Classifier(), loader, verbose=False)
+    images, targets, probabilities = drawn[0]
+    assert targets.tolist() == classes
+    assert probabilities.argmax(1).tolist() == classes
+    torch.testing.assert_close(images[:, 0, 0, 0], torch.tensor(classes) * 0.5 + 0.5)
+    assert (tmp_path / "report/samples.png").stat().st_size > 1000
+
+
+def test_no_samples_no_picture(loader, tmp_path):
+    trainer(tmp_path, Report(samples=0)).validate(Classifier(), loader, verbose=False)
+    assert not (tmp_path / "report").exists()
+
+
+def test_confusion_matrix_is_drawn_and_written(loader, tmp_path):
+    trainer(tmp_path, Report(samples=0)).test(Classifier(), loader, verbose=False)
+    assert (tmp_path / "report/confusion_matrix.png").is_file()
+    with (tmp_path / "report/confusion_matrix.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    assert rows == [
+        ["true \\ predicted", *NAMES],
+        ["cat", "3", "1", "0"],
+        ["dog", "0", "4", "0"],
+        ["a $5 bill", "2", "0", "0"],
+    ]
+
+
+def test_samples_figure_tells_right_from_wrong():
+    probabilities = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.7, 0.1]])
+    figure = samples_figure(torch.zeros(2, 3, 8, 8), torch.tensor([0, 2]), probabilities, NAMES)
+    right, wrong = (axis.get_title() for axis in figure.axes[:2])
+    assert right == "cat 90%"
+    assert wrong == "✗ dog 70%\ntrue: a \\$5 bill"
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_samples_figure_takes_any_channels(channels):
+    figure = samples_figure(
+        torch.rand(9, channels, 8, 8), torch.zeros(9).long(), torch.eye(3).repeat(3, 1), NAMES
+    )
+    shown = [np.asarray(axis.images[0].get_array()).shape for axis in figure.axes[:9]]
+    assert shown == [(8, 8, channels) if channels in (3, 4) else (8, 8)] * 9
+
+
+def test_confusion_figure_shows_shares_and_counts():
+    figure = confusion_figure(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]]), NAMES)
+    axis = figure.axes[0]
+    expected = [[0.75, 0.25, 0], [0, 1, 0], [0, 0, 0]]
+    np.testing.assert_allclose(axis.images[0].get_array(), expected)
+    assert sorted(text.get_text() for text in axis.texts) == ["1", "3", "4"]
+
+
+def test_confusion_figure_of_a_thousand_classes_leaves_the_names_out():
+    names = [str(n) for n in range(1000)]
+    axis = confusion_figure(torch.eye(1000), names).axes[0]
+    assert not axis.texts
+    assert len(axis.get_xticks()) < 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"), [({"samples": -1}, "=-1"), ({"log_artifact": "all"}, "'all'")]
+)
+def test_bad_arguments_are_named(arguments, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        Report(**arguments)
+
+
+def wandb_records(path):
+    """The records of an offline run's file: a LevelDB log of protobuf messages."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, position, parts = path.read_bytes(), 7, []
+    while position < len(data):
+        left_in_block = 32768 - position % 32768
+        if left_in_block < 7:
+            position += left_in_block
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        parts.append(data[position + 7 : position + 7 + length])
+        position += 7 + length
+        if length == 0:  # not written yet
+            return
+        if kind in (1, 4):  # whole, or the last part
+            record = Record()
+            record.ParseFromString(b"".join(parts))
+            parts = []
+            yield record
+
+
+def finished_records(path):
+    """All records, once wandb's own process has written the last one."""
+    for _ in range(100):
+        records = list(wandb_records(path))
+        if any(record.HasField("exit") for record in records):
+            return records
+        time.sleep(0.2)
+    raise AssertionError("wandb did not finish its file")
+
+
+@pytest.mark.parametrize("mode", ["best", "every", "none"])
+def test_wandb_gets_pictures_and_the_artifact_with_its_manifest(
+    mode, loader, tmp_path, monkeypatch
+):
+    import wandb
+
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staging"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("MOBILEONE_RUN_FOLDER", raising=False)
+    folder = RunFolder.create(str(tmp_path), "test")
+    saver = ReparameterizeOnSave(dirpath=str(folder.checkpoints), formats=["torchscript"])
+    loggers = make_loggers(folder, WandbOptions())
+    running = trainer(folder.path, saver, Report(2, mode), logger=loggers)
+    running.fit(Classifier(), loader, loader)
+    wandb.finish()
+    records = finished_records(next(folder.path.rglob("*.wandb")))
+    history = {i.key or i.nested_key[0] for r in records for i in r.history.item}
+    assert "report/samples" in history
+    artifacts = [r.request.log_artifact.artifact for r in records] + [r.artifact for r in records]
+    artifacts = [a for a in artifacts if a.name]
+    assert len(artifacts) == (0 if mode == "none" else 1)
+    for artifact in artifacts:
+        assert artifact.type == "model"
+        manifest = json.loads(artifact.metadata)
+        assert manifest["spec"]["class_names"] == list(NAMES)
+        files = {entry.path for entry in artifact.manifest.contents}
+        assert {"manifest.json", "model.torchscript.pt"} <= files
+
+
+def test_a_module_without_a_test_matrix_is_left_alone(tmp_path):
+    module = SimpleNamespace(test_confusion=None)
+    Report().on_test_end(SimpleNamespace(is_global_zero=True), module)
