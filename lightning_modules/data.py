@@ -1,6 +1,7 @@
 """The data module: any image data set that timm reads, with timm's transforms for the model."""
 
 import os
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_modules.catalogue import Catalogue
+from lightning_modules.curriculum import PhasedTransform, scale_strength
 from lightning_modules.digits import digits_root, write_digits
 from lightning_modules.images import color_mode
 from lightning_modules.loading import image_loader
@@ -18,7 +20,7 @@ from lightning_modules.samples import ImageSamples
 from lightning_modules.sampling import EpochSampler
 from lightning_modules.splits import FOLDER_NAMES, check_dataset_name
 from lightning_modules.streams import ImageStream
-from lightning_modules.transforms import Transform, eval_transform, resolve_config, train_transform
+from lightning_modules.transforms import eval_transform, resolve_config, train_transform
 
 __all__ = ["ImageDataModule"]
 
@@ -116,17 +118,18 @@ class ImageDataModule(LightningDataModule):
             crop_pct=crop_pct,
             crop_mode=crop_mode,
         )
-        self._train_transform = train_transform(
-            self.data_config,
-            auto_augment=auto_augment,
-            color_jitter=color_jitter,
-            hflip=hflip,
-            vflip=vflip,
-            scale=scale,
-            ratio=ratio,
-            re_prob=re_prob,
-        )
-        self._eval_transform = eval_transform(self.data_config)
+        self._augmentation: dict[str, Any] = {
+            "auto_augment": auto_augment,
+            "color_jitter": color_jitter,
+            "hflip": hflip,
+            "vflip": vflip,
+            "scale": scale,
+            "ratio": ratio,
+            "re_prob": re_prob,
+        }
+        size = self.data_config["input_size"][1]
+        self.set_curriculum([(0, size, 1.0)])
+        self._eval_transform = PhasedTransform([(0, eval_transform(self.data_config))])
         self._mode = color_mode(self.data_config["input_size"][0])
         self._digits = digits_root(root) if dataset == "digits" else None
         self._catalogue = Catalogue(
@@ -170,6 +173,27 @@ class ImageDataModule(LightningDataModule):
             if seed is not None:
                 return seed
         return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    def set_curriculum(self, phases: Sequence[tuple[int, int, float]]) -> None:
+        """Let image size and augmentation strength of the training change with the epoch.
+
+        Validation stays at the full size. Call it before the training loader is made.
+
+        Args:
+            phases: First epoch, side in pixels and strength (0..1) of each phase; see
+                `callbacks.curriculum.Curriculum`. The side of images that are not square is the
+                height; the width keeps the ratio of `input_size`.
+
+        Raises:
+            ValueError: an augmentation that timm does not know.
+        """
+        channels, height, width = self.data_config["input_size"]
+        transforms = []
+        for start, size, strength in phases:
+            shape = (channels, size, round(size * width / height))
+            full = train_transform({**self.data_config, "input_size": shape}, **self._augmentation)
+            transforms.append((start, scale_strength(full, strength)))
+        self._train_transform = PhasedTransform(transforms)
 
     def prepare_data(self) -> None:
         """Once a node: write the digits, or let torchvision or Hugging Face download."""
@@ -232,7 +256,7 @@ class ImageDataModule(LightningDataModule):
                 "images will come in another order than in the run that is resumed."
             )
 
-    def _loader(self, source: Any, transform: Transform, **options: Any) -> DataLoader:
+    def _loader(self, source: Any, transform: PhasedTransform, **options: Any) -> DataLoader:
         workers = self._workers()
         dataset = (
             ImageStream(source, transform, self.seed, workers)

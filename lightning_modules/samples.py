@@ -9,10 +9,10 @@ from timm.data import ImageDataset
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from lightning_modules.curriculum import PhasedTransform
 from lightning_modules.images import UnreadableImageError, convert, read_image
 from lightning_modules.randomness import derive_seed, isolated_rng
 from lightning_modules.sampling import SampleKey
-from lightning_modules.transforms import Transform
 
 __all__ = ["ImageSamples", "Sample", "Unreadable", "collate"]
 
@@ -37,8 +37,8 @@ class ImageSamples(Dataset[Sample]):
 
     Args:
         source: timm's or torchvision's dataset, without a transform.
-        transform: PIL image -> tensor; what it draws at random depends on (seed, epoch, index)
-            alone, not on the worker, on what was read before, or on global generators.
+        transform: PIL image -> tensor, by epoch; what it draws at random depends on (seed, epoch,
+            index) alone, not on the worker, on what was read before, or on global generators.
         mode: Pillow's colour mode, see `color_mode`.
         seed: of the augmentation.
         skip_unreadable: let the next readable image of the split stand in for a broken one
@@ -46,7 +46,7 @@ class ImageSamples(Dataset[Sample]):
     """
 
     def __init__(
-        self, source: Any, transform: Transform, mode: str, seed: int, skip_unreadable: bool
+        self, source: Any, transform: PhasedTransform, mode: str, seed: int, skip_unreadable: bool
     ) -> None:
         self.source = source
         self.transform = transform
@@ -67,7 +67,7 @@ class ImageSamples(Dataset[Sample]):
         epoch, index = key if isinstance(key, SampleKey) else SampleKey(0, key)
         image, target, skipped = self._first_readable(index)
         with isolated_rng(derive_seed(self.seed, epoch, index)):
-            return Sample(self.transform(image), target, skipped)
+            return Sample(self.transform.at(epoch)(image), target, skipped)
 
     def _first_readable(self, index: int) -> tuple[Image.Image, int, list[Unreadable]]:
         skipped: list[Unreadable] = []

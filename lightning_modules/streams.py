@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from lightning_modules.curriculum import PhasedTransform
 from lightning_modules.randomness import derive_seed, isolated_rng
 from lightning_modules.samples import Sample
-from lightning_modules.transforms import Transform
 
 __all__ = ["ImageStream"]
 
@@ -21,7 +21,9 @@ class ImageStream(IterableDataset[Sample]):
     for a fixed number of workers only.
     """
 
-    def __init__(self, source: Any, transform: Transform, seed: int, num_workers: int) -> None:
+    def __init__(
+        self, source: Any, transform: PhasedTransform, seed: int, num_workers: int
+    ) -> None:
         self.source = source
         self.transform = transform
         self.seed = seed
@@ -44,5 +46,5 @@ class ImageStream(IterableDataset[Sample]):
         worker_id, epoch = (worker.id if worker else 0), int(self._epoch)
         for position, (image, target) in enumerate(self.source):
             with isolated_rng(derive_seed(self.seed, epoch, worker_id, position)):
-                transformed = self.transform(image)
+                transformed = self.transform.at(epoch)(image)
             yield Sample(transformed, int(target), [])

@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 
+from callbacks.curriculum import Curriculum
 from callbacks.ema import EMA
 from callbacks.reparameterize import ReparameterizeOnSave
 from callbacks.report import Report
@@ -97,9 +98,10 @@ class TrainingCLI(LightningCLI):
         return {name: names[name] for name in ("fit", "validate", "test")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the sections `ema`, `checkpoint`, `report`, `run`, `wandb`, and the links."""
+        """Add the sections of callbacks, run folder and wandb, and the links."""
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(ReparameterizeOnSave, "checkpoint")
+        parser.add_lightning_class_args(Curriculum, "curriculum")
         parser.add_lightning_class_args(Report, "report")
         parser.add_argument("--run.root", default="runs", help="folder of all runs")
         parser.add_argument(

@@ -388,20 +388,21 @@ def test_validation_transform_against_pillow_and_numpy(make_folder):
 
 
 def test_without_augmentation_options_training_only_crops_and_flips(pets):
-    names = [type(t).__name__ for t in ready(pets).train_dataloader().dataset.transform.transforms]
+    transform = ready(pets).train_dataloader().dataset.transform.at(0)
+    names = [type(t).__name__ for t in transform.transforms]
     assert names == [
         "RandomResizedCropAndInterpolation",
         "RandomHorizontalFlip",
         "MaybeToTensor",
         "Normalize",
     ]
-    bare = ready(pets, hflip=0).train_dataloader().dataset.transform.transforms
+    bare = ready(pets, hflip=0).train_dataloader().dataset.transform.at(0).transforms
     assert "RandomHorizontalFlip" not in [type(t).__name__ for t in bare]
 
 
 def test_auto_augment_and_erasing_are_passed_on(pets):
     data = ready(pets, auto_augment="original-mstd0.5", re_prob=0.5, color_jitter=0.4, vflip=0.1)
-    names = [type(t).__name__ for t in data.train_dataloader().dataset.transform.transforms]
+    names = [type(t).__name__ for t in data.train_dataloader().dataset.transform.at(0).transforms]
     assert {"AutoAugment", "RandomErasing", "RandomVerticalFlip"} <= set(names)
 
 
