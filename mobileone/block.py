@@ -5,7 +5,7 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from timm.models.byobnet import LayerFn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mobileone.collapsed import CollapseMode, plan_collapsed, run_collapsed
 from mobileone.folding import batch_norm_affine, centre_pad, fold_conv_bn, identity_kernel
 
 __all__ = ["FoldingNotice", "FusedMobileOneBlock", "MobileOneBlock"]
@@ -135,6 +136,7 @@ class MobileOneBlock(nn.Module):
         self.attn = nn.Identity() if layers.attn is None else layers.attn(out_chs, **dd)
         self.act = layers.act(inplace=True)
         self.notice = FoldingNotice()
+        self.collapse: CollapseMode = "auto"  # of the training run, so no buffer; see set_collapse
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C_in, H, W) to (N, C_out, H', W')."""
@@ -143,13 +145,23 @@ class MobileOneBlock(nn.Module):
         elif self._is_affine():
             y = self._folded_conv(x)
         else:
-            y = self._forward_training(x)
+            return self._forward_training(x)
         return self.act(self.attn(y))
 
     @torch.jit.unused
     def _forward_training(self, x: Tensor) -> Tensor:
-        with self._updating_statistics_once():
-            return self._sum_branches(x)
+        """Train in the cheapest exact form; running statistics stay while checkpointing recomputes.
+
+        The collapsed forms rectify as well where a ReLU follows, so that it keeps no copy.
+        """
+        recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        plan = plan_collapsed(self, x)
+        if plan is None:
+            with _shadowed_buffers(self._norms()) if recomputing else nullcontext():
+                return self.act(self.attn(self._sum_branches(x)))
+        relu = type(self.attn) is nn.Identity and type(self.act) is nn.ReLU
+        y = run_collapsed(self, plan, x, relu=relu, update_statistics=not recomputing)
+        return y if relu else self.act(self.attn(y))
 
     def _folded_conv(self, x: Tensor) -> Tensor:
         conv = self.conv_kxk[0].conv
@@ -189,12 +201,6 @@ class MobileOneBlock(nn.Module):
             isinstance(bn, _BatchNorm) and (bn.training or bn.running_mean is None)
             for bn in self._norms()
         )
-
-    @torch.jit.unused
-    def _updating_statistics_once(self) -> AbstractContextManager[None]:
-        """Keep the running statistics as they are while gradient checkpointing recomputes."""
-        recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        return _shadowed_buffers(self._norms()) if recomputing else nullcontext()
 
     def fold(self) -> tuple[Tensor, Tensor]:
         """Kernel and bias of the one convolution that equals the branches on running statistics.

@@ -1,0 +1,6 @@
+"""Collapsed training: exact over-parameterised training at the price of a plain network."""
+
+from mobileone.collapsed.policy import CollapseMode, Path
+from mobileone.collapsed.training import path_of, plan_collapsed, run_collapsed, set_collapse
+
+__all__ = ["CollapseMode", "Path", "path_of", "plan_collapsed", "run_collapsed", "set_collapse"]

@@ -1,0 +1,223 @@
+"""What collapsed training reads from a block, and the running statistics it writes back."""
+
+# torch types every attribute of an nn.Module as `Tensor | Module`
+# mypy: disable-error-code="arg-type,union-attr,index,operator,misc,list-item"
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+
+from mobileone.collapsed.algebra import Branches, BranchGrads
+
+if TYPE_CHECKING:
+    from mobileone.block import MobileOneBlock
+
+__all__ = [
+    "Geometry",
+    "branch_gradients",
+    "describe",
+    "gather_branches",
+    "parameters",
+    "update_running_statistics",
+]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Shape of a block whose branches can be collapsed.
+
+    Attributes:
+        in_chs: C_in.
+        out_chs: C_out.
+        kernel_size: K.
+        stride: Stride of every branch.
+        padding: Zero padding of the K×K branches.
+        dilation: Dilation of the K×K branches.
+        groups: G.
+        branches: Convolution branches, the scale branch included.
+        skip: Whether there is a BatchNorm skip.
+        eps: ε of every BatchNorm, the skip's last.
+    """
+
+    in_chs: int
+    out_chs: int
+    kernel_size: int
+    stride: int
+    padding: int
+    dilation: int
+    groups: int
+    branches: int
+    skip: bool
+    eps: tuple[float, ...]
+
+    @property
+    def window(self) -> int:
+        """J, the number of inputs of one output."""
+        return self.kernel_size**2 * self.in_chs // self.groups
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether a window is one pixel of all channels."""
+        return self.kernel_size == 1 and self.stride == 1 and self.groups == 1
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether every channel is convolved alone, to one output."""
+        return self.groups == self.in_chs == self.out_chs
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """H', W' for an input of H, W."""
+        reach = self.dilation * (self.kernel_size - 1) - 2 * self.padding
+        return (height - reach - 1) // self.stride + 1, (width - reach - 1) // self.stride + 1
+
+
+def describe(block: MobileOneBlock) -> Geometry | None:
+    """Read a block's geometry; None unless its branches are what the algebra describes.
+
+    That is: bias-free, zero-padded convolutions and plain BatchNorms on batch statistics with
+    affine terms and running averages, none of them hooked.
+    """
+    branches, norms = _conv_branches(block), block._norms()
+    convs = [branch.conv for branch in branches]
+    if not (
+        all(map(_is_plain_branch, branches))
+        and all(map(_is_plain_conv, convs))
+        and all(map(_is_plain_norm, norms))
+    ):
+        return None
+    first = convs[0]
+    return Geometry(
+        in_chs=first.in_channels,
+        out_chs=first.out_channels,
+        kernel_size=first.kernel_size[0],
+        stride=first.stride[0],
+        padding=first.padding[0],
+        dilation=first.dilation[0],
+        groups=first.groups,
+        branches=len(convs),
+        skip=block.identity is not None,
+        eps=tuple(norm.eps for norm in norms),
+    )
+
+
+def parameters(block: MobileOneBlock) -> list[Tensor]:
+    """Kernels of all convolution branches, then γ of all BatchNorms, then β of all."""
+    norms = block._norms()
+    return [
+        *(branch.conv.weight for branch in _conv_branches(block)),
+        *(norm.weight for norm in norms),
+        *(norm.bias for norm in norms),
+    ]
+
+
+def gather_branches(geometry: Geometry, tensors: Sequence[Tensor], dtype: torch.dtype) -> Branches:
+    """Arrange `parameters(block)` as matrices in the dtype of the statistics."""
+    count, norms = geometry.branches, geometry.branches + geometry.skip
+    groups, outputs = geometry.groups, geometry.out_chs // geometry.groups
+    kernels = [_as_rows(kernel, geometry) for kernel in tensors[:count]]
+    gamma, beta = tensors[count : count + norms], tensors[count + norms :]
+    device = kernels[0].device
+    centre = None
+    if geometry.skip:
+        area = geometry.kernel_size**2
+        centre = torch.arange(outputs, device=device) * area + area // 2
+    return Branches(
+        kernels=torch.stack(kernels).to(dtype),
+        gamma=torch.stack(tuple(gamma)).to(dtype).view(norms, groups, outputs),
+        beta=torch.stack(tuple(beta)).to(dtype).sum(0).view(groups, outputs),
+        eps=torch.tensor(geometry.eps, dtype=dtype, device=device).view(norms, 1, 1),
+        centre=centre,
+    )
+
+
+def branch_gradients(
+    geometry: Geometry, grads: BranchGrads, tensors: Sequence[Tensor]
+) -> list[Tensor]:
+    """Undo `gather_branches`: the gradient of every tensor of `parameters(block)`."""
+    count, norms = geometry.branches, geometry.branches + geometry.skip
+    kernels = [
+        _from_rows(grad, geometry, like)
+        for grad, like in zip(grads.kernels.unbind(), tensors[:count], strict=True)
+    ]
+    dtype = tensors[0].dtype
+    gamma = grads.gamma.flatten(1).to(dtype).unbind()
+    beta = [grads.beta.flatten().to(dtype)] * norms
+    return [*kernels, *gamma, *beta]
+
+
+def update_running_statistics(block: MobileOneBlock, mean: Tensor, var: Tensor, count: int) -> None:
+    """Move every BatchNorm's running averages as its own forward pass would.
+
+    Args:
+        block: The block whose BatchNorms are moved.
+        mean: Batch means of the branches, (branches, C_out).
+        var: Biased batch variances, likewise.
+        count: n, the number of values a channel; the running variance takes the unbiased one.
+    """
+    norms = block._norms()
+    unbiased = var * (count / (count - 1))
+    for norm, new_mean, new_var in zip(norms, mean.unbind(), unbiased.unbind(), strict=True):
+        norm.num_batches_tracked.add_(1)
+        momentum = norm.momentum
+        if momentum is None:  # a cumulative average
+            momentum = 1.0 / float(norm.num_batches_tracked)
+        running = norm.running_mean
+        running.lerp_(new_mean.to(running.dtype), momentum)
+        norm.running_var.lerp_(new_var.to(running.dtype), momentum)
+
+
+def _conv_branches(block: MobileOneBlock) -> list[nn.Module]:
+    scale = [] if block.conv_scale is None else [block.conv_scale]
+    return [*block.conv_kxk, *scale]
+
+
+def _as_rows(kernel: Tensor, geometry: Geometry) -> Tensor:
+    """(C_out, C_in/G, K, K), or the 1×1 kernel of a scale branch, as (G, O, J)."""
+    if kernel.shape[-1] < geometry.kernel_size:
+        kernel = F.pad(kernel, [geometry.kernel_size // 2] * 4)
+    return kernel.reshape(geometry.groups, -1, geometry.window)
+
+
+def _from_rows(rows: Tensor, geometry: Geometry, like: Tensor) -> Tensor:
+    size, margin = geometry.kernel_size, (geometry.kernel_size - like.shape[-1]) // 2
+    kernel = rows.reshape(*like.shape[:2], size, size)
+    if margin:
+        kernel = kernel[..., margin:-margin, margin:-margin]
+    return kernel.to(like.dtype, memory_format=torch.contiguous_format)
+
+
+def _is_plain_branch(branch: nn.Module) -> bool:
+    return not _is_hooked(branch) and isinstance(branch.aa, nn.Identity | None)
+
+
+def _is_plain_conv(conv: nn.Module) -> bool:
+    return (
+        type(conv) is nn.Conv2d
+        and conv.bias is None
+        and conv.padding_mode == "zeros"
+        and isinstance(conv.padding, tuple)
+        and not _is_hooked(conv)
+    )
+
+
+def _is_plain_norm(norm: nn.Module) -> bool:
+    return (
+        type(norm) in (nn.BatchNorm2d, BatchNormAct2d)
+        and norm.training
+        and norm.weight is not None
+        and norm.running_mean is not None
+        and norm.num_batches_tracked is not None
+        and all(type(child) is nn.Identity for child in norm.children())
+        and not _is_hooked(norm)
+    )
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)

@@ -1,0 +1,69 @@
+"""Collapsed training of a depthwise 3×3 block on the CPU kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mobileone.collapsed import native
+from mobileone.collapsed.algebra import (
+    Collapsed,
+    WindowStatistics,
+    branch_means,
+    branch_variances,
+    collapse,
+    pull_back,
+)
+from mobileone.collapsed.branches import Geometry, branch_gradients, gather_branches
+from mobileone.collapsed.windows import far_means
+
+__all__ = ["DepthwiseConvolution"]
+
+
+class DepthwiseConvolution(torch.autograd.Function):
+    """y = Ŵ ∗ x + b̂ a channel, rectified on demand; keeps x, y (the next block's x), m and C.
+
+    Called as `GramConvolution` is, with a contiguous float32 input.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, geometry: Geometry, relu: bool, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x, stride = x.contiguous(), geometry.stride
+        mean, cov = native.depthwise_moments(x, stride)
+        height, width = geometry.output_size(*x.shape[2:])
+        branches = gather_branches(geometry, tensors, cov.dtype)
+        shift = far_means(mean[:, 4], cov[:, 4, 4])  # of the centre tap, (C,)
+        folded = collapse(branches, mean - shift[:, None], branch_variances(branches, cov))
+        y = native.depthwise_forward(x, stride, shift, folded.weight, folded.bias, relu)
+        ctx.geometry, ctx.number = geometry, len(x) * height * width
+        ctx.save_for_backward(x, y if relu else None, mean, cov, *folded, *tensors)
+        branch_mean, branch_var = branch_means(branches, mean).flatten(1), folded.var.flatten(1)
+        ctx.mark_non_differentiable(branch_mean, branch_var)
+        return y, branch_mean, branch_var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, m, cov, *rest = ctx.saved_tensors
+        folded, tensors = Collapsed(*rest[:4]), rest[4:]
+        geometry, g = ctx.geometry, g.contiguous()
+        stride = geometry.stride
+        weight_grad, bias_grad = native.depthwise_weight_grad(g, y, x, stride, m)
+        grads = pull_back(
+            weight_grad[:, None],
+            bias_grad[:, None],
+            gather_branches(geometry, tensors, cov.dtype),
+            WindowStatistics(m, cov, ctx.number),
+            folded,
+        )
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = native.depthwise_input_grad(
+                g, y, x, stride, folded.weight, grads.slope, grads.offset
+            )
+        return dx, None, None, *branch_gradients(geometry, grads, tensors)

@@ -1,0 +1,101 @@
+"""Collapsed training of any block on the Gram matrix of its windows, in tensor operations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mobileone.collapsed.algebra import (
+    Collapsed,
+    WindowStatistics,
+    branch_means,
+    branch_variances,
+    collapse,
+    pull_back,
+)
+from mobileone.collapsed.branches import Geometry, branch_gradients, gather_branches
+from mobileone.collapsed.windows import (
+    columns,
+    image,
+    measured_variances,
+    rows,
+    uncolumns,
+    window_statistics,
+)
+
+__all__ = ["GramConvolution"]
+
+
+class GramConvolution(torch.autograd.Function):
+    """y = Ŵ ∗ x + b̂, rectified on demand; keeps x, y (which the next block keeps anyway), m and C.
+
+    Called as `apply(x, geometry, relu, *parameters)`; returns y (N, C_out, H', W') and, for the
+    running averages, the batch means and biased variances of the branches, (branches, C_out).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, geometry: Geometry, relu: bool, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        windows = columns(x, geometry)
+        stats, shift = window_statistics(windows)
+        if shift is not None:
+            windows = windows - shift[..., None]
+        branches = gather_branches(geometry, tensors, stats.cov.dtype)
+        var = branch_variances(branches, stats.cov)
+        var = measured_variances(var, branches.kernels, stats.cov, windows)
+        folded = collapse(branches, stats.mean, var)
+        y = torch.matmul(folded.weight.to(x.dtype), windows)  # (M, G, O, L)
+        y += folded.bias.to(x.dtype)[..., None]
+        if relu:
+            y.relu_()
+        size = geometry.output_size(*x.shape[2:])
+        y = image(y, torch.Size((x.shape[0], geometry.out_chs, *size)))
+        ctx.geometry, ctx.number = geometry, stats.number
+        ctx.save_for_backward(
+            x, y if relu else None, shift, stats.mean, stats.cov, *folded, *tensors
+        )
+        origin = stats.mean if shift is None else stats.mean + shift
+        mean = branch_means(branches, origin).flatten(1)
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var.flatten(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(g.device.type, enabled=False):
+            return GramConvolution._backward(ctx, g)
+
+    @staticmethod
+    def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, shift, m, cov, *rest = ctx.saved_tensors
+        folded, tensors = Collapsed(*rest[:4]), rest[4:]
+        geometry = ctx.geometry
+        if y is not None:
+            g = torch.ops.aten.threshold_backward(g, y, 0)
+        windows, g = columns(x, geometry), rows(g, geometry)
+        if shift is not None:
+            windows = windows - shift[..., None]
+        bias_grad = g.sum(-1).sum(0, dtype=cov.dtype)  # (G, O)
+        weight_grad = torch.matmul(g, windows.transpose(-1, -2)).sum(0, dtype=cov.dtype)
+        weight_grad -= bias_grad[..., None] * m[:, None, :]  # about the mean, (G, O, J)
+        branches = gather_branches(geometry, tensors, cov.dtype)
+        stats = WindowStatistics(m, cov, ctx.number)
+        grads = pull_back(weight_grad, bias_grad, branches, stats, folded)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dwindows = torch.matmul(folded.weight.to(x.dtype).transpose(1, 2), g)
+            _add_product(dwindows, grads.slope.to(x.dtype), windows)
+            dwindows += grads.offset.to(x.dtype)[..., None]
+            dx = uncolumns(dwindows, geometry, x.shape)
+        return dx, None, None, *branch_gradients(geometry, grads, tensors)
+
+
+def _add_product(total: Tensor, slope: Tensor, windows: Tensor) -> None:
+    """Add S X to (M, G, J, L) in place."""
+    batch = total.shape[0]
+    slopes = slope.expand(batch, *slope.shape).flatten(0, 1)
+    total.flatten(0, 1).baddbmm_(slopes, windows.flatten(0, 1))

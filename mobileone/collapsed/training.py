@@ -1,0 +1,144 @@
+"""The training path of a block: pick an exact form, run it, move the running statistics."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, get_args
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from mobileone.collapsed import native
+from mobileone.collapsed.affine import AffineConvolution
+from mobileone.collapsed.branches import (
+    Geometry,
+    describe,
+    parameters,
+    update_running_statistics,
+)
+from mobileone.collapsed.depthwise import DepthwiseConvolution
+from mobileone.collapsed.gram import GramConvolution
+from mobileone.collapsed.policy import CollapseMode, Path, Setting, choose
+
+if TYPE_CHECKING:
+    from mobileone.block import MobileOneBlock
+
+__all__ = ["Plan", "path_of", "plan_collapsed", "run_collapsed", "set_collapse"]
+
+_FORMS = {
+    Path.GRAM: GramConvolution,
+    Path.DEPTHWISE: DepthwiseConvolution,
+    Path.AFFINE: AffineConvolution,
+}
+
+
+def set_collapse(model: nn.Module, mode: CollapseMode) -> None:
+    """Say how the MobileOne blocks of a model train from now on.
+
+    The mode belongs to the training run, not to the checkpoint: no state dict holds it, and all
+    modes give the same numbers up to rounding.
+
+    Args:
+        model: A model with MobileOne blocks anywhere inside.
+        mode: "auto", the default, takes the cheapest form of every block; "always" the one that
+            keeps the least memory for the backward pass; "never" runs every branch.
+
+    Raises:
+        ValueError: The mode is unknown, or there is no MobileOne block in training form.
+    """
+    from mobileone.block import MobileOneBlock  # the block imports this package
+
+    if mode not in get_args(CollapseMode):
+        known = ", ".join(map(repr, get_args(CollapseMode)))
+        raise ValueError(f"`mode` (={mode!r}) must be one of {known}")
+    blocks = [module for module in model.modules() if isinstance(module, MobileOneBlock)]
+    if not blocks:
+        raise ValueError(
+            f"{type(model).__name__} has no MobileOne block with branches to collapse: "
+            "`collapse` has no meaning for it"
+        )
+    for block in blocks:
+        block.collapse = mode
+
+
+class Plan(NamedTuple):
+    """A block's collapsed form for one batch.
+
+    Attributes:
+        path: The form; not the branches.
+        geometry: The block's shape.
+        tensors: Its `parameters`.
+    """
+
+    path: Path
+    geometry: Geometry
+    tensors: list[Tensor]
+
+
+def plan_collapsed(block: MobileOneBlock, x: Tensor) -> Plan | None:
+    """How the block is to train on x now; None: in its branches."""
+    if block.collapse == "never" or not _is_ordinary(x) or isinstance(block.drop_path, DropPath):
+        return None
+    geometry = describe(block)
+    if geometry is None:
+        return None
+    tensors = parameters(block)
+    kind, own = x.device.type, tensors[0].dtype
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if any(tensor.device != x.device or tensor.dtype != own for tensor in tensors):
+        return None
+    if own != x.dtype and dtype == x.dtype:
+        return None  # an error of the caller's, which the branches report
+    # the kernels take borders off a plane from the inside: three rows and columns
+    fit = kind == "cpu" and dtype == own == torch.float32 and min(x.shape[2:]) > 2
+    height, width = geometry.output_size(*x.shape[2:])
+    setting = Setting(kind, dtype, native=fit and native.library() is not None)
+    path = choose(geometry, x.shape[0] * height * width, setting, block.collapse)
+    return None if path is Path.BRANCHES else Plan(path, geometry, tensors)
+
+
+def path_of(block: MobileOneBlock, x: Tensor) -> Path:
+    """The form in which the block would train on x now."""
+    plan = plan_collapsed(block, x)
+    return Path.BRANCHES if plan is None else plan.path
+
+
+def run_collapsed(
+    block: MobileOneBlock, plan: Plan, x: Tensor, relu: bool, update_statistics: bool
+) -> Tensor:
+    """Train the block on x as planned.
+
+    Args:
+        block: The block.
+        plan: What `plan_collapsed` gave for x.
+        x: Input (N, C_in, H, W).
+        relu: Rectify the output as well.
+        update_statistics: Move the running statistics; not where checkpointing runs a block again.
+
+    Returns:
+        Output (N, C_out, H', W').
+    """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+    with torch.autocast(kind, enabled=False):  # statistics and algebra stay in float32
+        y, mean, var = _FORMS[plan.path].apply(x, plan.geometry, relu, *plan.tensors)
+    if update_statistics:
+        with torch.no_grad():
+            update_running_statistics(block, mean, var, y.numel() // y.shape[1])
+    return y
+
+
+def _is_ordinary(x: Tensor) -> bool:
+    """Whether x is data in memory, and nobody records or transforms what is done to it."""
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and x.ndim == 4
+        and x.numel() > 0
+        and x.device.type != "meta"
+        and x.dtype.is_floating_point
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    )

@@ -1,0 +1,83 @@
+"""What the tests of collapsed training share: timm's block beside ours, and a step of either."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from timm.models import byobnet
+from torch import nn
+
+from mobileone import MobileOneBlock
+
+
+def build(shape, randomise, dtype=torch.float64, attn=False):
+    """A block of ours and timm's with the same weights and worn-in BatchNorms."""
+    layers = byobnet.get_layer_fns(byobnet.model_cfgs["mobileone_s4"])
+    if not attn:
+        layers.attn = None
+    shape = {"kernel_size": 3, "stride": 1, "groups": 1, "num_conv_branches": 1, **shape}
+    ours = randomise(MobileOneBlock(**shape, layers=layers, dtype=dtype))
+    for parameter in ours.parameters():
+        if parameter.ndim == 4:
+            nn.init.normal_(parameter)
+    groups = shape["groups"]
+    theirs = byobnet.MobileOneBlock(
+        shape["in_chs"],
+        shape["out_chs"],
+        shape["kernel_size"],
+        shape["stride"],
+        group_size=None if groups == 1 else shape["in_chs"] // groups,
+        num_conv_branches=shape["num_conv_branches"],
+        layers=layers,
+        dtype=dtype,
+    )
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def step(block, x, g=None):
+    """Output, gradients and buffers after one training step's forward and backward pass."""
+    x = x.clone().requires_grad_()
+    y = block(x)
+    y.backward(torch.randn_like(y) if g is None else g)
+    gradients = {name: p.grad for name, p in block.named_parameters()}
+    return {"y": y.detach(), "x": x.grad, **gradients, **dict(block.named_buffers())}
+
+
+def assert_same(actual, expected, tolerance=1e-9):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        scale = value.abs().max().double().item()
+        error = (actual[name].double() - value.double()).abs().max().item()
+        assert error <= tolerance * max(scale, 1e-3), f"{name}: {error:.1e} of {scale:.1e}"
+
+
+def feature_map(batch, channels, height, width, dtype=torch.float64):
+    """An input as the previous block leaves it: rectified, with a mean."""
+    return (torch.randn(batch, channels, height, width, dtype=torch.float64) + 0.5).relu().to(dtype)
+
+
+def relative_errors(actual, expected):
+    """Root mean square errors, relative, of every tensor of a step."""
+    errors = {}
+    for name, value in expected.items():
+        value = value.double()
+        scale = value.square().mean().sqrt().clamp(min=1e-2)
+        errors[name] = ((actual[name].double() - value).square().mean().sqrt() / scale).item()
+    return errors
+
+
+@pytest.fixture
+def twin(randomise):
+    """The helpers above, `build` with worn-in BatchNorms."""
+
+    def build_randomised(shape, dtype=torch.float64, attn=False):
+        return build(shape, randomise, dtype, attn)
+
+    return SimpleNamespace(
+        build=build_randomised,
+        step=step,
+        feature_map=feature_map,
+        assert_same=assert_same,
+        relative_errors=relative_errors,
+    )

@@ -1,0 +1,147 @@
+"""Float32 training against float64: the collapsed forms are no less accurate than the branches."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mobileone import MobileOneBlock
+from mobileone.collapsed import Path, native, path_of, set_collapse
+
+needs_kernels = pytest.mark.skipif(native.library() is None, reason="no compiler for the kernels")
+
+DEPTHWISE = [
+    {"in_chs": 6, "out_chs": 6, "groups": 6, "num_conv_branches": k, "stride": stride}
+    for k in (1, 4)
+    for stride in (1, 2)
+]
+POINTWISE = [
+    {"in_chs": 16, "out_chs": 16, "kernel_size": 1},
+    {"in_chs": 16, "out_chs": 24, "kernel_size": 1},
+    {"in_chs": 96, "out_chs": 96, "kernel_size": 1, "num_conv_branches": 4},
+    {"in_chs": 16, "out_chs": 24, "kernel_size": 1, "num_conv_branches": 2},
+]
+SIZES = [(2, 3, 3), (2, 3, 7), (4, 7, 7), (2, 18, 5), (2, 17, 34), (1, 40, 70)]
+INPUTS = {
+    "ordinary": lambda x: x,
+    "small": lambda x: x * 1e-4,
+    "dead channels": lambda x: x * (torch.arange(x.shape[1]) % 2)[:, None, None],
+    "constant channels": lambda x: (
+        torch.ones_like(x) * torch.linspace(-3, 9, x.shape[1])[:, None, None]
+    ),
+    "mean 1000 deviations": lambda x: torch.randn_like(x) + 1000,
+    "near overflow": lambda x: x * 2e17,
+    "nearly equal channels": lambda x: torch.randn_like(x[:, :1]) + 0.01 * torch.randn_like(x),
+}
+
+
+def assert_as_accurate(twin, shape, x, path, act=True):
+    """Ours and timm's block in float32, both against timm's in float64."""
+    ours, theirs = twin.build(shape, dtype=torch.float32)
+    if not act:
+        ours.act = theirs.act = torch.nn.Identity()
+    exact = copy.deepcopy(theirs).double()
+    assert path_of(ours, x) is path
+    g = torch.randn_like(ours.eval()(x))
+    truth = twin.step(exact, x.double(), g.double())
+    errors = twin.relative_errors(twin.step(ours.train(), x, g), truth)
+    expected = twin.relative_errors(twin.step(theirs, x, g), truth)
+    for name, error in errors.items():
+        # 4: both are a few roundings from the truth, of which neither is always the smaller
+        assert error <= 4 * expected[name] + 3e-6, (name, error, expected[name])
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("shape", DEPTHWISE, ids=str)
+def test_the_depthwise_kernels_train_as_timms_block(shape, size, twin):
+    x = twin.feature_map(size[0], 6, *size[1:], dtype=torch.float32)
+    assert_as_accurate(twin, shape, x, Path.DEPTHWISE)
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [(4, 7, 7), (2, 17, 34), (1, 70, 70)], ids=str)
+@pytest.mark.parametrize("shape", POINTWISE[:2], ids=str)
+def test_the_pointwise_kernels_train_as_timms_block(shape, size, twin):
+    x = twin.feature_map(size[0], 16, *size[1:], dtype=torch.float32)
+    assert_as_accurate(twin, shape, x, Path.AFFINE)
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("shape", [*DEPTHWISE, *POINTWISE], ids=str)
+def test_no_less_accurate_than_the_branches(shape, kind, twin):
+    x = INPUTS[kind](twin.feature_map(8, shape["in_chs"], 14, 14)).float()
+    path = path_of(twin.build(shape, dtype=torch.float32)[0], x)
+    assert path is not Path.BRANCHES or native.library() is None
+    # without the rectifier: whether an output near 0 passes it is the toss of a rounding error
+    assert_as_accurate(twin, shape, x, path, act=False)
+
+
+def test_planes_too_small_for_the_kernels_take_another_form(twin):
+    for size in [(4, 1, 1), (3, 1, 5), (2, 2, 2)]:
+        x = twin.feature_map(size[0], 6, *size[1:], dtype=torch.float32)
+        path = path_of(MobileOneBlock(6, 6, groups=6), x)
+        assert path is not Path.DEPTHWISE
+        assert_as_accurate(twin, DEPTHWISE[0], x, path)
+
+
+@needs_kernels
+def test_sums_do_not_depend_on_the_number_of_threads(twin):
+    block = MobileOneBlock(5, 5, groups=5)
+    x = twin.feature_map(3, 5, 20, 20, dtype=torch.float32)
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        block.zero_grad()
+        results.append(twin.step(block, x, torch.ones_like(x)))
+    torch.set_num_threads(threads)
+    for name in ("y", "x", "conv_scale.bn.weight"):
+        torch.testing.assert_close(results[0][name], results[1][name], rtol=0, atol=0)
+
+
+@needs_kernels
+def test_not_a_number_passes_the_kernels():
+    for block in (MobileOneBlock(2, 2, groups=2), MobileOneBlock(2, 2, 1)):
+        x = torch.ones(2, 2, 4, 4)
+        x[0, 0, 0, 0] = torch.nan
+        assert block(x).isnan().any()
+
+
+def test_without_a_compiler_the_branches_run(monkeypatch, twin):
+    monkeypatch.setattr(native, "library", lambda: None)
+    for shape in [DEPTHWISE[0], POINTWISE[0]]:
+        x = twin.feature_map(4, shape["in_chs"], 14, 14, dtype=torch.float32)
+        block = MobileOneBlock(**shape)
+        path = path_of(block, x)
+        assert path in (Path.BRANCHES, Path.GRAM)
+        assert_as_accurate(twin, shape, x, path)
+        set_collapse(block, "always")
+        assert path_of(block, x) is Path.GRAM
+
+
+@pytest.mark.parametrize("compiler", ["absent", "broken", "unwanted"])
+def test_the_build_fails_in_silence(compiler, tmp_path):
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    path = {"absent": "/nowhere", "broken": str(tmp_path)}.get(compiler, os.environ["PATH"])
+    code = (
+        "import torch; from mobileone import MobileOneBlock;"
+        "from mobileone.collapsed import native;"
+        "assert native.library() is None; MobileOneBlock(4, 4, groups=4)(torch.ones(2, 4, 5, 5))"
+    )
+    environment = {
+        **os.environ,
+        "PATH": path,
+        "MOBILEONE_NATIVE": "0" if compiler == "unwanted" else "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "XDG_CACHE_HOME": str(tmp_path),
+    }
+    environment.pop("CXX", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
