@@ -32,7 +32,7 @@ class _Norm(NamedTuple):
 class AffineConvolution(torch.autograd.Function):
     """y = a (W x) + c x + b, rectified on demand; keeps x, z = W x and y (the next block's x).
 
-    Called as `GramConvolution` is, outside autocast.
+    Called as `apply(x, geometry, relu, *parameters)`; returns what `GramConvolution` does.
     """
 
     @staticmethod
@@ -42,7 +42,7 @@ class AffineConvolution(torch.autograd.Function):
         kernel, gamma, beta = _split(tensors)
         x = x.contiguous()
         shape = torch.Size((x.shape[0], geometry.out_chs, *x.shape[2:]))
-        z = image(torch.matmul(kernel.flatten(1), columns(x, geometry)), shape)
+        z = image(torch.matmul(kernel.flatten(1)[None], columns(x, geometry)), shape)
         norms = [_normalise(z, gamma[0], geometry.eps[0])]
         if geometry.skip:
             norms.append(_normalise(x, gamma[1], geometry.eps[1]))
@@ -75,7 +75,7 @@ class AffineConvolution(torch.autograd.Function):
         dkernel = torch.matmul(dz_columns, columns(x, geometry).transpose(-1, -2)).sum((0, 1))
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = image(torch.matmul(kernel.flatten(1).t(), dz_columns), x.shape)
+            dx = image(torch.matmul(kernel.flatten(1).t()[None], dz_columns), x.shape)
             if geometry.skip:
                 to_skip = _coefficients(norms[1], sums[0], sums[2], n, x.dtype)
                 dx = passes.affine_grad(g, y, x, *to_skip, dx)

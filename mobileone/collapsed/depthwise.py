@@ -26,7 +26,8 @@ __all__ = ["DepthwiseConvolution"]
 class DepthwiseConvolution(torch.autograd.Function):
     """y = Ŵ ∗ x + b̂ a channel, rectified on demand; keeps x, y (the next block's x), m and C.
 
-    Called as `GramConvolution` is, with a contiguous float32 input.
+    Called as `apply(x, geometry, relu, *parameters)` with a float32 input; returns what
+    `GramConvolution` does.
     """
 
     @staticmethod

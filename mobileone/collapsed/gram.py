@@ -32,13 +32,14 @@ __all__ = ["GramConvolution"]
 class GramConvolution(torch.autograd.Function):
     """y = Ŵ ∗ x + b̂, rectified on demand; keeps x, y (which the next block keeps anyway), m and C.
 
-    Called as `apply(x, geometry, relu, *parameters)`; returns y (N, C_out, H', W') and, for the
-    running averages, the batch means and biased variances of the branches, (branches, C_out).
+    Called as `apply(x, geometry, relu, dtype, *parameters)`, the convolution running in `dtype`
+    and the rest in float32 or better. Returns y (N, C_out, H', W') and, for the running averages,
+    the batch means and biased variances of the branches, (branches, C_out).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, geometry: Geometry, relu: bool, *tensors: Tensor
+        ctx: Any, x: Tensor, geometry: Geometry, relu: bool, dtype: torch.dtype, *tensors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         windows = columns(x, geometry)
         stats, shift = window_statistics(windows)
@@ -48,8 +49,8 @@ class GramConvolution(torch.autograd.Function):
         var = branch_variances(branches, stats.cov)
         var = measured_variances(var, branches.kernels, stats.cov, windows)
         folded = collapse(branches, stats.mean, var)
-        y = torch.matmul(folded.weight.to(x.dtype), windows)  # (M, G, O, L)
-        y += folded.bias.to(x.dtype)[..., None]
+        y = torch.matmul(folded.weight.to(dtype), windows.to(dtype))  # (M, G, O, L)
+        y += folded.bias.to(dtype)[..., None]
         if relu:
             y.relu_()
         size = geometry.output_size(*x.shape[2:])
@@ -79,6 +80,7 @@ class GramConvolution(torch.autograd.Function):
         windows, g = columns(x, geometry), rows(g, geometry)
         if shift is not None:
             windows = windows - shift[..., None]
+        windows = windows.to(g.dtype)
         bias_grad = g.sum(-1).sum(0, dtype=cov.dtype)  # (G, O)
         weight_grad = torch.matmul(g, windows.transpose(-1, -2)).sum(0, dtype=cov.dtype)
         weight_grad -= bias_grad[..., None] * m[:, None, :]  # about the mean, (G, O, J)
@@ -87,11 +89,11 @@ class GramConvolution(torch.autograd.Function):
         grads = pull_back(weight_grad, bias_grad, branches, stats, folded)
         dx = None
         if ctx.needs_input_grad[0]:
-            dwindows = torch.matmul(folded.weight.to(x.dtype).transpose(1, 2), g)
-            _add_product(dwindows, grads.slope.to(x.dtype), windows)
-            dwindows += grads.offset.to(x.dtype)[..., None]
-            dx = uncolumns(dwindows, geometry, x.shape)
-        return dx, None, None, *branch_gradients(geometry, grads, tensors)
+            dwindows = torch.matmul(folded.weight.to(g.dtype).transpose(1, 2), g)
+            _add_product(dwindows, grads.slope.to(g.dtype), windows)
+            dwindows += grads.offset.to(g.dtype)[..., None]
+            dx = uncolumns(dwindows, geometry, x.shape).to(x.dtype)
+        return dx, None, None, None, *branch_gradients(geometry, grads, tensors)
 
 
 def _add_product(total: Tensor, slope: Tensor, windows: Tensor) -> None:

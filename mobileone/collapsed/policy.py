@@ -73,9 +73,8 @@ def costs(geometry: Geometry, windows: int, setting: Setting) -> dict[Path, floa
         table[Path.GRAM] += entries * 4 * _PASS
     if setting.native and _is_plain_depthwise(geometry):
         table[Path.DEPTHWISE] = n * outputs * geometry.stride**2 * _PLANE
-    if geometry.pointwise and branches == 1:
-        passes = 4 * _PASS if setting.native else 1.1 * _NORM
-        table[Path.AFFINE] = 3.0 * product + norms * n * outputs * passes
+    if setting.native and geometry.pointwise and branches == 1:
+        table[Path.AFFINE] = 3.0 * product + norms * n * outputs * 4 * _PASS
     return table
 
 

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Plan", "path_of", "plan_collapsed", "run_collapsed", "set_collapse"]
 
-_FORMS = {
-    Path.GRAM: GramConvolution,
+_KERNEL_FORMS = {
     Path.DEPTHWISE: DepthwiseConvolution,
     Path.AFFINE: AffineConvolution,
 }
@@ -67,11 +66,13 @@ class Plan(NamedTuple):
     Attributes:
         path: The form; not the branches.
         geometry: The block's shape.
+        dtype: Of the convolution.
         tensors: Its `parameters`.
     """
 
     path: Path
     geometry: Geometry
+    dtype: torch.dtype
     tensors: list[Tensor]
 
 
@@ -94,7 +95,7 @@ def plan_collapsed(block: MobileOneBlock, x: Tensor) -> Plan | None:
     height, width = geometry.output_size(*x.shape[2:])
     setting = Setting(kind, dtype, native=fit and native.library() is not None)
     path = choose(geometry, x.shape[0] * height * width, setting, block.collapse)
-    return None if path is Path.BRANCHES else Plan(path, geometry, tensors)
+    return None if path is Path.BRANCHES else Plan(path, geometry, dtype, tensors)
 
 
 def path_of(block: MobileOneBlock, x: Tensor) -> Path:
@@ -118,11 +119,12 @@ def run_collapsed(
     Returns:
         Output (N, C_out, H', W').
     """
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        x = x.to(torch.get_autocast_dtype(kind))
-    with torch.autocast(kind, enabled=False):  # statistics and algebra stay in float32
-        y, mean, var = _FORMS[plan.path].apply(x, plan.geometry, relu, *plan.tensors)
+    with torch.autocast(x.device.type, enabled=False):  # statistics and algebra stay in float32
+        if plan.path is Path.GRAM:
+            y, mean, var = GramConvolution.apply(x, plan.geometry, relu, plan.dtype, *plan.tensors)
+        else:
+            function = _KERNEL_FORMS[plan.path]
+            y, mean, var = function.apply(x, plan.geometry, relu, *plan.tensors)
     if update_statistics:
         with torch.no_grad():
             update_running_statistics(block, mean, var, y.numel() // y.shape[1])
@@ -133,12 +135,12 @@ def _is_ordinary(x: Tensor) -> bool:
     """Whether x is data in memory, and nobody records or transforms what is done to it."""
     return (
         type(x) in (Tensor, nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and x.ndim == 4
         and x.numel() > 0
         and x.device.type != "meta"
         and x.dtype.is_floating_point
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
     )

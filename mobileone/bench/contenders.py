@@ -1,0 +1,77 @@
+"""Networks whose training cost is compared: timm's, ours, the plain net of the same topology."""
+
+# torch types every attribute of an nn.Module as `Tensor | Module`
+# mypy: disable-error-code="arg-type,union-attr"
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+
+import timm
+import torch
+from timm.models import byobnet
+from torch import nn
+
+from mobileone.block import MobileOneBlock
+from mobileone.collapsed import CollapseMode, set_collapse
+
+__all__ = ["CONTENDERS", "build_contender", "plain_network"]
+
+
+def plain_network(model: nn.Module) -> nn.Module:
+    """Copy a MobileOne with every block as one convolution, BatchNorm, (attention,) ReLU.
+
+    That is the network that the fused model would be, trained from the start without branches.
+    """
+    model = copy.deepcopy(model)
+    for name, block in list(model.named_modules()):
+        if isinstance(block, MobileOneBlock):
+            conv = block.conv_kxk[0].conv
+            layers: OrderedDict[str, nn.Module] = OrderedDict(
+                conv=conv, bn=nn.BatchNorm2d(conv.out_channels)
+            )
+            if not isinstance(block.attn, nn.Identity):
+                layers["attn"] = block.attn
+            layers["act"] = block.act
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, nn.Sequential(layers))
+    return model
+
+
+def _ours(variant: str, mode: CollapseMode = "auto") -> nn.Module:
+    model = timm.create_model(variant)
+    set_collapse(model, mode)
+    return model
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    model.compile()
+    return model
+
+
+CONTENDERS: dict[str, Callable[[str], nn.Module]] = {
+    "timm": lambda variant: getattr(byobnet, variant)(),
+    "timm compiled": lambda variant: _compiled(getattr(byobnet, variant)()),
+    "ours": _ours,
+    "ours always": lambda variant: _ours(variant, "always"),
+    "ours compiled": lambda variant: _compiled(_ours(variant)),
+    "plain": lambda variant: plain_network(_ours(variant)),
+    "plain compiled": lambda variant: _compiled(plain_network(_ours(variant))),
+}
+"""What each contender builds from a variant's name."""
+
+
+def build_contender(name: str, variant: str, device: str) -> nn.Module:
+    """Build a network in training mode from a fixed seed.
+
+    Raises:
+        ValueError: The contender is unknown, or timm has no such variant to compare with.
+    """
+    if name not in CONTENDERS:
+        raise ValueError(f"`contender` (={name!r}) must be one of {', '.join(CONTENDERS)}")
+    if not hasattr(byobnet, variant):
+        known = ", ".join(n for n in sorted(dir(byobnet)) if n.startswith("mobileone_s"))
+        raise ValueError(f"`variant` (={variant!r}) is not one of timm's: {known}")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return CONTENDERS[name](variant).to(device).train()

@@ -1,0 +1,252 @@
+"""Everything that runs a block in another way: it works collapsed, or the branches run."""
+
+import copy
+import logging
+
+import pytest
+import timm
+import torch
+from timm.layers import convert_sync_batchnorm
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from mobileone import MobileOneBlock
+from mobileone.collapsed import Path, path_of, set_collapse
+
+BLOCKS = [
+    {"in_chs": 6, "out_chs": 6, "groups": 6, "num_conv_branches": 2},
+    {"in_chs": 6, "out_chs": 6, "kernel_size": 1},
+    {"in_chs": 6, "out_chs": 8, "kernel_size": 1, "num_conv_branches": 4},
+    {"in_chs": 3, "out_chs": 8, "stride": 2},
+]
+
+
+def image(channels, dtype=torch.float32):
+    return torch.randn(4, channels, 9, 8, dtype=dtype)
+
+
+def branches_of(block):
+    """A copy that runs its branches."""
+    other = copy.deepcopy(block)
+    set_collapse(other, "never")
+    return other
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("shape", BLOCKS, ids=str)
+def test_checkpointing_updates_statistics_once(shape, reentrant, twin):
+    plain, _ = twin.build(shape, dtype=torch.float32)
+    set_collapse(plain, "always")
+    wrapped = copy.deepcopy(plain)
+    x = image(shape["in_chs"])
+    assert path_of(plain, x) is not Path.BRANCHES
+
+    class Checkpointed(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, x):
+            return checkpoint(self.block, x, use_reentrant=reentrant)
+
+    g = torch.randn_like(plain.eval()(x))
+    expected = twin.step(plain.train(), x, g)
+    actual = twin.step(Checkpointed(wrapped), x, g)
+    actual = {name.removeprefix("block."): value for name, value in actual.items()}
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", ["auto", "always"])
+@pytest.mark.parametrize("shape", BLOCKS, ids=str)
+def test_autocast_keeps_the_statistics_in_float32(shape, mode, dtype, twin):
+    block, _ = twin.build(shape, dtype=torch.float32)
+    set_collapse(block, mode)
+    branches = branches_of(block)
+    exact = branches_of(block).double()
+    x = image(shape["in_chs"]).relu()
+    with torch.autocast("cpu", dtype):
+        y, expected = block(x), branches(x)
+    assert y.dtype == expected.dtype
+    truth = exact(x.double())
+    for name, buffer in exact.named_buffers():
+        if "running" in name:
+            error = (block.get_buffer(name) - buffer).abs().max()
+            allowed = (branches.get_buffer(name) - buffer).abs().max()
+            assert error <= 1.2 * allowed + 1e-6, name
+    error, allowed = ((z - truth).square().mean().sqrt() for z in (y, expected))
+    # 2: the branches pass a float32 input through the skip unrounded, here it joins the product
+    assert error <= 2 * allowed + 1e-4
+    (y.float() * torch.randn(y.shape)).sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in block.parameters())
+
+
+def test_bfloat16_models_train():
+    block = MobileOneBlock(4, 4, 1, num_conv_branches=3, dtype=torch.bfloat16)
+    set_collapse(block, "always")
+    x = image(4, torch.bfloat16).requires_grad_()
+    assert path_of(block, x) is Path.GRAM
+    y = block(x)
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == block.identity.weight.grad.dtype == torch.bfloat16
+    assert y.isfinite().all() and x.grad.isfinite().all()
+
+
+def test_a_second_derivative_is_an_error_and_not_a_wrong_number():
+    block = MobileOneBlock(4, 4, 1, num_conv_branches=2)
+    x = image(4).requires_grad_()
+    assert path_of(block, x) is not Path.BRANCHES
+    (gradient,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def frozen(block):
+    block.conv_kxk[0].bn.eval()
+
+
+def without_affine(block):
+    block.conv_kxk[0].bn.weight = block.conv_kxk[0].bn.bias = None
+
+
+def without_running_statistics(block):
+    bn = block.conv_kxk[0].bn
+    bn.running_mean = bn.running_var = bn.num_batches_tracked = None
+    bn.track_running_stats = False
+
+
+def hooked(block):
+    block.conv_kxk[0].conv.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def parametrized(block):
+    class Double(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    torch.nn.utils.parametrize.register_parametrization(block.conv_kxk[0].conv, "weight", Double())
+
+
+def reflecting(block):
+    block.conv_kxk[0].conv.padding_mode = "reflect"
+
+
+def with_bias(block):
+    block.conv_kxk[0].conv.bias = nn.Parameter(torch.ones(block.conv_kxk[0].conv.out_channels))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        frozen,
+        without_affine,
+        without_running_statistics,
+        hooked,
+        parametrized,
+        reflecting,
+        with_bias,
+    ],
+)
+def test_blocks_that_are_not_plain_run_their_branches(change):
+    block = MobileOneBlock(6, 6, groups=6)
+    set_collapse(block, "always")
+    x = image(6)
+    assert path_of(block, x) is not Path.BRANCHES
+    change(block)
+    assert path_of(block, x) is Path.BRANCHES
+    torch.testing.assert_close(block(x), branches_of(block)(x))
+
+
+def test_synchronised_batch_norm_runs_the_branches():
+    block = MobileOneBlock(6, 6, groups=6)
+    set_collapse(block, "always")
+    assert path_of(convert_sync_batchnorm(block), image(6)) is Path.BRANCHES
+
+
+def test_a_frozen_parameter_gets_no_gradient_and_the_others_theirs(twin):
+    block, _ = twin.build(BLOCKS[2])
+    block.conv_kxk[1].conv.weight.requires_grad_(False)
+    branches = branches_of(block)
+    set_collapse(block, "always")
+    x = image(6, torch.float64)
+    g = torch.randn(4, 8, 9, 8, dtype=torch.float64)
+    for model in (block, branches):
+        model(x).backward(g)
+    assert block.conv_kxk[1].conv.weight.grad is None
+    for ours, theirs in zip(block.parameters(), branches.parameters(), strict=True):
+        if ours.requires_grad:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of PyTorch's own batch_norm
+def test_tracers_record_the_branches():
+    block = MobileOneBlock(6, 6, groups=6)
+    x = image(6)
+    y = branches_of(block)(x)
+    graph = torch.fx.symbolic_trace(copy.deepcopy(block))
+    assert sum(node.op == "call_module" for node in graph.graph.nodes) > 4
+    torch.testing.assert_close(graph(x), y)
+    traced = torch.jit.trace(copy.deepcopy(block), x, check_trace=False)
+    torch.testing.assert_close(traced(x), y)
+    torch.testing.assert_close(torch.jit.script(copy.deepcopy(block))(x), y)
+    exported = torch.export.export(copy.deepcopy(block), (x,)).module()
+    torch.testing.assert_close(exported(x), y)
+
+
+def test_meta_tensors_have_shapes():
+    block = MobileOneBlock(6, 8, 1, num_conv_branches=2, device="meta")
+    assert block(torch.empty(2, 6, 5, 4, device="meta")).shape == (2, 8, 5, 4)
+
+
+def test_functional_transforms_run_the_branches():
+    block = MobileOneBlock(6, 6, groups=6)
+    for bn in [block.identity, block.conv_scale.bn, block.conv_kxk[0].bn]:
+        bn.running_mean = bn.running_var = bn.num_batches_tracked = None
+    x = torch.randn(3, 2, 6, 5, 5)
+    expected = torch.stack([block(part) for part in x])
+    torch.testing.assert_close(torch.vmap(block)(x), expected)
+
+
+@pytest.mark.slow
+def test_compiled_models_train_as_eager_ones(twin):
+    eager = timm.create_model("mobileone_s0", num_classes=3)
+    compiled = copy.deepcopy(eager)
+    compiled.compile()
+    x, g = torch.randn(4, 3, 64, 64), torch.randn(4, 3)
+    actual, expected = twin.step(compiled, x, g), twin.step(eager, x, g)
+    for name in ("y", "head.fc.weight", "stem.conv_scale.bn.running_mean"):
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-3, atol=1e-3)
+
+
+def test_the_mode_is_of_the_run_and_not_of_the_checkpoint():
+    model = timm.create_model("mobileone_s0", num_classes=2)
+    keys = list(model.state_dict())
+    set_collapse(model, "never")
+    assert list(model.state_dict()) == keys
+    blocks = [module for module in model.modules() if isinstance(module, MobileOneBlock)]
+    assert {block.collapse for block in blocks} == {"never"}
+    assert {
+        block.collapse for block in copy.deepcopy(model).modules() if hasattr(block, "collapse")
+    } == {"never"}
+    assert path_of(blocks[0], torch.randn(2, 3, 32, 32)) is Path.BRANCHES
+
+
+def test_the_log_says_once_what_was_chosen(caplog):
+    block = MobileOneBlock(10, 14, 1, num_conv_branches=3)
+    with caplog.at_level(logging.INFO, "mobileone.collapsed"):
+        for _ in range(2):
+            block(torch.randn(2, 10, 23, 21))
+    (record,) = [r for r in caplog.records if "10→14" in r.getMessage()]
+    assert "3 branches" in record.getMessage() and "Gram" in record.getMessage()
+
+
+def test_channels_last_inputs_are_taken():
+    for shape in BLOCKS:
+        block = MobileOneBlock(**shape)
+        set_collapse(block, "always")
+        x = image(shape["in_chs"])
+        expected = branches_of(block)(x)
+        torch.testing.assert_close(
+            block(x.to(memory_format=torch.channels_last)), expected, rtol=1e-4, atol=1e-4
+        )
