@@ -36,6 +36,10 @@ COMMANDS = {
     "export": Command(
         "lightning_modules.commands:export", "turn a checkpoint into fused artifacts, untrained"
     ),
+    "benchmark": Command(
+        "lightning_modules.commands:benchmark",
+        "measure on this machine: the cost of a training step",
+    ),
 }
 
 

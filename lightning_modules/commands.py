@@ -1,4 +1,4 @@
-"""The subcommands that do not train: predict and export."""
+"""The subcommands that need no Trainer: predict, export and benchmark."""
 
 import sys
 from collections.abc import Callable
@@ -7,7 +7,14 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-__all__ = ["export", "export_parser", "predict", "predict_parser"]
+__all__ = [
+    "benchmark",
+    "benchmark_parser",
+    "export",
+    "export_parser",
+    "predict",
+    "predict_parser",
+]
 
 
 def predict(name: str, argv: list[str]) -> None:
@@ -53,6 +60,36 @@ def export_parser(name: str) -> ArgumentParser:
         "mobileone export runs/quickstart/latest/checkpoints/last.ckpt shipped/",
     )
     parser.add_function_arguments(export_checkpoint, as_positional=True, as_group=False)
+    return parser
+
+
+def benchmark(name: str, argv: list[str]) -> None:
+    """Run `mobileone benchmark training`."""
+    options = benchmark_parser(name).parse_args(argv)
+    from rich.console import Console
+
+    from mobileone.bench.training import benchmark_training
+
+    options = options[options.subcommand]
+    result = _answer(benchmark_training, options)
+    Console().print(result.table())
+    if options.directory is not None:
+        print(f"{Path(options.directory)}/training.json, training.png")
+
+
+def benchmark_parser(name: str) -> ArgumentParser:
+    """Arguments of `mobileone benchmark training`."""
+    from mobileone.bench.training import benchmark_training
+
+    training = ArgumentParser(
+        description="Time and memory of a training step: timm's block, ours, the plain network. "
+        "Example: mobileone benchmark training --variants [mobileone_s0] --directory results"
+    )
+    training.add_function_arguments(benchmark_training, as_group=False)
+    parser = ArgumentParser(prog=f"mobileone {name}", description="Measure on this machine.")
+    parser.add_subcommands().add_subcommand(
+        "training", training, help="cost of a training step against timm and the plain network"
+    )
     return parser
 
 

@@ -243,3 +243,21 @@ def test_tab_completion(line, expected, tmp_path):
     environment = {**os.environ, **environment}
     subprocess.run([sys.executable, "-c", script], env=environment, check=False, timeout=120)
     assert expected <= {word.strip() for word in answer.read_text().splitlines()}
+
+
+def test_benchmark_of_training_prints_a_table_and_saves_it(tmp_path, capsys):
+    quick = "--contenders [ours,plain] --batch_size 2 --image_size 32 --rounds 1".split()
+    main(["benchmark", "training", "--variants", "[mobileone_s0]", *quick, "--directory", "out"])
+    assert "mobileone_s0" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/training.json").read_text())["rounds"] == 1
+    assert (tmp_path / "out/training.png").is_file()
+
+
+def test_collapse_is_an_option_of_the_run_not_of_the_checkpoint(trained):
+    checkpoint = trained / "checkpoints/last.ckpt"
+    for mode in ("never", "always"):
+        module = ImageClassifier.load_from_checkpoint(checkpoint, collapse=mode, weights_only=True)
+        assert module.model.stem.collapse == mode
+    assert not any(
+        "collapse" in key for key in torch.load(checkpoint, weights_only=True)["state_dict"]
+    )
