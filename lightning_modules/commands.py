@@ -72,7 +72,8 @@ def benchmark(name: str, argv: list[str]) -> None:
 
     options = options[options.subcommand]
     result = _answer(benchmark_training, options)
-    Console().print(result.table())
+    # a pipe has no width of its own, and names must not be cut
+    Console(width=None if sys.stdout.isatty() else 120).print(result.table())
     if options.directory is not None:
         print(f"{Path(options.directory)}/training.json, training.png")
 
