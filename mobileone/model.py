@@ -1,5 +1,6 @@
 """The MobileOne network on timm's ByobNet backbone."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -9,8 +10,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mobileone.block import FoldingNotice, MobileOneBlock
+from mobileone.loading import adapt_on_load, check_strictly
 from mobileone.variants import Variant
-from mobileone.weights import adapt_on_load, convert_keys
+from mobileone.weights import convert_keys
 
 __all__ = ["MobileOne", "checkpoint_filter_fn"]
 
@@ -99,6 +101,26 @@ class MobileOne(ByobNet):
         """Set every parameter and buffer to its initial value (He normal, fan out, for kernels)."""
         for module in self.modules():
             _init_module(module)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load as torch does, from any known layout; weights that do not fit change nothing.
+
+        Args:
+            state_dict: The weights.
+            strict: Whether all keys must match, once renamed.
+            assign: Whether the model takes over the tensors themselves.
+
+        Returns:
+            torch's named tuple of missing and unexpected keys.
+
+        Raises:
+            RuntimeError: The weights do not fit.
+        """
+        if strict:
+            check_strictly(self, state_dict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:

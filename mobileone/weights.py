@@ -1,20 +1,20 @@
-"""Weight files of every origin: key maps, recognition of a variant, adaptation on loading.
+"""Weight files of every origin: key maps and the recognition of a variant.
 
 Known layouts are timm's (ours), Apple's (`stage1.0.rbr_conv…`), each in training and in fused
-form, and any of them below the prefix `model.`, as in a Lightning checkpoint.
+form, and any of them below the prefixes of wrappers: a LightningModule that holds the network as
+`model`, `DistributedDataParallel`, `torch.compile`, in any order.
 """
 
 import re
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from mobileone.block import MobileOneBlock
 from mobileone.variants import VARIANTS
 
-__all__ = ["WeightsInfo", "adapt_on_load", "convert_keys", "identify"]
+__all__ = ["WeightsInfo", "convert_keys", "identify"]
 
 _APPLE_TO_TIMM = (
     (re.compile(r"^stage0\."), "stem."),
@@ -37,7 +37,7 @@ class WeightsInfo:
 
     Attributes:
         variant: Name in the family, or None if the layout is not one of its rows.
-        fused: Whether the blocks are folded.
+        fused: Whether any of the blocks is folded.
         num_classes: Rows of the classifier, or None without one.
         in_chans: Channels of the input images.
     """
@@ -64,10 +64,9 @@ def convert_keys(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         The same tensors under timm's names.
     """
     converted = dict(state_dict)
-    for wrapper in _WRAPPERS:
+    while wrapper := next((w for w in _WRAPPERS if any(k.startswith(w) for k in converted)), None):
         inside = {k: v for k, v in converted.items() if k.startswith(wrapper)}
-        if inside:
-            converted = {k[len(wrapper) :]: v for k, v in inside.items()}
+        converted = {k[len(wrapper) :]: v for k, v in inside.items()}
     if not any(key.startswith("stage0.") for key in converted):
         return converted
     return {_timm_key(key): value for key, value in converted.items()}
@@ -88,74 +87,10 @@ def identify(state_dict: Mapping[str, Any]) -> WeightsInfo | None:
     classifier = state_dict.get("head.fc.weight")
     return WeightsInfo(
         variant=_variant_of(state_dict),
-        fused=f"stem.{_FUSED}" in state_dict,
+        fused=_any_folded(state_dict),
         num_classes=None if classifier is None else classifier.shape[0],
         in_chans=stem.shape[1],
     )
-
-
-def adapt_on_load(
-    model: nn.Module,
-    state_dict: MutableMapping[str, Any],
-    prefix: str,
-    local_metadata: dict[str, Any],
-    strict: bool,
-    missing_keys: list[str],
-    unexpected_keys: list[str],
-    error_msgs: list[str],
-) -> None:
-    """Before `load_state_dict`: rename keys, take the fused form if need be, explain a mismatch.
-
-    Args:
-        model: The MobileOne that loads; its blocks are replaced if the weights are fused.
-        state_dict: The weights, changed in place.
-        prefix: Where the model stands in the module that loads.
-        local_metadata: Unused; part of torch's hook signature, like the next three.
-        strict: Unused.
-        missing_keys: Unused.
-        unexpected_keys: Unused.
-        error_msgs: Takes the explanation, which torch puts into its error.
-    """
-    own = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
-    weights = convert_keys(own)
-    for key in own:
-        del state_dict[prefix + key]
-    state_dict.update({prefix + key: value for key, value in weights.items()})
-
-    found, expected = identify(weights), identify(dict(model.named_parameters()))
-    if found is None or expected is None:
-        if strict and weights and expected is not None:
-            error_msgs.append(f"the weights are not a MobileOne's; this model is {expected}")
-        return
-    if found.variant == expected.variant and found.fused and not expected.fused:
-        _take_fused_form(model, weights)
-        expected = identify(dict(model.named_parameters())) or expected
-    if (explanation := _explain(found, expected)) is not None:
-        error_msgs.append(explanation)
-
-
-def _explain(found: WeightsInfo, expected: WeightsInfo) -> str | None:
-    if expected.fused and not found.fused and found.variant == expected.variant:
-        return (
-            f"the weights look like {found}, but this model is fused already: load them into a "
-            "fresh model, then call mobileone.reparameterize(model)"
-        )
-    same_classes = found.num_classes in (None, expected.num_classes) or expected.num_classes is None
-    if found.variant == expected.variant and found.in_chans == expected.in_chans and same_classes:
-        return None
-    fix = ""
-    if found.variant is not None:
-        fix = (
-            f"; create timm.create_model({found.variant!r}, num_classes={found.num_classes or 0}, "
-            f"in_chans={found.in_chans}) for them"
-        )
-    return f"the weights look like {found}, but this model is {expected}{fix}"
-
-
-def _take_fused_form(model: nn.Module, weights: Mapping[str, Any]) -> None:
-    for name, block in list(model.named_modules()):
-        if isinstance(block, MobileOneBlock) and f"{name}.{_FUSED}" in weights:
-            model.set_submodule(name, block.empty_fused())
 
 
 def _timm_key(key: str) -> str:
@@ -166,6 +101,10 @@ def _timm_key(key: str) -> str:
 
 def _first(state_dict: Mapping[str, Any], pattern: str) -> Tensor | None:
     return next((v for k, v in state_dict.items() if re.match(pattern, k)), None)
+
+
+def _any_folded(state_dict: Mapping[str, Any]) -> bool:
+    return any(key.endswith(f".{_FUSED}") for key in state_dict)
 
 
 def _variant_of(state_dict: Mapping[str, Any]) -> str | None:
@@ -180,7 +119,7 @@ def _variant_of(state_dict: Mapping[str, Any]) -> str | None:
             depths[stage] = unit // 2 + 1
             if unit % 2:
                 widths[stage] = value.shape[0]
-    fused = f"stem.{_FUSED}" in state_dict
+    fused = _any_folded(state_dict)
     for name, row in VARIANTS.items():
         same_branches = fused or row.num_conv_branches == branches
         if (row.depths, row.widths) == (tuple(depths), tuple(widths)) and same_branches:
