@@ -6,18 +6,23 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers import DropPath, FrozenBatchNormAct2d
 from timm.models.byobnet import LayerFn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.ops import FrozenBatchNorm2d
 
 from mobileone.collapsed import CollapseMode, plan_collapsed, run_collapsed
 from mobileone.folding import batch_norm_affine, centre_pad, fold_conv_bn, identity_kernel
 
-__all__ = ["FoldingNotice", "FusedMobileOneBlock", "MobileOneBlock"]
+__all__ = ["FoldingNotice", "FusedMobileOneBlock", "MobileOneBlock", "check_norm_factory"]
+
+_FOLDABLE = (_BatchNorm, FrozenBatchNorm2d, FrozenBatchNormAct2d)
 
 
 class FoldingNotice:
@@ -86,7 +91,8 @@ class MobileOneBlock(nn.Module):
         use_skip: Build the BatchNorm skip; needs `in_chs == out_chs` and stride 1. Default: build
             it where that holds.
         drop_path_rate: Stochastic depth on the branches beside the skip; no effect without one.
-        layers: timm's layer factories (convolution–norm, norm, activation, attention).
+        layers: timm's layer factories (convolution–norm, norm, activation, attention). The norm is
+            a BatchNorm with running statistics: no other folds exactly.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
@@ -116,6 +122,7 @@ class MobileOneBlock(nn.Module):
         super().__init__()
         _check_arguments(in_chs, out_chs, kernel_size, stride, groups, num_conv_branches, use_skip)
         layers = layers or LayerFn()
+        check_norm_factory(layers.norm_act)
         dd = {"device": device, "dtype": dtype}
         shared = {"stride": stride, "groups": groups, "apply_act": False, **dd}
         skip_fits = in_chs == out_chs and stride == 1
@@ -131,6 +138,8 @@ class MobileOneBlock(nn.Module):
         self.conv_scale = None
         if kernel_size > 1:
             self.conv_scale = layers.conv_norm_act(in_chs, out_chs, kernel_size=1, **shared)
+        for norm in self._norms():
+            _check_norm(norm)
         drops = drop_path_rate > 0.0 and with_skip
         self.drop_path = DropPath(drop_path_rate) if drops else nn.Identity()
         self.attn = nn.Identity() if layers.attn is None else layers.attn(out_chs, **dd)
@@ -280,6 +289,34 @@ class MobileOneBlock(nn.Module):
         # not fused.train(): that would reset the flags of a frozen attention
         fused.training = plain.training = self.training
         return fused
+
+
+def check_norm_factory(factory: Any) -> None:
+    """Refuse a class of normalisation that never folds, before a layer of it is built.
+
+    Args:
+        factory: A layer class, also inside `functools.partial`; other callables pass.
+
+    Raises:
+        ValueError: It is not a BatchNorm's.
+    """
+    while isinstance(factory, partial):
+        factory = factory.func
+    if isinstance(factory, type) and not issubclass(factory, _FOLDABLE):
+        raise ValueError(_norm_rule(factory.__name__))
+
+
+def _check_norm(norm: nn.Module) -> None:
+    if not isinstance(norm, _FOLDABLE) or norm.running_mean is None:
+        raise ValueError(_norm_rule(str(norm)))
+
+
+def _norm_rule(norm: str) -> str:
+    return (
+        f"`norm_layer` (={norm}) must be a BatchNorm with running statistics, since only that "
+        "folds exactly into a convolution: for example 'batchnorm', torch.nn.BatchNorm2d, "
+        "timm.layers.BatchNormAct2d, or a SyncBatchNorm or frozen BatchNorm converted from one"
+    )
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg, LayerFn, get_
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mobileone.block import FoldingNotice, MobileOneBlock
+from mobileone.block import FoldingNotice, MobileOneBlock, check_norm_factory
 from mobileone.loading import adapt_on_load, check_strictly
 from mobileone.variants import Variant
 from mobileone.weights import convert_keys
@@ -34,7 +34,7 @@ class MobileOne(ByobNet):
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth, rising linearly over the stages to this rate.
         act_layer: timm's activation name.
-        norm_layer: timm's name of a BatchNorm.
+        norm_layer: timm's name of a BatchNorm; no other normalisation folds.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
@@ -42,7 +42,8 @@ class MobileOne(ByobNet):
         Input (N, in_chans, H, W), output (N, num_classes).
 
     Raises:
-        ValueError: `output_stride` is not one of the above, or a branch breaks a block's rule.
+        ValueError: `output_stride` is not one of the above, `norm_layer` is no BatchNorm, or a
+            branch breaks a block's rule.
     """
 
     def __init__(
@@ -69,6 +70,8 @@ class MobileOne(ByobNet):
             act_layer=act_layer,
             norm_layer=norm_layer,
         )
+        layers = get_layer_fns(cfg)
+        check_norm_factory(layers.norm_act)  # before ByobNet's own stem trips over it
         super().__init__(
             cfg,
             num_classes=num_classes,
@@ -85,7 +88,7 @@ class MobileOne(ByobNet):
             in_chans,
             variant.stem_width,
             stride=2,
-            layers=get_layer_fns(cfg),
+            layers=layers,
             device=device,
             dtype=dtype,
         )

@@ -1,9 +1,22 @@
 """The block against arithmetic written out here."""
 
+from functools import partial
+
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers import (
+    BatchNormAct2d,
+    ConvNormAct,
+    DropPath,
+    GroupNorm1,
+    LayerNorm2d,
+    convert_sync_batchnorm,
+    freeze_batch_norm_2d,
+)
+from timm.models.byobnet import LayerFn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mobileone import MobileOneBlock
@@ -125,3 +138,59 @@ def test_stochastic_depth_spares_the_skip():
 def test_bad_arguments_name_value_and_rule(arguments, complaint):
     with pytest.raises(ValueError, match=complaint):
         MobileOneBlock(**{"in_chs": 8, "out_chs": 8, **arguments})
+
+
+RULE = "must be a BatchNorm with running statistics, since only that folds exactly"
+
+
+@pytest.mark.parametrize(
+    ("norm_layer", "named"),
+    [
+        ("groupnorm", "GroupNormAct"),
+        ("layernorm2d", "LayerNormAct2d"),
+        ("evonormb0", "EvoNorm2dB0"),
+        (nn.GroupNorm, "GroupNormAct"),
+        (partial(LayerNorm2d, eps=1e-3), "LayerNormAct2d"),
+    ],
+    ids=str,
+)
+def test_models_with_a_norm_that_never_folds_are_refused(norm_layer, named):
+    with pytest.raises(ValueError, match=rf"`norm_layer` \(={named}\) {RULE}.*'batchnorm'"):
+        timm.create_model("mobileone_mu0", norm_layer=norm_layer)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        LayerFn(norm_act=GroupNorm1),
+        LayerFn(conv_norm_act=partial(ConvNormAct, norm_layer=GroupNorm1)),
+        LayerFn(conv_norm_act=partial(ConvNormAct, apply_norm=False)),
+        LayerFn(norm_act=partial(BatchNormAct2d, track_running_stats=False)),
+    ],
+    ids=["skip", "branch", "none", "no statistics"],
+)
+def test_blocks_with_a_norm_that_never_folds_are_refused(layers):
+    with pytest.raises(ValueError, match=RULE):
+        MobileOneBlock(8, 8, layers=layers)
+
+
+@pytest.mark.parametrize("convert", [convert_sync_batchnorm, freeze_batch_norm_2d])
+def test_blocks_with_synchronised_or_frozen_norms_are_built(convert):
+    def norm(channels, **kwargs):
+        return convert(BatchNormAct2d(channels, **kwargs))
+
+    block = MobileOneBlock(
+        8, 8, layers=LayerFn(partial(ConvNormAct, norm_layer=norm), norm_act=norm)
+    )
+    assert not any(type(bn) is BatchNormAct2d for bn in block._norms())
+    block.eval().fuse()
+
+
+@pytest.mark.parametrize("norm_layer", ["batchnorm2d", nn.BatchNorm2d, BatchNormAct2d], ids=str)
+def test_every_name_of_a_batch_norm_is_taken(norm_layer):
+    timm.create_model("mobileone_mu0", norm_layer=norm_layer, device="meta")
+
+
+def test_unknown_norms_are_left_to_timm():
+    with pytest.raises(KeyError, match="nonorm"):
+        timm.create_model("mobileone_mu0", norm_layer="nonorm")
