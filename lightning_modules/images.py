@@ -3,9 +3,15 @@
 from typing import IO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-__all__ = ["IMAGE_SUFFIXES", "UnreadableImageError", "color_mode", "read_image"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "UnreadableImageError",
+    "color_mode",
+    "read_image",
+    "why_unreadable",
+]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 """File names that count as images, compared in lower case."""
@@ -26,7 +32,7 @@ def color_mode(channels: int) -> str:
     if channels not in _MODES:
         raise ValueError(
             f"input_size has {channels} channels, but images are read as grey (1), RGB (3) or "
-            f"RGBA (4). Set the first number of `input_size` to one of {sorted(_MODES)}."
+            f"RGBA (4). Set the first number of --data.input_size to one of {sorted(_MODES)}."
         )
     return _MODES[channels]
 
@@ -40,6 +46,15 @@ def read_image(file: IO[bytes], mode: str) -> Image.Image:
     with Image.open(file) as image:
         image.load()
         return convert(image, mode)
+
+
+def why_unreadable(error: Exception) -> str:
+    """What is wrong with an image file, in words that need no knowledge of Pillow."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is empty, or not an image of a known format"
+    if isinstance(error, OSError):  # the system's, or Pillow's "image file is truncated"
+        return error.strerror or str(error)
+    return f"it is damaged: {error}" if str(error) else "it is damaged"
 
 
 def convert(image: Image.Image, mode: str) -> Image.Image:

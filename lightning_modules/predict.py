@@ -4,7 +4,7 @@ import glob
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -13,13 +13,18 @@ from timm.utils.misc import natural_key
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_modules.images import IMAGE_SUFFIXES, color_mode, read_image
+from lightning_modules.images import IMAGE_SUFFIXES, color_mode, read_image, why_unreadable
 from lightning_modules.table import PredictionTable
 from lightning_modules.transforms import Transform, eval_transform
 from mobileone.export import ExportSpec, load_torchscript_artifact
 from mobileone.export.checkpoint import load_model, read_checkpoint
 
 __all__ = ["PredictionSummary", "find_images", "load_classifier", "predict_folder"]
+
+_SOURCES = (
+    "a checkpoint (….ckpt) of one of your runs, or an artifact folder (the one with manifest.json)"
+)
+_ARTIFACT_PARTS = (".torchscript.pt", ".mlpackage", "manifest.json")
 
 
 @dataclass(frozen=True)
@@ -70,10 +75,11 @@ def predict_folder(
 
     Raises:
         FileNotFoundError: no such source, no such images.
-        ValueError: a source that cannot be used, an argument out of its range.
+        ValueError: a source or device that cannot be used, an argument out of its range.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
+    place = _device(device)
     paths = find_images(images)
     model, spec = load_classifier(source)
     if top_k is not None and not 1 <= top_k <= spec.num_classes:
@@ -81,7 +87,6 @@ def predict_folder(
             f"top_k={top_k} must be from 1 to the {spec.num_classes} classes of the model, or null "
             "for the probabilities of all classes."
         )
-    place = torch.device(_auto_device() if device == "auto" else device)
     loader = DataLoader(
         _Files(paths, spec), batch_size, num_workers=num_workers, collate_fn=_collate
     )
@@ -109,16 +114,36 @@ def load_classifier(source: str | Path) -> tuple[nn.Module, ExportSpec]:
         ValueError: a file that is neither, or is damaged.
     """
     path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"{str(path)!r} does not exist. Give {_SOURCES}.")
+    if path.name.endswith(_ARTIFACT_PARTS):
+        raise ValueError(
+            f"{str(path)!r} is a part of an artifact. Give the artifact's folder: "
+            f"{str(path.parent)!r}."
+        )
     if path.is_dir():
         module, manifest = load_torchscript_artifact(path)
         return module, manifest.spec
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{str(path)!r} does not exist. Give a checkpoint (….ckpt) or an artifact folder (the "
-            "one with manifest.json)."
-        )
-    model, spec = load_model(read_checkpoint(path), path)
+    model, spec = load_model(_contents(path), path)
     return model.eval(), spec
+
+
+def _contents(path: Path) -> dict[str, Any]:
+    """A checkpoint that can be predicted from."""
+    try:
+        contents = read_checkpoint(path)
+    except ValueError as error:  # it tells what torch makes of the file
+        raise ValueError(_no_checkpoint(path)) from error
+    if "export_spec" not in contents:
+        raise ValueError(_no_checkpoint(path))
+    return contents
+
+
+def _no_checkpoint(path: Path) -> str:
+    return (
+        f"{str(path)!r} is not a checkpoint of a training with `mobileone fit`, or it is damaged. "
+        f"Give {_SOURCES}."
+    )
 
 
 def find_images(images: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -185,7 +210,7 @@ class _Files(Dataset[tuple[str, Tensor | None, str | None]]):
             with path.open("rb") as file:
                 image = read_image(file, self.mode)
         except Exception as error:  # whatever a decoder raises
-            return str(path), None, f"{type(error).__name__}: {error}"
+            return str(path), None, why_unreadable(error)
         return str(path), self.transform(image), None
 
 
@@ -203,8 +228,25 @@ def _probabilities(model: nn.Module, images: Tensor | None, device: torch.device
     return model.to(device)(images.to(device)).float().softmax(dim=1).cpu()
 
 
-def _auto_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _device(name: str) -> torch.device:
+    """The device, tried out; "auto" is a GPU if there is one.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).cpu()
+    except Exception as error:  # each kind of device has its own
+        gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+        gpus += ["mps"] if torch.backends.mps.is_available() else []
+        raise ValueError(
+            f"--device {name} cannot be used: PyTorch finds {', '.join(['cpu', *gpus])} on this "
+            "machine. Choose one of these, or leave out --device."
+        ) from error
+    return device
 
 
 def _with_progress(loader: DataLoader, progress: bool) -> Iterator[_Batch]:

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import sys
 
 import pytest
@@ -11,7 +12,9 @@ from PIL import Image
 
 from lightning_modules import predict
 from lightning_modules.data import ImageDataModule
+from lightning_modules.images import why_unreadable
 from lightning_modules.predict import find_images, load_classifier, predict_folder
+from lightning_modules.samples import Sample
 from mobileone.export import ExportSpec, export_model
 
 NAMES = ('cat, "big"', "chien é")
@@ -113,7 +116,8 @@ def test_unreadable_images_get_a_row_with_the_reason(checkpoint, pets, tmp_path,
     assert [bool(row["error"]) for row in table] == [True, True, True, False]
     assert [row["label"] == "" for row in table] == [True, True, True, False]
     assert "truncated" in table[0]["error"]
-    assert "cannot identify image" in table[2]["error"]
+    assert table[1]["error"] == table[2]["error"]
+    assert table[1]["error"] == "it is empty, or not an image of a known format"
     assert summary.images == 1
     assert [path for path, _ in summary.unreadable] == [row["path"] for row in table[:3]]
 
@@ -208,6 +212,52 @@ def test_errors_come_before_the_work(checkpoint, pets, tmp_path):
         with pytest.raises(ValueError, match=message):
             predict_folder(checkpoint, pets, tmp_path / "out.csv", progress=False, **options)
     assert not list(tmp_path.glob("out.csv*"))
+
+
+@pytest.mark.parametrize("part", ["model.torchscript.pt", "model.mlpackage", "manifest.json"])
+def test_part_of_an_artifact_is_led_to_the_folder(tmp_path, part):
+    (tmp_path / part).mkdir()
+    folder = re.escape(repr(str(tmp_path)))
+    with pytest.raises(ValueError, match=f"{part}' is a part of an artifact.* folder: {folder}"):
+        load_classifier(tmp_path / part)
+
+
+@pytest.mark.parametrize("contents", [b"nonsense", b"", {"weight": torch.ones(1)}, {"x": Sample}])
+def test_files_that_are_no_checkpoints(checkpoint, tmp_path, contents):
+    path = tmp_path / "weights.pth"
+    if isinstance(contents, bytes):
+        path.write_bytes(contents)
+    else:
+        torch.save(contents, path)
+    with pytest.raises(ValueError, match=r"weights\.pth' is not a checkpoint of a") as caught:
+        load_classifier(path)
+    assert "weights_only" not in str(caught.value)
+    assert str(caught.value).count(". ") == 1  # what is wrong, what to give
+
+
+def test_checkpoint_of_another_module(tmp_path):
+    torch.save({"state_dict": {"w": torch.ones(1)}}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=r"other\.ckpt' is not a checkpoint of a training"):
+        load_classifier(tmp_path / "other.ckpt")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "warp"])
+def test_device_that_is_not_there(checkpoint, pets, tmp_path, device):
+    with pytest.raises(ValueError, match=f"--device {device} cannot be used: PyTorch finds cpu"):
+        predict_folder(checkpoint, pets, tmp_path / "out.csv", device=device, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "x.png"), "No such file or directory"),
+        (OSError("image file is truncated"), "image file is truncated"),
+        (SyntaxError("broken PNG file"), "it is damaged: broken PNG file"),
+        (EOFError(), "it is damaged"),
+    ],
+)
+def test_reasons_in_plain_words(error, words):
+    assert why_unreadable(error) == words
 
 
 def test_progress_does_not_touch_standard_output(checkpoint, pets, tmp_path, capfd):
