@@ -84,6 +84,8 @@ class Catalogue:
             FileNotFoundError: no root or no such split; says what is there.
             ValueError: no images, an empty class, or other classes than `class_index` has.
         """
+        if split == "test" and self._tests_validation:
+            split = "val"  # with the checks of validation
         if split not in self._opened:
             if self._folders:
                 self._place(split)  # a missing split before anything about classes
@@ -100,6 +102,13 @@ class Catalogue:
         if split != "test":
             check_all_classes(self.class_index, names, split)
         return dataset if names == self.class_index else self._open(split, self.class_index)
+
+    @property
+    def _tests_validation(self) -> bool:
+        if self._folders:
+            path = self._path("test")
+            return path is not None and path == self._path("val")
+        return self._names["test"] == self._names["val"]
 
     @property
     def _folders(self) -> bool:

@@ -50,8 +50,8 @@ def class_to_index(dataset: Any) -> dict[str, int]:
         if mapping := getattr(holder, attribute, None):
             return {str(name): int(index) for name, index in mapping.items()}
     raise ValueError(
-        f"{type(holder).__name__} does not name its classes. Set `classes` to a text file with "
-        "one class name a line, in the order of the indices."
+        f"{type(holder).__name__} does not name its classes. Set --data.classes to a text file "
+        "with one class name a line, in the order of the indices."
     )
 
 
@@ -94,7 +94,7 @@ def check_known_classes(expected: Iterable[str], found: Iterable[str], split: st
     if unknown:
         raise ValueError(
             f"{split} has classes that are not among the {len(set(expected))} known ones (those of "
-            f"training, or of the `classes` file): {_listing(unknown)}. Add training images "
+            f"training, or of the --data.classes file): {_listing(unknown)}. Add training images "
             "of them, remove them, or correct the spelling."
         )
 
@@ -104,8 +104,8 @@ def check_all_classes(expected: Iterable[str], found: Iterable[str], split: str)
     absent = sorted(set(expected) - set(found))
     if absent:
         raise ValueError(
-            f"{split} has no images of {_listing(absent)}, which training (or the `classes` file) "
-            f"has. Add a folder with images of them to {split}, or remove them there."
+            f"{split} has no images of {_listing(absent)}, which training (or the --data.classes "
+            f"file) has. Add a folder with images of them to {split}, or remove them there."
         )
 
 

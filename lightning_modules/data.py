@@ -1,5 +1,6 @@
 """The data module: any image data set that timm reads, with timm's transforms for the model."""
 
+import math
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -17,7 +18,7 @@ from lightning_modules.digits import digits_root, write_digits
 from lightning_modules.images import color_mode
 from lightning_modules.loading import image_loader
 from lightning_modules.samples import ImageSamples
-from lightning_modules.sampling import EpochSampler
+from lightning_modules.sampling import EpochSampler, EvaluationSampler
 from lightning_modules.splits import FOLDER_NAMES, check_dataset_name
 from lightning_modules.streams import ImageStream
 from lightning_modules.transforms import eval_transform, resolve_config, train_transform
@@ -29,7 +30,8 @@ class ImageDataModule(LightningDataModule):
     """Images of classes, from folders (``root/train/<class>/*``, ``root/val/<class>/*``) or timm.
 
     Every training batch is a function of (seed, epoch, position): the same for any number of
-    workers, and the same in a run that was resumed from the end of an epoch.
+    workers, and the same in a run that was resumed, within an epoch too. (Streams: for a fixed
+    number of workers, and resumed from the end of an epoch.)
 
     Args:
         root: folder above the splits (or of train.tar and val.tar); for other data sets what
@@ -37,19 +39,25 @@ class ImageDataModule(LightningDataModule):
         dataset: "" for folders, "digits" for the handwritten digits that come with scikit-learn,
             or a name of `timm.data.create_dataset`: "torch/cifar10", "hfds/…", "wds/…", ….
         model: timm name; its pretrained configuration gives the values left None below.
-        train_split, val_split: names of the splits; for folders also their usual synonyms.
+        train_split: name of the training split; for folders also a usual synonym of it.
+        val_split: name of the validation split; for folders also a usual synonym of it.
         test_split: None for the folder test/ if there is one, else the validation split.
         classes: text file, one class a line, that fixes names and indices. By default the
             sorted folder names, or what the data set says.
         download: let torchvision or Hugging Face fetch the data.
         input_size: side in pixels, or (channels, height, width); 1 channel reads grey, 4 RGBA.
-        mean, std: of the normalisation, one value or one a channel.
-        interpolation, crop_pct, crop_mode: of the evaluation; the first also of the training crop.
+        mean: of the normalisation, one value or one a channel.
+        std: of the normalisation, one value or one a channel.
+        interpolation: of resizing in the evaluation and in the training crop.
+        crop_pct: share of the resized short side that the evaluation keeps, in (0, 1].
+        crop_mode: of the evaluation: "center", "border" or "squash".
         auto_augment: timm's policy, for example "original-mstd0.5" or "rand-m9-mstd0.5". The
             paper uses AutoAugment for S2-S4 only (section 4).
         color_jitter: strength; None, as in the paper, for none.
-        hflip, vflip: probability of a flip; 0 for digits and other things with a handedness.
-        scale, ratio: range of the area and of the aspect ratio of the random crop.
+        hflip: probability of mirroring; 0 for digits and other things with a handedness.
+        vflip: probability of turning upside down.
+        scale: range of the random crop's share of the image's area.
+        ratio: range of the random crop's aspect ratio, width by height.
         re_prob: probability of random erasing.
         batch_size: per device.
         num_workers: processes a loader; None for what the machine suggests, 8 at most.
@@ -106,8 +114,8 @@ class ImageDataModule(LightningDataModule):
             check_dataset_name(dataset)
         if root is None and dataset in FOLDER_NAMES:
             raise ValueError(
-                "root is not set. Set `root` to the folder that holds train/ and val/, or "
-                "`dataset: digits` to try the handwritten digits."
+                "root is not set. Set --data.root to the folder that holds train/ and val/, or "
+                "--data.dataset to digits to try the handwritten digits."
             )
         self.data_config: dict[str, Any] = resolve_config(
             model,
@@ -167,6 +175,12 @@ class ImageDataModule(LightningDataModule):
         return len(self.class_names)
 
     @property
+    def in_chans(self) -> int:
+        """How many channels the images have, and the model must take."""
+        channels: int = self.data_config["input_size"][0]
+        return channels
+
+    @property
     def seed(self) -> int:
         """The seed in force: the argument, else the checkpoint's, else the run's, else 0."""
         for seed in (self._seed, self._restored_seed):
@@ -207,41 +221,35 @@ class ImageDataModule(LightningDataModule):
 
         Raises:
             FileNotFoundError: no root or no such split; says what is there.
-            ValueError: no images, an empty class, or splits with different classes.
+            ValueError: no images, an empty class, splits with different classes, or so few images
+                that nothing would be trained or a process would have none to evaluate.
         """
         needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
-        for split in needed.get(stage, ()):
-            self._catalogue.source(split)
+        sources = {split: self._catalogue.source(split) for split in needed.get(stage, ())}
+        for split, source in sources.items():
+            if not isinstance(source, IterableDataset):
+                self._check_count(len(source), split)
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled, augmented batches, images float (N, C, H, W) and targets long (N,).
-
-        Raises:
-            ValueError: fewer images than one batch while ``drop_last`` is on.
-        """
+        """Shuffled, augmented batches, images float (N, C, H, W) and targets long (N,)."""
         source = self._catalogue.source("train")
         if isinstance(source, IterableDataset):  # shuffles and shares out by itself
             return self._loader(source, self._train_transform, drop_last=self._drop_last)
-        trainer = self.trainer
-        replicas, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
-        sampler = EpochSampler(source, self.seed, replicas, rank)
-        if self._drop_last and len(sampler) < self._batch_size:
-            raise ValueError(
-                f"batch_size={self._batch_size} is larger than the {len(sampler)} training images "
-                "of one process, and drop_last leaves out incomplete batches, so nothing would "
-                "be trained. Lower batch_size, or set drop_last=false."
-            )
         return self._loader(
-            source, self._train_transform, sampler=sampler, drop_last=self._drop_last
+            source,
+            self._train_transform,
+            sampler=EpochSampler(source, self.seed, self._processes, self._rank),
+            drop_last=self._drop_last,
+            batches_done=self._batches_done,
         )
 
     def val_dataloader(self) -> DataLoader:
-        """The validation images in order, with the evaluation transform."""
-        return self._loader(self._catalogue.source("val"), self._eval_transform)
+        """The validation images, each once and in order, with the evaluation transform."""
+        return self._evaluation_loader("val")
 
     def test_dataloader(self) -> DataLoader:
-        """The test images (validation images if there are none) in order."""
-        return self._loader(self._catalogue.source("test"), self._eval_transform)
+        """The test images (validation images if there are none), each once and in order."""
+        return self._evaluation_loader("test")
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to see the same batches."""
@@ -255,6 +263,41 @@ class ImageDataModule(LightningDataModule):
                 f"data seed {self._seed} differs from the checkpoint's {self._restored_seed}: the "
                 "images will come in another order than in the run that is resumed."
             )
+
+    @property
+    def _processes(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
+
+    def _batches_done(self) -> int:
+        """How many batches of the present epoch lie before the checkpoint that is resumed."""
+        if self.trainer is None or not self.trainer.fit_loop.is_resuming:
+            return 0
+        return self.trainer.fit_loop.batch_idx + 1
+
+    def _check_count(self, images: int, split: str) -> None:
+        share = math.ceil(images / self._processes)
+        if split == "train" and self._drop_last and share < self._batch_size:
+            raise ValueError(
+                f"batch_size={self._batch_size} is larger than the {share} training images of one "
+                "process, and drop_last leaves out incomplete batches, so nothing would be "
+                "trained. Lower --data.batch_size, or set --data.drop_last false."
+            )
+        if split != "train" and images < self._processes:
+            raise ValueError(
+                f"{split} has {images} images for {self._processes} processes, and each needs at "
+                "least one. Add images, or lower --trainer.devices."
+            )
+
+    def _evaluation_loader(self, split: str) -> DataLoader:
+        source = self._catalogue.source(split)
+        if self._processes == 1 or isinstance(source, IterableDataset):
+            return self._loader(source, self._eval_transform)
+        sampler = EvaluationSampler(source, self._processes, self._rank)
+        return self._loader(source, self._eval_transform, sampler=sampler)
 
     def _loader(self, source: Any, transform: PhasedTransform, **options: Any) -> DataLoader:
         workers = self._workers()

@@ -1,7 +1,7 @@
 """A DataLoader that starts when the first batch is asked for, and reports unreadable files."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,9 +10,10 @@ from torch.utils.data import DataLoader
 
 from lightning_modules.randomness import derive_seed
 from lightning_modules.samples import collate
+from lightning_modules.sampling import EpochSampler
 from lightning_modules.streams import ImageStream
 
-__all__ = ["LazyDataLoader", "image_loader"]
+__all__ = ["EpochLoader", "LazyDataLoader", "image_loader"]
 
 _NAMES_SHOWN = 5
 
@@ -28,9 +29,9 @@ class LazyDataLoader(DataLoader):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
         unreadable: dict[str, str] = {}
-        last = _length(self) - 1
+        first, last = self._seek(), _length(self) - 1
         try:
-            for position, (images, targets, skipped) in enumerate(super().__iter__()):
+            for position, (images, targets, skipped) in enumerate(super().__iter__(), first):
                 unreadable.update(skipped)
                 if position == last:  # a consumer that counts batches never asks for one more
                     _report(unreadable)
@@ -38,9 +39,51 @@ class LazyDataLoader(DataLoader):
         finally:
             _report(unreadable)
 
+    def _seek(self) -> int:
+        """The number of the batch that the pass begins with."""
+        return 0
+
+
+class EpochLoader(LazyDataLoader):
+    """Goes on within an epoch, at the batch where the resumed run stopped.
+
+    The place is asked for when a pass starts, and comes from the training loop's own counter. It
+    could not be a state of this object: Lightning 2.6 restores those when it makes the loader,
+    which is before it has read them if the module asks for the number of steps in
+    ``configure_optimizers``. A count kept here would also be wrong after a batch that failed.
+
+    Args:
+        options: of `LazyDataLoader`; the sampler is an `EpochSampler`.
+        batches_done: how many batches of the epoch are not to be repeated.
+    """
+
+    def __init__(self, *, batches_done: Callable[[], int], **options: Any) -> None:
+        super().__init__(**options)
+        self.batches_done = batches_done
+
+    def _seek(self) -> int:
+        if not isinstance(self.sampler, EpochSampler):  # `overfit_batches` puts another one here
+            return 0
+        assert self.batch_size is not None
+        batches = self.batches_done()
+        self.sampler.start = batches * self.batch_size
+        return batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing; the two methods tell Lightning that resuming within an epoch works."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to take; see `state_dict`."""
+
 
 def image_loader(
-    dataset: Any, seed: int, num_workers: int, persistent_workers: bool, **options: Any
+    dataset: Any,
+    seed: int,
+    num_workers: int,
+    persistent_workers: bool,
+    batches_done: Callable[[], int] | None = None,
+    **options: Any,
 ) -> LazyDataLoader:
     """A `LazyDataLoader` that leaves the global random generators alone.
 
@@ -49,15 +92,21 @@ def image_loader(
         seed: of the workers' base seed, which would otherwise be drawn from torch's generator.
         num_workers: processes beside this one.
         persistent_workers: keep them from one epoch to the next; ignored without workers.
+        batches_done: makes it an `EpochLoader`.
         options: batch_size, sampler, drop_last, pin_memory as `DataLoader` takes them.
     """
-    loader = LazyDataLoader(
-        dataset,
-        num_workers=num_workers,
-        persistent_workers=persistent_workers and num_workers > 0,
-        collate_fn=collate,
-        generator=torch.Generator().manual_seed(derive_seed(seed)),
+    options = {
+        "dataset": dataset,
+        "num_workers": num_workers,
+        "persistent_workers": persistent_workers and num_workers > 0,
+        "collate_fn": collate,
+        "generator": torch.Generator().manual_seed(derive_seed(seed)),
         **options,
+    }
+    loader = (
+        LazyDataLoader(**options)
+        if batches_done is None
+        else EpochLoader(batches_done=batches_done, **options)
     )
     if isinstance(dataset, ImageStream):  # has no sampler of its own: Lightning tells this object
         loader.sampler.set_epoch = dataset.set_epoch  # type: ignore[attr-defined]

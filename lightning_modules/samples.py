@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from lightning_modules.curriculum import PhasedTransform
-from lightning_modules.images import UnreadableImageError, convert, read_image
+from lightning_modules.images import UnreadableImageError, convert, read_image, why_unreadable
 from lightning_modules.randomness import derive_seed, isolated_rng
 from lightning_modules.sampling import SampleKey
 
@@ -76,13 +76,13 @@ class ImageSamples(Dataset[Sample]):
                 image, target = self._read(candidate)
                 return image, int(target), skipped
             except Exception as error:
-                name = self.filename(candidate)
+                name, reason = self.filename(candidate), why_unreadable(error)
                 if not self.skip_unreadable:
                     raise UnreadableImageError(
-                        f"cannot read image {name} ({error}). Repair or remove the file, or set "
-                        "skip_unreadable=true to let another image stand in for it."
+                        f"cannot read image {name} ({reason}). Repair or remove the file, or set "
+                        "--data.skip_unreadable true to let another image stand in for it."
                     ) from error
-                skipped.append(Unreadable(name, str(error)))
+                skipped.append(Unreadable(name, reason))
         raise UnreadableImageError(
             f"none of the {len(self)} images of this split can be read, for example "
             f"{skipped[0].name} ({skipped[0].reason})."

@@ -1,4 +1,4 @@
-"""The order of the training images: a function of (seed, epoch), shared out over the processes."""
+"""The order of the images and how the processes share them: for training by (seed, epoch)."""
 
 from collections.abc import Iterator, Sized
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from torch.utils.data import DistributedSampler
 
 from lightning_modules.randomness import derive_seed
 
-__all__ = ["EpochSampler", "SampleKey"]
+__all__ = ["EpochSampler", "EvaluationSampler", "SampleKey"]
 
 
 class SampleKey(NamedTuple):
@@ -29,15 +29,41 @@ class EpochSampler(DistributedSampler[SampleKey]):
     A `DistributedSampler`, because that type is what keeps Lightning from putting a sampler of
     its own around this one, and because Lightning calls ``set_epoch`` on it. Every process gets
     equally many images: the order is padded with its own beginning.
+
+    Attributes:
+        start: how many of this process's images the next pass leaves out at the beginning. The
+            length does not change with it: it is that of a whole epoch.
     """
 
     def __init__(self, dataset: Sized, seed: int, num_replicas: int = 1, rank: int = 0) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed)  # type: ignore[arg-type]
         self._count = len(dataset)
+        self.start = 0
 
     def __iter__(self) -> Iterator[SampleKey]:
         epoch = self.epoch
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
         order = torch.randperm(self._count, generator=generator).tolist()
-        mine = range(self.rank, self.total_size, self.num_replicas)
+        mine = range(self.rank, self.total_size, self.num_replicas)[self.start :]
         return iter([SampleKey(epoch, order[i % self._count]) for i in mine])
+
+
+class EvaluationSampler(DistributedSampler[int]):
+    """Process ``rank`` takes every n-th image, in order; no image is taken twice.
+
+    A metric that is summed over the processes is exact then, which it is not with the images
+    that torch's sampler (and Lightning, which puts it around any other) repeats to give every
+    process equally many. Some processes have one image less, and perhaps one batch less. That
+    does no harm where each has at least one: DistributedDataParallel exchanges buffers before the
+    first batch without gradients only, and metrics are summed after the last.
+    """
+
+    def __init__(self, dataset: Sized, num_replicas: int, rank: int) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)  # type: ignore[arg-type]
+        self._mine = range(rank, len(dataset), num_replicas)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._mine)
+
+    def __len__(self) -> int:
+        return len(self._mine)

@@ -1,6 +1,7 @@
 """Splits, classes, transforms and errors of the data module."""
 
 import gc
+import inspect
 import math
 import tarfile
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from docstring_parser import parse
 from PIL import Image
 from timm.data.readers.reader import Reader
 
@@ -120,7 +122,7 @@ def test_missing_root(tmp_path):
 
 
 def test_root_is_needed():
-    with pytest.raises(ValueError, match="root is not set"):
+    with pytest.raises(ValueError, match=r"root is not set.*--data\.root.*--data\.dataset"):
         ImageDataModule()
 
 
@@ -161,6 +163,16 @@ def test_class_missing_from_validation(make_folder):
         ready(root)
 
 
+def test_class_missing_from_validation_when_it_is_the_test(make_folder):
+    root = make_folder({"train": {"a": 2, "b": 2}, "val": {"b": 1}})
+    with pytest.raises(ValueError, match=r"val has no images of 'a'"):
+        ready(root, "test")
+    with pytest.raises(ValueError, match=r"val has no images of 'a'"):
+        ready(root, "test", val_split="validation", test_split="val")
+    (root / "val").rename(root / "test")  # a test set of its own may lack classes
+    assert len(ready(root, "test").test_dataloader().dataset) == 1
+
+
 def test_class_file_must_match_the_folders(pets, tmp_path):
     file = tmp_path / "classes.txt"
     file.write_text("cat\n")
@@ -191,8 +203,10 @@ def test_hidden_folder_is_no_class(pets):
 
 
 def test_batch_larger_than_the_data(pets):
-    with pytest.raises(ValueError, match="batch_size=11 is larger than the 10 training images"):
-        ready(pets, batch_size=11).train_dataloader()
+    message = r"batch_size=11 is larger than the 10 training images.*--data\.batch_size"
+    with pytest.raises(ValueError, match=message):
+        ready(pets, batch_size=11)
+    ready(pets, "validate", batch_size=11)
     assert len(ready(pets, batch_size=11, drop_last=False).train_dataloader()) == 1
 
 
@@ -249,7 +263,9 @@ def broken(pets):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_unreadable_image_is_named(broken, workers):
     loader = ready(broken, num_workers=workers, batch_size=10).train_dataloader()
-    with pytest.raises(UnreadableImageError, match=r"train/(cat|dog)/0\.png.*skip_unreadable=true"):
+    with pytest.raises(
+        UnreadableImageError, match=r"train/(cat|dog)/0\.png.*--data\.skip_unreadable true"
+    ):
         list(loader)
 
 
@@ -344,7 +360,7 @@ def test_one_pixel_and_other_suffixes(make_folder):
     root = make_folder({"train": {"a": 1}, "val": {"a": 1}}, size=(1, 1))
     for suffix in ("webp", "bmp", "tiff", "JPG"):
         Image.new("L", (1, 1), 9).save(root / "val" / "a" / f"x.{suffix}")
-    images = torch.cat([batch for batch, _ in ready(root).val_dataloader()])
+    images = torch.cat([batch for batch, _ in ready(root, "validate").val_dataloader()])
     assert images.shape == (5, 3, 16, 16)
 
 
@@ -358,6 +374,18 @@ def test_channels(pets, channels):
 
 
 # --- transforms
+
+
+def test_in_chans_is_known_from_the_start(pets):
+    assert ImageDataModule(str(pets)).in_chans == 3
+    assert ImageDataModule(str(pets), input_size=(1, 8, 8), mean=(0.5,), std=(0.5,)).in_chans == 1
+
+
+def test_every_argument_has_its_own_documentation():
+    """docstring-parser, and so `mobileone fit --help`, knows one name an entry only."""
+    documented = {entry.arg_name for entry in parse(ImageDataModule.__doc__).params}
+    arguments = set(inspect.signature(ImageDataModule.__init__).parameters) - {"self"}
+    assert arguments <= documented
 
 
 def test_configuration_comes_from_the_model(pets):
