@@ -24,7 +24,8 @@ class EMA(WeightAveraging):
     The first average is a copy of the weights. `d_n` is `decay` (0.9995 for all variants in the
     MobileOne paper, arXiv 2206.04040, section 4.1) or, with `warmup`,
     `min(decay, (1 + n) / (10 + n))` at the n-th update, so that the first weights, which are
-    random, do not dominate an early average.
+    random, do not dominate an early average: without it, 2,000 steps at 0.9995 still leave them
+    a share of 37 %. The paper, with 1.5 million steps, mentions no warm-up.
 
     Averaged are the parameters and floating-point buffers of the `state_dict`; its integer buffers
     are copied; all else (non-persistent buffers, states of metrics) stays the module's own.
@@ -57,7 +58,7 @@ class EMA(WeightAveraging):
     def __init__(
         self,
         decay: float = 0.9995,
-        warmup: bool = False,
+        warmup: bool = True,
         start_step: int = 0,
         device: str | None = None,
     ) -> None:

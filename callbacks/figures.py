@@ -1,16 +1,25 @@
 """Figures for people who would rather look than read: sample predictions, confusion matrix."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-__all__ = ["confusion_figure", "samples_figure"]
+__all__ = ["confusion_figure", "curves_figure", "samples_figure"]
+Curves = Mapping[str, Sequence[tuple[int, float]]]
 
-_RIGHT, _WRONG = "#0072b2", "#d55e00"  # Okabe and Ito: told apart by the colour-blind
+_RIGHT, _WRONG, _SHADE = "#0072b2", "#d55e00", "#999999"  # Okabe and Ito: for the colour-blind
+_STYLES = {
+    "train/loss": {"color": _SHADE},
+    "train/loss_epoch": {"color": _RIGHT, "marker": "o"},
+    "val/loss": {"color": _WRONG, "marker": "x"},
+    "val/acc1": {"color": _RIGHT, "marker": "o"},
+    "val/acc5": {"color": _WRONG, "marker": "x"},
+}
 
 
 def samples_figure(
@@ -85,6 +94,46 @@ def confusion_figure(confusion: Tensor, class_names: Sequence[str]) -> Figure:
                 color="black" if share[row, column] > 0.5 else "white",
             )
     return figure
+
+
+def curves_figure(curves: Curves) -> Figure:
+    """Loss, accuracy, learning rate and weight decay over the optimizer steps.
+
+    Args:
+        curves: Points (step, value) of each metric, by its logged name.
+
+    Returns:
+        Four panels; a panel without any of its metrics says so.
+    """
+    panels = {
+        "loss": ("train/loss", "train/loss_epoch", "val/loss"),
+        "accuracy": ("val/acc1", "val/acc5"),
+        "learning rate": ("lr",),
+        "weight decay": ("weight_decay",),
+    }
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    for axis, (title, names) in zip(figure.subplots(2, 2).ravel(), panels.items(), strict=True):
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+        shown = [name for name in names if curves.get(name)]
+        for name in shown:
+            steps, values = zip(*curves[name], strict=True)
+            axis.plot(steps, values, label=name, **_STYLES.get(name, {"color": _RIGHT}))
+        if title == "loss" and shown:
+            _keep_outliers_out(axis, [v for name in shown for _, v in curves[name]])
+        if len(shown) > 1:
+            axis.legend(fontsize=8)
+        if not shown:
+            axis.text(0.5, 0.5, "not logged", ha="center", transform=axis.transAxes)
+        axis.set_xlabel("step", fontsize=8)
+    return figure
+
+
+def _keep_outliers_out(axis: Axes, values: Sequence[float]) -> None:
+    """The loss of a first, barely averaged model can be thousands: it would flatten the rest."""
+    finite = np.asarray([v for v in values if np.isfinite(v)])
+    if len(finite):
+        axis.set_ylim(0, 1.1 * min(finite.max(), 4 * np.median(finite)))
 
 
 def _short(name: str, length: int = 18) -> str:

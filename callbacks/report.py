@@ -2,17 +2,20 @@
 
 import csv
 import json
+import math
+import warnings
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from callbacks.figures import confusion_figure, samples_figure
+from callbacks.figures import confusion_figure, curves_figure, samples_figure
+from callbacks.metrics_files import read_curves
 from callbacks.reparameterize import ReparameterizeOnSave
 from mobileone.export.manifest import MANIFEST_NAME, Manifest
 from mobileone.export.spec import ExportSpec
@@ -23,9 +26,10 @@ __all__ = ["Report"]
 class Report(Callback):
     """Show what the model does, and hand its fused artifact to wandb.
 
-    After each validation: predictions on images from the whole validation set. After a test: the
-    confusion matrix, as a picture and as CSV. Both go to `<run>/report/` and to a WandbLogger. The
-    artifact is logged as a wandb Artifact of type "model", with the manifest as its metadata.
+    After each validation: predictions on images from the whole validation set. At the end of a
+    fit: the curves of loss, accuracy, learning rate and weight decay. After a test: the confusion
+    matrix, as a picture and as CSV. All go to `<run>/report/` and to a WandbLogger. The artifact
+    is logged as a wandb Artifact of type "model", with the manifest as its metadata.
 
     The LightningModule needs `export_spec` (class names, normalisation) and, for the matrix,
     `test_confusion`, as `ImageClassifier` has.
@@ -76,13 +80,18 @@ class Report(Callback):
         """
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        batches = int(sum(trainer.num_val_batches)) if self.samples else 1
-        due = self.samples * (batch_idx + 1) // batches - self.samples * batch_idx // batches
+        due = self._due(batch_idx, sum(trainer.num_val_batches))
         if due:
             images, targets = (x[:: max(1, len(x) // due)][:due] for x in batch)
             with torch.no_grad():
                 probabilities = pl_module(images).float().softmax(dim=1)
             self._shown.append((images.float().cpu(), targets.cpu(), probabilities.cpu()))
+
+    def _due(self, batch_idx: int, batches: float) -> int:
+        """How many samples this batch gives; a stream of unknown length gives one a batch."""
+        if math.isinf(batches):
+            return int(batch_idx < self.samples)
+        return int(self.samples * (batch_idx + 1) // batches - self.samples * batch_idx // batches)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the samples."""
@@ -108,7 +117,12 @@ class Report(Callback):
             _write_matrix(_folder(trainer) / "confusion_matrix.csv", confusion, names)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the best artifact."""
+        """Draw the curves, over all resumes, and log the best artifact."""
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                if isinstance(logger, CSVLogger):
+                    logger.save()
+                    _publish(trainer, "curves", curves_figure(read_curves(logger.root_dir)))
         saver = trainer.checkpoint_callback
         if self.log_artifact != "best" or not isinstance(saver, ReparameterizeOnSave):
             return
@@ -137,7 +151,9 @@ def _publish(trainer: Trainer, name: str, figure: Figure) -> None:
         return
     final = _folder(trainer) / f"{name}.png"
     beside = final.with_suffix(".tmp")
-    figure.savefig(beside, dpi=120, format="png")
+    with warnings.catch_warnings():  # class names in a script that the font lacks
+        warnings.filterwarnings("ignore", message=r"Glyph \d+")
+        figure.savefig(beside, dpi=120, format="png")
     beside.replace(final)
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):

@@ -59,6 +59,7 @@ class ImageClassifier(LightningModule):
     Args:
         model: timm name, for example `mobileone_s0` or `repvgg_a0.rvgg_in1k`.
         num_classes: number of logits.
+        in_chans: channels of the images.
         model_kwargs: further arguments of `timm.create_model`, for example `{"drop_rate": 0.1}`.
         pretrained: start from timm's weights; not repeated when a checkpoint is loaded.
         optimizer: timm's name; `"momentum"` is plain momentum, timm's `"sgd"` is Nesterov's.
@@ -81,7 +82,7 @@ class ImageClassifier(LightningModule):
         seed: of dropout; None for the checkpoint's, else that of `seed_everything`, else 0.
 
     Attributes:
-        model: the timm model, images (N, C, H, W) -> logits (N, num_classes).
+        model: the network, a timm model: images (N, C, H, W) -> logits (N, num_classes).
         test_confusion: after a test, counts (num_classes, num_classes): row = true class, column =
             predicted class.
         test_per_class: after a test, accuracy in 0..1 (num_classes,); NaN for absent classes.
@@ -95,6 +96,7 @@ class ImageClassifier(LightningModule):
         model: str = "mobileone_s0",
         *,
         num_classes: int,
+        in_chans: int = 3,
         model_kwargs: dict[str, Any] | None = None,
         pretrained: bool = False,
         optimizer: str = "momentum",
@@ -124,7 +126,10 @@ class ImageClassifier(LightningModule):
                 "annealing scales the start value"
             )
         self.model = timm.create_model(
-            model, pretrained=pretrained, num_classes=num_classes, **(model_kwargs or {})
+            model,
+            pretrained=pretrained,
+            num_classes=num_classes,
+            **{"in_chans": in_chans, **(model_kwargs or {})},
         )
         if collapse != "auto":
             set_collapse(self.model, collapse)

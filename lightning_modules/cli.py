@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: With code 2 on arguments that cannot be used.
     """
-    name, *rest = argv if argv is not None else sys.argv[1:] or ["--help"]
+    # waiting threads sleep: spinning ones stall training where cores are shared
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    name, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
     if "_ARGCOMPLETE" in os.environ:
         import_module("lightning_modules.completion").complete(COMMANDS)
     elif name in ("-h", "--help"):
@@ -60,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif name == "--version":
         print(f"mobileone {version('mobileone-lightning')}")
     elif name in COMMANDS:
-        COMMANDS[name].load()(name, list(rest))
+        COMMANDS[name].load()(name, rest)
     else:
         listed = ", ".join(COMMANDS)
         sys.exit(_complain(f"unknown subcommand {name!r}; choose one of: {listed}"))

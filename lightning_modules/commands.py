@@ -22,7 +22,7 @@ def predict(name: str, argv: list[str]) -> None:
     options = predict_parser(name).parse_args(argv)
     from lightning_modules.predict import predict_folder
 
-    summary = _answer(predict_folder, options)
+    summary = _answer(name, predict_folder, options)
     print(f"{summary.images} images -> {summary.output}")
     for path, reason in summary.unreadable:
         print(f"unreadable: {path}: {reason}", file=sys.stderr)
@@ -32,13 +32,12 @@ def predict_parser(name: str) -> ArgumentParser:
     """Arguments of `mobileone predict`."""
     from lightning_modules.predict import predict_folder
 
-    parser = ArgumentParser(
-        prog=f"mobileone {name}",
-        description="Label images with a checkpoint (.ckpt) or an artifact folder, into a CSV "
-        "file. Example: mobileone predict runs/quickstart/latest/checkpoints/best photos/ out.csv",
+    return _parser_of(
+        name,
+        predict_folder,
+        "Label images with a checkpoint (.ckpt) or an artifact folder, into a CSV file. "
+        "Example: mobileone predict runs/quickstart/latest/checkpoints/best photos/ out.csv",
     )
-    parser.add_function_arguments(predict_folder, as_positional=True, as_group=False)
-    return parser
 
 
 def export(name: str, argv: list[str]) -> None:
@@ -46,7 +45,7 @@ def export(name: str, argv: list[str]) -> None:
     options = export_parser(name).parse_args(argv)
     from mobileone.export.checkpoint import export_checkpoint
 
-    manifest = _answer(export_checkpoint, options)
+    manifest = _answer(name, export_checkpoint, options)
     print(f"{', '.join(manifest.formats)} -> {Path(options.directory)}")
 
 
@@ -54,13 +53,12 @@ def export_parser(name: str) -> ArgumentParser:
     """Arguments of `mobileone export`."""
     from mobileone.export.checkpoint import export_checkpoint
 
-    parser = ArgumentParser(
-        prog=f"mobileone {name}",
-        description="Write the fused artifacts of a checkpoint, without training. Example: "
-        "mobileone export runs/quickstart/latest/checkpoints/last.ckpt shipped/",
+    return _parser_of(
+        name,
+        export_checkpoint,
+        "Write the fused artifacts of a checkpoint, without training. "
+        "Example: mobileone export runs/quickstart/latest/checkpoints/last.ckpt shipped/",
     )
-    parser.add_function_arguments(export_checkpoint, as_positional=True, as_group=False)
-    return parser
 
 
 def benchmark(name: str, argv: list[str]) -> None:
@@ -71,7 +69,7 @@ def benchmark(name: str, argv: list[str]) -> None:
     from mobileone.bench.training import benchmark_training
 
     options = options[options.subcommand]
-    result = _answer(benchmark_training, options)
+    result = _answer(name, benchmark_training, options)
     # a pipe has no width of its own, and names must not be cut
     Console(width=None if sys.stdout.isatty() else 120).print(result.table())
     if options.directory is not None:
@@ -94,9 +92,16 @@ def benchmark_parser(name: str) -> ArgumentParser:
     return parser
 
 
-def _answer(function: Callable[..., Any], options: Namespace) -> Any:
+def _parser_of(name: str, function: Callable[..., Any], description: str) -> ArgumentParser:
+    parser = ArgumentParser(prog=f"mobileone {name}", description=description)
+    parser.add_function_arguments(function, as_positional=True, as_group=False)
+    return parser
+
+
+def _answer(name: str, function: Callable[..., Any], options: Namespace) -> Any:
     """Call a function whose errors are messages for the user."""
     try:
         return function(**options.as_dict())
     except (ValueError, OSError) as error:
-        sys.exit(f"mobileone: error: {error}")
+        print(f"mobileone {name}: error: {error}", file=sys.stderr)
+        sys.exit(2)

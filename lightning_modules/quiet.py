@@ -11,7 +11,7 @@ _WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     # the number of workers is the user's decision; the data module has a default
     r"The '\w+' does not have many workers",
-    # short epochs are shorter than the logging interval
+    # the interval is shortened where an epoch is shorter
     r"The number of training batches \(\d+\) is smaller than the logging interval",
 )
 _LOGS = ("💡 Tip:", "TPU available:", "Loading `train_dataloader` to estimate")

@@ -2,15 +2,16 @@
 
 import json
 import os
+import secrets
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 __all__ = ["RunFolder"]
 
 _RECORD = "run.json"
-# set for the processes that a distributed strategy starts by running the same command again
-_INHERITED = "MOBILEONE_RUN_FOLDER"
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class RunFolder:
     """Where a run writes, and the id under which wandb knows it.
 
     Attributes:
-        path: `<root>/<name>/<time>`; `<root>/<name>/latest` links to the newest.
+        path: `<root>/<name>/<time>`; `<root>/<name>/latest` links to the newest with a result.
         wandb_id: Kept over resumes, so that the curves go on.
     """
 
@@ -29,31 +30,38 @@ class RunFolder:
     def create(cls, root: str, name: str) -> "RunFolder":
         """Make the folder of a new run.
 
+        Of several processes only the one of rank 0 makes a folder. The others write nothing, and
+        take the checkpoints' folder from it when they are connected.
+
         Args:
             root: Folder of all runs.
             name: Name of the experiment.
 
         Returns:
-            The folder; in the other processes of the same distributed run, the same one.
+            The folder.
         """
-        if inherited := os.environ.get(_INHERITED):
-            return cls.read(Path(inherited))
-        stamp = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID")
-        parent = Path(root).expanduser() / name
-        if stamp is None:  # one process starts all others, or there is only this one
-            run = cls._claim(parent)
-            os.environ[_INHERITED] = str(run.path)
-        else:  # the launcher starts all processes at once: they agree through its id
-            run = cls(parent / stamp, stamp)
-            run.path.mkdir(parents=True, exist_ok=True)
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-            run._record()
-        return run
+        parent = (Path(root).expanduser() / name).absolute()
+        rank: int = rank_zero_only.rank  # type: ignore[attr-defined]
+        if rank:
+            return cls(parent / f"rank-{rank}", "")
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        for suffix in ("", *(f"-{n}" for n in range(2, 1000))):
+            path = parent / f"{stamp}{suffix}"
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:
+                continue
+            run = cls(path, f"{name.replace('/', '-')}-{path.name}-{secrets.token_hex(2)}")
+            record = json.dumps({"wandb_id": run.wandb_id})
+            (path / _RECORD).write_text(record, encoding="utf-8")
+            return run
+        raise FileExistsError(f"{parent} has a thousand runs of this second")
 
     @classmethod
     def of_checkpoint(cls, checkpoint: str) -> "RunFolder | None":
         """The run that wrote `<run>/checkpoints/<name>.ckpt`, or None if it was none of ours."""
-        folder = Path(checkpoint).absolute().parent.parent
+        # links are followed once: `latest` may point elsewhere before this run ends
+        folder = Path(checkpoint).absolute().parent.resolve().parent
         return cls.read(folder) if (folder / _RECORD).is_file() else None
 
     @classmethod
@@ -81,25 +89,12 @@ class RunFolder:
         """The run's whole configuration."""
         return self.path / "config.yaml"
 
-    @classmethod
-    def _claim(cls, parent: Path) -> "RunFolder":
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        for suffix in ("", *(f"-{n}" for n in range(2, 1000))):
-            path = parent / f"{stamp}{suffix}"
-            try:
-                path.mkdir(parents=True)
-            except FileExistsError:
-                continue
-            return cls(path, f"{parent.name}-{path.name}")
-        raise FileExistsError(f"{parent} has a thousand runs of this second")
-
-    def _record(self) -> None:
-        record = {k: v for k, v in asdict(self).items() if k != "path"}
-        (self.path / _RECORD).write_text(json.dumps(record), encoding="utf-8")
+    def make_latest(self) -> None:
+        """Let `latest` beside the folder link to it; not every file system has links."""
         link = self.path.parent / f".latest-{os.getpid()}"
         link.unlink(missing_ok=True)
         try:
             link.symlink_to(self.path.name, target_is_directory=True)
             link.replace(self.path.parent / "latest")
-        except OSError:  # no links on this file system, or a real folder of that name
+        except OSError:
             link.unlink(missing_ok=True)

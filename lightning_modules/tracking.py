@@ -1,13 +1,16 @@
 """Loggers of a run: wandb, offline unless asked otherwise, and a CSV file beside it."""
 
+import netrc
+import os
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import urlsplit
 
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from lightning_modules.run_folder import RunFolder
 
-__all__ = ["WandbOptions", "make_loggers"]
+__all__ = ["WandbOptions", "check_tracking", "make_loggers"]
 
 
 @dataclass
@@ -40,15 +43,10 @@ def make_loggers(run: RunFolder, options: WandbOptions) -> list[Logger]:
     Returns:
         A CSV logger (`<run>/metrics/version_*/metrics.csv`, a new version a resume) and, unless
         disabled, a wandb logger.
-
-    Raises:
-        ValueError: Online tracking was asked for and there is no API key.
     """
     loggers: list[Logger] = [CSVLogger(run.path, name="metrics")]
     if options.mode == "disabled":
         return loggers
-    if options.mode == "online":
-        _check_api_key()
     logger = WandbLogger(
         save_dir=run.path,
         id=run.wandb_id,
@@ -64,10 +62,22 @@ def make_loggers(run: RunFolder, options: WandbOptions) -> list[Logger]:
     return [*loggers, logger]
 
 
-def _check_api_key() -> None:
+def check_tracking(options: WandbOptions) -> None:
+    """Refuse online tracking that cannot work, before anything is written.
+
+    Raises:
+        ValueError: There is no API key.
+    """
+    if options.mode != "online" or os.environ.get("WANDB_API_KEY"):
+        return
     import wandb
 
-    if not wandb.api.api_key:
+    host = urlsplit(wandb.Settings().base_url).hostname or ""
+    try:
+        known = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        known = None
+    if known is None:
         raise ValueError(
             "wandb.mode=online needs an API key: run `wandb login` or set WANDB_API_KEY, or leave "
             "the mode at offline and send the run later with `wandb sync`"

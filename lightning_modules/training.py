@@ -1,26 +1,32 @@
 """The subcommands that run a Trainer: fit, validate and test, on LightningCLI."""
 
 import os
+import shlex
+import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
 from torch import nn
 
 from callbacks.curriculum import Curriculum
 from callbacks.ema import EMA
+from callbacks.progress import EpochLines
 from callbacks.reparameterize import ReparameterizeOnSave
 from callbacks.report import Report
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.config_files import find_configs, option_value
 from lightning_modules.data import ImageDataModule
+from lightning_modules.errors import UsageError, message_for_user
 from lightning_modules.quiet import silence_known_messages
 from lightning_modules.run_folder import RunFolder
-from lightning_modules.tracking import WandbOptions, make_loggers
+from lightning_modules.summary import fit_summary
+from lightning_modules.tracking import WandbOptions, check_tracking, make_loggers
 from mobileone import reparameterize
 from mobileone.export.checkpoint import read_checkpoint
 
@@ -49,33 +55,52 @@ def run(name: str, argv: list[str]) -> None:
         TrainingCLI(
             ImageClassifier,
             ImageDataModule,
-            save_config_callback=_SaveConfig,
+            save_config_callback=_Records,
             seed_everything_default=0,
             auto_configure_optimizers=False,
             # the paper's epochs; no table of modules: `before_fit` says what matters
-            trainer_defaults={"max_epochs": 300, "enable_model_summary": False},
+            trainer_defaults={
+                "max_epochs": 300,
+                "log_every_n_steps": 10,
+                "enable_model_summary": False,
+                "enable_progress_bar": sys.stdout.isatty(),
+            },
             parser_kwargs={"prog": "mobileone"},
+            parser_class=_Parser,
         )
-    except _UsageError as error:
-        print(f"mobileone {name}: error: {error}", file=sys.stderr)
+    except Exception as error:
+        if (message := message_for_user(error)) is None:
+            raise
+        print(f"mobileone {name}: error: {message}", file=sys.stderr)
         sys.exit(2)
     finally:
         sys.argv = previous
 
 
-class _UsageError(Exception):
-    """Arguments or data that cannot be used, found before any work was done."""
+class _Parser(LightningArgumentParser):
+    """Says what is wrong, without pages of usage in front."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message and exit."""
+        name = self.prog.split()[-1]
+        print(f"mobileone {name}: error: {message}", file=sys.stderr)
+        print(f"`mobileone {name} --help` lists all options", file=sys.stderr)
+        sys.exit(2)
 
 
-class _SaveConfig(SaveConfigCallback):
-    """Write the configuration of a fit to `<run>/config.yaml` and to the loggers."""
+class _Records(SaveConfigCallback):
+    """Keep a fit's configuration, once nothing can go wrong with it, and point `latest` to it."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write nothing yet: the checkpoint to resume may not fit, and the run's file is good."""
 
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write beside and rename, so that a resumed run never loses it."""
-        if stage != "fit":
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the configuration to `<run>/config.yaml` and to the loggers."""
+        # an epoch shorter than the interval would leave no learning rate in the logs
+        interval = cast(Any, trainer)
+        batches = int(min(trainer.num_training_batches, interval.log_every_n_steps))
+        interval.log_every_n_steps = max(1, batches)
+        if not trainer.is_global_zero:
             return
         final = RunFolder.read(Path(trainer.default_root_dir)).config
         beside = final.with_suffix(".tmp")
@@ -83,6 +108,11 @@ class _SaveConfig(SaveConfigCallback):
         beside.replace(final)
         for logger in trainer.loggers:
             logger.log_hyperparams(self.config.as_dict())
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Now there is a result: let `latest` link to this run."""
+        if trainer.is_global_zero:
+            RunFolder.read(Path(trainer.default_root_dir)).make_latest()
 
 
 class TrainingCLI(LightningCLI):
@@ -112,6 +142,7 @@ class TrainingCLI(LightningCLI):
         )
         parser.add_class_arguments(WandbOptions, "wandb")
         parser.link_arguments("model.model", "data.model")
+        parser.link_arguments("data.in_chans", "model.in_chans", apply_on="instantiate")
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -119,45 +150,61 @@ class TrainingCLI(LightningCLI):
         if "_ARGCOMPLETE" in os.environ:  # the shell asks; this answers and exits
             self._subcommand_parsers[sys.argv[1]].parse_args([])
         checkpoint = option_value(sys.argv, "--ckpt_path")
-        if checkpoint is not None:
-            known = _hyper_parameters(checkpoint)
-            for subparser in self._subcommand_parsers.values():
-                subparser.set_defaults({f"model.{k}": v for k, v in known.items()})
+        self.known = {} if checkpoint is None else _hyper_parameters(checkpoint)
+        for subparser in self._subcommand_parsers.values():
+            subparser.set_defaults({f"model.{k}": v for k, v in self.known.items()})
         super().parse_arguments(parser, args)
 
     def _parse_ckpt_path(self) -> None:
         """Not as LightningCLI does, which lets the checkpoint override explicit flags."""
 
     def before_instantiate_classes(self) -> None:
-        """Choose the run folder, and send everything that is written there."""
+        """Check what the arguments alone tell."""
         config = self.config[self.subcommand]
         if self.subcommand != "fit" and config.ckpt_path is None and not config.model.pretrained:
-            raise _UsageError(
+            raise UsageError(
                 f"--ckpt_path is needed: there is nothing to {self.subcommand}; give a checkpoint, "
                 "for example runs/quickstart/latest/checkpoints/best.ckpt, or --model.pretrained "
                 "true for timm's weights"
             )
+        trained = self.known.get("model", config.model.model)
+        if trained != config.model.model:
+            raise UsageError(
+                f"the checkpoint {config.ckpt_path} holds a {trained}, not a {config.model.model}: "
+                f"leave --model.model out or set it to {trained}"
+            )
         config.weights_only = True  # a checkpoint holds tensors and primitives, nothing to run
-        self.run = None
-        if not config.trainer.fast_dev_run:
-            self.run = self._run_folder()
-            config.trainer.default_root_dir = str(self.run.path)
-            config.checkpoint.dirpath = config.checkpoint.dirpath or str(self.run.checkpoints)
-
-    def instantiate_classes(self) -> None:
-        """Build everything; what is wrong with arguments or data is said in one line."""
-        try:
-            super().instantiate_classes()
-        except (ValueError, OSError) as error:
-            raise _UsageError(str(error)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add the loggers, unless the configuration has its own."""
-        asked = self.config[self.subcommand].trainer.logger
-        if asked in (None, True):
+        """Choose the run folder, when the data are known to be good, and what is written there."""
+        self.datamodule.setup(self.subcommand)
+        self.run = None
+        config = self.config[self.subcommand]
+        if config.trainer.logger in (None, True):
+            kwargs["logger"] = False
+        if not config.trainer.fast_dev_run:
             options = self._get(self.config_init, "wandb")
-            kwargs["logger"] = make_loggers(self.run, options) if self.run is not None else False
-        return super().instantiate_trainer(**kwargs)
+            check_tracking(options)
+            self.run = self._run_folder()
+            kwargs["default_root_dir"] = str(self.run.path)
+            saver = self._get(self.config_init, "checkpoint")
+            saver.dirpath = saver.dirpath or str(self.run.checkpoints)
+            if "logger" in kwargs:
+                kwargs["logger"] = make_loggers(self.run, options)
+        trainer = super().instantiate_trainer(**kwargs)
+        if self.subcommand == "fit":
+            cast(Any, trainer).callbacks.insert(0, EpochLines())
+        return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException:
+            self._say_how_to_continue()
+            raise
+        if self.trainer.received_sigterm:
+            self._say_how_to_continue()
+            sys.exit(128 + signal.SIGTERM)
 
     @rank_zero_only
     def before_fit(self) -> None:
@@ -176,18 +223,16 @@ class TrainingCLI(LightningCLI):
 
     @rank_zero_only
     def after_fit(self) -> None:
-        """Say where the results are."""
+        """Say how good the best model is, and where everything lies."""
         saver = self.trainer.checkpoint_callback
-        if self.run is None or not isinstance(saver, ReparameterizeOnSave):
-            return
-        if saver.best_model_score is not None:
-            print(f"best {saver.monitor}: {saver.best_model_score:.4f}")
-        for title, path in (
-            ("checkpoint", saver.best_model_path),
-            ("artifacts", saver.best_artifact_path),
-            ("run folder", self.run.path),
-        ):
-            print(f"{title + ':':<12}{path}")
+        if self.run is not None and isinstance(saver, ReparameterizeOnSave):
+            Console().print(fit_summary(saver, self.run.path))
+
+    @rank_zero_only
+    def _say_how_to_continue(self) -> None:
+        last = None if self.run is None else self.run.checkpoints / "last.ckpt"
+        if self.subcommand == "fit" and last is not None and last.exists():
+            print(f"to continue: mobileone fit --ckpt_path {shlex.quote(str(last))}")
 
     def _run_folder(self) -> RunFolder:
         config = self.config[self.subcommand]
@@ -212,12 +257,10 @@ def _with_config_of_the_run(argv: list[str]) -> list[str]:
     return ["--config", str(found.config), *argv]
 
 
+# what the data decide, what is done once, and what Lightning adds
+_OF_THE_DATA = ("num_classes", "in_chans", "pretrained", "_instantiator")
+
+
 def _hyper_parameters(checkpoint: str) -> dict[str, Any]:
-    try:
-        known = read_checkpoint(Path(checkpoint)).get("hyper_parameters", {})
-    except (ValueError, OSError) as error:
-        raise _UsageError(str(error)) from error
-    # the data say how many classes there are; the weights are the checkpoint's
-    return {
-        k: v for k, v in known.items() if k not in ("num_classes", "pretrained", "_instantiator")
-    }
+    known = read_checkpoint(Path(checkpoint)).get("hyper_parameters", {})
+    return {k: v for k, v in known.items() if k not in _OF_THE_DATA}

@@ -88,6 +88,11 @@ class Fail(Callback):
             raise self.error
 
 
+def ema(warmup=False, **options):
+    """The callback, as a rule without warm-up, so that the arithmetic below stays short."""
+    return EMA(DECAY, warmup=warmup, **options)
+
+
 def copy(state):
     return {name: value.clone() for name, value in state.items()}
 
@@ -180,14 +185,14 @@ def same(a, b):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_average_is_the_one_kept_by_hand(tmp_path, accumulate):
-    net, _, states = fit(tmp_path, EMA(DECAY), accumulate_grad_batches=accumulate)
+    net, _, states = fit(tmp_path, ema(), accumulate_grad_batches=accumulate)
     assert len(states) == 3 * -(-BATCHES // accumulate)
     assert_near(net.state_dict(), averaged(states))
     assert not same(net.state_dict(), states[-1])
 
 
 def test_default_decay_is_the_papers():
-    assert EMA().decay_at(0) == EMA().decay_at(10**6) == 0.9995
+    assert EMA().decay_at(10**6) == EMA(warmup=False).decay_at(0) == 0.9995
 
 
 def test_decay_warms_up(tmp_path):
@@ -198,7 +203,7 @@ def test_decay_warms_up(tmp_path):
 
 
 def test_integer_buffers_are_copied(tmp_path):
-    net, _, states = fit(tmp_path, EMA(DECAY))
+    net, _, states = fit(tmp_path, ema())
     assert net.norm.num_batches_tracked == states[-1][COUNT] == 15
 
     net, _, states = fit(tmp_path, lightnings())
@@ -206,7 +211,7 @@ def test_integer_buffers_are_copied(tmp_path):
 
 
 def test_buffers_outside_the_state_dict_stay_the_modules(tmp_path):
-    net, _, _ = fit(tmp_path, EMA(DECAY))
+    net, _, _ = fit(tmp_path, ema())
     assert net.batches == 3 * BATCHES
     assert torch.equal(net.mask, torch.full((2,), -torch.inf))  # no average with infinity
     net, _, _ = fit(tmp_path, lightnings())
@@ -216,7 +221,7 @@ def test_buffers_outside_the_state_dict_stay_the_modules(tmp_path):
 def test_metrics_do_not_notice(tmp_path):
     """The states of metrics are those of the module, in memory and in the checkpoint."""
     without, _, _ = fit(tmp_path)
-    net, trainer, _ = fit(tmp_path, EMA(DECAY))
+    net, trainer, _ = fit(tmp_path, ema())
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     assert net.seen.compute() == without.seen.compute()
     saved = load(tmp_path / "end.ckpt")
@@ -231,7 +236,7 @@ def test_metrics_do_not_notice(tmp_path):
 
 def test_training_is_the_same_as_without(tmp_path):
     _, _, without = fit(tmp_path)
-    _, _, states = fit(tmp_path, EMA(DECAY))
+    _, _, states = fit(tmp_path, ema())
     for a, b in zip(without, states, strict=True):
         assert_equal(a, b)
 
@@ -248,7 +253,7 @@ def test_values_out_of_range_are_refused(arguments, name):
 
 
 def test_validation_sees_the_average_and_training_goes_on_raw(tmp_path):
-    net, _, states = fit(tmp_path, EMA(DECAY))
+    net, _, states = fit(tmp_path, ema())
     for epoch, weight in enumerate(net.validated, start=1):
         expected = averaged(states[: epoch * BATCHES])["linear.weight"]
         torch.testing.assert_close(weight.double(), expected, rtol=1e-5, atol=1e-6)
@@ -259,7 +264,7 @@ def test_checkpoint_holds_both_sets_and_loads_safely(tmp_path):
         def on_validation_end(self, trainer, pl_module):
             trainer.save_checkpoint(tmp_path / "now.ckpt")
 
-    _, _, states = fit(tmp_path, EMA(DECAY), AfterValidation())
+    _, _, states = fit(tmp_path, ema(), AfterValidation())
     saved = load(tmp_path / "now.ckpt")
     assert_near(saved["state_dict"], averaged(states))
     assert_equal(saved["current_model_state"], states[-1])
@@ -276,7 +281,7 @@ def test_checkpoint_saved_during_validation_is_not_swapped(tmp_path):
         _, _, states = fit(tmp_path, callback, InValidation())
         return load(tmp_path / "now.ckpt"), states
 
-    saved, states = scenario(EMA(DECAY))
+    saved, states = scenario(ema())
     assert_near(saved["state_dict"], averaged(states))
     assert_equal(saved["current_model_state"], states[-1])
     saved, states = scenario(lightnings())
@@ -291,21 +296,21 @@ def test_defect_1_test_with_a_checkpoint_after_fit_sees_the_average(tmp_path):
         saved = load(tmp_path / "1.ckpt")
         return net.validated[0], saved["state_dict"], saved["current_model_state"]
 
-    tested, average, _ = scenario(EMA(DECAY))
+    tested, average, _ = scenario(ema())
     assert torch.equal(tested, average["linear.weight"])
     tested, _, raw = scenario(lightnings())
     assert torch.equal(tested, raw["linear.weight"])
 
 
 def test_checkpoint_saved_after_a_test_holds_the_tested_weights(tmp_path):
-    _, trainer, _ = fit(tmp_path, EMA(DECAY), SaveEachEpoch())
+    _, trainer, _ = fit(tmp_path, ema(), SaveEachEpoch())
     trainer.test(Net(), one_batch(), ckpt_path=tmp_path / "0.ckpt", verbose=False)
     trainer.save_checkpoint(tmp_path / "now.ckpt")
     assert_equal(load(tmp_path / "now.ckpt")["state_dict"], load(tmp_path / "0.ckpt")["state_dict"])
 
 
 def test_test_without_a_checkpoint_after_fit_sees_the_average(tmp_path):
-    net, trainer, states = fit(tmp_path, EMA(DECAY))
+    net, trainer, states = fit(tmp_path, ema())
     net.validated.clear()
     trainer.test(net, one_batch(), verbose=False)
     trainer.validate(net, one_batch(), verbose=False)
@@ -322,10 +327,13 @@ def test_another_module_is_validated_with_its_own_weights(tmp_path):
         trainer.validate(other, one_batch(), verbose=False)
         return other.validated[0]
 
-    assert torch.equal(scenario(EMA(DECAY)), Net().linear.weight)
+    assert torch.equal(scenario(ema()), Net().linear.weight)
     assert not torch.equal(scenario(lightnings()), Net().linear.weight)
 
-    trainer, other = make_trainer(tmp_path, EMA(DECAY), Fail(RuntimeError("stop"))), Net()
+    trainer, other = (
+        make_trainer(tmp_path, ema(), Fail(RuntimeError("stop"))),
+        Net(),
+    )
     with pytest.raises(RuntimeError, match="stop"):
         trainer.fit(Net(), loader(), one_batch())
     trainer.callbacks.pop(1)
@@ -339,7 +347,7 @@ def test_defect_2_before_the_start_the_raw_weights_count(tmp_path):
         return net, states, load(tmp_path / "0.ckpt")
 
     start = 1000  # never begins
-    net, states, saved = scenario(EMA(DECAY, start_step=start))
+    net, states, saved = scenario(ema(start_step=start))
     assert torch.equal(net.validated[0], states[BATCHES - 1]["linear.weight"])
     assert_equal(saved["state_dict"], states[BATCHES - 1])
     assert_equal(net.state_dict(), states[-1])
@@ -352,7 +360,7 @@ def test_defect_2_before_the_start_the_raw_weights_count(tmp_path):
 
 
 def test_delayed_average_begins_with_the_weights_of_its_first_step(tmp_path):
-    net, _, states = fit(tmp_path, EMA(DECAY, start_step=7))
+    net, _, states = fit(tmp_path, ema(start_step=7))
     assert torch.equal(net.validated[0], states[BATCHES - 1]["linear.weight"])
     assert_near(net.state_dict(), averaged(states[7:]))
 
@@ -363,7 +371,7 @@ def test_defect_3_weights_only_checkpoints_hold_the_average(tmp_path):
         _, _, states = fit(tmp_path, callback, save)
         return load(save.best_model_path), states
 
-    saved, states = scenario(EMA(DECAY))
+    saved, states = scenario(ema())
     assert_near(saved["state_dict"], averaged(states))
     assert "current_model_state" not in saved
     saved, states = scenario(lightnings())
@@ -376,7 +384,7 @@ def test_weights_only_checkpoint_leaves_training_alone(tmp_path):
             trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
 
     _, _, without = fit(tmp_path)
-    _, trainer, states = fit(tmp_path, EMA(DECAY), Save())
+    _, trainer, states = fit(tmp_path, ema(), Save())
     assert_equal(without[-1], states[-1])
     trainer.save_checkpoint(tmp_path / "after.ckpt", weights_only=True)
     assert_near(load(tmp_path / "after.ckpt")["state_dict"], averaged(states))
@@ -387,7 +395,7 @@ def test_weights_only_checkpoint_in_a_validation_leaves_the_average_there(tmp_pa
         def on_validation_batch_start(self, trainer, *args):
             trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
 
-    net, _, states = fit(tmp_path, EMA(DECAY), Save())
+    net, _, states = fit(tmp_path, ema(), Save())
     expected = averaged(states)["linear.weight"]
     torch.testing.assert_close(net.validated[-1].double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -403,7 +411,7 @@ def test_defect_4_exception_in_validation_does_not_swap_the_sets(tmp_path, error
             trainer.fit(net, loader(), one_batch())
         return net, load(folder / "x.ckpt"), trace.states
 
-    net, saved, states = scenario(EMA(DECAY))
+    net, saved, states = scenario(ema())
     assert len(states) == 2 * BATCHES
     assert_near(saved["state_dict"], averaged(states))
     assert_equal(saved["current_model_state"], states[-1])
@@ -427,7 +435,7 @@ def test_interrupt_in_the_middle_of_an_exchange_loses_nothing(tmp_path, monkeypa
         before_the_exchange, hook, lambda *_: monkeypatch.setattr("callbacks.ema._copy", half_copy)
     )
     net, trace = Net(), Trace()
-    trainer = make_trainer(tmp_path, before_the_exchange, EMA(DECAY), trace)
+    trainer = make_trainer(tmp_path, before_the_exchange, ema(), trace)
     with pytest.raises(RuntimeError, match="stop"):
         trainer.fit(net, loader(), one_batch())
     trainer.save_checkpoint(tmp_path / "now.ckpt")
@@ -443,7 +451,7 @@ def test_defect_5_checkpoint_saved_after_fit_keeps_the_raw_weights(tmp_path):
         trainer.save_checkpoint(tmp_path / "end.ckpt")
         return load(tmp_path / "end.ckpt"), states
 
-    saved, states = scenario(EMA(DECAY))
+    saved, states = scenario(ema())
     assert_near(saved["state_dict"], averaged(states))
     assert_equal(saved["current_model_state"], states[-1])
     saved, states = scenario(lightnings())
@@ -457,11 +465,14 @@ def test_defect_5_checkpoint_saved_after_fit_keeps_the_raw_weights(tmp_path):
 @pytest.mark.parametrize("options", [{}, {"warmup": True}, {"start_step": 6}, {"device": "cpu"}])
 def test_resuming_is_bit_identical(tmp_path, accumulate, options):
     settings = {"accumulate_grad_batches": accumulate}
-    whole, trainer, raw = fit(tmp_path, EMA(DECAY, **options), SaveEachEpoch(), **settings)
+    whole, trainer, raw = fit(tmp_path, ema(**options), SaveEachEpoch(), **settings)
     trainer.save_checkpoint(tmp_path / "whole.ckpt")
 
     resumed, trainer, raw_resumed = fit(
-        tmp_path, EMA(DECAY, **options), ckpt_path=tmp_path / "0.ckpt", **settings
+        tmp_path,
+        ema(**options),
+        ckpt_path=tmp_path / "0.ckpt",
+        **settings,
     )
     trainer.save_checkpoint(tmp_path / "resumed.ckpt")
 
@@ -476,10 +487,10 @@ def test_resuming_is_bit_identical(tmp_path, accumulate, options):
 
 
 def test_training_can_go_on_from_a_checkpoint_saved_after_fit(tmp_path):
-    whole, _, raw = fit(tmp_path, EMA(DECAY), epochs=4)
-    _, trainer, _ = fit(tmp_path, EMA(DECAY), epochs=2)
+    whole, _, raw = fit(tmp_path, ema(), epochs=4)
+    _, trainer, _ = fit(tmp_path, ema(), epochs=2)
     trainer.save_checkpoint(tmp_path / "end.ckpt")
-    resumed, _, raw_resumed = fit(tmp_path, EMA(DECAY), epochs=4, ckpt_path=tmp_path / "end.ckpt")
+    resumed, _, raw_resumed = fit(tmp_path, ema(), epochs=4, ckpt_path=tmp_path / "end.ckpt")
     assert_equal(raw[-1], raw_resumed[-1])
     assert_equal(whole.state_dict(), resumed.state_dict())
 
@@ -487,16 +498,16 @@ def test_training_can_go_on_from_a_checkpoint_saved_after_fit(tmp_path):
 def test_resuming_from_a_checkpoint_without_ema_starts_the_average(tmp_path):
     fit(tmp_path, SaveEachEpoch())
     with pytest.warns(UserWarning, match="saved without EMA"):
-        net, _, states = fit(tmp_path, EMA(DECAY), ckpt_path=tmp_path / "0.ckpt")
+        net, _, states = fit(tmp_path, ema(), ckpt_path=tmp_path / "0.ckpt")
     assert_near(net.state_dict(), averaged(states))
 
 
 def test_validating_a_checkpoint_alone_is_quiet_and_sees_the_average(tmp_path):
     """Lightning's class warns that its state cannot be restored; warnings are errors here."""
-    fit(tmp_path, EMA(DECAY), SaveEachEpoch())
+    fit(tmp_path, ema(), SaveEachEpoch())
     for run in ("validate", "test"):
         net = Net()
-        trainer = make_trainer(tmp_path, EMA(DECAY))
+        trainer = make_trainer(tmp_path, ema())
         getattr(trainer, run)(net, one_batch(), ckpt_path=tmp_path / "2.ckpt", verbose=False)
         average = load(tmp_path / "2.ckpt")["state_dict"]["linear.weight"]
         assert torch.equal(net.validated[0], average)
@@ -514,14 +525,14 @@ def test_a_callback_can_serve_a_second_trainer(tmp_path):
         net, _, states = fit(tmp_path, callback)
         return net.linear.weight.detach().double(), averaged(states)["linear.weight"]
 
-    weight, expected = scenario(EMA(DECAY))
+    weight, expected = scenario(ema())
     torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
     weight, expected = scenario(lightnings())
     assert not torch.allclose(weight, expected, rtol=1e-3)  # waits for a step that never comes
 
 
 def test_half_precision_training_is_averaged_in_single_precision(tmp_path):
-    _, trainer, states = fit(tmp_path, EMA(DECAY), precision="bf16-true")
+    _, trainer, states = fit(tmp_path, ema(), precision="bf16-true")
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     average = load(tmp_path / "end.ckpt")["state_dict"]
     assert states[-1]["linear.weight"].dtype == torch.bfloat16

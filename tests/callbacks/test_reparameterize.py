@@ -274,7 +274,7 @@ def test_weights_only_checkpoints_get_the_artifact_of_their_weights(make, tmp_pa
 
 @pytest.mark.parametrize("weights_only", [False, True])
 def test_the_projects_own_average_ships_too(make, tmp_path, folder, weights_only):
-    ema = EMA(decay=0.5)
+    ema = EMA(decay=0.5, warmup=False)
     fit(Classifier([0.5]), make(save_weights_only=weights_only), tmp_path, callbacks=[ema])
     checkpoint = folder / f"{name(0)}.ckpt"
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]

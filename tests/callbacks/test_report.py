@@ -11,9 +11,10 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from callbacks.figures import confusion_figure, samples_figure
+from callbacks.figures import confusion_figure, curves_figure, samples_figure
+from callbacks.metrics_files import read_curves
 from callbacks.reparameterize import ReparameterizeOnSave
 from callbacks.report import Report
 from lightning_modules.run_folder import RunFolder
@@ -136,6 +137,41 @@ def test_samples_figure_takes_any_channels(channels):
     assert shown == [(8, 8, channels) if channels in (3, 4) else (8, 8)] * 9
 
 
+def test_a_stream_of_unknown_length_is_shown_too(tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter([(torch.full((3, 32, 32), float(t)), t) for t in (0, 0, 1, 1, 2, 2)])
+
+    report = Report(samples=2)
+    loader = DataLoader(Stream(), batch_size=2)
+    trainer(tmp_path, report).validate(Classifier(), loader, verbose=False)
+    assert torch.cat([targets for _, targets, _ in report._shown]).tolist() == [0, 1]
+
+
+def test_curves_go_on_over_a_resume(tmp_path):
+    """The later version replaces what a crash lost."""
+    for version, rows in {
+        0: "epoch,step,lr,val/acc1\n0,1,0.1,\n0,1,,0.5\n1,2,0.09,\n1,3,0.08,\n",
+        1: "step,epoch,lr,val/acc1\n2,1,0.07,\n3,1,,0.75\n",
+        10: "step,epoch,lr\n4,2,0.01\n",
+        9: "step,epoch,lr\n4,2,0.02\n",
+    }.items():
+        folder = tmp_path / f"version_{version}"
+        folder.mkdir()
+        (folder / "metrics.csv").write_text(rows)
+    curves = read_curves(tmp_path)
+    assert curves["lr"] == [(1, 0.1), (2, 0.07), (3, 0.08), (4, 0.01)]
+    assert curves["val/acc1"] == [(1, 0.5), (3, 0.75)]
+
+
+def test_curves_figure_draws_each_metric_and_says_what_is_missing():
+    figure = curves_figure({"val/acc1": [(1, 0.5), (3, 0.75)], "val/loss": [(1, 1e6), (3, 1.0)]})
+    loss, accuracy, rate, _ = figure.axes
+    assert accuracy.lines[0].get_xydata().tolist() == [[1, 0.5], [3, 0.75]]
+    assert rate.texts[0].get_text() == "not logged"
+    assert loss.lines[0].get_ydata()[0] == 1e6
+
+
 def test_confusion_figure_shows_shares_and_counts():
     figure = confusion_figure(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]]), NAMES)
     axis = figure.axes[0]
@@ -200,7 +236,6 @@ def test_wandb_gets_pictures_and_the_artifact_with_its_manifest(
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staging"))
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.delenv("MOBILEONE_RUN_FOLDER", raising=False)
     folder = RunFolder.create(str(tmp_path), "test")
     saver = ReparameterizeOnSave(dirpath=str(folder.checkpoints), formats=["torchscript"])
     loggers = make_loggers(folder, WandbOptions())

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 import wandb
 import yaml
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.cli import COMMANDS, main
+from lightning_modules.run_folder import RunFolder
 
 TINY = (
     "--config quickstart --model.model mobileone_mu0 --model.warmup_epochs 0 "
@@ -37,7 +40,6 @@ def _here(tmp_path, monkeypatch, cache):
     """A folder of its own for each test, and no wandb run left open."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MOBILEONE_CACHE", str(cache))
-    monkeypatch.delenv("MOBILEONE_RUN_FOLDER", raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
     yield
     wandb.finish()
@@ -45,7 +47,6 @@ def _here(tmp_path, monkeypatch, cache):
 
 def fit(*more, epochs=1):
     """One new run in this process; its folder."""
-    os.environ.pop("MOBILEONE_RUN_FOLDER", None)
     main(["fit", *TINY, "--trainer.max_epochs", str(epochs), *more])
     wandb.finish()
 
@@ -61,8 +62,11 @@ def trained(tmp_path):
     return (tmp_path / "runs/quickstart/latest").resolve()
 
 
-def test_fit_leaves_everything_a_user_wants(tmp_path):
+def test_fit_leaves_everything_a_user_wants(tmp_path, capsys):
     fit()
+    said = capsys.readouterr().out
+    assert "epoch 1/1  step 4  train/loss_epoch" in said
+    assert "parity error" in said
     run = tmp_path / "runs/quickstart/latest"
     for name in ("best", "last"):
         assert (run / f"checkpoints/{name}.ckpt").is_file()
@@ -72,8 +76,69 @@ def test_fit_leaves_everything_a_user_wants(tmp_path):
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["model"] == "mobileone_mu0"
     rows = read_table(run / "metrics/version_0/metrics.csv")
     assert {"train/loss", "val/acc1", "lr", "weight_decay"} <= set(rows[0])
-    assert (run / "report/samples.png").stat().st_size > 10_000
+    for picture in ("samples", "curves"):
+        assert (run / f"report/{picture}.png").stat().st_size > 10_000
     assert list(run.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def test_a_wrong_flag_on_resuming_leaves_the_run_as_it_is(trained, capsys):
+    before = (trained / "config.yaml").read_text()
+    checkpoint = str(trained / "checkpoints/last.ckpt")
+    with pytest.raises(SystemExit):
+        main(["fit", "--ckpt_path", checkpoint, "--model.model", "mobileone_mu1"])
+    assert "holds a mobileone_mu0, not a mobileone_mu1" in capsys.readouterr().err
+    assert (trained / "config.yaml").read_text() == before
+
+
+def test_a_run_that_fails_early_does_not_take_the_link(trained, monkeypatch):
+    def broken(self, batch, batch_idx):
+        raise Stop
+
+    monkeypatch.setattr(ImageClassifier, "training_step", broken)
+    with pytest.raises(Stop):
+        fit("--wandb.mode", "disabled")
+    assert (trained.parent / "latest").resolve() == trained
+
+
+def test_a_resumed_run_stays_in_its_folder_when_the_link_moves(trained):
+    through_link = RunFolder.of_checkpoint(str(trained.parent / "latest/checkpoints/last.ckpt"))
+    assert through_link.path == trained
+    assert RunFolder.of_checkpoint(str(trained / "checkpoints/best.ckpt")) == through_link
+
+
+def test_only_rank_zero_makes_a_run_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    RunFolder.create(str(tmp_path / "runs"), "x")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_runs_of_the_same_second_and_job_do_not_collide(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    runs = [RunFolder.create(str(tmp_path), "x") for _ in range(3)]
+    assert len({run.path for run in runs}) == len({run.wandb_id for run in runs}) == 3
+
+
+def test_interrupted_run_says_how_to_continue(capsys, monkeypatch):
+    hook = ImageClassifier.on_train_batch_start
+
+    def interrupted(self, batch, batch_idx):
+        if self.current_epoch == 1:
+            raise KeyboardInterrupt
+        return hook(self, batch, batch_idx)
+
+    monkeypatch.setattr(ImageClassifier, "on_train_batch_start", interrupted)
+    with pytest.raises(SystemExit):
+        fit("--wandb.mode", "disabled", epochs=2)
+    command = next(
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("to continue: ")
+    )
+    monkeypatch.undo()
+    main([*shlex.split(command)[3:], "--wandb.mode", "disabled"])
+
+
+def test_grey_images_need_no_second_option():
+    main(["fit", *TINY, "--data.input_size", "[1,32,32]", "--trainer.fast_dev_run", "true"])
 
 
 def test_second_run_gets_a_folder_of_its_own(tmp_path):
@@ -146,8 +211,9 @@ def test_export_writes_an_artifact_once(trained, tmp_path, capsys):
     command = ["export", str(trained / "checkpoints/last.ckpt"), str(tmp_path / "shipped")]
     main([*command, "--formats", "[torchscript]"])
     assert (tmp_path / "shipped/manifest.json").is_file()
-    with pytest.raises(SystemExit, match="shipped"):
+    with pytest.raises(SystemExit):
         main([*command, "--formats", "[torchscript]"])
+    assert "shipped" in capsys.readouterr().err
 
 
 def test_explicit_flag_wins_over_the_checkpoint(trained, tmp_path, monkeypatch):
@@ -191,15 +257,20 @@ def test_bad_input_is_refused_in_a_line(argv, complaint, capsys, tmp_path):
     said = capsys.readouterr().err + str(stop.value.code)
     assert complaint in said
     assert "Traceback" not in said
-    assert stop.value.code not in (0, None)
-    assert not list(tmp_path.rglob("checkpoints"))
+    assert stop.value.code == 2
+    assert len(said.splitlines()) < 5
+    assert not (tmp_path / "runs").exists()
 
 
-def test_online_tracking_without_a_key_is_refused_before_training(monkeypatch, tmp_path):
+def test_online_tracking_without_a_key_is_refused_before_training(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("WANDB_API_KEY", "")
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     with pytest.raises(SystemExit):
         main(["fit", *TINY, "--wandb.mode", "online"])
+    said = capsys.readouterr().err
+    assert "`wandb login`" in said
+    assert "WARNING" not in said
+    assert not (tmp_path / "runs").exists()
 
 
 def test_top_level_help_is_fast_because_it_imports_nothing():

@@ -1,0 +1,42 @@
+"""A line an epoch: what remains to be read when the progress bar is gone, or never was."""
+
+import time
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+__all__ = ["EpochLines"]
+
+
+class EpochLines(Callback):
+    """Print epoch, step, metrics and seconds at the end of every training epoch.
+
+    In a terminal the lines stand above the progress bar; in a log file they are the progress.
+    """
+
+    def __init__(self) -> None:
+        self._started = 0.0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._started = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the line."""
+        if not trainer.is_global_zero:
+            return
+        shown = {
+            name: value
+            for name, value in trainer.callback_metrics.items()
+            if name == "train/loss_epoch" or name.startswith("val/")
+        }
+        metrics = "  ".join(f"{name} {float(value):.4g}" for name, value in sorted(shown.items()))
+        epochs = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
+        line = (
+            f"epoch {trainer.current_epoch + 1}{epochs}  step {trainer.global_step}  {metrics}  "
+            f"{time.monotonic() - self._started:.0f} s"
+        )
+        bar = trainer.progress_bar_callback
+        if bar is None:
+            print(line, flush=True)
+        else:
+            bar.print(line)

@@ -1,0 +1,51 @@
+"""The table at the end of a fit: how good, how large, how faithful, and where."""
+
+from pathlib import Path
+
+from rich.table import Table
+
+from callbacks.reparameterize import ReparameterizeOnSave
+from mobileone.export.manifest import Manifest
+
+__all__ = ["fit_summary"]
+
+
+def fit_summary(saver: ReparameterizeOnSave, run: Path) -> Table:
+    """Describe the best checkpoint and its artifact.
+
+    Args:
+        saver: The callback that wrote them.
+        run: The run folder.
+
+    Returns:
+        A table for the terminal.
+    """
+    table = Table(show_header=False, title="best model of this run")
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    if saver.best_model_score is not None:
+        table.add_row(str(saver.monitor), f"{float(saver.best_model_score):.4f}")
+    table.add_row("run folder", _short(run))
+    table.add_row("checkpoint", _short(Path(saver.best_model_path)))
+    artifact = saver.best_artifact_path
+    if artifact is None:
+        table.add_row("artifact", f"none: {saver.last_error or 'nothing was exported'}")
+        return table
+    table.add_row("artifact", _short(artifact))
+    for name, entry in Manifest.load(artifact).formats.items():
+        size = f"{entry['bytes'] / 1e6:.1f} MB"
+        table.add_row(f"  {name}", f"{entry['path']}, {size}, {_parity(entry['parity'])}")
+    return table
+
+
+def _parity(parity: dict[str, object]) -> str:
+    error = parity.get("max_relative_error")
+    if isinstance(error, float | int):
+        return f"parity error {error:.1e}"
+    return f"parity {parity['status']}: {parity.get('reason', 'no reason given')}"
+
+
+def _short(path: Path) -> str:
+    """Relative to where the user stands, if it is below."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
