@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mobileone.collapsed import passes
 from mobileone.collapsed.branches import Geometry
-from mobileone.collapsed.windows import columns, image, rows
 
 __all__ = ["AffineConvolution"]
 
@@ -41,8 +41,7 @@ class AffineConvolution(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         kernel, gamma, beta = _split(tensors)
         x = x.contiguous()
-        shape = torch.Size((x.shape[0], geometry.out_chs, *x.shape[2:]))
-        z = image(torch.matmul(kernel.flatten(1)[None], columns(x, geometry)), shape)
+        z = F.conv2d(x, kernel)
         norms = [_normalise(z, gamma[0], geometry.eps[0])]
         if geometry.skip:
             norms.append(_normalise(x, gamma[1], geometry.eps[1]))
@@ -71,17 +70,16 @@ class AffineConvolution(torch.autograd.Function):
 
         to_product = _coefficients(norms[0], sums[0], sums[1], n, z.dtype)
         dz = passes.affine_grad(g, y, z, *to_product, None)
-        dz_columns = rows(dz, geometry)
-        dkernel = torch.matmul(dz_columns, columns(x, geometry).transpose(-1, -2)).sum((0, 1))
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = image(torch.matmul(kernel.flatten(1).t()[None], dz_columns), x.shape)
-            if geometry.skip:
-                to_skip = _coefficients(norms[1], sums[0], sums[2], n, x.dtype)
-                dx = passes.affine_grad(g, y, x, *to_skip, dx)
+        wanted = [ctx.needs_input_grad[0], True, False]
+        dx, dkernel, _ = torch.ops.aten.convolution_backward(
+            dz, x, kernel, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, wanted
+        )
+        if dx is not None and geometry.skip:
+            to_skip = _coefficients(norms[1], sums[0], sums[2], n, x.dtype)
+            dx = passes.affine_grad(g, y, x, *to_skip, dx)
         dbeta = sums[0].to(kernel.dtype)
         dgamma = [(sums[1 + i] * norms[i].inverse).to(kernel.dtype) for i in range(count)]
-        return dx, None, None, dkernel.view_as(kernel), *dgamma, *([dbeta] * count)
+        return dx, None, None, dkernel, *dgamma, *([dbeta] * count)
 
 
 def _split(tensors: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:

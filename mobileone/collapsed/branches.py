@@ -24,6 +24,7 @@ __all__ = [
     "branch_gradients",
     "describe",
     "gather_branches",
+    "is_plain",
     "parameters",
     "update_running_statistics",
 ]
@@ -78,21 +79,9 @@ class Geometry:
         return (height - reach - 1) // self.stride + 1, (width - reach - 1) // self.stride + 1
 
 
-def describe(block: MobileOneBlock) -> Geometry | None:
-    """Read a block's geometry; None unless its branches are what the algebra describes.
-
-    That is: bias-free, zero-padded convolutions and plain BatchNorms on batch statistics with
-    affine terms and running averages, none of them hooked.
-    """
-    branches, norms = _conv_branches(block), block._norms()
-    convs = [branch.conv for branch in branches]
-    if not (
-        all(map(_is_plain_branch, branches))
-        and all(map(_is_plain_conv, convs))
-        and all(map(_is_plain_norm, norms))
-    ):
-        return None
-    first = convs[0]
+def describe(block: MobileOneBlock) -> Geometry:
+    """Read a block's geometry; it means something where `is_plain` holds."""
+    first, norms = block.conv_kxk[0].conv, block._norms()
     return Geometry(
         in_chs=first.in_channels,
         out_chs=first.out_channels,
@@ -101,9 +90,23 @@ def describe(block: MobileOneBlock) -> Geometry | None:
         padding=first.padding[0],
         dilation=first.dilation[0],
         groups=first.groups,
-        branches=len(convs),
+        branches=len(norms) - (block.identity is not None),
         skip=block.identity is not None,
         eps=tuple(norm.eps for norm in norms),
+    )
+
+
+def is_plain(block: MobileOneBlock) -> bool:
+    """Whether a block's branches are what the algebra describes.
+
+    That is: bias-free, zero-padded convolutions and plain BatchNorms on batch statistics with
+    affine terms and running averages, none of them hooked.
+    """
+    branches = _conv_branches(block)
+    return (
+        all(map(_is_plain_branch, branches))
+        and all(_is_plain_conv(branch.conv) for branch in branches)
+        and all(map(_is_plain_norm, block._norms()))
     )
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 from enum import Enum
 from typing import Literal, NamedTuple
 
@@ -17,11 +18,18 @@ CollapseMode = Literal["auto", "always", "never"]
 """`auto`: the cheapest form; `always`: the one that keeps least memory; `never`: the branches."""
 
 # Costs are counted in multiply-adds of a matrix product, forward and backward together. Measured
-# on 2 cores of an AMD EPYC (Zen 4), where a product runs at 90 GFMA/s.
-_NORM = 110  # an element through a BatchNorm of PyTorch
+# on a core of an AMD EPYC (Zen 4), where a product runs at 45 GFMA/s: 45 are a nanosecond.
+_NORM = 200  # an element through a BatchNorm of PyTorch and the sum of the branches
+_PLANE = 120  # an input through a depthwise convolution of PyTorch
+_GROUP = 5e5  # a channel of PyTorch's 1×1 depthwise convolution with stride 1
 _PASS = 8  # an element through a pointwise operation or a kernel of ours
-_UNFOLD = 30  # an element of a window matrix, written and summed back
-_PLANE = 40  # an element through a depthwise convolution
+_UNFOLD = 60  # an element of a window matrix, written and summed back
+_THIN = 600  # the same where every channel has its own, and the products are thin
+_MOMENTS = 250  # an input through our depthwise kernels, half of it by vectors of a row
+_CHANNEL = 1.8e5  # a channel's share in the depthwise kernels' preparations
+_ENTRY = 60  # an element of the branches' kernels in the small algebra
+_CALL = {"norm": 7e6, "affine": 3e7, "statistics": 6e7}  # overhead of a branch, and of our forms
+_LANES = 16  # of a vector in our kernels
 
 
 class Path(Enum):
@@ -47,41 +55,45 @@ class Setting(NamedTuple):
     native: bool
 
 
-def costs(geometry: Geometry, windows: int, setting: Setting) -> dict[Path, float]:
+def costs(geometry: Geometry, windows: int, width: int, setting: Setting) -> dict[Path, float]:
     """Multiply-adds of a training step of a block, for every form that can run it.
 
     Args:
         geometry: The block.
         windows: n, the number of windows: N · H' · W'.
+        width: W', of the output.
         setting: Where it runs.
     """
     n, branches, window = windows, geometry.branches, geometry.window
-    outputs, out_group = geometry.out_chs, geometry.out_chs // geometry.groups
-    product = n * outputs * window  # one convolution, one way
-    norms = branches + geometry.skip
-    convolution = 3.0 * product
-    if geometry.depthwise:
-        convolution = max(convolution, n * outputs * _PLANE * geometry.stride**2)
-    table = {Path.BRANCHES: branches * convolution + norms * n * outputs * _NORM}
+    outputs, norms = geometry.out_chs, geometry.branches + geometry.skip
+    inputs = n * geometry.in_chs * geometry.stride**2
+    product = 3.0 * n * outputs * window  # one convolution
+    convolution = inputs * _PLANE if geometry.depthwise else product
+    table = {Path.BRANCHES: branches * convolution + norms * (n * outputs * _NORM + _CALL["norm"])}
 
     entries = n * geometry.groups * window  # of the window matrix
-    small = 3.0 * branches * outputs * window**2  # T = W C, its gradient's and that of C
-    table[Path.GRAM] = 3.0 * product + 2.0 * entries * window + small + n * outputs * 4 * _PASS
+    small = branches * outputs * window * (4 * window + _ENTRY)
+    table[Path.GRAM] = product + 2.0 * entries * window + small + n * outputs * 4 * _PASS
+    table[Path.GRAM] += _CALL["statistics"]
+    if geometry.depthwise and geometry.stride == 1:
+        table[Path.BRANCHES] += outputs * _GROUP
     if not geometry.pointwise:
-        table[Path.GRAM] += entries * _UNFOLD
-    if out_group == 1:  # a product of thin matrices: bound by reading them
-        table[Path.GRAM] += entries * 4 * _PASS
+        table[Path.GRAM] += entries * (_THIN if geometry.depthwise else _UNFOLD)
     if setting.native and _is_plain_depthwise(geometry):
-        table[Path.DEPTHWISE] = n * outputs * geometry.stride**2 * _PLANE
+        filled = (1 + math.ceil(width / _LANES) * _LANES / width) / 2
+        table[Path.DEPTHWISE] = inputs * filled * _MOMENTS + outputs * _CHANNEL
+        table[Path.DEPTHWISE] += _CALL["statistics"]
     if setting.native and geometry.pointwise and branches == 1:
-        table[Path.AFFINE] = 3.0 * product + norms * n * outputs * 4 * _PASS
+        table[Path.AFFINE] = product + norms * n * outputs * 4 * _PASS + _CALL["affine"]
     return table
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(geometry: Geometry, windows: int, setting: Setting, mode: CollapseMode) -> Path:
+def choose(
+    geometry: Geometry, windows: int, width: int, setting: Setting, mode: CollapseMode
+) -> Path:
     """Pick a block's form, and say once in the log which one it is."""
-    table = costs(geometry, windows, setting)
+    table = costs(geometry, windows, width, setting)
     if mode == "never" or windows < 2:
         path = Path.BRANCHES  # of one value a channel there is no variance: BatchNorm says so
     elif mode == "always":

@@ -13,6 +13,7 @@ from mobileone.collapsed.affine import AffineConvolution
 from mobileone.collapsed.branches import (
     Geometry,
     describe,
+    is_plain,
     parameters,
     update_running_statistics,
 )
@@ -80,22 +81,22 @@ def plan_collapsed(block: MobileOneBlock, x: Tensor) -> Plan | None:
     """How the block is to train on x now; None: in its branches."""
     if block.collapse == "never" or not _is_ordinary(x) or isinstance(block.drop_path, DropPath):
         return None
-    geometry = describe(block)
-    if geometry is None:
-        return None
-    tensors = parameters(block)
-    kind, own = x.device.type, tensors[0].dtype
+    geometry, kind = describe(block), x.device.type
+    own = block.conv_kxk[0].conv.weight.dtype
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    if any(tensor.device != x.device or tensor.dtype != own for tensor in tensors):
-        return None
-    if own != x.dtype and dtype == x.dtype:
-        return None  # an error of the caller's, which the branches report
     # the kernels take borders off a plane from the inside: three rows and columns
     fit = kind == "cpu" and dtype == own == torch.float32 and min(x.shape[2:]) > 2
     height, width = geometry.output_size(*x.shape[2:])
     setting = Setting(kind, dtype, native=fit and native.library() is not None)
-    path = choose(geometry, x.shape[0] * height * width, setting, block.collapse)
-    return None if path is Path.BRANCHES else Plan(path, geometry, dtype, tensors)
+    path = choose(geometry, x.shape[0] * height * width, width, setting, block.collapse)
+    if path is Path.BRANCHES or not is_plain(block):
+        return None
+    tensors = parameters(block)
+    if any(tensor.device != x.device or tensor.dtype != own for tensor in tensors):
+        return None
+    if own != x.dtype and dtype == x.dtype:
+        return None  # an error of the caller's, which the branches report
+    return Plan(path, geometry, dtype, tensors)
 
 
 def path_of(block: MobileOneBlock, x: Tensor) -> Path:

@@ -95,6 +95,7 @@ def test_bfloat16_models_train():
 
 def test_a_second_derivative_is_an_error_and_not_a_wrong_number():
     block = MobileOneBlock(4, 4, 1, num_conv_branches=2)
+    set_collapse(block, "always")
     x = image(4).requires_grad_()
     assert path_of(block, x) is not Path.BRANCHES
     (gradient,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
@@ -234,6 +235,7 @@ def test_the_mode_is_of_the_run_and_not_of_the_checkpoint():
 
 def test_the_log_says_once_what_was_chosen(caplog):
     block = MobileOneBlock(10, 14, 1, num_conv_branches=3)
+    set_collapse(block, "always")
     with caplog.at_level(logging.INFO, "mobileone.collapsed"):
         for _ in range(2):
             block(torch.randn(2, 10, 23, 21))
