@@ -1,5 +1,8 @@
 """The training path of a block: pick an exact form, run it, move the running statistics."""
 
+# torch types every attribute of an nn.Module as `Tensor | Module`
+# mypy: disable-error-code="union-attr"
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, get_args

@@ -112,8 +112,18 @@ def _moments(matrix: Tensor) -> WindowStatistics:
     dtype = algebra_dtype(matrix.shape[2], matrix.dtype)
     count = wide.shape[0] * wide.shape[3]
     mean = wide.sum(-1).sum(0, dtype=dtype).div_(count)  # (G, J)
-    gram = torch.matmul(wide, wide.transpose(-1, -2)).sum(0, dtype=dtype).div_(count)
+    gram = _gram(wide, dtype).div_(count)
     return WindowStatistics(mean, gram - mean[..., :, None] * mean[..., None, :], count)
+
+
+def _gram(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ X Xᵀ of (M, G, J, L) as (G, J, J); of two symmetric quarters one is computed."""
+    half = matrix.shape[2] // 2
+    first, second = matrix[:, :, :half], matrix[:, :, half:]
+    upper = torch.matmul(first, matrix.transpose(-1, -2)).sum(0, dtype=dtype)
+    corner = torch.matmul(second, second.transpose(-1, -2)).sum(0, dtype=dtype)
+    lower = torch.cat((upper[..., half:].transpose(-1, -2), corner), dim=-1)
+    return torch.cat((upper, lower), dim=-2)
 
 
 def measured_variances(var: Tensor, kernels: Tensor, cov: Tensor, windows: Tensor) -> Tensor:
