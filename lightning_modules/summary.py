@@ -26,12 +26,12 @@ def fit_summary(saver: ReparameterizeOnSave, run: Path) -> Table:
     if saver.best_model_score is not None:
         table.add_row(str(saver.monitor), f"{float(saver.best_model_score):.4f}")
     table.add_row("run folder", _short(run))
-    table.add_row("checkpoint", _short(Path(saver.best_model_path)))
+    table.add_row("checkpoint", _within(run, Path(saver.best_model_path)))
     artifact = saver.best_artifact_path
     if artifact is None:
         table.add_row("artifact", f"none: {saver.last_error or 'nothing was exported'}")
         return table
-    table.add_row("artifact", _short(artifact))
+    table.add_row("artifact", _within(run, artifact))
     for name, entry in Manifest.load(artifact).formats.items():
         size = f"{entry['bytes'] / 1e6:.1f} MB"
         table.add_row(f"  {name}", f"{entry['path']}, {size}, {_parity(entry['parity'])}")
@@ -47,5 +47,8 @@ def _parity(parity: dict[str, object]) -> str:
 
 def _short(path: Path) -> str:
     """Relative to where the user stands, if it is below."""
-    here = Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+    return _within(Path.cwd(), path)
+
+
+def _within(folder: Path, path: Path) -> str:
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)

@@ -119,6 +119,22 @@ def test_runs_of_the_same_second_and_job_do_not_collide(tmp_path, monkeypatch):
     assert len({run.path for run in runs}) == len({run.wandb_id for run in runs}) == 3
 
 
+@pytest.mark.slow
+def test_two_processes_share_one_run(tmp_path, cache):
+    command = [sys.executable, "-m", "mobileone", "fit", *TINY, "--trainer.max_epochs", "1"]
+    ddp = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    environment = {**os.environ, "MOBILEONE_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *ddp], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    runs = [p for p in (tmp_path / "runs/quickstart").iterdir() if not p.is_symlink()]
+    assert len(runs) == 1
+    assert (runs[0] / "checkpoints/best/manifest.json").is_file()
+    assert len(list(runs[0].glob("wandb/offline-run-*"))) == 1
+    assert done.stdout.count("best model of this run") == 1
+
+
 def test_interrupted_run_says_how_to_continue(capsys, monkeypatch):
     hook = ImageClassifier.on_train_batch_start
 
