@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mobileone.export.artifact import REJECTED
 from mobileone.export.manifest import MANIFEST_NAME
 from mobileone.export.publish import discard, point_link
 
@@ -28,6 +29,12 @@ class CheckpointFolder:
         """The artifact that belongs to a checkpoint, there or not."""
         checkpoint = Path(checkpoint)
         return checkpoint.with_name(checkpoint.name.removesuffix(_SUFFIX))
+
+    @classmethod
+    def rejected_of(cls, checkpoint: str | Path) -> Path:
+        """Where its artifact lies if it failed its checks."""
+        artifact = cls.artifact_of(checkpoint)
+        return artifact.with_name(artifact.name + REJECTED)
 
     @classmethod
     def has_artifact(cls, checkpoint: str | Path) -> bool:
@@ -64,6 +71,7 @@ class CheckpointFolder:
     def remove(self, checkpoint: str) -> None:
         """Remove a checkpoint with what belongs to it."""
         discard(self.artifact_of(checkpoint))
+        discard(self.rejected_of(checkpoint))
         self._error_file(checkpoint).unlink(missing_ok=True)
         Path(checkpoint).unlink(missing_ok=True)
 

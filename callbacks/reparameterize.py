@@ -1,13 +1,10 @@
 """After each validation: a checkpoint, and from its weights the fused files that ship."""
 
 import contextlib
-import copy
 import inspect
 import math
-import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import proxy
@@ -20,11 +17,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from callbacks.checkpoint_folder import CheckpointFolder
-from mobileone.export import ExportSpec, Manifest, Metadata, TrainingState, export_model
-from mobileone.export.checkpoint import model_weights, read_checkpoint
+from callbacks.exports import Exports, Outcome, Request
+from mobileone.export import ExportSpec, Manifest, Metadata, TrainingState
 from mobileone.export.formats import DEFAULT_FORMATS, check_formats
-from mobileone.export.isolation import isolated
-from mobileone.export.publish import clean_stale, publish_file, staging
+from mobileone.export.manifest import MANIFEST_NAME
+from mobileone.export.preprocess import denormalise
+from mobileone.export.publish import clean_stale, publish_file, sole_writer, staging
 
 __all__ = ["ReparameterizeOnSave"]
 
@@ -46,6 +44,14 @@ class ReparameterizeOnSave(ModelCheckpoint):
     The module must keep its network in `self.model` and offer an `export_spec`
     (`mobileone.export.ExportSpec`). Strategies that write one checkpoint file are supported.
 
+    With `background`, a worker process converts a copy on the CPU while training goes on. The next
+    validation waits for it, and so does the end of the fit; a worker that dies or hangs is a
+    failed export.
+
+    Every format is compared with the network on the first validation images. An artifact above a
+    format's tolerance is not published: it is a failed export, and its files stay in
+    `<name>.rejected/` for a look. Errors and sizes go to the loggers as `export/<format>/...`.
+
     Args:
         monitor: metric that ranks the checkpoints.
         mode: `max` if more is better, `min` if less is.
@@ -57,6 +63,8 @@ class ReparameterizeOnSave(ModelCheckpoint):
         metadata: author, licence, description and version for the artifact.
         strict: raise when an export fails. Otherwise training goes on with a warning, the error is
             kept in `last_error` and beside the checkpoint, and the next validation tries again.
+        background: export in a worker process while training goes on.
+        timeout: seconds after which a worker is stopped.
         save_weights_only: leave optimizers, schedulers and callbacks out of the checkpoints.
 
     Attributes:
@@ -78,6 +86,8 @@ class ReparameterizeOnSave(ModelCheckpoint):
         formats: Sequence[str] = DEFAULT_FORMATS,
         metadata: Metadata | None = None,
         strict: bool = False,
+        background: bool = True,
+        timeout: float = 900.0,
         save_weights_only: bool = False,
     ) -> None:
         if "{step" not in filename:
@@ -95,7 +105,11 @@ class ReparameterizeOnSave(ModelCheckpoint):
         self.formats = check_formats(formats)
         self.metadata = metadata or Metadata()
         self.strict = strict
+        self.background, self.timeout = background, timeout
         self.last_error: str | None = None
+        self._exports: Exports | None = None
+        self._images: Tensor | None = None
+        self._hold = contextlib.ExitStack()  # of the folder, during a fit
         self.listeners: list[Callable[[Path, Manifest], None]] = []
 
     # -- What others may ask -----------------------------------------------------------------
@@ -129,15 +143,61 @@ class ReparameterizeOnSave(ModelCheckpoint):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _network_of(pl_module), _spec_of(pl_module)  # better now than after an epoch
-        if _dry_run(trainer) or not trainer.is_global_zero:
+        if _dry_run(trainer):
             return
-        self._folder.path.mkdir(parents=True, exist_ok=True)
-        clean_stale(self._folder.path)
-        if trainer.ckpt_path is None and any(self._folder.path.glob("*.ckpt")):
-            rank_zero_warn(
-                f"{self.dirpath} holds checkpoints of another run: those of the same name will be "
-                "replaced, the others stay and do not count as best"
-            )
+        failure = _on_rank_zero(trainer, lambda: self._take_folder(trainer))
+        if failure:
+            raise RuntimeError(failure)
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the first images of the fit to compare the files on."""
+        if self._images is None and batch_idx == 0 and trainer.is_global_zero:
+            self._images = _pixels_of(batch, _spec_of(pl_module))
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Take in an export that has ended meanwhile."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._exports is None or self.strict:  # strict: all ranks stop at the next validation
+            return
+        if ended := self._exports.poll():
+            self._report(_without_raising(lambda: self._settle(trainer, ended)))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wait for the last export."""
+        super().on_train_end(trainer, pl_module)
+        if _dry_run(trainer):
+            return
+        failure = _on_rank_zero(trainer, lambda: self._drain(trainer))
+        self._conclude(failure)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Let an export end that was under way."""
+        super().on_exception(trainer, pl_module, exception)
+        self._report(_without_raising(lambda: self._drain(trainer)))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave no process and no lock behind."""
+        super().teardown(trainer, pl_module, stage)
+        if self._exports is not None:
+            self._exports.stop()
+            self._exports = None
+        self._hold.close()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
@@ -167,11 +227,7 @@ class ReparameterizeOnSave(ModelCheckpoint):
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))
-        self.last_error = failure
-        if failure and self.strict:
-            raise RuntimeError(failure)
-        if failure:
-            rank_zero_warn(f"{failure}\nTraining goes on; the next validation tries again.")
+        self._conclude(failure)
 
     def format_checkpoint_name(
         self,
@@ -258,6 +314,22 @@ class ReparameterizeOnSave(ModelCheckpoint):
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
 
+    def _take_folder(self, trainer: Trainer) -> str | None:
+        """Make sure that nobody else writes there, and clear what a killed run has left."""
+        folder = self._folder
+        try:
+            self._hold.enter_context(sole_writer(folder.path))
+        except FileExistsError as error:
+            return str(error)
+        clean_stale(folder.path)
+        self._exports = Exports(folder, self.background, self.timeout)
+        if trainer.ckpt_path is None and any(folder.path.glob("*.ckpt")):
+            rank_zero_warn(
+                f"{self.dirpath} holds checkpoints of another run: those of the same name will be "
+                "replaced, the others stay and do not count as best"
+            )
+        return None
+
     def _publish(
         self,
         trainer: Trainer,
@@ -267,59 +339,95 @@ class ReparameterizeOnSave(ModelCheckpoint):
         earlier: set[str],
     ) -> str | None:
         """All that rank 0 does once the checkpoint is complete. Returns what went wrong."""
+        exports = self._exports
+        assert exports is not None
+        ended = exports.drain()  # those of the validation before
+        exports.submit(self._request(pl_module, path, training))
+        ended += exports.poll()
+        if not any(o.failure and o.checkpoint == path for o in ended):
+            for missed, record in self._missed(path):
+                exports.submit(self._request(pl_module, missed, record))
+            ended += exports.poll()
+        return self._settle(trainer, ended, earlier)
+
+    def _request(self, pl_module: LightningModule, path: str, training: TrainingState) -> Request:
+        return Request(
+            path,
+            _network_of(pl_module),
+            _spec_of(pl_module),
+            self.formats,
+            training,
+            self.metadata,
+            self._images,
+        )
+
+    def _missed(self, current: str) -> list[tuple[str, TrainingState]]:
+        """The best checkpoints whose export failed; one that was rejected would be again."""
         folder = self._folder
-        earlier |= folder.linked_checkpoints()
-        published, failure = self._export(pl_module, path, training)
-        if failure is None:
-            published |= self._export_missed(pl_module)
-        folder.move_link("last", [path])
+        records = {
+            path: folder.recorded_error(path)
+            for path in self.best_k_models
+            if path != current and not folder.has_artifact(path)
+        }
+        return [
+            (path, TrainingState(**record["training"]))
+            for path, record in records.items()
+            if record and "RejectedError: " not in record["error"]
+        ]
+
+    def _drain(self, trainer: Trainer) -> str | None:
+        ended = self._exports.drain() if self._exports is not None else []
+        return self._settle(trainer, ended) if ended else None
+
+    def _settle(
+        self, trainer: Trainer, ended: Sequence[Outcome], earlier: Collection[str] = ()
+    ) -> str | None:
+        """Move the links, remove what is neither last nor best, tell the listeners.
+
+        Returns:
+            What went wrong with the newest of the exports that have ended, empty if nothing; None
+            if none has ended.
+        """
+        folder, last = self._folder, self.last_model_path
+        before = {*earlier, *folder.linked_checkpoints()}
+        folder.move_link("last", [last])
         folder.move_link("best", self.best_k_models)
-        keep = {*self.best_k_models, path} | folder.linked_checkpoints()
-        for old in sorted(earlier - keep):
-            if self._should_remove_checkpoint(trainer, old, path):
+        keep = {*self.best_k_models, last} | folder.linked_checkpoints()
+        for old in sorted(before - keep):
+            if self._should_remove_checkpoint(trainer, old, last):
                 folder.remove(old)
-        for artifact, manifest in published.items():
+        for outcome in ended:
+            self._tell(trainer, outcome)
+        failures = [outcome.failure for outcome in ended if outcome.failure]
+        return ["", *failures][-1] if ended else None
+
+    def _tell(self, trainer: Trainer, outcome: Outcome) -> None:
+        """Log how far the files are from the network, and hand on what was published."""
+        folder = self._folder
+        artifact = folder.artifact_of(outcome.checkpoint)
+        published = outcome.failure is None
+        place = artifact if published else folder.rejected_of(outcome.checkpoint)
+        if not (place / MANIFEST_NAME).is_file():
+            return
+        manifest = Manifest.load(place)
+        for logger in trainer.loggers:
+            logger.log_metrics(manifest.measurements(), step=manifest.training.step)
+        if published:
             for listener in self.listeners:
                 listener(artifact, manifest)
-        return failure
 
-    def _export(
-        self, pl_module: LightningModule, path: str, training: TrainingState
-    ) -> tuple[dict[Path, Manifest], str | None]:
-        """Build the artifact of a checkpoint from the file itself."""
-        artifact = self._folder.artifact_of(path)
-        try:
-            with isolated():
-                weights = model_weights(read_checkpoint(Path(path))["state_dict"])
-                model = copy.deepcopy(_network_of(pl_module))
-                model.load_state_dict(weights)
-                manifest = export_model(
-                    model,
-                    _spec_of(pl_module),
-                    artifact,
-                    self.formats,
-                    training,
-                    self.metadata,
-                    overwrite=True,
-                )
-        except Exception as error:
-            failure = f"Exporting {artifact.name} failed: {type(error).__name__}: {error}"
-            with contextlib.suppress(OSError):  # a full disk is no reason to stop
-                self._folder.record_error(path, traceback.format_exc(), asdict(training))
-            return {}, failure
-        self._folder.clear_error(path)
-        return {artifact: manifest}, None
+    def _conclude(self, failure: str | None) -> None:
+        """Every rank agrees on what went wrong: stop here if it is meant to."""
+        if failure and self.strict:
+            self.last_error = failure
+            raise RuntimeError(failure)
+        self._report(failure)
 
-    def _export_missed(self, pl_module: LightningModule) -> dict[Path, Manifest]:
-        """Try again for the best checkpoints whose export failed."""
-        published: dict[Path, Manifest] = {}
-        for path in self.best_k_models:
-            recorded = (
-                None if self._folder.has_artifact(path) else self._folder.recorded_error(path)
-            )
-            if recorded:
-                published |= self._export(pl_module, path, TrainingState(**recorded["training"]))[0]
-        return published
+    def _report(self, failure: str | None) -> None:
+        if failure is not None:
+            self.last_error = failure or None
+        if failure:
+            rank_zero_warn(f"{failure}\nTraining goes on; the next validation tries again.")
 
 
 def _dry_run(trainer: Trainer) -> bool:
@@ -343,12 +451,22 @@ def _spec_of(pl_module: LightningModule) -> ExportSpec:
     return spec
 
 
+def _pixels_of(batch: Any, spec: ExportSpec, count: int = 8) -> Tensor | None:
+    """The first 8-bit images of a batch (images, ...); None if they are not of the spec's size."""
+    images = batch[0] if isinstance(batch, (list, tuple)) and batch else None
+    if not isinstance(images, Tensor) or tuple(images.shape[1:]) != spec.input_size:
+        return None
+    return denormalise(images[:count], spec)
+
+
+def _without_raising(work: Callable[[], str | None]) -> str | None:
+    try:
+        return work()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
 def _on_rank_zero(trainer: Trainer, work: Callable[[], str | None]) -> str | None:
     """Run `work` on rank 0; every rank gets what went wrong, so that all go on or all stop."""
-    failure = None
-    if trainer.is_global_zero:
-        try:
-            failure = work()
-        except Exception as error:
-            failure = f"{type(error).__name__}: {error}"
+    failure = _without_raising(work) if trainer.is_global_zero else None
     return trainer.strategy.broadcast(failure)

@@ -40,6 +40,12 @@ COMMANDS = {
         "lightning_modules.commands:benchmark",
         "measure on this machine: the cost of a training step",
     ),
+    "compress": Command(
+        "lightning_modules.commands:compress", "write smaller files, and measure what they lose"
+    ),
+    "inspect": Command(
+        "lightning_modules.commands:inspect", "print what an artifact holds, and check its files"
+    ),
 }
 
 

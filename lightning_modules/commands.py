@@ -1,4 +1,4 @@
-"""The subcommands that need no Trainer: predict, export and benchmark."""
+"""The subcommands that need no Trainer: predict, export, inspect, compress, benchmark."""
 
 import sys
 from collections.abc import Callable
@@ -10,8 +10,12 @@ from jsonargparse import ArgumentParser, Namespace
 __all__ = [
     "benchmark",
     "benchmark_parser",
+    "compress",
+    "compress_parser",
     "export",
     "export_parser",
+    "inspect",
+    "inspect_parser",
     "predict",
     "predict_parser",
 ]
@@ -92,6 +96,49 @@ def benchmark_parser(name: str) -> ArgumentParser:
     return parser
 
 
+def inspect(name: str, argv: list[str]) -> None:
+    """Run `mobileone inspect`."""
+    options = inspect_parser(name).parse_args(argv)
+    from mobileone.export.describe import describe_artifact
+
+    print(_answer(name, describe_artifact, options))
+
+
+def inspect_parser(name: str) -> ArgumentParser:
+    """Arguments of `mobileone inspect`."""
+    from mobileone.export.describe import describe_artifact
+
+    return _parser_of(
+        name,
+        describe_artifact,
+        "Print what an artifact folder holds: manifest, inputs, outputs, operations, sizes, and "
+        "whether the files are those that were written. Example: mobileone inspect "
+        "runs/quickstart/latest/checkpoints/best",
+    )
+
+
+def compress(name: str, argv: list[str]) -> None:
+    """Run `mobileone compress`."""
+    options = compress_parser(name).parse_args(argv)
+    from lightning_modules.compress import compress_checkpoint, format_rows
+
+    print(format_rows(_answer(name, compress_checkpoint, options)))
+    print(f"-> {Path(options.directory)}")
+
+
+def compress_parser(name: str) -> ArgumentParser:
+    """Arguments of `mobileone compress`."""
+    from lightning_modules.compress import compress_checkpoint
+
+    return _parser_of(
+        name,
+        compress_checkpoint,
+        "Write smaller files of a checkpoint (8-bit and palettized Core ML, int8 ONNX) and print "
+        "each one's size and accuracy. Example: mobileone compress "
+        "runs/quickstart/latest/checkpoints/best.ckpt /path/to/images compressed/",
+    )
+
+
 def _parser_of(name: str, function: Callable[..., Any], description: str) -> ArgumentParser:
     parser = ArgumentParser(prog=f"mobileone {name}", description=description)
     parser.add_function_arguments(function, as_positional=True, as_group=False)
@@ -100,8 +147,10 @@ def _parser_of(name: str, function: Callable[..., Any], description: str) -> Arg
 
 def _answer(name: str, function: Callable[..., Any], options: Namespace) -> Any:
     """Call a function whose errors are messages for the user."""
+    from mobileone.export import RejectedError
+
     try:
         return function(**options.as_dict())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError, RejectedError) as error:
         print(f"mobileone {name}: error: {error}", file=sys.stderr)
         sys.exit(2)

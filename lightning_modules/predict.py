@@ -1,7 +1,7 @@
 """Classify files of images into a CSV, from a checkpoint or from an exported artifact."""
 
 import glob
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,15 +16,21 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_modules.images import IMAGE_SUFFIXES, color_mode, read_image, why_unreadable
 from lightning_modules.table import PredictionTable
 from lightning_modules.transforms import Transform, eval_transform
-from mobileone.export import ExportSpec, load_torchscript_artifact
+from mobileone.export import FORMATS, ExportSpec, load_runner, load_torchscript_artifact
 from mobileone.export.checkpoint import load_model, read_checkpoint
+from mobileone.export.parity import Runner
+from mobileone.export.preprocess import denormalise
 
-__all__ = ["PredictionSummary", "find_images", "load_classifier", "predict_folder"]
+__all__ = ["PredictionSummary", "find_images", "load_classifier", "predict_folder", "read_pixels"]
+
+# Normalised images (N, C, H, W) -> probabilities (N, classes) on the CPU
+Classifier = Callable[[Tensor], Tensor]
+_CPU = torch.device("cpu")
 
 _SOURCES = (
     "a checkpoint (….ckpt) of one of your runs, or an artifact folder (the one with manifest.json)"
 )
-_ARTIFACT_PARTS = (".torchscript.pt", ".mlpackage", "manifest.json")
+_ARTIFACT_PARTS = (*(row.filename for row in FORMATS.values()), "manifest.json")
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ def predict_folder(
     images: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
+    format: str | None = None,
     top_k: int | None = 1,
     skip_unreadable: bool = False,
     batch_size: int = 64,
@@ -66,6 +73,8 @@ def predict_folder(
         source: a checkpoint (``.ckpt``) or an artifact folder.
         images: a folder (searched recursively), an image, a glob pattern, or a list of these.
         output: the CSV file to write (UTF-8); its folder is created.
+        format: which file of an artifact runs, a name of `mobileone.export.FORMATS`; None takes the
+            first that this machine can run. Core ML files run anywhere, though slowly off a Mac.
         top_k: how many classes to name; None for the probabilities of all of them.
         skip_unreadable: leave unreadable files out of the CSV; the summary still names them.
         batch_size: images a step.
@@ -81,7 +90,7 @@ def predict_folder(
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
     place = _device(device)
     paths = find_images(images)
-    model, spec = load_classifier(source)
+    classify, spec = load_classifier(source, format, place)
     if top_k is not None and not 1 <= top_k <= spec.num_classes:
         raise ValueError(
             f"top_k={top_k} must be from 1 to the {spec.num_classes} classes of the model, or null "
@@ -93,7 +102,7 @@ def predict_folder(
     unreadable: list[tuple[str, str]] = []
     with PredictionTable(Path(output), spec.class_names, top_k) as table:
         for batch in _with_progress(loader, progress):
-            rows = iter(_probabilities(model, batch.images, place))
+            rows = iter(() if batch.images is None else classify(batch.images))
             for path, error in zip(batch.paths, batch.errors, strict=True):
                 if error is None:
                     table.write(path, next(rows))
@@ -104,14 +113,21 @@ def predict_folder(
     return PredictionSummary(Path(output), len(paths) - len(unreadable), tuple(unreadable))
 
 
-def load_classifier(source: str | Path) -> tuple[nn.Module, ExportSpec]:
-    """The model in eval mode on the CPU, (N, C, H, W) -> logits (N, classes), and its spec.
+def load_classifier(
+    source: str | Path, format: str | None = None, device: torch.device = _CPU
+) -> tuple[Classifier, ExportSpec]:
+    """The model as a function, and its spec.
 
     A checkpoint gives the weights of its ``state_dict``: the averaged ones if there are any.
 
+    Args:
+        source: a checkpoint or an artifact folder.
+        format: which file of an artifact; None takes the first that can run.
+        device: for checkpoints and TorchScript; the other files run on the CPU.
+
     Raises:
-        FileNotFoundError: no such checkpoint or artifact folder.
-        ValueError: a file that is neither, or is damaged.
+        FileNotFoundError: no such checkpoint, artifact folder or file in it.
+        ValueError: a source that is neither, is damaged or cannot be run.
     """
     path = Path(source)
     if not path.exists():
@@ -122,10 +138,50 @@ def load_classifier(source: str | Path) -> tuple[nn.Module, ExportSpec]:
             f"{str(path.parent)!r}."
         )
     if path.is_dir():
-        module, manifest = load_torchscript_artifact(path)
-        return module, manifest.spec
+        run, name, manifest = load_runner(path, format)
+        if name == "torchscript":
+            return _on(load_torchscript_artifact(path)[0], device), manifest.spec
+        return _of_pixels(run, name, manifest.spec), manifest.spec
+    if format is not None:
+        raise ValueError(f"format={format!r} is for artifact folders; {str(path)!r} is a file.")
     model, spec = load_model(_contents(path), path)
-    return model.eval(), spec
+    return _on(model.eval(), device), spec
+
+
+def _on(model: nn.Module, device: torch.device) -> Classifier:
+    """A model of normalised images -> logits, run on `device`."""
+    model = model.to(device)
+
+    @torch.inference_mode()
+    def classify(images: Tensor) -> Tensor:
+        return model(images.to(device)).float().softmax(dim=1).cpu()
+
+    return classify
+
+
+def _of_pixels(run: Runner, name: str, spec: ExportSpec) -> Classifier:
+    """A file that takes 8-bit images, as the phone has them."""
+
+    def classify(images: Tensor) -> Tensor:
+        answers = run(denormalise(images, spec))
+        return answers.softmax(dim=1) if FORMATS[name].output == "logits" else answers
+
+    return classify
+
+
+def read_pixels(paths: Sequence[Path], spec: ExportSpec) -> Tensor:
+    """Images as the model sees them, resized and cropped: 8-bit, (N, C, H, W).
+
+    Raises:
+        ValueError: one cannot be read.
+    """
+    files, pixels = _Files(list(paths), spec), []
+    for index in range(len(files)):
+        path, image, error = files[index]
+        if image is None:
+            raise ValueError(f"{path} cannot be read: {error}")
+        pixels.append(denormalise(image, spec))
+    return torch.stack(pixels)
 
 
 def _contents(path: Path) -> dict[str, Any]:
@@ -218,14 +274,6 @@ def _collate(items: list[tuple[str, Tensor | None, str | None]]) -> _Batch:
     paths, images, errors = zip(*items, strict=True)
     readable = [image for image in images if image is not None]
     return _Batch(list(paths), list(errors), torch.stack(readable) if readable else None)
-
-
-@torch.inference_mode()
-def _probabilities(model: nn.Module, images: Tensor | None, device: torch.device) -> Tensor:
-    """(N, C, H, W) -> (N, classes) on the CPU; no rows for no images."""
-    if images is None:
-        return torch.empty(0, 0)
-    return model.to(device)(images.to(device)).float().softmax(dim=1).cpu()
 
 
 def _device(name: str) -> torch.device:

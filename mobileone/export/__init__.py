@@ -1,6 +1,11 @@
 """What a trained model becomes: fused artifacts, verified."""
 
-from mobileone.export.artifact import export_model, load_torchscript_artifact
+from mobileone.export.artifact import (
+    RejectedError,
+    export_model,
+    load_runner,
+    load_torchscript_artifact,
+)
 from mobileone.export.checkpoint import export_checkpoint
 from mobileone.export.formats import FORMATS
 from mobileone.export.manifest import Manifest, TrainingState
@@ -12,8 +17,10 @@ __all__ = [
     "ExportSpec",
     "Manifest",
     "Metadata",
+    "RejectedError",
     "TrainingState",
     "export_checkpoint",
     "export_model",
+    "load_runner",
     "load_torchscript_artifact",
 ]

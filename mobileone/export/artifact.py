@@ -2,9 +2,8 @@
 
 import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,12 +15,19 @@ from mobileone.export.formats import DEFAULT_FORMATS, FORMATS, check_formats
 from mobileone.export.isolation import isolated
 from mobileone.export.manifest import Manifest, TrainingState, describe_files
 from mobileone.export.metadata import Metadata
-from mobileone.export.parity import fixed_images, measure
+from mobileone.export.parity import NotVerifiedError, Parity, Reference, Runner, fixed_images
 from mobileone.export.preprocess import normalise
-from mobileone.export.publish import publish_folder, staging
+from mobileone.export.publish import discard, publish_folder, staging
 from mobileone.export.spec import ExportSpec
+from mobileone.export.structure import count_kinds, fused_kinds, structure_problems, unfused_layers
 
-__all__ = ["export_model", "load_torchscript_artifact"]
+__all__ = ["REJECTED", "RejectedError", "export_model", "load_runner", "load_torchscript_artifact"]
+
+REJECTED = ".rejected"  # what a folder that failed its checks is called, after its name
+
+
+class RejectedError(RuntimeError):
+    """An artifact failed its checks, so that it was not published under its name."""
 
 
 def export_model(
@@ -37,8 +43,8 @@ def export_model(
 ) -> Manifest:
     """Fuse `model` and publish the folder `directory` with one file a format and a manifest.
 
-    The folder appears complete or not at all. `model`, the random states and PyTorch's modes are
-    left as they were.
+    The folder appears complete and checked, or not at all. `model`, the random states and
+    PyTorch's modes are left as they were.
 
     Args:
         model: classifier in any mode, dtype and device; (N, C, H, W) normalised -> (N, classes).
@@ -56,6 +62,8 @@ def export_model(
 
     Raises:
         FileExistsError: `directory` exists and `overwrite` is false.
+        RejectedError: a file answers otherwise than the model, beyond its format's tolerance, or
+            has operations that the fused model has not. It lies in `<directory>.rejected`.
         ValueError: an unknown format, or a model whose output does not match `spec`.
     """
     directory, chosen = Path(directory), check_formats(formats)
@@ -63,26 +71,32 @@ def export_model(
         raise FileExistsError(f"{directory} exists: choose another folder or allow overwriting")
     run = run or TrainingState()
     metadata = _complete(metadata or Metadata(), spec, run)
+    given = images is not None
     images = fixed_images(spec) if images is None else images
     with isolated(), staging(directory.parent) as folder:
         reference = _inference_copy(model)
         logits = _logits(reference, spec, images)
         fused = reparameterize(reference)
+        checked = Reference(fused, logits, images)
+        expected = fused_kinds(fused, normalise(images[:1], spec))
+        problems = unfused_layers(fused)
         staged = folder / "artifact"
         staged.mkdir()
         entries = {}
         for name in chosen:
-            target = FORMATS[name]
-            path = staged / target.filename
+            target, path = FORMATS[name], staged / FORMATS[name].filename
             interface = target.write(fused, spec, path, metadata)
+            checks = target.check(path, spec, checked)
+            written = target.operations(path)
+            problems += _problems(name, checks, count_kinds(written), expected)
             files = describe_files(path)
-            run_file = partial(target.predict, path, spec, images)
             entries[name] = {
                 "path": target.filename,
                 **interface,
                 "bytes": sum(file["bytes"] for file in files.values()),
                 "files": files,
-                "parity": measure(logits, run_file, target.output).to_dict(),
+                "operations": dict(written.most_common()),
+                **{check: parity.to_dict() for check, parity in checks.items()},
             }
         manifest = Manifest(
             spec=spec,
@@ -90,11 +104,36 @@ def export_model(
             metadata=metadata,
             parameters=sum(p.numel() for p in fused.parameters()),
             channel_order={1: "L", 3: "RGB"}.get(spec.input_size[0], "unspecified"),
+            images="given" if given else "synthetic",
+            problems=tuple(problems),
             formats=entries,
         )
         manifest.save(staged)
-        publish_folder(staged, directory)
+        rejected = directory.with_name(f"{directory.name}{REJECTED}")
+        publish_folder(staged, rejected if problems else directory)
+        if problems:
+            raise RejectedError(
+                f"{directory.name} is not published, its files are in {rejected}: "
+                + "; ".join(problems)
+            )
+        discard(rejected)
     return manifest
+
+
+def _problems(
+    name: str,
+    checks: Mapping[str, Parity],
+    written: Mapping[str, int],
+    expected: Mapping[str, int],
+) -> list[str]:
+    """Why a file must not ship."""
+    measured = [
+        f"{name}: {check.replace('_', ' ')}: relative error {parity.max_relative_error:.2g} of the "
+        f"{parity.kind} is above {parity.tolerance:g}"
+        for check, parity in checks.items()
+        if not parity.accepted
+    ]
+    return measured + [f"{name}: {p}" for p in structure_problems(written, expected)]
 
 
 def load_torchscript_artifact(path: str | Path) -> tuple[nn.Module, Manifest]:
@@ -115,6 +154,37 @@ def load_torchscript_artifact(path: str | Path) -> tuple[nn.Module, Manifest]:
         )
     manifest.verify(path)
     return torchscript.load(path / manifest.formats["torchscript"]["path"]), manifest
+
+
+def load_runner(path: str | Path, name: str | None = None) -> tuple[Runner, str, Manifest]:
+    """A file of an artifact folder as a function, all files verified.
+
+    Args:
+        path: the artifact folder.
+        name: which format; None takes the first of `FORMATS` that this machine can run.
+
+    Returns:
+        Function of 8-bit images (N, C, H, W) -> logits or probabilities (N, classes), on the CPU;
+        the name of its format; the manifest.
+
+    Raises:
+        FileNotFoundError: `path` is not an artifact folder, or holds no file of that format.
+        ValueError: a file does not match the manifest, or none can be run here.
+    """
+    path = Path(path)
+    manifest = Manifest.load(path)
+    present = [n for n in FORMATS if n in manifest.formats]
+    if name is not None and name not in present:
+        raise FileNotFoundError(f"{path} holds {present} and no {name!r}: export it again with it")
+    manifest.verify(path)
+    reasons = []
+    for candidate in present if name is None else [name]:
+        file = path / manifest.formats[candidate]["path"]
+        try:
+            return FORMATS[candidate].runner(file, manifest.spec), candidate, manifest
+        except (ImportError, NotVerifiedError) as error:
+            reasons.append(f"{candidate}: {error}")
+    raise ValueError(f"no file of {path} can be run here: {'; '.join(reasons)}")
 
 
 def _inference_copy(model: nn.Module) -> nn.Module:

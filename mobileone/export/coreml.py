@@ -1,44 +1,41 @@
-"""Core ML: an ML program in half precision that takes an image and names the class.
+"""Core ML: an ML program that takes an image and names the class.
 
 coremltools is imported by the functions that need it: its import takes seconds.
 """
 
-import contextlib
-import io
-import logging
-import re
 import shutil
 import sys
 import types
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from mobileone.export.extras import need
 from mobileone.export.metadata import Metadata
-from mobileone.export.parity import NotVerifiedError
+from mobileone.export.mlprogram import MLProgram, Prediction
+from mobileone.export.parity import NotVerifiedError, Runner
 from mobileone.export.preprocess import WithPreprocessing
+from mobileone.export.quiet import quiet
 from mobileone.export.spec import ExportSpec
 
-__all__ = ["predict", "write"]
+__all__ = ["Precision", "columns", "operations", "runner", "runtime", "write"]
+
+Precision = Literal["float16", "float32"]
 
 INPUT, LABEL, PROBABILITIES = "image", "classLabel", "classLabel_probs"
 
-# What coremltools says on every machine that has a current PyTorch, or is not a Mac.
-_NOISE = re.compile(
-    r"scikit-learn version .* is not supported"
-    r"|Torch version .* has not been tested with coremltools"
-    r"|TensorFlow version .* has not been tested with coremltools"
-    r"|Failed to load _ML\w+"
-)
-_PROGRESS = re.compile(r"(Converting PyTorch Frontend|Running MIL \w+ pipeline)")
 
-
-def write(model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata) -> dict[str, Any]:
+def write(
+    model: nn.Module,
+    spec: ExportSpec,
+    path: Path,
+    metadata: Metadata,
+    *,
+    precision: Precision = "float16",
+) -> dict[str, Any]:
     """Convert `model` and save the `.mlpackage` folder at `path`.
 
     One or three channels become an image input (gray or RGB) of the evaluation size, any other
@@ -50,6 +47,7 @@ def write(model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata) ->
         spec: what the model expects; its class names become the labels.
         path: folder to write; must not exist.
         metadata: shown by Xcode.
+        precision: of weights and arithmetic.
 
     Returns:
         Description of the input and the outputs for the manifest.
@@ -58,7 +56,7 @@ def write(model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata) ->
     # In the caller's folder: coremltools' own temporary copies live until the process ends, which
     # is one more model on the disk at every validation.
     converted = path.with_name(f"converted-{path.name}")
-    with _quiet():
+    with quiet():
         ct = _coremltools()
         traced = torch.jit.trace(
             WithPreprocessing(model, spec), torch.zeros(shape), check_trace=False
@@ -70,7 +68,7 @@ def write(model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata) ->
                 list(spec.class_names), predicted_feature_name=LABEL
             ),
             convert_to="mlprogram",
-            compute_precision=ct.precision.FLOAT16,
+            compute_precision=ct.precision(precision),
             minimum_deployment_target=ct.target.iOS16,
             skip_model_load=True,
             package_dir=str(converted),
@@ -81,35 +79,69 @@ def write(model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata) ->
         mlmodel.version = metadata.version or ""
         mlmodel.save(str(path))
     shutil.rmtree(converted)
-    return _interface(spec)
+    return _interface(spec, precision)
 
 
-def predict(path: Path, spec: ExportSpec, images: Tensor) -> Tensor:
-    """Probabilities (N, classes) from Core ML's own runtime for 8-bit images (N, C, H, W).
+def runner(path: Path, spec: ExportSpec) -> Runner:
+    """The package as a function: 8-bit images (N, C, H, W) -> probabilities (N, classes).
+
+    Core ML's own runtime on macOS, the reference evaluator elsewhere.
+
+    Raises:
+        NotVerifiedError: the reference evaluator does not know an operation.
+    """
+    if sys.platform == "darwin":
+        return runtime(path, spec)
+    program = MLProgram(path)
+
+    def run(images: Tensor) -> Tensor:
+        answer = program.predict(images)
+        return answer.probabilities[:, columns(answer, spec)]
+
+    return run
+
+
+def runtime(path: Path, spec: ExportSpec) -> Runner:
+    """The package as a function, run by Core ML itself.
 
     Raises:
         NotVerifiedError: this machine has no Core ML runtime.
     """
     if sys.platform != "darwin":
         raise NotVerifiedError(f"the Core ML runtime exists on macOS only; this is {sys.platform}")
-    with _quiet():
+    with quiet():
         mlmodel = _coremltools().models.MLModel(str(path))
-    rows = []
-    for image in images:
-        answer = mlmodel.predict({INPUT: _feed(image)})[PROBABILITIES]
-        rows.append([float(answer[name]) for name in spec.class_names])
-    return torch.tensor(rows)
+
+    def run(images: Tensor) -> Tensor:
+        rows = []
+        for image in images:
+            answer = mlmodel.predict({INPUT: _feed(image)})[PROBABILITIES]
+            rows.append([float(answer[name]) for name in spec.class_names])
+        return torch.tensor(rows)
+
+    return run
+
+
+def operations(path: Path) -> Counter[str]:
+    """How often each operation stands in the program."""
+    return MLProgram(path).operations()
+
+
+def columns(answer: Prediction, spec: ExportSpec) -> list[int]:
+    """Where the program keeps each of the spec's classes.
+
+    Raises:
+        ValueError: the labels in the program are not the spec's.
+    """
+    position = {name: i for i, name in enumerate(answer.classes)}
+    if set(position) != set(spec.class_names) or len(answer.classes) != spec.num_classes:
+        unknown = sorted(set(position) ^ set(spec.class_names))
+        raise ValueError(f"the labels in the program are not the model's classes: {unknown[:5]}")
+    return [position[name] for name in spec.class_names]
 
 
 def _coremltools() -> types.ModuleType:
-    try:
-        import coremltools
-    except ImportError as error:
-        raise ImportError(
-            "the `coreml` format needs coremltools: `pip install coremltools`, or leave "
-            "`coreml` out of `formats`"
-        ) from error
-    return coremltools
+    return need("coremltools", "the `coreml` format", "coremltools")
 
 
 def _input(ct: Any, shape: tuple[int, ...]) -> Any:
@@ -129,7 +161,7 @@ def _feed(image: Tensor) -> Any:
     return Image.fromarray(pixels.contiguous().numpy())
 
 
-def _interface(spec: ExportSpec) -> dict[str, Any]:
+def _interface(spec: ExportSpec, precision: str) -> dict[str, Any]:
     channels, height, width = spec.input_size
     pixels = {"name": INPUT, "range": [0, 255], "normalised": False}
     if channels in (1, 3):
@@ -141,30 +173,6 @@ def _interface(spec: ExportSpec) -> dict[str, Any]:
         "input": pixels,
         "output": {"name": PROBABILITIES, "type": "dictionary", "kind": "probabilities"},
         "label": {"name": LABEL, "type": "string"},
-        "compute_precision": "float16",
+        "compute_precision": precision,
         "minimum_deployment_target": "iOS16",
     }
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back known noise by its text, and nothing else."""
-    logger = logging.getLogger("coremltools")
-
-    def wanted(record: logging.LogRecord) -> bool:
-        return not _NOISE.search(record.getMessage())
-
-    captured = io.StringIO()
-    logger.addFilter(wanted)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(captured):
-            warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated")
-            warnings.filterwarnings("ignore", message=r"Output, '.*', of the source model, has")
-            # coremltools leaves a temporary folder of weights to the garbage collector
-            warnings.filterwarnings("ignore", "Implicitly cleaning up", ResourceWarning)
-            yield
-    finally:
-        logger.removeFilter(wanted)
-        for line in re.split(r"[\r\n]+", captured.getvalue()):
-            if line.strip() and not (_PROGRESS.match(line) or _NOISE.search(line)):
-                print(line, file=sys.stderr)

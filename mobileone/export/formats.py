@@ -1,14 +1,18 @@
 """The table of formats: a new one is a file beside this one and a row here."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
-from mobileone.export import coreml, torchscript
+from mobileone.export import coreml, coreml_checks, onnx, torch_export, torchscript
 from mobileone.export.metadata import Metadata
+from mobileone.export.parity import Parity, Reference, Runner, check_logits
 from mobileone.export.spec import ExportSpec
 
 __all__ = ["DEFAULT_FORMATS", "FORMATS", "Format", "check_formats"]
@@ -16,25 +20,61 @@ __all__ = ["DEFAULT_FORMATS", "FORMATS", "Format", "check_formats"]
 
 @dataclass(frozen=True)
 class Format:
-    """How one kind of file is written and run.
+    """How one kind of file is written, run, looked into and compared.
 
     Attributes:
         filename: name of the file or folder inside the artifact.
-        output: `logits` or `probabilities`, what `predict` returns.
+        output: `logits` or `probabilities`, what a runner returns.
         write: saves the fused float32 CPU model; returns the description of inputs and outputs.
-        predict: runs the file on 8-bit images (N, C, H, W); raises `NotVerifiedError` where the
-            machine cannot run it.
+        runner: loads the file as a function of 8-bit images (N, C, H, W); loading or running
+            raises `NotVerifiedError` where the machine cannot run it.
+        operations: how often each operation stands in the file, by the format's own names.
+        check: compares the file with the network, by name of the comparison; one of them is
+            `parity`, and none above its tolerance is published.
     """
 
     filename: str
     output: str
     write: Callable[[nn.Module, ExportSpec, Path, Metadata], dict[str, Any]]
-    predict: Callable[[Path, ExportSpec, Tensor], Tensor]
+    runner: Callable[[Path, ExportSpec], Runner]
+    operations: Callable[[Path], Counter[str]]
+    check: Callable[[Path, ExportSpec, Reference], dict[str, Parity]]
 
+
+def _tensors(filename: str, module: Any, tolerance: float) -> Format:
+    """A row for files that return logits and run everywhere."""
+    check = partial(check_logits, runner=module.runner, tolerance=tolerance)
+    return Format(filename, "logits", module.write, module.runner, module.operations, check)
+
+
+def _coreml(filename: str, precision: coreml.Precision, tolerance: float) -> Format:
+    """A row for an `.mlpackage` with weights and arithmetic in `precision`."""
+    return Format(
+        filename,
+        "probabilities",
+        partial(coreml.write, precision=precision),
+        coreml.runner,
+        coreml.operations,
+        partial(
+            coreml_checks.check,
+            precision=getattr(torch, precision),
+            tolerance=tolerance,
+            program_tolerance=PROGRAM_TOLERANCE,
+        ),
+    )
+
+
+# Largest relative errors of logits. Float32 differs by the order of its sums, and folding adds
+# as much; float16 keeps 11 bits a value, through some forty layers.
+FLOAT32_TOLERANCE, FLOAT16_TOLERANCE = 1e-3, 5e-2
+PROGRAM_TOLERANCE = 1e-4  # nothing but the order of the sums differs
 
 FORMATS = {
-    "torchscript": Format("model.torchscript.pt", "logits", torchscript.write, torchscript.predict),
-    "coreml": Format("model.mlpackage", "probabilities", coreml.write, coreml.predict),
+    "torchscript": _tensors("model.torchscript.pt", torchscript, FLOAT32_TOLERANCE),
+    "torch_export": _tensors("model.pt2", torch_export, FLOAT32_TOLERANCE),
+    "onnx": _tensors("model.onnx", onnx, FLOAT32_TOLERANCE),
+    "coreml": _coreml("model.mlpackage", "float16", FLOAT16_TOLERANCE),
+    "coreml_fp32": _coreml("model.fp32.mlpackage", "float32", FLOAT32_TOLERANCE),
 }
 DEFAULT_FORMATS = ("torchscript", "coreml")
 

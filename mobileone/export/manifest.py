@@ -19,7 +19,16 @@ __all__ = ["MANIFEST_NAME", "SCHEMA_VERSION", "Manifest", "TrainingState", "desc
 MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1
 
-_PACKAGES = ("mobileone-lightning", "torch", "timm", "lightning", "coremltools", "numpy")
+_PACKAGES = (
+    "mobileone-lightning",
+    "torch",
+    "timm",
+    "lightning",
+    "coremltools",
+    "onnx",
+    "onnxruntime",
+    "numpy",
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,10 @@ class Manifest:
         parameters: number of parameters of the fused model.
         channel_order: `RGB`, `L` (gray) or `unspecified`.
         formats: by format name: `path`, `input`, `output`, `bytes`, `files` (by path: `bytes`,
-            `sha256`), `parity`.
+            `sha256`), `operations` (how often each stands in it), `parity`.
+        images: what the files were compared on: `given` (the first validation images, after a
+            validation) or `synthetic`.
+        problems: why the artifact was not published; none in one that was.
         versions: of Python and the packages that wrote the files.
         created: time of writing, UTC, ISO 8601.
         schema_version: version of this layout.
@@ -62,6 +74,8 @@ class Manifest:
     parameters: int
     channel_order: str
     formats: dict[str, dict[str, Any]]
+    images: str = "synthetic"
+    problems: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=lambda: _versions())
     created: str = field(
         default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -98,10 +112,20 @@ class Manifest:
                 "spec": ExportSpec.from_dict(values["spec"]),
                 "training": TrainingState(**values["training"]),
                 "metadata": Metadata(**values["metadata"]),
+                "problems": tuple(values.get("problems", ())),
             }
             return cls(**{**{k: v for k, v in values.items() if k in known}, **nested})
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is not a readable manifest: {error}") from error
+
+    def measurements(self) -> dict[str, float]:
+        """What was measured of each file, under the names that loggers get."""
+        return {
+            f"export/{name}/{key}": float(value)
+            for name, entry in self.formats.items()
+            for key, value in {"bytes": entry["bytes"], **entry["parity"]}.items()
+            if key in ("bytes", "max_relative_error", "top1_agreement") and value is not None
+        }
 
     def verify(self, directory: str | Path) -> None:
         """Compare every file of the artifact in `directory` with its recorded size and hash.

@@ -2,18 +2,46 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mobileone.export.spec import ExportSpec
 
-__all__ = ["NotVerifiedError", "Parity", "compare", "fixed_images", "measure"]
+__all__ = [
+    "NotVerifiedError",
+    "Parity",
+    "Reference",
+    "Runner",
+    "check_logits",
+    "compare",
+    "fixed_images",
+    "measure",
+]
+
+# A file as a function: 8-bit images (N, C, H, W) -> logits or probabilities (N, classes)
+Runner = Callable[[Tensor], Tensor]
 
 
 class NotVerifiedError(RuntimeError):
     """The format cannot be run on this machine, so nothing is known about its answers."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a file is compared with.
+
+    Attributes:
+        model: the fused network that was written, float32, eval mode, on the CPU.
+        logits: (N, classes), of the trained network itself, branches and all.
+        images: 8-bit images (N, C, H, W).
+    """
+
+    model: nn.Module
+    logits: Tensor
+    images: Tensor
 
 
 @dataclass(frozen=True)
@@ -27,6 +55,7 @@ class Parity:
         images: number of images compared.
         max_relative_error: largest over the images of `max|file - model| / max|model|`.
         top1_agreement: share of the images given the same class, 0..1.
+        tolerance: largest `max_relative_error` that is accepted.
     """
 
     status: str
@@ -35,6 +64,14 @@ class Parity:
     images: int | None = None
     max_relative_error: float | None = None
     top1_agreement: float | None = None
+    tolerance: float | None = None
+
+    @property
+    def accepted(self) -> bool:
+        """False if it was measured and is above the tolerance, or not a number."""
+        if self.max_relative_error is None or self.tolerance is None:
+            return True
+        return self.max_relative_error <= self.tolerance
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that apply."""
@@ -54,7 +91,9 @@ def fixed_images(spec: ExportSpec, count: int = 8) -> Tensor:
     return ((0.8 * patches + 0.2 * noise) * 255).round().to(torch.uint8)
 
 
-def compare(reference: Tensor, candidate: Tensor, kind: str) -> Parity:
+def compare(
+    reference: Tensor, candidate: Tensor, kind: str, tolerance: float | None = None
+) -> Parity:
     """Compare two (N, classes) tables of logits or probabilities, in float64.
 
     Raises:
@@ -74,13 +113,30 @@ def compare(reference: Tensor, candidate: Tensor, kind: str) -> Parity:
         images=len(reference),
         max_relative_error=float((difference / scale).max()),
         top1_agreement=float(agree),
+        tolerance=tolerance,
     )
 
 
-def measure(logits: Tensor, run: Callable[[], Tensor], kind: str) -> Parity:
-    """Run a file and compare it with the model's `logits`; one that cannot run is not verified."""
+def measure(run: Callable[[], Parity]) -> Parity:
+    """Run a comparison; a file that cannot run here is not verified."""
     try:
-        candidate = run()
+        return run()
     except NotVerifiedError as error:
         return Parity("not verified", reason=str(error))
-    return compare(logits if kind == "logits" else logits.softmax(dim=1), candidate, kind)
+
+
+def check_logits(
+    path: Path,
+    spec: ExportSpec,
+    reference: Reference,
+    *,
+    runner: Callable[[Path, ExportSpec], Runner],
+    tolerance: float,
+) -> dict[str, Parity]:
+    """The check of a format whose file returns logits and runs everywhere."""
+
+    def run() -> Parity:
+        logits = runner(path, spec)(reference.images)
+        return compare(reference.logits, logits, "logits", tolerance)
+
+    return {"parity": measure(run)}

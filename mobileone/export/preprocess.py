@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from mobileone.export.spec import ExportSpec
 
-__all__ = ["WithPreprocessing", "normalise"]
+__all__ = ["WithPreprocessing", "denormalise", "normalise"]
 
 
 def normalise(images: Tensor, spec: ExportSpec) -> Tensor:
@@ -13,6 +13,14 @@ def normalise(images: Tensor, spec: ExportSpec) -> Tensor:
     mean = torch.tensor(spec.mean).view(-1, 1, 1)  # (C, 1, 1)
     std = torch.tensor(spec.std).view(-1, 1, 1)
     return (images.float() / 255 - mean) / std
+
+
+def denormalise(images: Tensor, spec: ExportSpec) -> Tensor:
+    """The 8-bit images that normalised ones (N, C, H, W) were made from; exact if they were."""
+    mean = torch.tensor(spec.mean).view(-1, 1, 1)  # (C, 1, 1)
+    std = torch.tensor(spec.std).view(-1, 1, 1)
+    pixels = (images.detach().float().cpu() * std + mean) * 255
+    return pixels.round().clamp(0, 255).to(torch.uint8)
 
 
 class WithPreprocessing(nn.Module):
@@ -35,4 +43,8 @@ class WithPreprocessing(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) of 0..255 -> (N, classes) probabilities."""
-        return torch.softmax(self.model((x - self.mean) * self.scale), dim=1)
+        return torch.softmax(self.logits(x), dim=1)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) of 0..255 -> (N, classes) logits."""
+        return self.model((x - self.mean) * self.scale)

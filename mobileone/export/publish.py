@@ -14,7 +14,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["clean_stale", "discard", "point_link", "publish_file", "publish_folder", "staging"]
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = [
+    "clean_stale",
+    "discard",
+    "point_link",
+    "publish_file",
+    "publish_folder",
+    "sole_writer",
+    "staging",
+    "staging_folder",
+]
 
 _PREFIX = ".tmp-"
 _REPLACED = ".replaced-"
@@ -23,13 +37,44 @@ _REPLACED = ".replaced-"
 @contextmanager
 def staging(parent: Path) -> Iterator[Path]:
     """A fresh folder in `parent`, removed on exit whatever happens."""
-    parent.mkdir(parents=True, exist_ok=True)
-    folder = parent / f"{_PREFIX}{secrets.token_hex(6)}"
-    folder.mkdir()
+    folder = staging_folder(parent)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def staging_folder(parent: Path) -> Path:
+    """A fresh folder in `parent` that `clean_stale` removes if nobody else does."""
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = parent / f"{_PREFIX}{secrets.token_hex(6)}"
+    folder.mkdir()
+    return folder
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process, also against a crash; nothing is written for it.
+
+    Raises:
+        FileExistsError: another process holds it.
+    """
+    if fcntl is None:  # Windows
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(
+                f"another run writes to {folder}: wait for its end, or give this one a folder of "
+                "its own"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def publish_file(staged: Path, final: Path) -> None:

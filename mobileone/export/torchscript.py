@@ -1,17 +1,20 @@
 """TorchScript: a traced module that maps normalised images to logits."""
 
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mobileone.export.interface import tensor_interface
 from mobileone.export.metadata import Metadata
+from mobileone.export.parity import Runner
 from mobileone.export.preprocess import normalise
 from mobileone.export.spec import ExportSpec
 
-__all__ = ["load", "predict", "write"]
+__all__ = ["load", "operations", "runner", "write"]
 
 
 def write(model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata) -> dict[str, Any]:
@@ -31,21 +34,7 @@ def write(model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata) ->
         _ignore_deprecation()
         traced = torch.jit.trace(model, example, check_trace=False)
         torch.jit.save(traced, path)
-    return {
-        "input": {
-            "type": "tensor",
-            "dtype": "float32",
-            "shape": ["N", *spec.input_size],
-            "layout": "NCHW",
-            "normalised": True,
-        },
-        "output": {
-            "type": "tensor",
-            "dtype": "float32",
-            "shape": ["N", spec.num_classes],
-            "kind": "logits",
-        },
-    }
+    return tensor_interface(spec)
 
 
 def load(path: Path) -> nn.Module:
@@ -55,10 +44,22 @@ def load(path: Path) -> nn.Module:
         return torch.jit.load(path, map_location="cpu").eval()
 
 
-def predict(path: Path, spec: ExportSpec, images: Tensor) -> Tensor:
-    """Logits (N, classes) of the file for 8-bit images (N, C, H, W)."""
-    with torch.no_grad():
-        return load(path)(normalise(images, spec))
+def runner(path: Path, spec: ExportSpec) -> Runner:
+    """The file as a function: 8-bit images (N, C, H, W) -> logits (N, classes)."""
+    module = load(path)
+
+    @torch.no_grad()
+    def run(images: Tensor) -> Tensor:
+        return module(normalise(images, spec))
+
+    return run
+
+
+def operations(path: Path) -> Counter[str]:
+    """How often each operation stands in the file."""
+    graph: Any = load(path).inlined_graph  # torch._C.Graph, which is not typed
+    nodes = graph.nodes()
+    return Counter(node.kind() for node in nodes if not node.kind().startswith("prim::"))
 
 
 def _ignore_deprecation() -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
-from callbacks import reparameterize
+from callbacks import exports
 from callbacks.ema import EMA
 from callbacks.reparameterize import ReparameterizeOnSave
 from mobileone import MobileOneBlock
@@ -101,7 +101,12 @@ def fit(module, callback, tmp_path, *, resume=None, callbacks=(), **options):
 def make(tmp_path):
     def build(**options):
         return ReparameterizeOnSave(
-            **{"dirpath": str(tmp_path / "checkpoints"), "formats": FORMATS, **options}
+            **{
+                "dirpath": str(tmp_path / "checkpoints"),
+                "formats": FORMATS,
+                "background": False,
+                **options,
+            }
         )
 
     return build
@@ -181,6 +186,8 @@ def test_both_formats_by_default(tmp_path, folder):
     fit(Classifier(), callback, tmp_path)
     manifest = Manifest.load(folder / "last")
     assert set(manifest.formats) == {"torchscript", "coreml"}
+    assert manifest.images == "given"
+    assert callback.last_error is None
     assert manifest.metadata.author == "Ada"
     manifest.verify(folder / "last")
 
@@ -229,7 +236,7 @@ def test_the_sanity_check_and_a_dry_run_save_nothing(make, tmp_path, folder):
     fit(Classifier([0.5]), make(), tmp_path, num_sanity_val_steps=1, callbacks=[Look()])
     assert seen == []
     assert contents(folder) == expected(0)
-    other = ReparameterizeOnSave(dirpath=str(tmp_path / "dry"), formats=FORMATS)
+    other = make(dirpath=str(tmp_path / "dry"))
     fit(Classifier(), other, tmp_path, fast_dev_run=True)
     assert not (tmp_path / "dry").exists()
 
@@ -384,7 +391,7 @@ def test_a_validation_at_the_same_step_replaces_its_own_files(make, tmp_path, fo
 @pytest.fixture
 def failing(monkeypatch):
     """Make chosen exports fail, counted from 0."""
-    real, count = reparameterize.export_model, iter(range(1000))
+    real, count = exports.export_model, iter(range(1000))
 
     def install(bad, error=lambda: RuntimeError("no such operator")):
         def export(*args, **kwargs):
@@ -392,7 +399,7 @@ def failing(monkeypatch):
                 raise error()
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(reparameterize, "export_model", export)
+        monkeypatch.setattr(exports, "export_model", export)
 
     return install
 
@@ -594,7 +601,9 @@ def train(folder, epochs, kill_at=None):
                 os.kill(os.getpid(), signal.SIGKILL)
     if kill_at:
         sys.addaudithook(hook)
-    callback = here.ReparameterizeOnSave(dirpath=str(folder), formats=["torchscript"])
+    callback = here.ReparameterizeOnSave(
+        dirpath=str(folder), formats=["torchscript"], background=False
+    )
     scores = {2: [0.5], 4: [0.6, 0.1]}[epochs]
     resume = str(folder / "last.ckpt")
     here.fit(here.Classifier(scores), callback, folder, max_epochs=epochs, resume=resume)
@@ -648,7 +657,7 @@ folder, fails = Path(sys.argv[1]), sys.argv[2] == "fails"
 if fails:
     def export(*arguments, **options):
         raise RuntimeError("no such operator")
-    here.reparameterize.export_model = export
+    here.exports.export_model = export
 
 class Unequal(here.Classifier):
     # each rank would rank differently: rank 0 decides
@@ -656,7 +665,9 @@ class Unequal(here.Classifier):
         first = [0.9, 0.1, 0.5] if self.global_rank == 0 else [0.1, 0.9, 0.5]
         self.log("val/acc1", first[self.current_epoch], sync_dist=False)
 
-callback = here.ReparameterizeOnSave(dirpath=str(folder), formats=["torchscript"])
+callback = here.ReparameterizeOnSave(
+        dirpath=str(folder), formats=["torchscript"], background=False
+    )
 trainer = here.fit(
     Unequal(), callback, folder, max_epochs=3, devices=2, strategy="ddp", num_nodes=1
 )

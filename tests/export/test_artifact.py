@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import random
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from mobileone import MobileOneBlock
 from mobileone.export import (
     Manifest,
     Metadata,
+    RejectedError,
     TrainingState,
     export_model,
     load_torchscript_artifact,
@@ -33,14 +35,16 @@ def test_the_folder_holds_both_formats_and_says_what_was_checked(make_model, mak
     assert torchscript["status"] == "measured"
     assert torchscript["max_relative_error"] < 1e-4
     assert torchscript["top1_agreement"] == 1
-    coreml = manifest.formats["coreml"]["parity"]
-    if sys.platform != "darwin":
-        assert coreml["status"] == "not verified"
-        assert set(coreml) == {"status", "reason"}
+    coreml = manifest.formats["coreml"]
+    assert coreml["parity"]["status"] == coreml["program_parity"]["status"] == "measured"
+    assert coreml["parity"]["max_relative_error"] < 1e-2
+    assert ("runtime_parity" in coreml) == (sys.platform == "darwin")
+    assert manifest.images == "synthetic"
+    assert manifest.problems == ()
     Manifest.load(tmp_path / "artifact").verify(tmp_path / "artifact")
 
 
-def test_parity_sees_a_wrong_file(make_model, make_spec, tmp_path, monkeypatch):
+def sabotage(monkeypatch):
     row = formats_module.FORMATS["torchscript"]
 
     def sabotaged(model, spec, path, metadata):
@@ -48,10 +52,41 @@ def test_parity_sees_a_wrong_file(make_model, make_spec, tmp_path, monkeypatch):
         wrong[-1].weight.neg_()
         return row.write(wrong, spec, path, metadata)
 
-    bad = formats_module.Format(row.filename, row.output, sabotaged, row.predict)
+    bad = dataclasses.replace(row, write=sabotaged)
     monkeypatch.setitem(formats_module.FORMATS, "torchscript", bad)
-    manifest = export_model(make_model(), make_spec(), tmp_path / "artifact", FORMATS)
+
+
+def test_a_wrong_file_is_not_published_under_its_name(make_model, make_spec, tmp_path, monkeypatch):
+    folder = tmp_path / "artifact"
+    with monkeypatch.context() as patched:
+        sabotage(patched)
+        with pytest.raises(RejectedError, match=r"torchscript: parity: relative error .* 0\.001"):
+            export_model(make_model(), make_spec(), folder, FORMATS)
+    assert [p.name for p in tmp_path.iterdir()] == ["artifact.rejected"]
+    manifest = Manifest.load(tmp_path / "artifact.rejected")
+    manifest.verify(tmp_path / "artifact.rejected")
     assert manifest.formats["torchscript"]["parity"]["max_relative_error"] > 0.1
+    assert "relative error" in manifest.problems[0]
+    export_model(make_model(), make_spec(), folder, FORMATS)
+    assert [p.name for p in tmp_path.iterdir()] == ["artifact"]
+
+
+def test_a_rejected_artifact_leaves_the_older_one(make_model, make_spec, tmp_path, monkeypatch):
+    folder = tmp_path / "artifact"
+    first = export_model(make_model(), make_spec(), folder, FORMATS)
+    sabotage(monkeypatch)
+    with pytest.raises(RejectedError):
+        export_model(make_model(), make_spec(), folder, FORMATS, overwrite=True)
+    assert Manifest.load(folder) == first
+
+
+def test_the_images_that_are_given_are_compared_on(make_model, make_spec, tmp_path):
+    images = torch.randint(0, 256, (5, 3, 32, 48), dtype=torch.uint8)
+    manifest = export_model(
+        make_model(), make_spec(), tmp_path / "artifact", FORMATS, images=images
+    )
+    assert manifest.images == "given"
+    assert manifest.formats["torchscript"]["parity"]["images"] == 5
 
 
 def test_a_failure_leaves_no_trace_and_the_older_artifact(

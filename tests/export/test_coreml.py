@@ -110,9 +110,9 @@ def test_nothing_else_is_left_beside(convert):
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="macOS has the runtime")
-def test_without_a_runtime_it_is_not_verified(convert, make_spec):
+def test_without_a_mac_there_is_no_runtime(convert, make_spec):
     with pytest.raises(NotVerifiedError, match="macOS only"):
-        coreml.predict(convert()[2], make_spec(), fixed_images(make_spec()))
+        coreml.runtime(convert()[2], make_spec())
 
 
 @pytest.mark.skipif(sys.platform != "darwin", reason="needs macOS")
@@ -120,7 +120,7 @@ def test_the_runtime_agrees(convert, make_model, make_spec):
     spec = make_spec(3, (32, 48), NAMES)
     images = fixed_images(spec)
     expected = make_model()(coreml.normalise(images, spec)).softmax(1)
-    assert torch.allclose(coreml.predict(convert()[2], spec, images), expected, atol=5e-3)
+    assert torch.allclose(coreml.runtime(convert()[2], spec)(images), expected, atol=5e-3)
 
 
 def test_conversion_is_silent_but_hides_nothing_else(

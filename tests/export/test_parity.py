@@ -31,19 +31,21 @@ def test_shapes_must_agree():
         compare(torch.ones(2, 3), torch.ones(2, 1), "logits")
 
 
-def test_probabilities_are_compared_with_the_softmax():
-    logits = torch.tensor([[1.0, 2.0, 3.0]])
-    same = measure(logits, lambda: logits.softmax(1), "probabilities")
-    assert same.max_relative_error == 0
-    assert same.kind == "probabilities"
-
-
 def test_what_cannot_run_is_not_verified_and_has_no_figures():
     def cannot():
         raise NotVerifiedError("no runtime")
 
-    parity = measure(torch.ones(1, 2), cannot, "logits").to_dict()
-    assert parity == {"status": "not verified", "reason": "no runtime"}
+    parity = measure(cannot)
+    assert parity.to_dict() == {"status": "not verified", "reason": "no runtime"}
+    assert parity.accepted
+
+
+@pytest.mark.parametrize(
+    ("error", "accepted"), [(0.0, True), (0.09, True), (0.11, False), (math.nan, False)]
+)
+def test_above_the_tolerance_and_not_a_number_are_not_accepted(error, accepted):
+    parity = compare(torch.ones(1, 2), torch.ones(1, 2) + error, "logits", 0.1)
+    assert parity.accepted == accepted
 
 
 def test_the_images_are_fixed_and_leave_the_generator_alone(make_spec):

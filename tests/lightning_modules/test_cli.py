@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ TINY = (
     "--trainer.limit_train_batches 4 "
     "--trainer.limit_val_batches 2 --trainer.limit_test_batches 2 --data.batch_size 32 "
     "--data.num_workers 0 --trainer.log_every_n_steps 1 --checkpoint.formats [torchscript] "
+    "--checkpoint.background false "
     "--trainer.enable_progress_bar false --trainer.accelerator cpu"
 ).split()
 
@@ -221,6 +223,29 @@ def test_predict_takes_a_checkpoint_or_an_artifact(trained, cache, tmp_path):
     assert [r["path"] for r in tables[0]] == [r["path"] for r in tables[1]]
     for ours, shipped in zip(*tables, strict=True):
         assert float(ours["probability"]) == pytest.approx(float(shipped["probability"]), abs=1e-4)
+
+
+def test_every_file_of_an_artifact_predicts_and_is_described(trained, cache, tmp_path, capsys):
+    formats = ["torchscript", "torch_export", "onnx", "coreml_fp32"]
+    checkpoint = str(trained / "checkpoints" / "best.ckpt")
+    main(["export", checkpoint, "shipped", "--formats", json.dumps(formats)])
+    images = str(next(cache.rglob("val")) / "3")
+    tables = []
+    for name in formats:
+        main(["predict", "shipped", images, f"{name}.csv", "--format", name, "--progress=false"])
+        tables.append(read_table(tmp_path / f"{name}.csv"))
+    for table in tables:
+        assert [row["path"] for row in table] == [row["path"] for row in tables[0]]
+        for row, first in zip(table, tables[0], strict=True):
+            assert abs(float(row["probability"]) - float(first["probability"])) < 0.02
+    capsys.readouterr()
+    main(["inspect", "shipped"])
+    described = capsys.readouterr().out
+    assert described.count("convolutions, 0 norms, 0 additions") == len(formats)
+    assert "as they were written" in described
+    (Path("shipped") / "model.onnx").write_bytes(b"")
+    main(["inspect", "shipped"])
+    assert "NOT AS WRITTEN: shipped does not match" in capsys.readouterr().out
 
 
 def test_export_writes_an_artifact_once(trained, tmp_path, capsys):

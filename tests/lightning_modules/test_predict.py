@@ -130,20 +130,25 @@ def test_unreadable_images_get_a_row_with_the_reason(checkpoint, pets, tmp_path,
 def test_interruption_keeps_the_old_file_and_the_new_rows(checkpoint, pets, tmp_path, monkeypatch):
     output = tmp_path / "out.csv"
     output.write_text("old")
-    real, calls = predict._probabilities, []
+    real, calls = predict.load_classifier, []
 
-    def fail_at_third(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*arguments)
+    def failing(*arguments):
+        classify, spec = real(*arguments)
 
-    monkeypatch.setattr(predict, "_probabilities", fail_at_third)
+        def fail_at_third(images):
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return classify(images)
+
+        return fail_at_third, spec
+
+    monkeypatch.setattr(predict, "load_classifier", failing)
     with pytest.raises(KeyboardInterrupt):
         predict_folder(checkpoint, pets, output, batch_size=2, progress=False)
     assert output.read_text() == "old"
     assert len(rows(tmp_path / "out.csv.partial")) == 4
-    monkeypatch.setattr(predict, "_probabilities", real)
+    monkeypatch.setattr(predict, "load_classifier", real)
     predict_folder(checkpoint, pets, output, batch_size=2, progress=False)
     assert len(rows(output)) == 14
     assert not (tmp_path / "out.csv.partial").exists()

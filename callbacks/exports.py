@@ -1,0 +1,150 @@
+"""The exports of a fit: one after the other, here or in a worker process."""
+
+import contextlib
+import copy
+import traceback
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from pickle import PicklingError
+
+from torch import Tensor, nn
+
+from callbacks.checkpoint_folder import CheckpointFolder
+from mobileone.export import ExportSpec, Metadata, TrainingState, export_model
+from mobileone.export.checkpoint import model_weights, read_checkpoint
+from mobileone.export.isolation import isolated
+from mobileone.export.publish import staging_folder
+from mobileone.export.worker import ExportJob, Task, can_travel
+
+__all__ = ["Exports", "Outcome", "Request"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checkpoint whose artifact is wanted.
+
+    Attributes:
+        checkpoint: the file; the weights are read from it.
+        network: has the architecture; copied, not changed.
+        spec: what the network expects.
+        formats: of the artifact.
+        training: where in training the checkpoint stands.
+        metadata: for the artifact.
+        images: 8-bit images (N, C, H, W) to compare on, or None.
+    """
+
+    checkpoint: str
+    network: nn.Module
+    spec: ExportSpec
+    formats: tuple[str, ...]
+    training: TrainingState
+    metadata: Metadata
+    images: Tensor | None
+
+    def snapshot(self) -> Task:
+        """The network on the CPU with the checkpoint's weights."""
+        with isolated():
+            weights = model_weights(read_checkpoint(Path(self.checkpoint))["state_dict"])
+            model = copy.deepcopy(self.network).cpu()
+            model.load_state_dict(weights)
+        artifact = CheckpointFolder.artifact_of(self.checkpoint)
+        return Task(
+            model, self.spec, artifact, self.formats, self.training, self.metadata, self.images
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an export ended: published, or why not."""
+
+    checkpoint: str
+    failure: str | None
+
+
+class Exports:
+    """A queue with at most one export under way.
+
+    What has not ended well is on record beside its checkpoint from the moment it begins, so that
+    a process that is killed leaves no artifact that could be taken for complete.
+
+    Args:
+        folder: where checkpoints and artifacts are.
+        background: export in a worker process; otherwise `submit` returns when all is done. A
+            network that another process cannot rebuild is exported in this one.
+        timeout: seconds after which a worker is stopped.
+    """
+
+    def __init__(self, folder: CheckpointFolder, background: bool, timeout: float) -> None:
+        self.folder, self.background, self.timeout = folder, background, timeout
+        self._queue: deque[Request] = deque()
+        self._current: tuple[Request, ExportJob] | None = None
+        self._ended: list[Outcome] = []
+
+    def submit(self, request: Request) -> None:
+        """Export a checkpoint, now or after those before it."""
+        self._record(request, "the export has not ended")
+        self._queue.append(request)
+        self._advance()
+
+    def poll(self) -> list[Outcome]:
+        """What has ended since the last question, without waiting."""
+        if self._current and not self._current[1].running():
+            self._finish()
+            self._advance()
+        ended, self._ended = self._ended, []
+        return ended
+
+    def drain(self) -> list[Outcome]:
+        """Wait for all of them."""
+        while self._current:
+            self._finish()
+            self._advance()
+        return self.poll()
+
+    def stop(self) -> None:
+        """End the worker, if there is one; what it had not published stays on record."""
+        self._queue.clear()
+        if self._current:
+            self._current[1].stop()
+            self._current = None
+
+    def _advance(self) -> None:
+        """Begin what can begin."""
+        while self._queue and not self._current:
+            request = self._queue.popleft()
+            try:
+                self._begin(request)
+            except Exception as error:
+                self._end(request, f"{type(error).__name__}: {error}", traceback.format_exc())
+
+    def _begin(self, request: Request) -> None:
+        task = request.snapshot()
+        if self.background and can_travel(task.model):
+            place = staging_folder(self.folder.path)
+            with contextlib.suppress(PicklingError, AttributeError, TypeError):  # by pickle
+                self._current = request, ExportJob(task, place, self.timeout)
+                return
+        task.publish(export_model)
+        self._end(request, None)
+
+    def _finish(self) -> None:
+        assert self._current is not None
+        request, job = self._current
+        self._current = None
+        failure = job.wait()
+        message = failure.strip().splitlines()[-1] if failure else None
+        self._end(request, message, failure)
+
+    def _end(self, request: Request, failure: str | None, details: str | None = None) -> None:
+        if failure is None:
+            self.folder.clear_error(request.checkpoint)
+        else:
+            name = self.folder.artifact_of(request.checkpoint).name
+            self._record(request, details or failure)
+            failure = f"Exporting {name} failed: {failure}"
+        self._ended.append(Outcome(request.checkpoint, failure))
+
+    def _record(self, request: Request, error: str) -> None:
+        with contextlib.suppress(OSError):  # a full disk is no reason to stop
+            self.folder.record_error(request.checkpoint, error, asdict(request.training))

@@ -1,0 +1,249 @@
+"""Core ML's ML programs read back from a written `.mlpackage`, and run without Core ML.
+
+The program is the protobuf of the package, the weights are those of its weight file: nothing is
+taken from the network that was converted. Arithmetic is float32; with `rounding`, every value that
+the program states as half precision is rounded to it, as a device that computes in float16 with
+wide accumulators does.
+"""
+
+import inspect
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mobileone.export.extras import need
+from mobileone.export.mlprogram_ops import KERNELS
+from mobileone.export.parity import NotVerifiedError
+from mobileone.export.quiet import quiet
+
+__all__ = ["MLProgram", "Prediction"]
+
+_READERS = {
+    "FLOAT16": "read_fp16_data",
+    "FLOAT32": "read_float_data",
+    "INT8": "read_int8_data",
+    "UINT8": "read_uint8_data",
+    "INT16": "read_int16_data",
+    "UINT16": "read_uint16_data",
+    "INT32": "read_int32_data",
+}
+_PACKED = {
+    "FLOAT16": np.float16,
+    "INT8": np.int8,
+    "UINT8": np.uint8,
+    "UINT16": np.uint16,
+    "UINT32": np.uint32,
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the program answers to a batch of images.
+
+    Attributes:
+        labels: the named class of each image.
+        classes: the label of each column of the tables.
+        probabilities: (N, classes).
+        logits: what the softmax was given, (N, classes).
+    """
+
+    labels: tuple[str, ...]
+    classes: tuple[str, ...]
+    probabilities: Tensor
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class _Operation:
+    type: str
+    arguments: dict[str, Any]  # names of earlier outputs are `_Name`, all else is a value
+    outputs: tuple[tuple[str, str], ...]  # name and type of each
+
+    @property
+    def constant(self) -> bool:
+        return self.type == "const"
+
+
+class _Name(str):
+    """The name of another operation's output."""
+
+    __slots__ = ()
+
+
+class MLProgram:
+    """A classifier in an `.mlpackage`.
+
+    Args:
+        path: the package.
+
+    Raises:
+        NotVerifiedError: it holds something that this evaluator does not know.
+        ImportError: coremltools is not installed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with quiet():
+            need("coremltools", "an .mlpackage", "coremltools")
+            from coremltools.libmilstoragepython import _BlobStorageReader
+            from coremltools.models.utils import load_spec
+
+            spec = load_spec(str(path))
+        if spec.WhichOneof("Type") != "mlProgram" or len(spec.description.input) != 1:
+            raise NotVerifiedError(f"{path} is not an ML program with one input")
+        (self._input,) = spec.description.input
+        (block,) = spec.mlProgram.functions["main"].block_specializations.values()
+        self._weights = path / "Data" / "com.apple.CoreML" / "weights"
+        self._open: dict[str, Any] = {}
+        self._reader = _BlobStorageReader
+        self._operations = [self._read(operation) for operation in block.operations]
+
+    def operations(self) -> Counter[str]:
+        """How often each operation stands in the program; constants do not count."""
+        return Counter(op.type for op in self._operations if not op.constant)
+
+    def weights(self) -> list[Tensor]:
+        """The weights of its convolutions and linear layers, in order of execution."""
+        constants = {
+            op.outputs[0][0]: op.arguments["val"] for op in self._operations if op.constant
+        }
+        return [
+            _resolve(op.arguments["weight"], constants)
+            for op in self._operations
+            if op.type in ("conv", "linear") and op.arguments["weight"] in constants
+        ]
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, *, rounding: bool = True) -> Prediction:
+        """Run the program on 8-bit images (N, C, H, W), RGB or gray, one by one.
+
+        Raises:
+            NotVerifiedError: an operation or an argument is unknown.
+            ValueError: the images are not of the program's size.
+        """
+        rows = [self._run(self._pixels(image), rounding) for image in images]
+        labels, classes, probabilities, logits = zip(*rows, strict=True)
+        return Prediction(labels, classes[0], torch.cat(probabilities), torch.cat(logits))
+
+    def _pixels(self, image: Tensor) -> Tensor:
+        """(C, H, W) of 0..255 as the program is given them: (1, C, H, W) in its colour order."""
+        if self._input.type.WhichOneof("Type") == "multiArrayType":
+            shape = tuple(self._input.type.multiArrayType.shape)[1:]
+            order = "as it is"
+        else:
+            described = self._input.type.imageType
+            order = described.ColorSpace.Name(described.colorSpace)
+            if order not in ("RGB", "BGR", "GRAYSCALE"):
+                raise NotVerifiedError(f"images of colour space {order}")
+            channels = 1 if order == "GRAYSCALE" else 3
+            shape = (channels, described.height, described.width)
+        if tuple(image.shape) != shape:
+            raise ValueError(f"the program takes images of {shape}, not {tuple(image.shape)}")
+        return (image.flip(0) if order == "BGR" else image)[None].float()
+
+    def _run(self, pixels: Tensor, rounding: bool) -> tuple[str, tuple[str, ...], Tensor, Tensor]:
+        values: dict[str, Any] = {self._input.name: pixels}
+        softmax_of: dict[str, Tensor] = {}
+        for operation in self._operations:
+            given = {k: _resolve(v, values) for k, v in operation.arguments.items()}
+            if operation.type == "classify":
+                source = operation.arguments["probabilities"]
+                if source not in softmax_of:
+                    raise NotVerifiedError("probabilities that are not those of a softmax")
+                probabilities, classes = given["probabilities"], tuple(given["classes"])
+                label = classes[int(probabilities.argmax())]
+                return label, classes, probabilities, softmax_of[source]
+            ((name, kind),) = operation.outputs
+            value = given["val"] if operation.constant else _call(operation.type, given)
+            if rounding and kind == "FLOAT16":
+                value = value.half().float()
+            values[name] = value
+            if operation.type == "softmax":
+                softmax_of[name] = given["x"]
+            elif operation.type == "cast" and operation.arguments["x"] in softmax_of:
+                softmax_of[name] = softmax_of[operation.arguments["x"]]
+        raise NotVerifiedError("a program without `classify`")
+
+    # -- Reading ------------------------------------------------------------------------------
+
+    def _read(self, operation: Any) -> _Operation:
+        arguments: dict[str, Any] = {
+            name: self._value(value) for name, value in operation.attributes.items()
+        }
+        arguments.pop("name", None)
+        for name, argument in operation.inputs.items():
+            bound = [
+                _Name(a.name) if a.WhichOneof("binding") == "name" else self._value(a.value)
+                for a in argument.arguments
+            ]
+            arguments[name] = bound[0] if len(bound) == 1 else bound
+        outputs = tuple((o.name, _type_name(o.type)) for o in operation.outputs)
+        return _Operation(operation.type, arguments, outputs)
+
+    def _value(self, value: Any) -> Any:
+        """A scalar, a string, a list of whole numbers or strings, or a float tensor."""
+        if value.type.WhichOneof("type") == "listType":
+            return [self._value(v) for v in value.immediateValue.list.values]
+        kind = _type_name(value.type)
+        shape = [d.constant.size for d in value.type.tensorType.dimensions]
+        if value.WhichOneof("value") == "blobFileValue":
+            numbers = self._blob(value.blobFileValue, kind)
+        else:
+            tensor = value.immediateValue.tensor
+            stored = getattr(tensor, tensor.WhichOneof("value")).values
+            if kind == "STRING":
+                return stored[0] if not shape else list(stored)
+            packed = isinstance(stored, bytes)
+            numbers = np.frombuffer(stored, _dtype(kind)) if packed else np.array(list(stored))
+        if kind in ("FLOAT16", "FLOAT32"):
+            floats = torch.from_numpy(numbers.astype(np.float32))
+            return floats.reshape(shape) if shape else float(floats)
+        if kind in ("UINT8", "INT8", "UINT16", "INT16") and shape:
+            return torch.from_numpy(numbers.astype(np.int32)).reshape(shape)
+        return numbers.tolist() if shape else numbers.item()
+
+    def _blob(self, value: Any, kind: str) -> np.ndarray[Any, Any]:
+        if kind not in _READERS:
+            raise NotVerifiedError(f"weights of type {kind}")
+        file = self._weights / Path(value.fileName).name
+        reader = self._open.setdefault(str(file), self._reader(str(file)))
+        data = np.asarray(getattr(reader, _READERS[kind])(value.offset))
+        return data.view(np.float16) if kind == "FLOAT16" else data
+
+
+def _resolve(argument: Any, values: Mapping[str, Any]) -> Any:
+    return values[argument] if isinstance(argument, _Name) else argument
+
+
+def _call(kind: str, arguments: Mapping[str, Any]) -> Tensor:
+    if kind not in KERNELS:
+        raise NotVerifiedError(f"the reference evaluator does not know the operation `{kind}`")
+    try:
+        inspect.signature(KERNELS[kind]).bind(**arguments)
+    except TypeError as error:
+        raise NotVerifiedError(f"`{kind}` with {sorted(arguments)}: {error}") from error
+    try:
+        return KERNELS[kind](**arguments)
+    except NotImplementedError as error:
+        raise NotVerifiedError(f"`{kind}` with {error}") from error
+
+
+def _type_name(kind: Any) -> str:
+    if kind.WhichOneof("type") != "tensorType":
+        return str(kind.WhichOneof("type"))
+    return str(
+        kind.tensorType.DESCRIPTOR.fields_by_name["dataType"]
+        .enum_type.values_by_number[kind.tensorType.dataType]
+        .name
+    )
+
+
+def _dtype(kind: str) -> Any:
+    if kind not in _PACKED:
+        raise NotVerifiedError(f"packed values of type {kind}")
+    return _PACKED[kind]

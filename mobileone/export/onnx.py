@@ -1,0 +1,92 @@
+"""ONNX: a graph that maps normalised images to logits, run by onnxruntime.
+
+Needs the extra `onnx`; its packages are imported by the functions that use them.
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mobileone.export.extras import need
+from mobileone.export.interface import tensor_interface
+from mobileone.export.metadata import Metadata
+from mobileone.export.parity import Runner
+from mobileone.export.preprocess import normalise
+from mobileone.export.spec import ExportSpec
+from mobileone.export.torch_export import program_of
+
+__all__ = ["EXTRA", "operations", "runner", "write"]
+
+EXTRA = "mobileone-lightning[onnx]"
+_USE = "the `onnx` format"
+
+
+def write(model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata) -> dict[str, Any]:
+    """Convert `model`, check the graph and save it to `path`; the batch size stays free.
+
+    Args:
+        model: fused network in eval mode, float32, on the CPU; (N, C, H, W) -> (N, classes).
+        spec: what the model expects; stored in the file's metadata as JSON, key `spec`.
+        path: file to write.
+        metadata: stored in the file's metadata.
+
+    Returns:
+        Description of the input and the output for the manifest.
+
+    Raises:
+        ImportError: the extra is not installed.
+    """
+    onnx = need("onnx", _USE, EXTRA)
+    need("onnxscript", _USE, EXTRA)
+    need("onnxruntime", _USE, EXTRA)
+    program = torch.onnx.export(
+        program_of(model, spec),
+        input_names=["images"],
+        output_names=["logits"],
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    proto = program.model_proto
+    properties = {
+        "spec": json.dumps(spec.to_dict(), ensure_ascii=False),
+        "author": metadata.author,
+        "license": metadata.license,
+        "description": metadata.description or "",
+        "version": metadata.version or "",
+    }
+    onnx.helper.set_model_props(proto, properties)
+    onnx.checker.check_model(proto, full_check=True)
+    onnx.save(proto, path)
+    interface = tensor_interface(spec)
+    interface["input"]["name"], interface["output"]["name"] = "images", "logits"
+    return {**interface, "opset": proto.opset_import[0].version}
+
+
+def runner(path: Path, spec: ExportSpec) -> Runner:
+    """The file as a function: 8-bit images (N, C, H, W) -> logits (N, classes), on the CPU.
+
+    Raises:
+        ImportError: the extra is not installed.
+    """
+    onnxruntime = need("onnxruntime", _USE, EXTRA)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors: the rest is about the machine, not about the file
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {name: normalise(images, spec).numpy()})[0])
+
+    return run
+
+
+def operations(path: Path) -> Counter[str]:
+    """How often each operation stands in the file."""
+    onnx = need("onnx", _USE, EXTRA)
+    return Counter(node.op_type for node in onnx.load(path).graph.node)

@@ -1,0 +1,58 @@
+"""torch.export: a `.pt2` program that maps normalised images to logits."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from mobileone.export.interface import tensor_interface
+from mobileone.export.metadata import Metadata
+from mobileone.export.parity import Runner
+from mobileone.export.preprocess import normalise
+from mobileone.export.spec import ExportSpec
+
+__all__ = ["operations", "program_of", "runner", "write"]
+
+
+def program_of(model: nn.Module, spec: ExportSpec) -> ExportedProgram:
+    """Export `model` with a free batch size, at least 1."""
+    example = torch.zeros(2, *spec.input_size)  # a batch of 1 would be taken for fixed
+    return torch.export.export(model, (example,), dynamic_shapes=({0: Dim("batch", min=1)},))
+
+
+def write(model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata) -> dict[str, Any]:
+    """Export `model` and save it to `path`; `spec` goes along as the extra file `spec.json`.
+
+    Args:
+        model: fused network in eval mode, float32, on the CPU; (N, C, H, W) -> (N, classes).
+        spec: what the model expects.
+        path: file to write.
+        metadata: not stored; the manifest keeps it.
+
+    Returns:
+        Description of the input and the output for the manifest.
+    """
+    extra = {"spec.json": json.dumps(spec.to_dict(), ensure_ascii=False)}
+    torch.export.save(program_of(model, spec), path, extra_files=extra)
+    return tensor_interface(spec)
+
+
+def runner(path: Path, spec: ExportSpec) -> Runner:
+    """The file as a function: 8-bit images (N, C, H, W) -> logits (N, classes)."""
+    module = torch.export.load(path).module()
+
+    @torch.no_grad()
+    def run(images: Tensor) -> Tensor:
+        return module(normalise(images, spec))
+
+    return run
+
+
+def operations(path: Path) -> Counter[str]:
+    """How often each operation stands in the file."""
+    nodes = torch.export.load(path).graph.nodes
+    return Counter(str(node.target) for node in nodes if node.op == "call_function")

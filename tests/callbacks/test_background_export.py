@@ -1,0 +1,223 @@
+"""Exports in a worker process: training does not wait, and nothing that happens there stops it."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from callbacks.reparameterize import ReparameterizeOnSave
+from mobileone.export import Manifest, load_torchscript_artifact, worker
+
+_SPEC = importlib.util.spec_from_file_location(
+    "reparameterize_tests", Path(__file__).with_name("test_reparameterize.py")
+)
+tests = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(tests)
+
+pytestmark = tests.pytestmark
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "checkpoints"
+
+
+@pytest.fixture
+def make(folder):
+    return lambda **options: ReparameterizeOnSave(
+        **{"dirpath": str(folder), "formats": ["torchscript"], **options}
+    )
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The process ids of all workers; each test ends with none alive and none a zombie."""
+    pids, real = [], worker.subprocess.Popen
+
+    class Recorded(real):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            pids.append(self.pid)
+
+    monkeypatch.setattr(worker.subprocess, "Popen", Recorded)
+    yield pids
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def replace_worker(monkeypatch, code):
+    """Start a process that runs `code` in place of the worker; its folder is `sys.argv[1]`."""
+    real = worker.subprocess.Popen
+
+    def popen(command, **options):
+        return real([sys.executable, "-c", code, command[-1]], **options)
+
+    monkeypatch.setattr(worker.subprocess, "Popen", popen)
+
+
+def test_both_validations_are_published_and_training_is_the_same(make, tmp_path, folder, started):
+    heard, callback = [], make()
+    callback.listeners.append(lambda path, manifest: heard.append(path.name))
+    torch.manual_seed(0)
+    module = tests.Classifier([0.9, 0.1])
+    tests.fit(module, callback, tmp_path, max_epochs=2)
+    assert tests.contents(folder) == tests.expected(0, 1)
+    assert heard == [tests.name(0), tests.name(1)]
+    assert len(started) >= 2
+    assert callback.last_error is None
+    manifest = Manifest.load(folder / "best")
+    manifest.verify(folder / "best")
+    assert manifest.images == "given"
+    tests.assert_artifact_is_of(folder / f"{tests.name(1)}.ckpt")
+    torch.manual_seed(0)
+    without = tests.Classifier()
+    tests.fit(without, None, tmp_path, max_epochs=2)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(module.state_dict().values(), without.state_dict().values(), strict=True)
+    )
+
+
+def test_the_worker_sees_no_gpu_and_a_killed_one_is_reported(
+    make, tmp_path, folder, started, monkeypatch
+):
+    code = (
+        "import os, sys, torch; print(repr(os.environ['CUDA_VISIBLE_DEVICES']), "
+        "torch.cuda.is_available(), torch.cuda.is_initialized(), flush=True); "
+        "os.kill(os.getpid(), 9)"
+    )
+    replace_worker(monkeypatch, code)
+    callback = make()
+    with pytest.warns(UserWarning, match=r"worker died \(exit status -9\): ...'' False False"):
+        trainer = tests.fit(tests.Classifier([0.5]), callback, tmp_path)
+    assert trainer.global_step == tests.STEPS
+    assert "worker died" in callback.last_error
+    assert tests.contents(folder) == {
+        "last.ckpt",
+        "best.ckpt",
+        f"{tests.name(0)}.ckpt",
+        f"{tests.name(0)}.export-error.json",
+    }
+
+
+def test_a_hanging_worker_is_stopped(make, tmp_path, folder, started, monkeypatch):
+    replace_worker(monkeypatch, "import time; time.sleep(1000)")
+    with pytest.warns(UserWarning, match=r"stopped: it took more than 0\.5 s"):
+        tests.fit(tests.Classifier([0.5]), make(timeout=0.5), tmp_path)
+    assert not list(folder.glob(".tmp*"))
+
+
+def test_an_error_in_the_worker_has_its_traceback_and_strict_raises(
+    make, tmp_path, folder, started, monkeypatch
+):
+    code = (
+        "import json, sys, pathlib; (pathlib.Path(sys.argv[1]) / 'result.json').write_text("
+        "json.dumps({'error': 'Traceback\\n  somewhere\\nValueError: no such operator'}))"
+    )
+    replace_worker(monkeypatch, code)
+    with pytest.raises(RuntimeError, match=r"000004 failed: ValueError: no such operator"):
+        tests.fit(tests.Classifier([0.5]), make(strict=True), tmp_path)
+    record = json.loads((folder / f"{tests.name(0)}.export-error.json").read_text())
+    assert "somewhere" in record["error"]
+
+
+@pytest.mark.filterwarnings("ignore:Exporting")
+def test_an_export_that_was_missed_is_made_up_for(make, tmp_path, folder, started, monkeypatch):
+    with monkeypatch.context() as patched:
+        replace_worker(patched, "raise SystemExit(3)")
+        tests.fit(tests.Classifier([0.9]), make(), tmp_path)
+    resume = str(folder / "last.ckpt")
+    tests.fit(tests.Classifier([0.1]), make(), tmp_path, max_epochs=2, resume=resume)
+    assert tests.contents(folder) == tests.expected(0, 1)
+    assert tests.targets(folder)["best"] == tests.name(0)
+
+
+def test_an_exception_in_training_lets_the_export_end(make, tmp_path, folder, started):
+    class Fails(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        tests.fit(tests.Classifier([0.5]), make(), tmp_path, max_epochs=2, callbacks=[Fails()])
+    assert tests.contents(folder) == tests.expected(0)
+
+
+def test_training_goes_on_while_the_worker_works(make, tmp_path, folder, started, monkeypatch):
+    """The links move during the next epoch, at the first batch after the worker's end."""
+    seen = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.current_epoch == 1:
+                if batch_idx == tests.STEPS - 1:
+                    trainer.callbacks[-1]._exports._current[1]._process.wait()
+                seen.append((folder / "last").exists())
+
+        def on_validation_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1 and not trainer.sanity_checking:
+                seen.append((folder / "last").exists())
+
+    tests.fit(tests.Classifier([0.5]), make(), tmp_path, max_epochs=2, callbacks=[Look()])
+    assert seen == [False] * tests.STEPS + [True]
+
+
+def test_two_runs_do_not_write_to_one_folder(make, tmp_path, folder):
+    class Second(Callback):
+        def on_train_start(self, trainer, pl_module):
+            with pytest.raises(RuntimeError, match="another run writes to"):
+                tests.fit(tests.Classifier(), make(), tmp_path)
+
+    tests.fit(tests.Classifier(), make(background=False), tmp_path, callbacks=[Second()])
+    assert tests.contents(folder) == tests.expected(0)
+    load_torchscript_artifact(folder / "last")
+
+
+ORPHAN = """
+import os, sys, time
+from pathlib import Path
+from torch import nn
+from mobileone.export import ExportSpec, Metadata, TrainingState
+from mobileone.export.worker import ExportJob, Task
+folder = Path(sys.argv[1]); place = folder / ".tmp-job"; place.mkdir(parents=True)
+spec = ExportSpec("tiny", ("a",), (3, 16, 16), (.5,) * 3, (.2,) * 3, "bilinear", 1)
+task = Task(nn.Flatten(), spec, folder / "out", ["torchscript"], TrainingState(), Metadata(), None)
+print(ExportJob(task, place, 100).pid, flush=True)
+time.sleep(1000)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_a_killed_run_takes_its_worker_with_it(tmp_path):
+    parent = subprocess.Popen(
+        [sys.executable, "-c", ORPHAN, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    pid = int(parent.stdout.readline())
+    os.kill(pid, signal.SIGSTOP)  # so that it cannot end by itself before the parent is gone
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    os.kill(pid, signal.SIGCONT)
+    for _ in range(200):
+        if not _alive(pid):
+            return
+        time.sleep(0.1)
+    pytest.fail("the worker lives on")
+
+
+def _alive(pid):
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat")
+        return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
+    except ProcessLookupError:
+        return False

@@ -1,0 +1,129 @@
+"""Equalised ranges, and compressed files against arithmetic and coremltools' own reading."""
+
+import json
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import mobileone
+from mobileone.export import Metadata, compression, coreml
+from mobileone.export.compression import METHODS, compress_model
+from mobileone.export.equalise import _pairs, equalise
+from mobileone.export.mlprogram import MLProgram
+from mobileone.export.mlprogram_ops import KERNELS
+from mobileone.export.preprocess import normalise
+from mobileone.export.quiet import quiet
+
+
+def ranges(model):
+    """How many times larger a layer's largest channel is than its smallest, at most."""
+    spans = []
+    for conv in model.modules():
+        if isinstance(conv, nn.Conv2d):
+            largest = conv.weight.detach().flatten(1).abs().amax(1)
+            spans.append(float(largest.max() / largest[largest > 0].min()))
+    return max(spans)
+
+
+def test_equalising_changes_the_ranges_and_not_the_function(randomise):
+    model = randomise(timm.create_model("mobileone_mu1", num_classes=7)).double().eval()
+    fused = mobileone.reparameterize(model)
+    before = {name: value.clone() for name, value in fused.state_dict().items()}
+    equal = equalise(fused)
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(images)
+        assert (equal(images) - expected).abs().max() < 1e-10 * expected.abs().max()
+    assert ranges(equal) < ranges(fused) / 2
+    assert all(torch.equal(value, before[name]) for name, value in fused.state_dict().items())
+
+
+def test_every_neighbour_of_a_plain_network_is_a_pair():
+    """43 layers in a row have 42 neighbours; in S4 squeeze-and-excitation stands between some.
+
+    It follows twelve layers, the last of all among them, and has a pair of its own inside.
+    """
+    with torch.device("meta"):
+        plain = mobileone.reparameterize(timm.create_model("mobileone_s0").eval())
+        squeezed = mobileone.reparameterize(timm.create_model("mobileone_s4").eval())
+    assert len(_pairs(plain)) == 42
+    assert len(_pairs(squeezed)) == 42 - 11 + 12
+
+
+def test_ranges_of_a_pair_meet_in_the_middle():
+    first, second = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 1, 1)
+    first.weight.data = torch.tensor([[8.0, 0.0], [0.0, 1.0]]).view(2, 2, 1, 1)
+    second.weight.data = torch.tensor([[2.0, 9.0]]).view(1, 2, 1, 1)
+    equal = equalise(nn.Sequential(first, nn.ReLU(), second), sweeps=1)
+    assert equal[0].weight.flatten().tolist() == pytest.approx([4.0, 0.0, 0.0, 3.0])
+    assert equal[2].weight.flatten().tolist() == pytest.approx([4.0, 3.0])
+
+
+def test_packed_indices_are_read_lowest_bits_first():
+    table = torch.arange(8.0) * 10
+    # 1, 2, 3, 4, 5 in three bits each: 0b100_011_010_001 + 5 << 12
+    word = 1 | 2 << 3 | 3 << 6 | 4 << 9 | 5 << 12
+    packed = torch.tensor([word & 255, word >> 8])
+    dense = KERNELS["constexpr_lut_to_dense"](packed, table, [5])
+    assert dense.tolist() == [10.0, 20.0, 30.0, 40.0, 50.0]
+
+
+@pytest.fixture(scope="module")
+def wide(randomise):
+    """Layers with more weights than the 2048 below which coremltools leaves them alone."""
+    torch.manual_seed(2)
+    model = nn.Sequential(
+        mobileone.MobileOneBlock(3, 48, stride=2),
+        mobileone.MobileOneBlock(48, 64, kernel_size=1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 3),
+    )
+    return randomise(model).eval()
+
+
+@pytest.mark.parametrize("name", ["coreml_int8", "coreml_palette6", "coreml_palette4"])
+def test_compressed_packages_are_read_as_coremltools_reads_them(wide, make_spec, tmp_path, name):
+    ct = pytest.importorskip("coremltools")
+    from coremltools.optimize.coreml import decompress_weights
+
+    source, small, large = (tmp_path / f"{n}.mlpackage" for n in ("source", "small", "large"))
+    coreml.write(mobileone.reparameterize(wide), make_spec(), source, Metadata())
+    METHODS[name].compress(source, small, torch.zeros(1))
+    with quiet():
+        decompress_weights(ct.models.MLModel(str(small), skip_model_load=True)).save(str(large))
+    images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
+    assert any("constexpr" in op for op in MLProgram(small).operations())
+    assert not any("constexpr" in op for op in MLProgram(large).operations())
+    ours, theirs = (MLProgram(p).predict(images).logits for p in (small, large))
+    assert torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2)
+
+
+def test_a_folder_of_files_and_their_table(wide, make_spec, tmp_path):
+    pytest.importorskip("coremltools")
+    pytest.importorskip("onnxruntime")
+    spec = make_spec()
+    images = torch.randint(0, 256, (12, 3, 32, 48), dtype=torch.uint8)
+    with torch.no_grad():
+        targets = wide(normalise(images, spec)).argmax(1)
+    methods = ["coreml_int8", "onnx_int8_tensor", "onnx_int8_equalised"]
+    rows = compress_model(wide, spec, tmp_path / "small", images, images, targets, methods)
+    assert [row.method for row in rows] == ["float32", *methods]
+    assert rows[0].accuracy == rows[0].agreement == 1
+    for row in rows[1:]:
+        assert row.agreement >= 0.75
+        assert 0 < row.worst_error < 0.5
+    table = json.loads((tmp_path / "small" / "compression.json").read_text())
+    assert [row["method"] for row in table["rows"]] == ["float32", *methods]
+    files = {p.name for p in (tmp_path / "small").iterdir()}
+    assert files == {METHODS[m].filename for m in methods} | {"compression.json"}
+    with pytest.raises(FileExistsError, match="exists"):
+        compress_model(wide, spec, tmp_path / "small", images, images, targets, methods)
+    with pytest.raises(ValueError, match=r"\['int3'\]: choose from"):
+        compress_model(wide, spec, tmp_path / "x", images, images, targets, ["int3"])
+
+
+def test_the_file_names_differ():
+    assert len({m.filename for m in compression.METHODS.values()}) == len(METHODS)

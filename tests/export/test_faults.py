@@ -1,0 +1,170 @@
+"""What can go wrong around an export: nothing may be half there, and every message is of use."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mobileone.export import (
+    FORMATS,
+    ExportSpec,
+    Manifest,
+    TrainingState,
+    export_model,
+    load_runner,
+)
+from mobileone.export.preprocess import normalise
+
+__all__ = ["TrainingState"]  # for the scripts below
+
+ODD = ('the "cat", sat', "crème brûlée", "猫\t", "it's; {odd}")
+
+
+def classifier(channels, classes):
+    """Fast to convert, and not blind to where a pixel is."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(channels, 4, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, classes),
+    ).eval()
+
+
+def spec_of(channels=3, size=(32, 32), names=("a", "b", "c")):
+    return ExportSpec(
+        "x", names, (channels, *size), (0.5,) * channels, (0.25,) * channels, "bilinear", 1
+    )
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    ("channels", "size", "names"),
+    [
+        (3, (32, 32), ODD),
+        (1, (32, 32), ("only",)),
+        (4, (513, 257), ("a", "b")),
+        (3, (32, 32), tuple(f"class {i}" for i in range(20_000))),
+    ],
+    ids=["odd names", "one class, gray", "four channels, 513x257", "20,000 classes"],
+)
+def test_every_format_takes_what_is_unusual(name, channels, size, names, tmp_path):
+    pytest.importorskip({"onnx": "onnxruntime"}.get(name, "coremltools"))
+    model, spec = classifier(channels, len(names)), spec_of(channels, size, names)
+    images = torch.randint(0, 256, (2, channels, *size), dtype=torch.uint8)
+    manifest = export_model(model, spec, tmp_path / "artifact", [name], images=images)
+    assert Manifest.load(tmp_path / "artifact").spec.class_names == names
+    entry = manifest.formats[name]
+    assert entry["parity"]["status"] == "measured"
+    kind = entry["input"]["type"]
+    if name.startswith("coreml"):
+        assert kind == ("image" if channels in (1, 3) else "multi_array")
+    run, _, _ = load_runner(tmp_path / "artifact", name)
+    with torch.no_grad():
+        expected = model(normalise(images, spec))
+    if FORMATS[name].output == "probabilities":
+        expected = expected.softmax(1)
+    scale = expected.abs().max()
+    assert (run(images) - expected).abs().max() < (2e-2 if name == "coreml" else 1e-4) * scale
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions of POSIX")
+def test_a_read_only_folder_is_said(tmp_path):
+    """As a user: root may write anywhere."""
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    if os.geteuid() != 0:
+        with pytest.raises(PermissionError, match="locked"):
+            export_model(classifier(3, 3), spec_of(), locked / "artifact", ["torchscript"])
+        return
+    code = (
+        "import os, sys, tests_here as t; os.setuid(65534)\n"
+        "try: t.export_model(t.classifier(3, 3), t.spec_of(), sys.argv[1], ['torchscript'])\n"
+        "except PermissionError as error: print(error)"
+    )
+    head = (
+        "import importlib.util, sys; s = importlib.util.spec_from_file_location('tests_here', "
+        f"{__file__!r}); m = importlib.util.module_from_spec(s); sys.modules['tests_here'] = m; "
+        "s.loader.exec_module(m)\n"
+    )
+    for parent in [tmp_path, *tmp_path.parents]:  # pytest keeps its folders to itself
+        if parent.stat().st_uid == 0 and parent != Path("/"):
+            parent.chmod(parent.stat().st_mode | 0o055)
+    done = subprocess.run(
+        [sys.executable, "-c", head + code, str(locked / "artifact")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "Permission denied" in done.stdout
+    assert list(locked.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_full_disk_while_a_file_is_written_leaves_nothing(name, tmp_path, monkeypatch):
+    row = FORMATS[name]
+
+    def full(model, spec, path, metadata):
+        path.write_bytes(b"half a file")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(FORMATS, name, dataclasses.replace(row, write=full))
+    with pytest.raises(OSError, match="No space left"):
+        export_model(classifier(3, 3), spec_of(), tmp_path / "artifact", ["torchscript", name])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_disk_that_is_really_full(tmp_path):
+    """The kernel's own refusal, in the middle of a file of weights."""
+    row = FORMATS["torchscript"]
+    (tmp_path / "full").symlink_to("/dev/full")
+    with pytest.raises((OSError, RuntimeError)):
+        row.write(classifier(3, 3), spec_of(), tmp_path / "full", None)
+
+
+TWICE = """
+import importlib.util, sys
+s = importlib.util.spec_from_file_location("tests_here", sys.argv[1])
+here = importlib.util.module_from_spec(s); s.loader.exec_module(here)
+input()
+for step in range(10):
+    run = here.TrainingState(step=step, checkpoint=sys.argv[3])
+    here.export_model(here.classifier(3, 3), here.spec_of(), sys.argv[2], ["torchscript"], run,
+                      overwrite=True)
+"""
+
+
+def test_two_processes_that_export_to_one_folder_leave_one_whole_artifact(tmp_path):
+    folder = tmp_path / "artifact"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWICE, __file__, str(folder), name],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in "ab"
+    ]
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    seen = 0
+    while any(process.poll() is None for process in processes):
+        if folder.is_dir():
+            seen += 1
+            assert (folder / "manifest.json").is_file()
+    errors = [process.communicate()[1] for process in processes]
+    for process, error in zip(processes, errors, strict=True):
+        assert process.returncode == 0 or "OSError" in error or "FileExistsError" in error
+    assert seen
+    assert [p.name for p in tmp_path.iterdir()] == ["artifact"]
+    manifest = Manifest.load(folder)
+    manifest.verify(folder)
+    assert manifest.training.step == 9

@@ -1,0 +1,246 @@
+"""The reference evaluator of ML programs, and what it catches."""
+
+import copy
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import mobileone
+from mobileone.export import FORMATS, Metadata, coreml
+from mobileone.export.mlprogram import MLProgram
+from mobileone.export.mlprogram_ops import KERNELS
+from mobileone.export.parity import NotVerifiedError, Reference
+from mobileone.export.preprocess import normalise
+from mobileone.export.structure import count_kinds, fused_kinds, structure_problems
+
+pytest.importorskip("coremltools")
+
+MODEL = "Data/com.apple.CoreML/model.mlmodel"
+WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
+
+
+def digits(count=6, size=(32, 48)):
+    """Real 8-bit images: handwritten digits, each channel its own digit, so that colours count."""
+    from sklearn.datasets import load_digits
+
+    scans = torch.from_numpy(load_digits().images[: 3 * count].copy()).float()
+    scans = F.interpolate(scans.view(count, 3, 8, 8), size, mode="bilinear") * 255 / 16
+    return scans.round().to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def network(make_model):
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def reference(network, make_spec):
+    images = digits()
+    logits = network(normalise(images, make_spec())).detach()
+    return Reference(mobileone.reparameterize(network), logits, images)
+
+
+@pytest.fixture(scope="module")
+def package(reference, make_spec, tmp_path_factory):
+    path = tmp_path_factory.mktemp("package") / "model.mlpackage"
+    coreml.write(reference.model, make_spec(), path, Metadata())
+    return path
+
+
+@pytest.fixture
+def copied(package, tmp_path):
+    return Path(shutil.copytree(package, tmp_path / "model.mlpackage"))
+
+
+def faults(path, spec, reference, name="coreml"):
+    """The names of the checks that a package fails."""
+    row = FORMATS[name]
+    found = {key for key, parity in row.check(path, spec, reference).items() if not parity.accepted}
+    expected = fused_kinds(reference.model, normalise(reference.images, spec))
+    if structure_problems(count_kinds(row.operations(path)), expected):
+        found.add("structure")
+    return found
+
+
+def edit(path, change):
+    from coremltools.proto import Model_pb2
+
+    proto = Model_pb2.Model()
+    proto.ParseFromString((path / MODEL).read_bytes())
+    change(proto)
+    (path / MODEL).write_bytes(proto.SerializeToString())
+
+
+def operations_of(proto):
+    (block,) = proto.mlProgram.functions["main"].block_specializations.values()
+    return block.operations
+
+
+# -- What it answers -------------------------------------------------------------------------
+
+
+def test_a_good_package_is_the_network(package, reference, make_spec):
+    assert faults(package, make_spec(), reference) == set()
+    checks = FORMATS["coreml"].check(package, make_spec(), reference)
+    assert checks["program_parity"].max_relative_error < 1e-5
+    assert 1e-6 < checks["parity"].max_relative_error < 1e-2  # half precision shows
+    assert checks["parity"].top1_agreement == 1
+    assert checks["program_parity"].images == len(reference.images) + 2
+
+
+def test_the_answers_are_those_of_arithmetic_written_again(package, network, make_spec):
+    """Weights from the checkpoint's branches, in numpy's half precision between operations."""
+    spec, images = make_spec(), digits(2)
+    answer = MLProgram(package).predict(images)
+    x = images.numpy().astype(np.float16)
+    mean = (255 * np.array(spec.mean, np.float32)).astype(np.float16).reshape(-1, 1, 1)
+    scale = (1 / (255 * np.array(spec.std, np.float32))).astype(np.float16).reshape(-1, 1, 1)
+    x = ((x - mean) * scale).astype(np.float32)
+    fused = mobileone.reparameterize(network).half().float()
+
+    def half(tensor):
+        return tensor.half().float()
+
+    with torch.no_grad():
+        y = torch.from_numpy(x)
+        for block in fused[:2]:
+            y = half(block(y))
+        logits = half(fused[4](half(y.mean((2, 3)))))
+    assert torch.allclose(answer.logits, logits, rtol=2e-3, atol=2e-3)
+    assert torch.allclose(answer.probabilities, logits.softmax(1), atol=2e-3)
+    assert answer.labels == tuple(spec.class_names[i] for i in logits.argmax(1))
+    assert answer.classes == spec.class_names
+
+
+def test_a_gray_program_and_one_of_four_channels(make_model, make_spec, tmp_path):
+    for channels in (1, 4):
+        spec, model = make_spec(channels), make_model(channels)
+        images = torch.randint(0, 256, (3, channels, 32, 48), dtype=torch.uint8)
+        logits = model(normalise(images, spec)).detach()
+        reference = Reference(mobileone.reparameterize(model), logits, images)
+        path = tmp_path / f"{channels}.mlpackage"
+        coreml.write(reference.model, spec, path, Metadata())
+        assert faults(path, spec, reference) == set()
+
+
+def test_images_of_another_size_are_refused(package):
+    with pytest.raises(ValueError, match=r"images of \(3, 32, 48\), not \(3, 48, 32\)"):
+        MLProgram(package).predict(digits(1, (48, 32)))
+
+
+# -- What it catches -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("field", ["mean", "std"])
+def test_a_wrong_normalisation(reference, make_spec, tmp_path, field):
+    import dataclasses
+
+    value = getattr(make_spec(), field)
+    wrong = dataclasses.replace(make_spec(), **{field: (value[0] + 0.01, *value[1:])})
+    coreml.write(reference.model, wrong, tmp_path / "m.mlpackage", Metadata())
+    assert "program_parity" in faults(tmp_path / "m.mlpackage", make_spec(), reference)
+
+
+def test_rgb_declared_as_bgr(copied, reference, make_spec):
+    def change(proto):
+        image = proto.description.input[0].type.imageType
+        image.colorSpace = image.ColorSpace.Value("BGR")
+
+    edit(copied, change)
+    assert faults(copied, make_spec(), reference) == {"parity", "program_parity"}
+    images = reference.images[:, :1].expand(-1, 3, -1, -1)
+    logits = reference.model(normalise(images, make_spec())).detach()
+    gray = Reference(reference.model, logits, images)
+    assert faults(copied, make_spec(), gray) == {"program_parity"}  # gray data do not hide it
+
+
+def test_swapped_channels(reference, make_spec, tmp_path):
+    wrong = copy.deepcopy(reference.model)
+    first = next(m for m in wrong.modules() if isinstance(m, nn.Conv2d))
+    first.weight.data = first.weight.data[:, [2, 1, 0]]
+    coreml.write(wrong, make_spec(), tmp_path / "m.mlpackage", Metadata())
+    assert faults(tmp_path / "m.mlpackage", make_spec(), reference) >= {
+        "program_parity",
+        "weights_parity",
+    }
+
+
+def test_a_permuted_label_list(copied, reference, make_spec):
+    def change(proto):
+        (classify,) = [op for op in operations_of(proto) if op.type == "classify"]
+        labels = classify.inputs["classes"].arguments[0].value.immediateValue.list.values
+        first, second = (copy.deepcopy(label) for label in labels[:2])
+        labels[0].CopyFrom(second)
+        labels[1].CopyFrom(first)
+
+    edit(copied, change)
+    assert faults(copied, make_spec(), reference) == {"parity", "program_parity"}
+
+
+def test_labels_of_other_classes_are_an_error(package, reference, make_spec):
+    with pytest.raises(ValueError, match="not the model's classes"):
+        faults(package, make_spec(names=("a", "b", "z")), reference)
+
+
+@pytest.mark.parametrize("layer", ["first", "depthwise", "classifier"])
+def test_one_perturbed_weight(copied, reference, make_spec, layer):
+    """In the weight file itself: one half-precision number, 2 % larger.
+
+    The first layer's changes no answer here: its channel's ReLU is never open.
+    """
+    parameters = {"first": "0", "depthwise": "1", "classifier": "4"}
+    module = reference.model[int(parameters[layer])]
+    weight = next(p for p in module.parameters() if p.ndim > 1)
+    stored = weight.detach().half().numpy()
+    changed = stored.copy()
+    changed.flat[np.abs(stored).argmax()] *= np.float16(1.02)
+    contents = (copied / WEIGHTS).read_bytes()
+    assert contents.count(stored.tobytes()) == 1
+    (copied / WEIGHTS).write_bytes(contents.replace(stored.tobytes(), changed.tobytes()))
+    assert "weights_parity" in faults(copied, make_spec(), reference)
+
+
+def test_a_layer_left_unfused(network, reference, make_spec, tmp_path):
+    class Branches(nn.Module):
+        """What a block computes, branch by branch."""
+
+        def __init__(self, block):
+            super().__init__()
+            self.branches = nn.ModuleList([*block.conv_kxk, block.conv_scale])
+
+        def forward(self, x):
+            return torch.relu(sum(branch(x) for branch in self.branches))
+
+    partly = copy.deepcopy(reference.model)
+    partly[0] = Branches(network[0]).eval()
+    coreml.write(partly, make_spec(), tmp_path / "m.mlpackage", Metadata())
+    found = faults(tmp_path / "m.mlpackage", make_spec(), reference)
+    assert "structure" in found
+    assert "parity" not in found  # the function is the same
+
+
+# -- What it does not know -------------------------------------------------------------------
+
+
+def test_an_unknown_operation_is_not_verified_and_never_passed(
+    package, reference, make_spec, monkeypatch
+):
+    monkeypatch.delitem(KERNELS, "relu")
+    checks = FORMATS["coreml"].check(package, make_spec(), reference)
+    for parity in (checks["parity"], checks["program_parity"]):
+        assert parity.status == "not verified"
+        assert "does not know the operation `relu`" in parity.reason
+        assert parity.max_relative_error is None
+
+
+def test_an_unknown_argument_is_not_verified(package, monkeypatch):
+    monkeypatch.setitem(KERNELS, "relu", lambda x, leak: x)
+    with pytest.raises(NotVerifiedError, match="`relu` with"):
+        MLProgram(package).predict(digits(1))
+    with pytest.raises(NotImplementedError, match="same"):
+        KERNELS["conv"](torch.ones(1), torch.ones(1), [1], "same", [0], [1], 1)
