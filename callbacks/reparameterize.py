@@ -190,14 +190,12 @@ class ReparameterizeOnSave(ModelCheckpoint):
         """Let an export end that was under way."""
         super().on_exception(trainer, pl_module, exception)
         self._report(_without_raising(lambda: self._drain(trainer)))
+        self._leave()  # after Ctrl-C Lightning does not tear callbacks down
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no process and no lock behind."""
         super().teardown(trainer, pl_module, stage)
-        if self._exports is not None:
-            self._exports.stop()
-            self._exports = None
-        self._hold.close()
+        self._leave()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
@@ -329,6 +327,12 @@ class ReparameterizeOnSave(ModelCheckpoint):
                 "replaced, the others stay and do not count as best"
             )
         return None
+
+    def _leave(self) -> None:
+        if self._exports is not None:
+            self._exports.stop()
+            self._exports = None
+        self._hold.close()
 
     def _publish(
         self,

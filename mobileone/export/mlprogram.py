@@ -67,7 +67,8 @@ class _Operation:
 
     @property
     def constant(self) -> bool:
-        return self.type == "const"
+        """True for values that do not depend on the image: literals and packed weights."""
+        return self.type == "const" or self.type.startswith("constexpr_")
 
 
 class _Name(str):
@@ -105,12 +106,12 @@ class MLProgram:
 
     def operations(self) -> Counter[str]:
         """How often each operation stands in the program; constants do not count."""
-        return Counter(op.type for op in self._operations if not op.constant)
+        return Counter(op.type for op in self._operations if op.type != "const")
 
     def weights(self) -> list[Tensor]:
         """The weights of its convolutions and linear layers, in order of execution."""
         constants = {
-            op.outputs[0][0]: op.arguments["val"] for op in self._operations if op.constant
+            op.outputs[0][0]: op.arguments["val"] for op in self._operations if op.type == "const"
         }
         return [
             _resolve(op.arguments["weight"], constants)
@@ -126,7 +127,11 @@ class MLProgram:
             NotVerifiedError: an operation or an argument is unknown.
             ValueError: the images are not of the program's size.
         """
-        rows = [self._run(self._pixels(image), rounding) for image in images]
+        fixed: dict[str, Any] = {}
+        for operation in self._operations:
+            if operation.constant:
+                self._execute(operation, fixed, rounding)
+        rows = [self._run(self._pixels(image), fixed, rounding) for image in images]
         labels, classes, probabilities, logits = zip(*rows, strict=True)
         return Prediction(labels, classes[0], torch.cat(probabilities), torch.cat(logits))
 
@@ -146,28 +151,39 @@ class MLProgram:
             raise ValueError(f"the program takes images of {shape}, not {tuple(image.shape)}")
         return (image.flip(0) if order == "BGR" else image)[None].float()
 
-    def _run(self, pixels: Tensor, rounding: bool) -> tuple[str, tuple[str, ...], Tensor, Tensor]:
-        values: dict[str, Any] = {self._input.name: pixels}
+    def _run(
+        self, pixels: Tensor, fixed: Mapping[str, Any], rounding: bool
+    ) -> tuple[str, tuple[str, ...], Tensor, Tensor]:
+        values: dict[str, Any] = {**fixed, self._input.name: pixels}
         softmax_of: dict[str, Tensor] = {}
         for operation in self._operations:
-            given = {k: _resolve(v, values) for k, v in operation.arguments.items()}
+            if operation.constant:
+                continue
             if operation.type == "classify":
+                given = {k: _resolve(v, values) for k, v in operation.arguments.items()}
                 source = operation.arguments["probabilities"]
                 if source not in softmax_of:
                     raise NotVerifiedError("probabilities that are not those of a softmax")
                 probabilities, classes = given["probabilities"], tuple(given["classes"])
                 label = classes[int(probabilities.argmax())]
                 return label, classes, probabilities, softmax_of[source]
-            ((name, kind),) = operation.outputs
-            value = given["val"] if operation.constant else _call(operation.type, given)
-            if rounding and kind == "FLOAT16":
-                value = value.half().float()
-            values[name] = value
+            name = self._execute(operation, values, rounding)
             if operation.type == "softmax":
-                softmax_of[name] = given["x"]
+                softmax_of[name] = values[operation.arguments["x"]]
             elif operation.type == "cast" and operation.arguments["x"] in softmax_of:
                 softmax_of[name] = softmax_of[operation.arguments["x"]]
         raise NotVerifiedError("a program without `classify`")
+
+    @staticmethod
+    def _execute(operation: _Operation, values: dict[str, Any], rounding: bool) -> str:
+        """Put the output of an operation among the values; returns its name."""
+        given = {k: _resolve(v, values) for k, v in operation.arguments.items()}
+        ((name, kind),) = operation.outputs
+        value = given["val"] if operation.type == "const" else _call(operation.type, given)
+        if rounding and kind == "FLOAT16":
+            value = torch.as_tensor(value).half().float()
+        values[name] = value
+        return name
 
     # -- Reading ------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """torch.export: a `.pt2` program that maps normalised images to logits."""
 
+import io
 import json
 from collections import Counter
 from pathlib import Path
@@ -37,7 +38,10 @@ def write(model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata) ->
         Description of the input and the output for the manifest.
     """
     extra = {"spec.json": json.dumps(spec.to_dict(), ensure_ascii=False)}
-    torch.export.save(program_of(model, spec), path, extra_files=extra)
+    # through memory: on a full disk PyTorch's own writer ends the process, Python's raises
+    contents = io.BytesIO()
+    torch.export.save(program_of(model, spec), contents, extra_files=extra)
+    path.write_bytes(contents.getbuffer())
     return tensor_interface(spec)
 
 

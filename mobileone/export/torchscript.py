@@ -1,5 +1,6 @@
 """TorchScript: a traced module that maps normalised images to logits."""
 
+import io
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -33,7 +34,10 @@ def write(model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata) ->
     with warnings.catch_warnings():
         _ignore_deprecation()
         traced = torch.jit.trace(model, example, check_trace=False)
-        torch.jit.save(traced, path)
+        # through memory: on a full disk PyTorch's own writer ends the process, Python's raises
+        contents = io.BytesIO()
+        torch.jit.save(traced, contents)
+    path.write_bytes(contents.getbuffer())
     return tensor_interface(spec)
 
 
