@@ -88,7 +88,12 @@ def export_model(
             interface = target.write(fused, spec, path, metadata)
             checks = target.check(path, spec, checked)
             written = target.operations(path)
-            problems += _problems(name, checks, count_kinds(written), expected)
+            judged = checks
+            if not given and "program_parity" in checks:
+                # a trained network may overflow half precision on images unlike any it has seen:
+                # that is reported, and the exact checks decide
+                judged = {key: value for key, value in checks.items() if key != "parity"}
+            problems += _problems(name, judged, count_kinds(written), expected)
             files = describe_files(path)
             entries[name] = {
                 "path": target.filename,
