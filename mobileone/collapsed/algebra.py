@@ -115,7 +115,7 @@ def collapse(branches: Branches, mean: Tensor, var: Tensor) -> Collapsed:
     scale = branches.gamma * (var + branches.eps).rsqrt()
     weight = (scale[: len(kernels), ..., None] * kernels).sum(0)
     if centre is not None:
-        weight[:, torch.arange(len(centre)), centre] += scale[-1]
+        weight[:, torch.arange(len(centre), device=centre.device), centre] += scale[-1]
     bias = branches.beta - torch.matmul(weight, mean[:, :, None]).squeeze(-1)
     return Collapsed(weight, bias, var, scale)
 
@@ -136,7 +136,7 @@ def pull_back(
     count, a = len(kernels), folded.scale
     da = (weight_grad * kernels).sum(-1)  # (B, G, O)
     if centre is not None:
-        own = weight_grad[:, torch.arange(len(centre)), centre]
+        own = weight_grad[:, torch.arange(len(centre), device=centre.device), centre]
         da = torch.cat((da, own[None]))
     inverse = (folded.var + branches.eps).rsqrt()
     dv = -0.5 * da * a * inverse.square()
