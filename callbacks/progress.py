@@ -15,10 +15,16 @@ class EpochLines(Callback):
 
     def __init__(self) -> None:
         self._started = 0.0
+        self._validated = False
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._started = time.monotonic()
+        self._validated = False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember that the metrics of a validation are new."""
+        self._validated = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the line."""
@@ -27,7 +33,7 @@ class EpochLines(Callback):
         shown = {
             name: value
             for name, value in trainer.callback_metrics.items()
-            if name == "train/loss_epoch" or name.startswith("val/")
+            if name == "train/loss_epoch" or (self._validated and name.startswith("val/"))
         }
         metrics = "  ".join(f"{name} {float(value):.4g}" for name, value in sorted(shown.items()))
         epochs = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
