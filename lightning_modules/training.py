@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -173,6 +174,7 @@ class TrainingCLI(LightningCLI):
                 f"the checkpoint {config.ckpt_path} holds a {trained}, not a {config.model.model}: "
                 f"leave --model.model out or set it to {trained}"
             )
+        _check_validations(config.trainer)
         config.weights_only = True  # a checkpoint holds tensors and primitives, nothing to run
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -241,6 +243,17 @@ class TrainingCLI(LightningCLI):
             if found is not None:
                 return found
         return RunFolder.create(config.run.root, config.run.name or config.model.model)
+
+
+def _check_validations(trainer: Namespace) -> None:
+    """Refuse a training that would end with nothing validated, and so with nothing saved."""
+    epochs, every = trainer.max_epochs, trainer.check_val_every_n_epoch
+    if not trainer.fast_dev_run and epochs and every and 0 < epochs < every:
+        raise UsageError(
+            f"the training ends at --trainer.max_epochs {epochs}, before the first validation at "
+            f"--trainer.check_val_every_n_epoch {every}: nothing would be saved; set the latter to "
+            f"{epochs} or less"
+        )
 
 
 def _millions(module: nn.Module) -> str:

@@ -20,7 +20,7 @@ from lightning_modules.run_folder import RunFolder
 
 TINY = (
     "--config quickstart --model.model mobileone_mu0 --model.warmup_epochs 0 "
-    "--trainer.limit_train_batches 4 "
+    "--trainer.limit_train_batches 4 --trainer.check_val_every_n_epoch 1 "
     "--trainer.limit_val_batches 2 --trainer.limit_test_batches 2 --data.batch_size 32 "
     "--data.num_workers 0 --trainer.log_every_n_steps 1 --checkpoint.formats [torchscript] "
     "--checkpoint.background false "
@@ -282,6 +282,7 @@ def test_explicit_flag_wins_over_the_checkpoint(trained, tmp_path, monkeypatch):
         (["fti"], "unknown subcommand 'fti'; choose one of: fit, validate"),
         (["fit"], "root is not set"),
         (["fit", "--data.root", "nowhere"], "nowhere"),
+        (["fit", "--config", "quickstart", "--trainer.max_epochs", "1"], "before the first valid"),
         (["fit", "--data.dataset", "digits", "--model.model", "mobilone_s0"], "mobileone_s0"),
         (["fit", "--config", "quickstrat"], "quickstrat"),
         (["fit", "--data.dataset", "digits", "--ckpt_path", "no.ckpt"], "no.ckpt"),
