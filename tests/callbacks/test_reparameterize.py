@@ -671,15 +671,17 @@ callback = here.ReparameterizeOnSave(
 trainer = here.fit(
     Unequal(), callback, folder, max_epochs=3, devices=2, strategy="ddp", num_nodes=1
 )
-print(trainer.global_rank, callback.best_model_path, callback.last_error, flush=True)
+# not to the standard output, where lines of two processes mix
+result = f"{trainer.global_rank} {callback.best_model_path} {callback.last_error}"
+(folder.parent / f"rank-{trainer.global_rank}.txt").write_text(result)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("outcome", ["works", "fails"])
 def test_two_processes_agree(tmp_path, folder, outcome):
-    out = run_script(tmp_path / "processes.py", PROCESSES, folder, outcome, timeout=180)
-    lines = sorted(line for line in out.splitlines() if line[:2] in ("0 ", "1 "))
+    run_script(tmp_path / "processes.py", PROCESSES, folder, outcome, timeout=180)
+    lines = [(folder.parent / f"rank-{rank}.txt").read_text() for rank in (0, 1)]
     assert [line[0] for line in lines] == ["0", "1"]
     assert lines[0][2:] == lines[1][2:]
     assert ("no such operator" in lines[0]) == (outcome == "fails")
@@ -711,7 +713,8 @@ def test_families_that_timm_can_fuse(make, tmp_path, folder, model):
             return DataLoader(TensorDataset(x, y), batch_size=4)
 
     module = Timm()
-    callback = make(formats=["torchscript", "coreml"], strict=True)
+    # a barely trained network can exceed float16, which is then rightly refused
+    callback = make(formats=["torchscript", "coreml_fp32"], strict=True)
     fit(module, callback, tmp_path)
     artifact, manifest = load_torchscript_artifact(folder / "last")
     assert manifest.formats["torchscript"]["parity"]["max_relative_error"] < 1e-3
