@@ -234,7 +234,8 @@ class TrainingCLI(LightningCLI):
     def _say_how_to_continue(self) -> None:
         last = None if self.run is None else self.run.checkpoints / "last.ckpt"
         if self.subcommand == "fit" and last is not None and last.exists():
-            print(f"to continue: mobileone fit --ckpt_path {shlex.quote(str(last))}")
+            # a line of its own, wherever the progress bar was stopped
+            print(f"\nto continue: mobileone fit --ckpt_path {shlex.quote(str(last))}")
 
     def _run_folder(self) -> RunFolder:
         config = self.config[self.subcommand]
