@@ -4,14 +4,13 @@ One behind a ReLU that is never open changes no answer, so that comparing answer
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from mobileone.export.layers import layers_in_order
 from mobileone.export.mlprogram import MLProgram
 from mobileone.export.parity import NotVerifiedError, Parity, Reference
 from mobileone.export.preprocess import normalise
@@ -46,7 +45,7 @@ def weights_parity(
         NotVerifiedError: the layers are not the network's, so that they cannot be told apart.
     """
     written = [_Layer(*layer) for layer in MLProgram(path).layers()]
-    with _layers_in_order(reference.model) as modules:
+    with layers_in_order(reference.model) as modules:
         reference.model(normalise(reference.images[:1], spec))
     own = [_Layer(module.weight, module.bias) for module in modules]
     if Counter(w.weight.shape for w in written) != Counter(o.weight.shape for o in own):
@@ -93,19 +92,3 @@ def _relative(written: Tensor, expected: Tensor, precision: torch.dtype) -> floa
     step = kind.smallest_normal * kind.eps
     error = ((written - expected).abs() - step).clamp_min(0) / expected.abs().clamp_min(step)
     return float(error.nan_to_num(nan=torch.inf).max())
-
-
-@contextmanager
-def _layers_in_order(model: nn.Module) -> Iterator[list[nn.Conv2d | nn.Linear]]:
-    """The convolutions and linear layers in the order in which a forward pass calls them."""
-    layers: list[nn.Conv2d | nn.Linear] = []
-    handles = [
-        module.register_forward_hook(lambda layer, *_: layers.append(layer))
-        for module in model.modules()
-        if isinstance(module, (nn.Conv2d, nn.Linear))
-    ]
-    try:
-        yield layers
-    finally:
-        for handle in handles:
-            handle.remove()
