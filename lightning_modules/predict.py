@@ -76,7 +76,8 @@ def predict_folder(
         images: a folder (searched recursively), an image, a glob pattern, or a list of these.
         output: the CSV file to write (UTF-8); its folder is created.
         format: which file of an artifact folder runs, a name of `mobileone.export.FORMATS`; None
-            takes the first that this machine can run. Core ML files run anywhere, though slowly off a Mac.
+            takes the first that this machine can run. Core ML files run anywhere, though slowly
+            off a Mac.
         top_k: how many classes to name; None for the probabilities of all of them.
         skip_unreadable: leave unreadable files out of the CSV; the summary still names them.
         batch_size: images a step.

@@ -6,6 +6,7 @@ biases (`correct.py`) bring most of it back.
 """
 
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -28,6 +29,8 @@ from mobileone.export.spec import ExportSpec
 
 __all__ = ["DEFAULT_METHODS", "METHODS", "Method", "Row", "compress_model"]
 
+
+_CORRECTED = "_corrected"  # how the name of a method ends that corrects biases
 
 # Writes the second path from the first; gets calibration images, normalised
 Compress = Callable[[Path, Path, Tensor], None]
@@ -127,7 +130,11 @@ def compress_model(
             if not source.exists():
                 kind.write(network, spec, source, Metadata())
             path = staged / f"{name}{kind.suffix}"
-            method.compress(source, path, inputs)
+            plain = staged / f"{name.removesuffix(_CORRECTED)}{kind.suffix}"
+            if method.corrected and plain.exists():
+                _copy(plain, path)
+            else:
+                method.compress(source, path, inputs)
             if method.corrected:
                 kind.correct(method.compress, network, spec, source, path, inputs)
             answers = kind.runner(path, spec)(images)
@@ -139,6 +146,13 @@ def compress_model(
         (staged / "compression.json").write_text(json.dumps(table, indent=2) + "\n")
         publish_folder(staged, directory)
     return rows
+
+
+def _copy(source: Path, path: Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, path)
+    else:
+        shutil.copy(source, path)
 
 
 def _row(name: str, size: int, answers: Tensor, expected: Tensor, targets: Tensor) -> Row:
@@ -167,7 +181,7 @@ _PLAIN: dict[str, tuple[str, Compress]] = {
 }
 
 METHODS = {
-    f"{name}{'_equalised' * equalised}{'_corrected' * corrected}": Method(
+    f"{name}{'_equalised' * equalised}{_CORRECTED * corrected}": Method(
         kind, compress, equalised, corrected
     )
     for name, (kind, compress) in _PLAIN.items()
