@@ -7,7 +7,7 @@ from typing import Any
 
 from mobileone.export.artifact import REJECTED
 from mobileone.export.manifest import MANIFEST_NAME
-from mobileone.export.publish import discard, point_link
+from mobileone.export.publish import discard, point_link, publish_file, staging
 
 __all__ = ["CheckpointFolder"]
 
@@ -78,7 +78,10 @@ class CheckpointFolder:
     def record_error(self, checkpoint: str, error: str, training: Mapping[str, Any]) -> None:
         """Note beside the checkpoint why it has no artifact, and what a later attempt needs."""
         text = json.dumps({"error": error, "training": training}, indent=2)
-        self._error_file(checkpoint).write_text(text + "\n", encoding="utf-8")
+        with staging(self.path) as folder:
+            beside = folder / self._error_file(checkpoint).name
+            beside.write_text(text + "\n", encoding="utf-8")
+            publish_file(beside, self._error_file(checkpoint))
 
     def recorded_error(self, checkpoint: str) -> dict[str, Any] | None:
         """What `record_error` noted, or None."""

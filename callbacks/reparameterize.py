@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from callbacks.checkpoint_folder import CheckpointFolder
 from callbacks.exports import Exports, Outcome, Request
 from mobileone.export import ExportSpec, Manifest, Metadata, TrainingState
+from mobileone.export.checkpoint import IMAGES_KEY
 from mobileone.export.formats import DEFAULT_FORMATS, check_formats
 from mobileone.export.manifest import MANIFEST_NAME
 from mobileone.export.preprocess import denormalise
@@ -48,7 +49,8 @@ class ReparameterizeOnSave(ModelCheckpoint):
     validation waits for it, and so does the end of the fit; a worker that dies or hangs is a
     failed export.
 
-    Every format is compared with the network on the first validation images. An artifact above a
+    Every format is compared with the network on the first validation images, which are kept in the
+    checkpoint for later exports (unless `save_weights_only`). An artifact above a
     format's tolerance is not published: it is a failed export, and its files stay in
     `<name>.rejected/` for a look. Errors and sizes go to the loggers as `export/<format>/...`.
 
@@ -160,6 +162,13 @@ class ReparameterizeOnSave(ModelCheckpoint):
         """Keep the first images of the fit to compare the files on."""
         if self._images is None and batch_idx == 0 and trainer.is_global_zero:
             self._images = _pixels_of(batch, _spec_of(pl_module))
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """So that a later export of the file alone is compared on the same images."""
+        if self._images is not None:
+            checkpoint[IMAGES_KEY] = self._images
 
     def on_train_batch_end(
         self,

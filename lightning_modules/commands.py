@@ -1,5 +1,6 @@
 """The subcommands that need no Trainer: predict, export, inspect, compress, benchmark."""
 
+import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +21,13 @@ __all__ = [
     "predict_parser",
 ]
 
+_ARTIFACT = "artifact"
+
 
 def predict(name: str, argv: list[str]) -> None:
     """Run `mobileone predict`."""
-    options = predict_parser(name).parse_args(argv)
+    options = predict_parser(name).parse_args(_source_first(argv))
+    del options[_ARTIFACT]
     from lightning_modules.predict import predict_folder
 
     summary = _answer(name, predict_folder, options)
@@ -36,12 +40,27 @@ def predict_parser(name: str) -> ArgumentParser:
     """Arguments of `mobileone predict`."""
     from lightning_modules.predict import predict_folder
 
-    return _parser_of(
+    parser = _parser_of(
         name,
         predict_folder,
-        "Label images with a checkpoint (.ckpt) or an artifact folder, into a CSV file. "
-        "Example: mobileone predict runs/quickstart/latest/checkpoints/best photos/ out.csv",
+        "Label images with a checkpoint (.ckpt), an artifact folder or any file of one, into a CSV "
+        "file. Example: mobileone predict runs/quickstart/latest/checkpoints/best photos/ out.csv",
     )
+    parser.add_argument(
+        f"--{_ARTIFACT}",
+        metavar="SOURCE",
+        help="the source, in place of the first argument",
+    )
+    return parser
+
+
+def _source_first(argv: list[str]) -> list[str]:
+    """`--artifact SOURCE IMAGES OUTPUT`, in any order, as `SOURCE IMAGES OUTPUT`."""
+    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    named.add_argument(f"--{_ARTIFACT}")
+    found, rest = named.parse_known_args(argv)
+    source = getattr(found, _ARTIFACT)
+    return argv if source is None else [source, *rest]
 
 
 def export(name: str, argv: list[str]) -> None:

@@ -30,7 +30,8 @@ def compress_checkpoint(
         data: folder with ``train/<class>/*`` (for calibration) and ``val/<class>/*`` (for
             accuracy).
         directory: the folder to create.
-        methods: names from ``mobileone.export.compression.METHODS``; null for all.
+        methods: names from ``mobileone.export.compression.METHODS``; null for those that may be
+            of use.
         calibration: how many training images the ranges of activations are taken from.
         limit: at most so many validation images; null for all.
 

@@ -16,8 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_modules.images import IMAGE_SUFFIXES, color_mode, read_image, why_unreadable
 from lightning_modules.table import PredictionTable
 from lightning_modules.transforms import Transform, eval_transform
-from mobileone.export import FORMATS, ExportSpec, load_runner, load_torchscript_artifact
+from mobileone.export import FORMATS, ExportSpec, load_runner, torchscript
 from mobileone.export.checkpoint import load_model, read_checkpoint
+from mobileone.export.loading import FILE_SUFFIXES
+from mobileone.export.manifest import MANIFEST_NAME
 from mobileone.export.parity import Runner
 from mobileone.export.preprocess import denormalise
 
@@ -28,9 +30,9 @@ Classifier = Callable[[Tensor], Tensor]
 _CPU = torch.device("cpu")
 
 _SOURCES = (
-    "a checkpoint (….ckpt) of one of your runs, or an artifact folder (the one with manifest.json)"
+    "a checkpoint (….ckpt) of one of your runs, an artifact folder (the one with manifest.json), "
+    f"or a file of one ({', '.join(FILE_SUFFIXES)})"
 )
-_ARTIFACT_PARTS = (*(row.filename for row in FORMATS.values()), "manifest.json")
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,12 @@ def predict_folder(
     before an interruption stay beside it in ``<output>.partial``.
 
     Args:
-        source: a checkpoint (``.ckpt``) or an artifact folder.
+        source: a checkpoint (``.ckpt``), an artifact folder, or a file of one.
         images: a folder (searched recursively), an image, a glob pattern, or a list of these.
         output: the CSV file to write (UTF-8); its folder is created.
-        format: which file of an artifact runs, a name of `mobileone.export.FORMATS`; None takes the
-            first that this machine can run. Core ML files run anywhere, though slowly off a Mac.
+        format: which file of an artifact folder runs, a name of `mobileone.export.FORMATS`; None
+            takes the first that this machine can run. Core ML files run anywhere, though slowly
+            off a Mac.
         top_k: how many classes to name; None for the probabilities of all of them.
         skip_unreadable: leave unreadable files out of the CSV; the summary still names them.
         batch_size: images a step.
@@ -121,8 +124,8 @@ def load_classifier(
     A checkpoint gives the weights of its ``state_dict``: the averaged ones if there are any.
 
     Args:
-        source: a checkpoint or an artifact folder.
-        format: which file of an artifact; None takes the first that can run.
+        source: a checkpoint, an artifact folder, or a file of one.
+        format: which file of a folder; None takes the first that can run.
         device: for checkpoints and TorchScript; the other files run on the CPU.
 
     Raises:
@@ -132,16 +135,13 @@ def load_classifier(
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{str(path)!r} does not exist. Give {_SOURCES}.")
-    if path.name.endswith(_ARTIFACT_PARTS):
-        raise ValueError(
-            f"{str(path)!r} is a part of an artifact. Give the artifact's folder: "
-            f"{str(path.parent)!r}."
-        )
-    if path.is_dir():
-        run, name, manifest = load_runner(path, format)
-        if name == "torchscript":
-            return _on(load_torchscript_artifact(path)[0], device), manifest.spec
-        return _of_pixels(run, name, manifest.spec), manifest.spec
+    if path.name == MANIFEST_NAME:
+        path = path.parent
+    if path.is_dir() or path.suffix in FILE_SUFFIXES:
+        loaded = load_runner(path, format)
+        if loaded.format == "torchscript":
+            return _on(torchscript.load(loaded.file), device), loaded.spec
+        return _of_pixels(loaded.run, loaded.format, loaded.spec), loaded.spec
     if format is not None:
         raise ValueError(f"format={format!r} is for artifact folders; {str(path)!r} is a file.")
     model, spec = load_model(_contents(path), path)

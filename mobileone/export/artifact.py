@@ -10,18 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from mobileone.deploy import reparameterize
-from mobileone.export import torchscript
 from mobileone.export.formats import DEFAULT_FORMATS, FORMATS, check_formats
 from mobileone.export.isolation import isolated
 from mobileone.export.manifest import Manifest, TrainingState, describe_files
 from mobileone.export.metadata import Metadata
-from mobileone.export.parity import NotVerifiedError, Parity, Reference, Runner, fixed_images
+from mobileone.export.parity import Parity, Reference, fixed_images
 from mobileone.export.preprocess import normalise
 from mobileone.export.publish import discard, publish_folder, staging
 from mobileone.export.spec import ExportSpec
 from mobileone.export.structure import count_kinds, fused_kinds, structure_problems, unfused_layers
 
-__all__ = ["REJECTED", "RejectedError", "export_model", "load_runner", "load_torchscript_artifact"]
+__all__ = ["REJECTED", "RejectedError", "export_model"]
 
 REJECTED = ".rejected"  # what a folder that failed its checks is called, after its name
 
@@ -54,7 +53,8 @@ def export_model(
         formats: names from `FORMATS`.
         run: where in training the weights come from.
         metadata: author, licence, description, version.
-        images: 8-bit images (N, C, H, W) for the parity check; None takes synthetic ones.
+        images: 8-bit images (N, C, H, W) for the parity check, such as the model was trained on:
+            a trained network may overflow half precision on others. None takes synthetic ones.
         overwrite: replace an existing `directory`.
 
     Returns:
@@ -88,12 +88,7 @@ def export_model(
             interface = target.write(fused, spec, path, metadata)
             checks = target.check(path, spec, checked)
             written = target.operations(path)
-            judged = checks
-            if not given and "program_parity" in checks:
-                # a trained network may overflow half precision on images unlike any it has seen:
-                # that is reported, and the exact checks decide
-                judged = {key: value for key, value in checks.items() if key != "parity"}
-            problems += _problems(name, judged, count_kinds(written), expected)
+            problems += _problems(name, checks, count_kinds(written), expected)
             files = describe_files(path)
             entries[name] = {
                 "path": target.filename,
@@ -133,63 +128,11 @@ def _problems(
 ) -> list[str]:
     """Why a file must not ship."""
     measured = [
-        f"{name}: {check.replace('_', ' ')}: relative error {parity.max_relative_error:.2g} of the "
-        f"{parity.kind} is above {parity.tolerance:g}"
+        f"{name}: {check.replace('_', ' ')}: {problem}"
         for check, parity in checks.items()
-        if not parity.accepted
+        if (problem := parity.problem())
     ]
     return measured + [f"{name}: {p}" for p in structure_problems(written, expected)]
-
-
-def load_torchscript_artifact(path: str | Path) -> tuple[nn.Module, Manifest]:
-    """The TorchScript module of an artifact folder, its files verified, and the manifest.
-
-    The module maps normalised float images (N, C, H, W) to logits (N, classes), on the CPU.
-
-    Raises:
-        FileNotFoundError: `path` is not an artifact folder, or holds no TorchScript file.
-        ValueError: a file does not match the manifest.
-    """
-    path = Path(path)
-    manifest = Manifest.load(path)
-    if "torchscript" not in manifest.formats:
-        raise FileNotFoundError(
-            f"{path} holds {sorted(manifest.formats)} and no `torchscript`: export it again with "
-            "`torchscript` among its formats"
-        )
-    manifest.verify(path)
-    return torchscript.load(path / manifest.formats["torchscript"]["path"]), manifest
-
-
-def load_runner(path: str | Path, name: str | None = None) -> tuple[Runner, str, Manifest]:
-    """A file of an artifact folder as a function, all files verified.
-
-    Args:
-        path: the artifact folder.
-        name: which format; None takes the first of `FORMATS` that this machine can run.
-
-    Returns:
-        Function of 8-bit images (N, C, H, W) -> logits or probabilities (N, classes), on the CPU;
-        the name of its format; the manifest.
-
-    Raises:
-        FileNotFoundError: `path` is not an artifact folder, or holds no file of that format.
-        ValueError: a file does not match the manifest, or none can be run here.
-    """
-    path = Path(path)
-    manifest = Manifest.load(path)
-    present = [n for n in FORMATS if n in manifest.formats]
-    if name is not None and name not in present:
-        raise FileNotFoundError(f"{path} holds {present} and no {name!r}: export it again with it")
-    manifest.verify(path)
-    reasons = []
-    for candidate in present if name is None else [name]:
-        file = path / manifest.formats[candidate]["path"]
-        try:
-            return FORMATS[candidate].runner(file, manifest.spec), candidate, manifest
-        except (ImportError, NotVerifiedError) as error:
-            reasons.append(f"{candidate}: {error}")
-    raise ValueError(f"no file of {path} can be run here: {'; '.join(reasons)}")
 
 
 def _inference_copy(model: nn.Module) -> nn.Module:

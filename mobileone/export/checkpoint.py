@@ -14,8 +14,9 @@ from mobileone.export.manifest import Manifest, TrainingState
 from mobileone.export.metadata import Metadata
 from mobileone.export.spec import ExportSpec
 
-__all__ = ["export_checkpoint", "load_model", "model_weights", "read_checkpoint"]
+__all__ = ["IMAGES_KEY", "export_checkpoint", "load_model", "model_weights", "read_checkpoint"]
 
+IMAGES_KEY = "export_images"  # in a checkpoint: validation images, 8-bit (N, C, H, W)
 _COMPILED = "_orig_mod."  # what torch.compile puts before a module's names
 
 
@@ -28,6 +29,9 @@ def export_checkpoint(
     overwrite: bool = False,
 ) -> Manifest:
     """Publish the artifact `directory` from a checkpoint that `ImageClassifier` wrote.
+
+    The files are compared with the network on the validation images that the checkpoint brings
+    along, or on synthetic ones if it has none.
 
     Args:
         checkpoint: the `.ckpt` file; its `state_dict` (the averaged weights, if they were
@@ -48,7 +52,16 @@ def export_checkpoint(
     run = TrainingState(
         epoch=contents.get("epoch"), step=contents.get("global_step"), checkpoint=path.name
     )
-    return export_model(model, spec, directory, formats, run, metadata, overwrite=overwrite)
+    return export_model(
+        model,
+        spec,
+        directory,
+        formats,
+        run,
+        metadata,
+        images=contents.get(IMAGES_KEY),
+        overwrite=overwrite,
+    )
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """Smaller files: quantised weights for Core ML, 8-bit arithmetic for ONNX, and what they cost.
 
-A method is a row of `METHODS`. Reparameterized networks lose more to 8 bits than others, because
-folding gives neighbouring channels very different ranges; per-channel weights and equalised
-ranges (`equalise.py`) are what mends it here.
+A method is a row of `METHODS`: a plain one, and what may mend it. Reparameterized networks lose
+more to 8 bits than others; per-channel weights, equalised ranges (`equalise.py`) and corrected
+biases (`correct.py`) bring most of it back.
 """
 
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -16,19 +17,23 @@ from typing import Any
 from torch import Tensor, nn
 
 from mobileone.deploy import reparameterize
-from mobileone.export import coreml, onnx
+from mobileone.export import compress_coreml, compress_onnx, coreml, onnx
 from mobileone.export.equalise import equalise
-from mobileone.export.extras import need
 from mobileone.export.isolation import isolated
 from mobileone.export.manifest import describe_files
 from mobileone.export.metadata import Metadata
 from mobileone.export.parity import Runner
 from mobileone.export.preprocess import normalise
 from mobileone.export.publish import publish_folder, staging
-from mobileone.export.quiet import quiet
 from mobileone.export.spec import ExportSpec
 
-__all__ = ["METHODS", "Method", "Row", "compress_model"]
+__all__ = ["DEFAULT_METHODS", "METHODS", "Method", "Row", "compress_model"]
+
+
+_CORRECTED = "_corrected"  # how the name of a method ends that corrects biases
+
+# Writes the second path from the first; gets calibration images, normalised
+Compress = Callable[[Path, Path, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -36,16 +41,26 @@ class Method:
     """One way to make a file smaller.
 
     Attributes:
-        filename: of what it writes.
-        base: `coreml` or `onnx`, the file that it starts from.
-        compress: writes the second path from the first; gets calibration images, normalised.
-        equalised: equalise the network's weight ranges first.
+        kind: `coreml` or `onnx`, the file that it starts from.
+        compress: writes the smaller file.
+        equalised: equalise the network's weight ranges first (`equalise.py`).
+        corrected: correct the biases afterwards (`correct.py`).
     """
 
-    filename: str
-    base: str
-    compress: Callable[[Path, Path, Tensor], None]
-    equalised: bool = False
+    kind: str
+    compress: Compress
+    equalised: bool
+    corrected: bool
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of file: how it is called, written, run, and corrected."""
+
+    suffix: str
+    write: Callable[[nn.Module, ExportSpec, Path, Metadata], Any]
+    runner: Callable[[Path, ExportSpec], Runner]
+    correct: Callable[[Compress, nn.Module, ExportSpec, Path, Path, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -85,14 +100,14 @@ def compress_model(
         calibration: 8-bit training images (M, C, H, W), for methods that need activations.
         images: 8-bit validation images (N, C, H, W).
         targets: their classes, (N,).
-        methods: names from `METHODS`; None takes all.
+        methods: names from `METHODS`; None takes `DEFAULT_METHODS`.
 
     Raises:
         FileExistsError: `directory` exists.
         ValueError: an unknown method.
         ImportError: a package is missing; names the pip command.
     """
-    chosen = list(METHODS) if methods is None else list(methods)
+    chosen = list(DEFAULT_METHODS if methods is None else methods)
     if unknown := sorted(set(chosen) - set(METHODS)):
         raise ValueError(f"unknown methods {unknown}: choose from {list(METHODS)}")
     if directory.exists():
@@ -104,13 +119,27 @@ def compress_model(
         expected = model(normalise(images, spec)).softmax(dim=1)
         size = 4 * sum(p.numel() for p in fused.parameters())
         rows = [_row("float32", size, expected, expected, targets)]
-        bases = _Bases(fused, spec, Path(scratch))
+        networks = {False: fused}
+        if any(METHODS[name].equalised for name in chosen):
+            networks[True] = equalise(fused)
+        inputs = normalise(calibration, spec)
         for name in chosen:
-            method, path = METHODS[name], staged / METHODS[name].filename
-            source = bases.get(method.base, method.equalised)
-            method.compress(source, path, normalise(calibration, spec))
-            run = _RUNNERS[method.base](path, spec)
-            answers = run(images) if method.base == "coreml" else run(images).softmax(dim=1)
+            method, kind = METHODS[name], _KINDS[METHODS[name].kind]
+            network = networks[method.equalised]
+            source = Path(scratch) / f"{('plain', 'equalised')[method.equalised]}{kind.suffix}"
+            if not source.exists():
+                kind.write(network, spec, source, Metadata())
+            path = staged / f"{name}{kind.suffix}"
+            plain = staged / f"{name.removesuffix(_CORRECTED)}{kind.suffix}"
+            if method.corrected and plain.exists():
+                _copy(plain, path)
+            else:
+                method.compress(source, path, inputs)
+            if method.corrected:
+                kind.correct(method.compress, network, spec, source, path, inputs)
+            answers = kind.runner(path, spec)(images)
+            if method.kind == "onnx":
+                answers = answers.softmax(dim=1)
             written = sum(file["bytes"] for file in describe_files(path).values())
             rows.append(_row(name, written, answers, expected, targets))
         table = {"model": spec.model_name, "images": len(images), "rows": [asdict(r) for r in rows]}
@@ -119,20 +148,11 @@ def compress_model(
     return rows
 
 
-class _Bases:
-    """The files that methods start from, each written once."""
-
-    def __init__(self, fused: nn.Module, spec: ExportSpec, folder: Path) -> None:
-        self._fused, self._spec, self._folder = fused, spec, folder
-
-    def get(self, base: str, equalised: bool) -> Path:
-        suffix = {"coreml": "mlpackage", "onnx": "onnx"}[base]
-        path = self._folder / f"{'equalised' if equalised else 'plain'}.{suffix}"
-        if not path.exists():
-            model = equalise(self._fused) if equalised else self._fused
-            write = {"coreml": coreml.write, "onnx": onnx.write}[base]
-            write(model, self._spec, path, Metadata())
-        return path
+def _copy(source: Path, path: Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, path)
+    else:
+        shutil.copy(source, path)
 
 
 def _row(name: str, size: int, answers: Tensor, expected: Tensor, targets: Tensor) -> Row:
@@ -146,96 +166,27 @@ def _row(name: str, size: int, answers: Tensor, expected: Tensor, targets: Tenso
     )
 
 
-# -- The methods ------------------------------------------------------------------------------
+_KINDS = {
+    "coreml": _Kind(".mlpackage", coreml.write, coreml.runner, compress_coreml.correct),
+    "onnx": _Kind(".onnx", onnx.write, onnx.runner, compress_onnx.correct),
+}
 
-
-def _quantise_weights(source: Path, path: Path, calibration: Tensor) -> None:
-    """8-bit integers and one scale an output channel."""
-
-    def work(optimize: Any, mlmodel: Any) -> Any:
-        config = optimize.OpLinearQuantizerConfig(
-            mode="linear_symmetric", granularity="per_channel"
-        )
-        return optimize.linear_quantize_weights(
-            mlmodel, optimize.OptimizationConfig(global_config=config)
-        )
-
-    _rewrite(source, path, work)
-
-
-def _palettize(source: Path, path: Path, calibration: Tensor, *, bits: int) -> None:
-    """Indices into a table of 2^bits values a layer, by k-means."""
-
-    def work(optimize: Any, mlmodel: Any) -> Any:
-        config = optimize.OpPalettizerConfig(mode="kmeans", nbits=bits)
-        return optimize.palettize_weights(
-            mlmodel, optimize.OptimizationConfig(global_config=config)
-        )
-
-    _rewrite(source, path, work)
-
-
-def _rewrite(source: Path, path: Path, work: Callable[[Any, Any], Any]) -> None:
-    with quiet():
-        ct = need("coremltools", "Core ML compression", "coremltools")
-        optimize = need("coremltools.optimize.coreml", "Core ML compression", "coremltools")
-        work(optimize, ct.models.MLModel(str(source), skip_model_load=True)).save(str(path))
-
-
-def _quantise_static(source: Path, path: Path, calibration: Tensor, *, per_channel: bool) -> None:
-    """8-bit weights and activations, ranges from the calibration images."""
-    quantization = need("onnxruntime.quantization", "ONNX int8", onnx.EXTRA)
-    prepared = source.with_name(f"prepared-{path.name}")
-    quantization.quant_pre_process(str(source), str(prepared))
-    quantization.quantize_static(
-        str(prepared),
-        str(path),
-        _Reader(calibration),
-        quant_format=quantization.QuantFormat.QDQ,
-        per_channel=per_channel,
-        activation_type=quantization.QuantType.QUInt8,
-        weight_type=quantization.QuantType.QInt8,
-    )
-
-
-class _Reader:
-    """Calibration images as onnxruntime asks for them, one by one."""
-
-    def __init__(self, images: Tensor) -> None:
-        self._images = iter(images)
-
-    def get_next(self) -> dict[str, Any] | None:
-        image = next(self._images, None)
-        return None if image is None else {"images": image[None].numpy()}
-
-
-_RUNNERS: dict[str, Callable[[Path, ExportSpec], Runner]] = {
-    "coreml": coreml.runner,
-    "onnx": onnx.runner,
+_PLAIN: dict[str, tuple[str, Compress]] = {
+    "coreml_int8": ("coreml", compress_coreml.quantise_weights),
+    "coreml_palette8": ("coreml", partial(compress_coreml.palettize, bits=8)),
+    "coreml_palette6": ("coreml", partial(compress_coreml.palettize, bits=6)),
+    "coreml_palette4": ("coreml", partial(compress_coreml.palettize, bits=4)),
+    "onnx_int8_tensor": ("onnx", partial(compress_onnx.quantise, per_channel=False)),
+    "onnx_int8": ("onnx", partial(compress_onnx.quantise, per_channel=True)),
 }
 
 METHODS = {
-    "coreml_int8": Method("model.int8.mlpackage", "coreml", _quantise_weights),
-    "coreml_palette8": Method("model.8bit.mlpackage", "coreml", partial(_palettize, bits=8)),
-    "coreml_palette6": Method("model.6bit.mlpackage", "coreml", partial(_palettize, bits=6)),
-    "coreml_palette4": Method("model.4bit.mlpackage", "coreml", partial(_palettize, bits=4)),
-    "onnx_int8_tensor": Method(
-        "model.int8-tensor.onnx", "onnx", partial(_quantise_static, per_channel=False)
-    ),
-    "onnx_int8_tensor_equalised": Method(
-        "model.int8-tensor-equalised.onnx",
-        "onnx",
-        partial(_quantise_static, per_channel=False),
-        equalised=True,
-    ),
-    "onnx_int8": Method("model.int8.onnx", "onnx", partial(_quantise_static, per_channel=True)),
-    "onnx_int8_equalised": Method(
-        "model.int8-equalised.onnx",
-        "onnx",
-        partial(_quantise_static, per_channel=True),
-        equalised=True,
-    ),
-    "coreml_palette4_equalised": Method(
-        "model.4bit-equalised.mlpackage", "coreml", partial(_palettize, bits=4), equalised=True
-    ),
+    f"{name}{'_equalised' * equalised}{_CORRECTED * corrected}": Method(
+        kind, compress, equalised, corrected
+    )
+    for name, (kind, compress) in _PLAIN.items()
+    for equalised in (False, True)
+    for corrected in (False, True)
 }
+# ranges made equal do not help where activations stay float16 (docs/compression.md)
+DEFAULT_METHODS = tuple(n for n, m in METHODS.items() if m.kind == "onnx" or not m.equalised)

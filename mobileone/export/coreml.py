@@ -21,7 +21,9 @@ from mobileone.export.preprocess import WithPreprocessing
 from mobileone.export.quiet import quiet
 from mobileone.export.spec import ExportSpec
 
-__all__ = ["Precision", "columns", "operations", "runner", "runtime", "write"]
+__all__ = ["Precision", "columns", "operations", "runner", "runtime", "spec", "write"]
+
+_USE = "the `coreml` format"
 
 Precision = Literal["float16", "float32"]
 
@@ -46,7 +48,7 @@ def write(
         model: fused network in eval mode, float32, on the CPU; (N, C, H, W) -> (N, classes).
         spec: what the model expects; its class names become the labels.
         path: folder to write; must not exist.
-        metadata: shown by Xcode.
+        metadata: shown by Xcode, beside the spec as JSON.
         precision: of weights and arithmetic.
 
     Returns:
@@ -77,9 +79,17 @@ def write(
         mlmodel.license = metadata.license
         mlmodel.short_description = metadata.description or ""
         mlmodel.version = metadata.version or ""
+        mlmodel.user_defined_metadata["spec"] = spec.to_json()
         mlmodel.save(str(path))
     shutil.rmtree(converted)
     return _interface(spec, precision)
+
+
+def spec(path: Path) -> ExportSpec:
+    """What the package says of itself."""
+    with quiet():
+        described = need("coremltools.models.utils", _USE, "coremltools").load_spec(str(path))
+    return ExportSpec.from_json(described.description.metadata.userDefined.get("spec", ""))
 
 
 def runner(path: Path, spec: ExportSpec) -> Runner:
@@ -141,7 +151,7 @@ def columns(answer: Prediction, spec: ExportSpec) -> list[int]:
 
 
 def _coremltools() -> types.ModuleType:
-    return need("coremltools", "the `coreml` format", "coremltools")
+    return need("coremltools", _USE, "coremltools")
 
 
 def _input(ct: Any, shape: tuple[int, ...]) -> Any:

@@ -28,6 +28,7 @@ class Format:
         write: saves the fused float32 CPU model; returns the description of inputs and outputs.
         runner: loads the file as a function of 8-bit images (N, C, H, W); loading or running
             raises `NotVerifiedError` where the machine cannot run it.
+        spec: what the file says of itself, so that it can be run without its artifact folder.
         operations: how often each operation stands in the file, by the format's own names.
         check: compares the file with the network, by name of the comparison; one of them is
             `parity`, and none above its tolerance is published.
@@ -37,6 +38,7 @@ class Format:
     output: str
     write: Callable[[nn.Module, ExportSpec, Path, Metadata], dict[str, Any]]
     runner: Callable[[Path, ExportSpec], Runner]
+    spec: Callable[[Path], ExportSpec]
     operations: Callable[[Path], Counter[str]]
     check: Callable[[Path, ExportSpec, Reference], dict[str, Parity]]
 
@@ -44,7 +46,9 @@ class Format:
 def _tensors(filename: str, module: Any, tolerance: float) -> Format:
     """A row for files that return logits and run everywhere."""
     check = partial(check_logits, runner=module.runner, tolerance=tolerance)
-    return Format(filename, "logits", module.write, module.runner, module.operations, check)
+    return Format(
+        filename, "logits", module.write, module.runner, module.spec, module.operations, check
+    )
 
 
 def _coreml(filename: str, precision: coreml.Precision, tolerance: float) -> Format:
@@ -54,6 +58,7 @@ def _coreml(filename: str, precision: coreml.Precision, tolerance: float) -> For
         "probabilities",
         partial(coreml.write, precision=precision),
         coreml.runner,
+        coreml.spec,
         coreml.operations,
         partial(
             coreml_checks.check,

@@ -127,15 +127,24 @@ class Manifest:
             if key in ("bytes", "max_relative_error", "top1_agreement") and value is not None
         }
 
-    def verify(self, directory: str | Path) -> None:
+    def name_of(self, file: Path) -> str | None:
+        """The format that a file of the artifact has, by its name; None if it is not of it."""
+        return next((n for n, entry in self.formats.items() if entry["path"] == file.name), None)
+
+    def verify(self, directory: str | Path, names: Iterable[str] | None = None) -> None:
         """Compare every file of the artifact in `directory` with its recorded size and hash.
+
+        Args:
+            directory: the artifact folder.
+            names: of the formats to look at; None for all.
 
         Raises:
             ValueError: files are missing, changed, or not in the manifest.
         """
         directory = Path(directory)
         problems = []
-        for name, entry in self.formats.items():
+        for name in self.formats if names is None else names:
+            entry = self.formats[name]
             found = describe_files(directory / entry["path"])
             expected = entry["files"]
             problems += [f"{name}: {p} is missing" for p in sorted(set(expected) - set(found))]

@@ -108,15 +108,16 @@ class MLProgram:
         """How often each operation stands in the program; constants do not count."""
         return Counter(op.type for op in self._operations if op.type != "const")
 
-    def weights(self) -> list[Tensor]:
-        """The weights of its convolutions and linear layers, in order of execution."""
-        constants = {
-            op.outputs[0][0]: op.arguments["val"] for op in self._operations if op.type == "const"
-        }
+    def layers(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Weight and bias of its convolutions and linear layers, in order of execution."""
+        fixed: dict[str, Any] = {}
+        for operation in self._operations:
+            if operation.constant:
+                self._execute(operation, fixed, rounding=True)
         return [
-            _resolve(op.arguments["weight"], constants)
+            (fixed[op.arguments["weight"]], _resolve(op.arguments.get("bias"), fixed))
             for op in self._operations
-            if op.type in ("conv", "linear") and op.arguments["weight"] in constants
+            if op.type in ("conv", "linear") and op.arguments["weight"] in fixed
         ]
 
     @torch.no_grad()

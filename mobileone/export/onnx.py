@@ -3,7 +3,6 @@
 Needs the extra `onnx`; its packages are imported by the functions that use them.
 """
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from mobileone.export.preprocess import normalise
 from mobileone.export.spec import ExportSpec
 from mobileone.export.torch_export import program_of
 
-__all__ = ["EXTRA", "operations", "runner", "write"]
+__all__ = ["EXTRA", "operations", "runner", "session", "spec", "write"]
 
 EXTRA = "mobileone-lightning[onnx]"
 _USE = "the `onnx` format"
@@ -53,7 +52,7 @@ def write(model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata) ->
     assert program is not None
     proto = program.model_proto
     properties = {
-        "spec": json.dumps(spec.to_dict(), ensure_ascii=False),
+        "spec": spec.to_json(),
         "author": metadata.author,
         "license": metadata.license,
         "description": metadata.description or "",
@@ -73,17 +72,32 @@ def runner(path: Path, spec: ExportSpec) -> Runner:
     Raises:
         ImportError: the extra is not installed.
     """
+    opened = session(str(path))
+    name = opened.get_inputs()[0].name
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(opened.run(None, {name: normalise(images, spec).numpy()})[0])
+
+    return run
+
+
+def spec(path: Path) -> ExportSpec:
+    """What the file says of itself."""
+    properties = {p.key: p.value for p in need("onnx", _USE, EXTRA).load(path).metadata_props}
+    return ExportSpec.from_json(properties.get("spec", ""))
+
+
+def session(model: str | bytes) -> Any:
+    """An onnxruntime session on the CPU, of a file or of its contents.
+
+    Raises:
+        ImportError: the extra is not installed.
+    """
     onnxruntime = need("onnxruntime", _USE, EXTRA)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors: the rest is about the machine, not about the file
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-
-    def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {name: normalise(images, spec).numpy()})[0])
-
-    return run
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def operations(path: Path) -> Counter[str]:

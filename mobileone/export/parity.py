@@ -49,8 +49,9 @@ class Parity:
     """Outcome of a comparison.
 
     Attributes:
-        status: `measured`, or `not verified` (never run: says nothing about the file).
-        reason: why it was not run.
+        status: `measured`; `not verified` (never run: says nothing about the file); `not finite`
+            (the answers have infinities or NaN, which no error can measure).
+        reason: why it was not measured.
         kind: what was compared: `logits` or `probabilities`.
         images: number of images compared.
         max_relative_error: largest over the images of `max|file - model| / max|model|`.
@@ -68,10 +69,23 @@ class Parity:
 
     @property
     def accepted(self) -> bool:
-        """False if it was measured and is above the tolerance, or not a number."""
+        """False if the answers are not finite, or their error is above the tolerance."""
+        if self.status == "not finite":
+            return False
         if self.max_relative_error is None or self.tolerance is None:
             return True
         return self.max_relative_error <= self.tolerance
+
+    def problem(self) -> str | None:
+        """Why it is not accepted, in words; None if it is."""
+        if self.accepted:
+            return None
+        if self.max_relative_error is None:
+            return self.reason
+        return (
+            f"relative error {self.max_relative_error:.2g} of the {self.kind} is above "
+            f"{self.tolerance:g}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that apply."""
@@ -104,6 +118,11 @@ def compare(
             f"the file returned {tuple(candidate.shape)}, the model {tuple(reference.shape)}"
         )
     reference, candidate = reference.double(), candidate.double()
+    for who, table in (("network", reference), ("file", candidate)):
+        bad = int((~table.isfinite()).any(dim=1).sum())
+        if bad:
+            reason = f"the {who} gives {bad} of {len(table)} images {kind} that are not finite"
+            return Parity("not finite", reason, kind, len(table), tolerance=tolerance)
     difference = (candidate - reference).abs().amax(dim=1)  # (N,)
     scale = reference.abs().amax(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
     agree = (reference.argmax(dim=1) == candidate.argmax(dim=1)).double().mean()

@@ -1,5 +1,6 @@
 """What a trained classifier expects and returns: primitives, for checkpoints and for JSON."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -103,6 +104,24 @@ class ExportSpec:
                 f"the fields are {sorted(known)}"
             )
         return cls(**values)
+
+    def to_json(self) -> str:
+        """For the metadata of a written file, so that the file alone can be run."""
+        return json.dumps(self.to_dict(), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "ExportSpec":
+        """Rebuild a spec from `to_json`; empty text is that of a file that has none.
+
+        Raises:
+            ValueError: it is not a spec.
+        """
+        if not text:
+            raise ValueError(
+                "the file says nothing of its classes and input: keep it in its artifact folder, "
+                "beside manifest.json, or export it again"
+            )
+        return cls.from_dict(json.loads(text))
 
 
 def _sequence(name: str, value: Any) -> Sequence[Any]:

@@ -1,7 +1,6 @@
 """torch.export: a `.pt2` program that maps normalised images to logits."""
 
 import io
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,9 @@ from mobileone.export.parity import Runner
 from mobileone.export.preprocess import normalise
 from mobileone.export.spec import ExportSpec
 
-__all__ = ["operations", "program_of", "runner", "write"]
+__all__ = ["operations", "program_of", "runner", "spec", "write"]
+
+_SPEC = "spec.json"
 
 
 def program_of(model: nn.Module, spec: ExportSpec) -> ExportedProgram:
@@ -37,12 +38,19 @@ def write(model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata) ->
     Returns:
         Description of the input and the output for the manifest.
     """
-    extra = {"spec.json": json.dumps(spec.to_dict(), ensure_ascii=False)}
+    extra = {_SPEC: spec.to_json()}
     # through memory: on a full disk PyTorch's own writer ends the process, Python's raises
     contents = io.BytesIO()
     torch.export.save(program_of(model, spec), contents, extra_files=extra)
     path.write_bytes(contents.getbuffer())
     return tensor_interface(spec)
+
+
+def spec(path: Path) -> ExportSpec:
+    """What the file says of itself."""
+    extra = {_SPEC: ""}
+    torch.export.load(path, extra_files=extra)
+    return ExportSpec.from_json(extra[_SPEC])
 
 
 def runner(path: Path, spec: ExportSpec) -> Runner:

@@ -15,11 +15,13 @@ from mobileone.export.parity import Runner
 from mobileone.export.preprocess import normalise
 from mobileone.export.spec import ExportSpec
 
-__all__ = ["load", "operations", "runner", "write"]
+__all__ = ["load", "operations", "runner", "spec", "write"]
+
+_SPEC = "spec.json"
 
 
 def write(model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata) -> dict[str, Any]:
-    """Trace `model` and save it to `path`; the batch size stays free.
+    """Trace `model` and save it to `path`, `spec` as an extra file; the batch size stays free.
 
     Args:
         model: fused network in eval mode, float32, on the CPU; (N, C, H, W) -> (N, classes).
@@ -36,7 +38,7 @@ def write(model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata) ->
         traced = torch.jit.trace(model, example, check_trace=False)
         # through memory: on a full disk PyTorch's own writer ends the process, Python's raises
         contents = io.BytesIO()
-        torch.jit.save(traced, contents)
+        torch.jit.save(traced, contents, _extra_files={_SPEC: spec.to_json()})
     path.write_bytes(contents.getbuffer())
     return tensor_interface(spec)
 
@@ -46,6 +48,15 @@ def load(path: Path) -> nn.Module:
     with warnings.catch_warnings():
         _ignore_deprecation()
         return torch.jit.load(path, map_location="cpu").eval()
+
+
+def spec(path: Path) -> ExportSpec:
+    """What the file says of itself."""
+    extra = {_SPEC: ""}
+    with warnings.catch_warnings():
+        _ignore_deprecation()
+        torch.jit.load(path, map_location="cpu", _extra_files=extra)
+    return ExportSpec.from_json(extra[_SPEC])
 
 
 def runner(path: Path, spec: ExportSpec) -> Runner:

@@ -1,12 +1,14 @@
 """An export in a process of its own, from a snapshot of the network on the CPU.
 
-The parent writes the snapshot and starts `python -m mobileone.export.worker <folder>`; the worker
-publishes the artifact and leaves `result.json`. It sees no GPU, and it ends when its parent does.
+The parent writes the snapshot and starts `python -m mobileone.export.worker <its pid> <folder>`; the
+worker publishes the artifact and leaves `result.json`. It sees no GPU, and it ends when its parent
+does: it looks for that, because a pipe would be held open by other children, a loader's for example.
 """
 
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -29,6 +31,8 @@ from mobileone.export.spec import ExportSpec
 __all__ = ["ExportJob", "Task", "can_travel"]
 
 _TASK, _RESULT, _LOG = "task.pt", "result.json", "log.txt"
+# of torchrun and Lightning, which a process outside the group must not take for its own
+_ROLE = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
@@ -80,16 +84,21 @@ class ExportJob:
     def __init__(self, task: Task, folder: Path, timeout: float) -> None:
         self.task, self._folder, self._timeout = task, folder, timeout
         self._started = time.monotonic()
-        torch.save(task, folder / _TASK)
-        with (folder / _LOG).open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "mobileone.export.worker", str(folder)],
-                stdin=subprocess.PIPE,  # its end tells the worker that this process has ended
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=_environment(),
-                start_new_session=True,  # Ctrl-C is for the training process
-            )
+        try:
+            torch.save(task, folder / _TASK)
+            with (folder / _LOG).open("wb") as log:
+                command = [sys.executable, "-m", "mobileone.export.worker"]
+                self._process = subprocess.Popen(
+                    [*command, str(os.getpid()), str(folder)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=_environment(),
+                    start_new_session=True,  # Ctrl-C is for the training process
+                )
+        except BaseException:  # a full disk, or a network that does not pickle
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     @property
     def pid(self) -> int:
@@ -116,8 +125,6 @@ class ExportJob:
 
     def stop(self) -> None:
         """End the worker if it runs, and remove what it leaves, but for a published artifact."""
-        if self._process.stdin and not self._process.stdin.closed:
-            self._process.stdin.close()
         if self.running():
             self._process.kill()
         self._process.wait()
@@ -136,13 +143,14 @@ class ExportJob:
 
 def _environment() -> dict[str, str]:
     """The parent's, with its import path; without any GPU, and without its role in a group."""
+    kept = {k: v for k, v in os.environ.items() if k not in _ROLE}
     hidden = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
     path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
-    return {**os.environ, **hidden, "PYTHONPATH": path}
+    return {**kept, **hidden, "PYTHONPATH": path}
 
 
-def _main(folder: Path) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _main(parent: int, folder: Path) -> None:
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     with contextlib.suppress(AttributeError, OSError):
         os.nice(5)  # training comes first
     torch.set_num_threads(1)
@@ -164,8 +172,9 @@ def _work(folder: Path) -> None:
     task.publish(export_model)
 
 
-def _end_with_parent() -> None:
-    os.read(0, 1)  # returns at the end of the pipe
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.2)
     os._exit(1)
 
 
@@ -173,4 +182,4 @@ if __name__ == "__main__":
     # by its importable name, so that the snapshot's classes are these
     from mobileone.export import worker
 
-    worker._main(Path(sys.argv[1]))
+    worker._main(int(sys.argv[1]), Path(sys.argv[2]))

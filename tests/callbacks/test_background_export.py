@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
+from callbacks.checkpoint_folder import CheckpointFolder
 from callbacks.reparameterize import ReparameterizeOnSave
 from mobileone.export import Manifest, load_torchscript_artifact, worker
 
@@ -191,7 +192,10 @@ from mobileone.export.worker import ExportJob, Task
 folder = Path(sys.argv[1]); place = folder / ".tmp-job"; place.mkdir(parents=True)
 spec = ExportSpec("tiny", ("a",), (3, 16, 16), (.5,) * 3, (.2,) * 3, "bilinear", 1)
 task = Task(nn.Flatten(), spec, folder / "out", ["torchscript"], TrainingState(), Metadata(), None)
-print(ExportJob(task, place, 100).pid, flush=True)
+job = ExportJob(task, place, 100)
+child = os.fork()  # as a loader's process, which keeps what it inherits
+if child:
+    print(job.pid, child, flush=True)
 time.sleep(1000)
 """
 
@@ -201,17 +205,57 @@ def test_a_killed_run_takes_its_worker_with_it(tmp_path):
     parent = subprocess.Popen(
         [sys.executable, "-c", ORPHAN, str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
-    pid = int(parent.stdout.readline())
+    pid, child = map(int, parent.stdout.readline().split())
     os.kill(pid, signal.SIGSTOP)  # so that it cannot end by itself before the parent is gone
     parent.kill()
     parent.wait()
     parent.stdout.close()
     os.kill(pid, signal.SIGCONT)
-    for _ in range(200):
-        if not _alive(pid):
-            return
-        time.sleep(0.1)
-    pytest.fail("the worker lives on")
+    try:
+        for _ in range(300):
+            if not _alive(pid):
+                return
+            time.sleep(0.1)
+        pytest.fail("the worker lives on")
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_disk_that_fills_up_with_the_snapshot_leaves_no_half_of_it(tmp_path, folder, monkeypatch):
+    def full(task, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(worker.torch, "save", full)
+    place = folder / ".tmp-job"
+    place.mkdir(parents=True)
+    with pytest.raises(OSError, match="No space"):
+        worker.ExportJob(None, place, 1)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_worker_has_no_role_in_the_group(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    environment = worker._environment()
+    assert "LOCAL_RANK" not in environment
+    assert environment["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_a_record_that_was_cut_short_by_a_kill_is_never_seen(tmp_path, monkeypatch):
+    folder = CheckpointFolder(tmp_path)
+    folder.record_error(tmp_path / "a.ckpt", "old", {})
+
+    def half(self, text, encoding):
+        self.write_bytes(text.encode(encoding)[:5])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(KeyboardInterrupt):
+        folder.record_error(tmp_path / "a.ckpt", "new", {})
+    monkeypatch.undo()
+    assert folder.recorded_error(tmp_path / "a.ckpt")["error"] == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.export-error.json"]
 
 
 def _alive(pid):
@@ -221,3 +265,113 @@ def _alive(pid):
         return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
     except ProcessLookupError:
         return False
+
+
+KILLS = """
+from mobileone.export import worker
+start, work, victim, stride = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+WATCHED = {"os.rename", "os.remove", "os.symlink", "os.mkdir", "os.rmdir", "os.chmod", "open"}
+role = "trainer"
+
+class Forked:
+    # in place of Popen: the worker without the seconds that a new interpreter takes
+    def __init__(self, command, **options):
+        global role
+        self.returncode, self.pid = None, os.fork()
+        if self.pid == 0:
+            role = "worker"
+            worker._main(int(command[-2]), Path(command[-1]))
+            os._exit(0)
+
+    def poll(self):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout=None):
+        while self.poll() is None:
+            here.time.sleep(0.005)
+        return self.returncode
+
+    def kill(self):
+        os.kill(self.pid, signal.SIGKILL)
+
+worker.subprocess.Popen = Forked
+
+def train(folder, kill_at):
+    count = 0
+    def hook(event, arguments):
+        nonlocal count
+        if role == victim and event in WATCHED and str(folder) in str(arguments):
+            count += 1
+            if count == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+    if kill_at:
+        sys.addaudithook(hook)
+    callback = here.ReparameterizeOnSave(dirpath=str(folder), formats=["torchscript"])
+    module, resume = here.tests.Classifier([0.6, 0.1]), str(folder / "last.ckpt")
+    here.tests.fit(module, callback, folder, max_epochs=4, resume=resume)
+    try:
+        os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:  # no child is left, a zombie neither
+        return callback.last_error
+    raise AssertionError("a worker was not waited for")
+
+def child(folder, kill_at=None):
+    # the status, once every process that it started has ended
+    alive, ends = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        try:
+            error = train(folder, kill_at)
+            os._exit(7 if error else 0)
+        except BaseException as error:
+            print("FAILED", kill_at, repr(error), flush=True)
+            os._exit(1)
+    os.close(ends)
+    status = os.waitpid(pid, 0)[1]
+    os.read(alive, 1)
+    os.close(alive)
+    return status
+
+kills = resumed = 0
+while True:
+    shutil.rmtree(work, ignore_errors=True)
+    shutil.copytree(start, work, symlinks=True)
+    status = child(work, 1 + stride * kills)
+    for name in ("last", "best"):
+        here.torch.load(work / f"{name}.ckpt", weights_only=True)
+        here.Manifest.load(work / name).verify(work / name)
+        here.load_torchscript_artifact(work / name)
+    if status == 0:
+        break
+    if victim == "trainer":
+        assert os.WIFSIGNALED(status), status
+    else:  # training went on, said so, and left nothing behind
+        assert os.waitstatus_to_exitcode(status) == 7, status
+        assert here.torch.load(work / "last.ckpt", weights_only=True)["epoch"] == 3
+        assert not list(work.glob(".tmp*"))
+    if kills % 5 == 0 and here.torch.load(work / "last.ckpt", weights_only=True)["epoch"] < 3:
+        resumed += 1
+        assert child(work) == 0
+        assert not list(work.glob(".tmp*"))
+        assert here.tests.targets(work)["last"] == here.tests.name(3)
+    kills += 1
+print("kills", kills, resumed)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
+@pytest.mark.parametrize(("victim", "stride"), [("trainer", 4), ("worker", 1)])
+def test_a_kill_of_either_process_leaves_usable_files(make, tmp_path, folder, victim, stride):
+    """Before every file operation of the worker, and before every fourth of the trainer."""
+    tests.fit(tests.Classifier([0.5, 0.4]), make(background=False), tmp_path, max_epochs=2)
+    script = tmp_path / "kills.py"
+    arguments = (folder, tmp_path / "work", victim, stride)
+    out = tests.run_script(script, KILLS, *arguments, module=__file__)
+    kills, resumed = map(int, out.split("kills")[1].split())
+    assert kills > 10
+    assert resumed > 0 or victim == "worker"

@@ -569,12 +569,12 @@ def test_lightning_finds_last_and_best(make, tmp_path):
 # -- Kills and several processes -------------------------------------------------------------
 
 
-def run_script(script, text, *arguments, timeout=500):
-    """Run a script that has this module's names, in a process of its own."""
+def run_script(script, text, *arguments, timeout=500, module=__file__):
+    """Run a script that has a module's names as `here`, in a process of its own."""
     head = f"""
 import importlib.util, os, shutil, signal, sys
 from pathlib import Path
-spec = importlib.util.spec_from_file_location("tests_here", {__file__!r})
+spec = importlib.util.spec_from_file_location("tests_here", {module!r})
 here = importlib.util.module_from_spec(spec)
 sys.modules["tests_here"] = here
 spec.loader.exec_module(here)

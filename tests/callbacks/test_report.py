@@ -19,6 +19,7 @@ from callbacks.reparameterize import ReparameterizeOnSave
 from callbacks.report import Report
 from lightning_modules.run_folder import RunFolder
 from lightning_modules.tracking import WandbOptions, make_loggers
+from mobileone.export.manifest import Manifest
 from mobileone.export.spec import ExportSpec
 
 NAMES = ("cat", "dog", "a $5 bill")
@@ -245,6 +246,14 @@ def test_wandb_gets_pictures_and_the_artifact_with_its_manifest(
     records = finished_records(next(folder.path.rglob("*.wandb")))
     history = {i.key or i.nested_key[0] for r in records for i in r.history.item}
     assert "report/samples" in history
+    logged = {
+        i.key or i.nested_key[0]: json.loads(i.value_json) for r in records for i in r.history.item
+    }
+    entry = Manifest.load(saver.best_artifact_path).formats["torchscript"]
+    for key in ("max_relative_error", "top1_agreement"):
+        assert logged[f"export/torchscript/{key}"] == pytest.approx(entry["parity"][key])
+    assert logged["export/torchscript/bytes"] == entry["bytes"] > 1000
+    assert entry["parity"]["top1_agreement"] == 1
     artifacts = [r.request.log_artifact.artifact for r in records] + [r.artifact for r in records]
     artifacts = [a for a in artifacts if a.name]
     assert len(artifacts) == (0 if mode == "none" else 1)

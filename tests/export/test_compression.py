@@ -6,10 +6,12 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import mobileone
-from mobileone.export import Metadata, compression, coreml
-from mobileone.export.compression import METHODS, compress_model
+from mobileone.export import Metadata, coreml, onnx
+from mobileone.export.compression import DEFAULT_METHODS, METHODS, compress_model
+from mobileone.export.correct import correct_biases
 from mobileone.export.equalise import _pairs, equalise
 from mobileone.export.mlprogram import MLProgram
 from mobileone.export.mlprogram_ops import KERNELS
@@ -108,7 +110,7 @@ def test_a_folder_of_files_and_their_table(wide, make_spec, tmp_path):
     images = torch.randint(0, 256, (12, 3, 32, 48), dtype=torch.uint8)
     with torch.no_grad():
         targets = wide(normalise(images, spec)).argmax(1)
-    methods = ["coreml_int8", "onnx_int8_tensor", "onnx_int8_equalised"]
+    methods = ["coreml_int8", "onnx_int8_tensor", "onnx_int8_equalised_corrected"]
     rows = compress_model(wide, spec, tmp_path / "small", images, images, targets, methods)
     assert [row.method for row in rows] == ["float32", *methods]
     assert rows[0].accuracy == rows[0].agreement == 1
@@ -118,12 +120,84 @@ def test_a_folder_of_files_and_their_table(wide, make_spec, tmp_path):
     table = json.loads((tmp_path / "small" / "compression.json").read_text())
     assert [row["method"] for row in table["rows"]] == ["float32", *methods]
     files = {p.name for p in (tmp_path / "small").iterdir()}
-    assert files == {METHODS[m].filename for m in methods} | {"compression.json"}
+    assert files == {
+        "coreml_int8.mlpackage",
+        "onnx_int8_tensor.onnx",
+        "onnx_int8_equalised_corrected.onnx",
+        "compression.json",
+    }
     with pytest.raises(FileExistsError, match="exists"):
         compress_model(wide, spec, tmp_path / "small", images, images, targets, methods)
     with pytest.raises(ValueError, match=r"\['int3'\]: choose from"):
         compress_model(wide, spec, tmp_path / "x", images, images, targets, ["int3"])
 
 
-def test_the_file_names_differ():
-    assert len({m.filename for m in compression.METHODS.values()}) == len(METHODS)
+def test_every_method_comes_plain_and_mended():
+    assert len(METHODS) == 4 * 6
+    assert set(DEFAULT_METHODS) < set(METHODS)
+    assert not METHODS["onnx_int8"].equalised and not METHODS["onnx_int8"].corrected
+    assert METHODS["coreml_palette4_equalised_corrected"].equalised
+
+
+def rounded(weight):
+    """To multiples of a coarse step, downwards: the mean must shift."""
+    step = weight.abs().amax() / 40
+    return (weight / step).floor() * step
+
+
+def test_corrected_biases_restore_every_layers_mean(wide):
+    """By arithmetic: each layer by itself, on what the corrected layers before it give."""
+    fused = mobileone.reparameterize(wide).double()
+    before = {name: value.clone() for name, value in fused.state_dict().items()}
+    images = torch.randn(6, 3, 32, 48, dtype=torch.float64)
+    layers = [m for m in fused.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    weights = [rounded(layer.weight.detach()) for layer in layers]
+    corrected = correct_biases(fused, weights, images)
+    found = [m for m in corrected.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    x = y = images
+    with torch.no_grad():
+        for own, new, weight in zip(layers, found, weights, strict=True):
+            assert torch.equal(own.weight, new.weight)
+            if isinstance(own, nn.Linear):
+                x, y = x.mean((2, 3)), y.mean((2, 3))
+                x, y = x @ own.weight.T + own.bias, y @ weight.T + new.bias
+                assert torch.allclose(x.mean(0), y.mean(0), atol=1e-12)
+                continue
+            options = {"stride": own.stride, "padding": own.padding, "groups": own.groups}
+            x = F.conv2d(x, own.weight, own.bias, **options)
+            y = F.conv2d(y, weight, new.bias, **options)
+            assert torch.allclose(x.mean((0, 2, 3)), y.mean((0, 2, 3)), atol=1e-12)
+            x, y = x.relu(), y.relu()
+    assert all(torch.equal(value, before[name]) for name, value in fused.state_dict().items())
+
+
+def test_weights_of_another_network_are_refused(wide):
+    fused = mobileone.reparameterize(wide)
+    layers = [m for m in fused.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    weights = [layer.weight.detach().clone() for layer in layers]
+    images = torch.randn(2, 3, 32, 48)
+    with pytest.raises(ValueError, match="are not the network's 3 in their order"):
+        correct_biases(fused, [*weights[:-1], -weights[-1]], images)
+    with pytest.raises(ValueError, match="the 2 weights in the file"):
+        correct_biases(fused, weights[1:], images)
+
+
+@pytest.mark.parametrize("name", ["coreml_palette4", "onnx_int8_tensor"])
+def test_corrected_files_answer_with_the_right_mean(wide, make_spec, tmp_path, name):
+    """The last layer's mean is that of the logits, whatever reads the file."""
+    pytest.importorskip({"coreml": "coremltools", "onnx": "onnxruntime"}[METHODS[name].kind])
+    spec = make_spec()
+    images = torch.randint(0, 256, (8, 3, 32, 48), dtype=torch.uint8)
+    with torch.no_grad():
+        mean = wide(normalise(images, spec)).mean(0)
+    shifts = []
+    for method in (name, f"{name}_corrected"):
+        folder = tmp_path / method
+        compress_model(wide, spec, folder, images, images, torch.zeros(8), [method])
+        (file,) = [p for p in folder.iterdir() if p.suffix != ".json"]
+        if file.suffix == ".onnx":
+            logits = onnx.runner(file, spec)(images)
+        else:
+            logits = MLProgram(file).predict(images).logits
+        shifts.append(float((logits.mean(0) - mean).abs().max()))
+    assert shifts[1] < shifts[0] / 4

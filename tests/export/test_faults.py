@@ -65,7 +65,8 @@ def test_every_format_takes_what_is_unusual(name, channels, size, names, tmp_pat
     kind = entry["input"]["type"]
     if name.startswith("coreml"):
         assert kind == ("image" if channels in (1, 3) else "multi_array")
-    run, _, _ = load_runner(tmp_path / "artifact", name)
+    run = load_runner(tmp_path / "artifact", name).run
+    assert FORMATS[name].spec(tmp_path / "artifact" / FORMATS[name].filename) == spec
     with torch.no_grad():
         expected = model(normalise(images, spec))
     if FORMATS[name].output == "probabilities":

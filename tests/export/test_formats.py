@@ -26,11 +26,12 @@ def written(request, make_model, make_spec, tmp_path_factory):
 
 
 @pytest.mark.parametrize("batch", [1, 5])
-def test_any_batch_of_images_gets_the_models_answers(written, batch):
+def test_any_batch_of_images_gets_the_models_answers(written, make_spec, batch):
     name, model, spec, folder, _ = written
     images = torch.randint(0, 256, (batch, 3, 32, 48), dtype=torch.uint8)
-    run, chosen, _ = load_runner(folder, name)
-    assert chosen == name
+    loaded = load_runner(folder, name)
+    assert loaded.format == name and loaded.spec == make_spec()
+    run = loaded.run
     with torch.no_grad():
         expected = model(normalise(images, spec))
     if FORMATS[name].output == "probabilities":
@@ -82,7 +83,7 @@ def test_the_first_file_that_can_run_is_taken(make_model, make_spec, tmp_path, m
         raise NotVerifiedError("not here")
 
     monkeypatch.setitem(FORMATS, "torchscript", replaced(FORMATS["torchscript"], cannot))
-    assert load_runner(folder)[1] == "torch_export"
+    assert load_runner(folder).format == "torch_export"
     with pytest.raises(ValueError, match="torchscript: not here"):
         load_runner(folder, "torchscript")
     with pytest.raises(FileNotFoundError, match=r"\['torchscript', 'torch_export'\] and no 'onnx'"):

@@ -21,9 +21,17 @@ def test_top1_agreement_counts_images():
     assert compare(reference, candidate, "logits").top1_agreement == 0.75
 
 
-def test_an_answer_that_is_not_a_number_is_not_good():
-    parity = compare(torch.ones(1, 2), torch.tensor([[1.0, math.nan]]), "logits")
-    assert math.isnan(parity.max_relative_error)
+@pytest.mark.parametrize("tolerance", [None, 0.1, math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("whose", ["file", "network"])
+def test_answers_that_are_not_finite_are_neither_measured_nor_accepted(whose, value, tolerance):
+    good, bad = torch.ones(3, 2), torch.tensor([[1.0, 1.0], [1.0, value], [value, value]])
+    pair = (good, bad) if whose == "file" else (bad, good)
+    parity = compare(*pair, "logits", tolerance)
+    assert parity.status == "not finite"
+    assert not parity.accepted
+    assert parity.max_relative_error is None and parity.top1_agreement is None
+    assert parity.problem() == f"the {whose} gives 2 of 3 images logits that are not finite"
 
 
 def test_shapes_must_agree():

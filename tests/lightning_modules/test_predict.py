@@ -2,8 +2,9 @@
 
 import csv
 import os
-import re
+import shutil
 import sys
+import warnings
 
 import pytest
 import timm
@@ -219,12 +220,44 @@ def test_errors_come_before_the_work(checkpoint, pets, tmp_path):
     assert not list(tmp_path.glob("out.csv*"))
 
 
-@pytest.mark.parametrize("part", ["model.torchscript.pt", "model.mlpackage", "manifest.json"])
-def test_part_of_an_artifact_is_led_to_the_folder(tmp_path, part):
-    (tmp_path / part).mkdir()
-    folder = re.escape(repr(str(tmp_path)))
-    with pytest.raises(ValueError, match=f"{part}' is a part of an artifact.* folder: {folder}"):
-        load_classifier(tmp_path / part)
+@pytest.mark.parametrize("name", ["torchscript", "torch_export", "onnx", "coreml_fp32"])
+def test_a_file_of_an_artifact_is_enough(checkpoint, model, spec, pets, tmp_path, name):
+    """In its folder, and taken out of it: it says itself what it takes and returns."""
+    pytest.importorskip({"onnx": "onnxruntime", "coreml_fp32": "coremltools"}.get(name, "torch"))
+    manifest = export_model(model, spec, tmp_path / "artifact", formats=[name])
+    file = tmp_path / "artifact" / manifest.formats[name]["path"]
+    alone = tmp_path / f"renamed{file.suffix}"
+    (shutil.copytree if file.is_dir() else shutil.copy)(file, alone)
+    assert load_classifier(alone)[1] == load_classifier(file)[1] == spec
+    tables = []
+    for source in (checkpoint, file, alone, tmp_path / "artifact" / "manifest.json"):
+        predict_folder(source, pets / "val", tmp_path / "out.csv", progress=False)
+        tables.append(rows(tmp_path / "out.csv"))
+    for table in tables[1:]:
+        for row, reference in zip(table, tables[0], strict=True):
+            assert row["label"] == reference["label"]
+            assert abs(float(row["probability"]) - float(reference["probability"])) < 1e-3
+    with pytest.raises(ValueError, match=f"is a file of the format '{name}', not 'other'"):
+        load_classifier(file, "other")
+
+
+def test_files_that_cannot_run_say_why(model, spec, tmp_path):
+    export_model(model, spec, tmp_path / "artifact", formats=["torchscript"])
+    file = tmp_path / "artifact" / "model.torchscript.pt"
+    bare = tmp_path / "bare.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(torch.nn.Identity()).save(str(bare))
+    with pytest.raises(ValueError, match=r"says nothing of its classes.* export it again"):
+        load_classifier(bare)
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="does not match its manifest"):
+        load_classifier(file)
+    shutil.copy(file, tmp_path / "cut.pt")
+    with pytest.raises(ValueError, match=r"cut\.pt cannot be run as 'torchscript'"):
+        load_classifier(tmp_path / "cut.pt")
+    with pytest.raises(FileNotFoundError, match=r"none\.onnx' does not exist"):
+        load_classifier(tmp_path / "none.onnx")
 
 
 @pytest.mark.parametrize("contents", [b"nonsense", b"", {"weight": torch.ones(1)}, {"x": Sample}])

@@ -1,0 +1,73 @@
+"""Smaller `.mlpackage`s: weights in 8 bits or as indices into a table; arithmetic stays float16."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from mobileone.export import coreml
+from mobileone.export.correct import correct_biases
+from mobileone.export.extras import need
+from mobileone.export.metadata import Metadata
+from mobileone.export.mlprogram import MLProgram
+from mobileone.export.quiet import quiet
+from mobileone.export.spec import ExportSpec
+
+__all__ = ["correct", "palettize", "quantise_weights"]
+
+_USE = "Core ML compression"
+
+
+def quantise_weights(source: Path, path: Path, calibration: Tensor) -> None:
+    """8-bit integers and one scale an output channel."""
+
+    def work(optimize: Any, mlmodel: Any) -> Any:
+        config = optimize.OpLinearQuantizerConfig(
+            mode="linear_symmetric", granularity="per_channel"
+        )
+        return optimize.linear_quantize_weights(
+            mlmodel, optimize.OptimizationConfig(global_config=config)
+        )
+
+    _rewrite(source, path, work)
+
+
+def palettize(source: Path, path: Path, calibration: Tensor, *, bits: int) -> None:
+    """Indices into a table of 2^bits values a layer, by k-means."""
+
+    def work(optimize: Any, mlmodel: Any) -> Any:
+        config = optimize.OpPalettizerConfig(mode="kmeans", nbits=bits)
+        return optimize.palettize_weights(
+            mlmodel, optimize.OptimizationConfig(global_config=config)
+        )
+
+    _rewrite(source, path, work)
+
+
+def correct(
+    compress: Callable[[Path, Path, Tensor], None],
+    network: nn.Module,
+    spec: ExportSpec,
+    source: Path,
+    path: Path,
+    calibration: Tensor,
+) -> None:
+    """Correct the biases of a package by the rounded weights that it holds.
+
+    Biases are not compressed: the network is written again with its new ones, and the same
+    weights become the same rounded weights.
+    """
+    weights = [weight for weight, _ in MLProgram(path).layers()]
+    better = source.with_name(f"corrected-{path.name}")
+    coreml.write(correct_biases(network, weights, calibration), spec, better, Metadata())
+    shutil.rmtree(path)
+    compress(better, path, calibration)
+
+
+def _rewrite(source: Path, path: Path, work: Callable[[Any, Any], Any]) -> None:
+    with quiet():
+        ct = need("coremltools", _USE, "coremltools")
+        optimize = need("coremltools.optimize.coreml", _USE, "coremltools")
+        work(optimize, ct.models.MLModel(str(source), skip_model_load=True)).save(str(path))

@@ -1,0 +1,106 @@
+"""A written file as a function: from its artifact folder, or alone."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from mobileone.export import torchscript
+from mobileone.export.formats import FORMATS
+from mobileone.export.manifest import MANIFEST_NAME, Manifest
+from mobileone.export.parity import NotVerifiedError, Runner
+from mobileone.export.spec import ExportSpec
+
+__all__ = ["FILE_SUFFIXES", "Loaded", "load_runner", "load_torchscript_artifact"]
+
+FILE_SUFFIXES = tuple(dict.fromkeys(Path(row.filename).suffix for row in FORMATS.values()))
+
+
+class Loaded(NamedTuple):
+    """A file that is ready to run.
+
+    Attributes:
+        run: 8-bit images (N, C, H, W) -> logits or probabilities (N, classes), on the CPU.
+        format: its name in `FORMATS`.
+        spec: what it expects and returns.
+        file: where it is.
+    """
+
+    run: Runner
+    format: str
+    spec: ExportSpec
+    file: Path
+
+
+def load_runner(path: str | Path, name: str | None = None) -> Loaded:
+    """An artifact as a function.
+
+    Args:
+        path: an artifact folder, or a file (`.pt`, `.pt2`, `.onnx`, `.mlpackage`) of one. A file
+            that was taken out of its folder, or compressed, is run by what it says of itself.
+        name: which format of a folder; None takes the first of `FORMATS` that can run here.
+
+    Raises:
+        FileNotFoundError: `path` is not an artifact, or holds no file of that format.
+        ValueError: a file is damaged, does not match its manifest, or cannot be run here.
+    """
+    path = Path(path)
+    if path.suffix in FILE_SUFFIXES:
+        return _load_file(path, name)
+    manifest = Manifest.load(path)
+    present = [n for n in FORMATS if n in manifest.formats]
+    if name is not None and name not in present:
+        raise FileNotFoundError(f"{path} holds {present} and no {name!r}: export it again with it")
+    manifest.verify(path)
+    reasons = []
+    for candidate in present if name is None else [name]:
+        file = path / manifest.formats[candidate]["path"]
+        try:
+            run = FORMATS[candidate].runner(file, manifest.spec)
+            return Loaded(run, candidate, manifest.spec, file)
+        except (ImportError, NotVerifiedError) as error:
+            reasons.append(f"{candidate}: {error}")
+    raise ValueError(f"no file of {path} can be run here: {'; '.join(reasons)}")
+
+
+def load_torchscript_artifact(path: str | Path) -> tuple[nn.Module, Manifest]:
+    """The TorchScript module of an artifact folder, its files verified, and the manifest.
+
+    The module maps normalised float images (N, C, H, W) to logits (N, classes), on the CPU.
+
+    Raises:
+        FileNotFoundError: `path` is not an artifact folder, or holds no TorchScript file.
+        ValueError: a file does not match the manifest.
+    """
+    path = Path(path)
+    manifest = Manifest.load(path)
+    if "torchscript" not in manifest.formats:
+        raise FileNotFoundError(
+            f"{path} holds {sorted(manifest.formats)} and no `torchscript`: export it again with "
+            "`torchscript` among its formats"
+        )
+    manifest.verify(path)
+    return torchscript.load(path / manifest.formats["torchscript"]["path"]), manifest
+
+
+def _load_file(path: Path, name: str | None) -> Loaded:
+    if not path.exists():
+        raise FileNotFoundError(f"no file at {path}")
+    manifest = _manifest_of(path)
+    found = manifest.name_of(path) if manifest else None
+    chosen = found or next(n for n, r in FORMATS.items() if r.filename.endswith(path.suffix))
+    if name not in (None, chosen):
+        raise ValueError(f"{path} is a file of the format {chosen!r}, not {name!r}")
+    if manifest and found:
+        manifest.verify(path.parent, [found])
+    try:
+        spec = manifest.spec if manifest and found else FORMATS[chosen].spec(path)
+        return Loaded(FORMATS[chosen].runner(path, spec), chosen, spec, path)
+    except ImportError:
+        raise
+    except Exception as error:  # whatever a reader makes of a damaged file
+        raise ValueError(f"{path} cannot be run as {chosen!r}: {error}") from error
+
+
+def _manifest_of(file: Path) -> Manifest | None:
+    return Manifest.load(file.parent) if (file.parent / MANIFEST_NAME).is_file() else None

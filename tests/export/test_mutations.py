@@ -1,0 +1,219 @@
+"""MobileOne-S0 itself, written wrongly on purpose: the gates must publish none of it.
+
+Each mutation is handed to `export_model` as the file that was written.
+"""
+
+import copy
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import mobileone
+from mobileone.export import FORMATS, ExportSpec, Metadata, RejectedError, coreml, export_model
+from mobileone.export.preprocess import normalise
+
+pytest.importorskip("coremltools")
+pytestmark = pytest.mark.slow
+
+NAMES = tuple("abcdefghij")
+SPEC = ExportSpec(
+    "mobileone_s0",
+    NAMES,
+    (3, 32, 48),
+    (0.485, 0.456, 0.406),
+    (0.229, 0.224, 0.225),
+    "bilinear",
+    1.0,
+)
+MODEL = "Data/com.apple.CoreML/model.mlmodel"
+WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
+
+
+def digits(count):
+    """Real images in three colours, (count, 3, 32, 48)."""
+    from sklearn.datasets import load_digits
+
+    scans = torch.from_numpy(load_digits().images[: 3 * count].copy()).float()
+    scans = F.interpolate(scans.view(count, 3, 8, 8), SPEC.input_size[1:], mode="bilinear")
+    return (scans * 255 / 16).round().to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def network():
+    """Trained for a moment, to tell bright from dark: random networks exceed half precision."""
+    torch.manual_seed(0)
+    model = timm.create_model("mobileone_s0", num_classes=len(NAMES)).train()
+    images = digits(128)
+    inputs, classes = normalise(images, SPEC), images[:, 1].float().mean((1, 2)).argsort().argsort()
+    classes = classes * len(NAMES) // len(images)  # by the brightness of the second channel
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    for _ in range(5):
+        for x, y in zip(inputs.split(16), classes.split(16), strict=True):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # the mean of all batches
+    with torch.no_grad():
+        for x in inputs.split(64):
+            model(x)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def fused(network):
+    return mobileone.reparameterize(network)
+
+
+@pytest.fixture(scope="module")
+def good(fused, tmp_path_factory):
+    path = tmp_path_factory.mktemp("good") / "model.mlpackage"
+    interface = coreml.write(fused, SPEC, path, Metadata())
+    return path, interface
+
+
+@pytest.fixture
+def copied(good, tmp_path):
+    return Path(shutil.copytree(good[0], tmp_path / "mutated.mlpackage"))
+
+
+@pytest.fixture
+def publish(network, good, tmp_path, monkeypatch):
+    """Run the export with a package in place of the one that would be written."""
+
+    def run(package):
+        def write(model, spec, path, metadata):
+            shutil.copytree(package, path)
+            return good[1]
+
+        row = dataclasses.replace(FORMATS["coreml"], write=write)
+        monkeypatch.setitem(FORMATS, "coreml", row)
+        images = digits(6)
+        return export_model(network, SPEC, tmp_path / "artifact", ["coreml"], images=images)
+
+    return run
+
+
+def rejected(publish, package, *checks):
+    """It lies beside, under another name, and each of these checks says why."""
+    with pytest.raises(RejectedError) as caught:
+        publish(package)
+    assert not (package.parent / "artifact").exists()
+    assert (package.parent / "artifact.rejected" / "manifest.json").is_file()
+    for check in checks:
+        assert f"coreml: {check}" in str(caught.value)
+
+
+def edit(path, change):
+    from coremltools.proto import Model_pb2
+
+    proto = Model_pb2.Model()
+    proto.ParseFromString((path / MODEL).read_bytes())
+    change(proto)
+    (path / MODEL).write_bytes(proto.SerializeToString())
+
+
+def test_the_good_one_is_published(good, publish):
+    manifest = publish(good[0])
+    entry = manifest.formats["coreml"]
+    assert entry["program_parity"]["max_relative_error"] < 5e-5
+    assert entry["weights_parity"]["max_relative_error"] == 0
+    assert entry["operations"]["conv"] == 43
+    assert "batch_norm" not in entry["operations"] and "add" not in entry["operations"]
+
+
+@pytest.mark.parametrize("field", ["mean", "std"])
+def test_a_wrong_normalisation(copied, publish, field):
+    """One channel's constant, a hundredth of the range away, in the program."""
+    value = {"mean": 255 * SPEC.mean[1], "std": 1 / (255 * SPEC.std[1])}[field]
+    kind = {"mean": "sub", "std": "mul"}[field]
+
+    def change(proto):
+        (block,) = proto.mlProgram.functions["main"].block_specializations.values()
+        (name,) = [op.inputs["y"].arguments[0].name for op in block.operations if op.type == kind]
+        (const,) = [op for op in block.operations if op.outputs[0].name == name]
+        tensor = const.attributes["val"].immediateValue.tensor
+        numbers = np.frombuffer(tensor.bytes.values, np.float16).copy()
+        assert numbers[1] == pytest.approx(value, rel=1e-3)
+        numbers[1] += np.float16(2.55 if field == "mean" else value / 20)
+        tensor.bytes.values = numbers.tobytes()
+
+    edit(copied, change)
+    rejected(publish, copied, "program parity")
+
+
+def test_rgb_declared_as_bgr(copied, publish):
+    def change(proto):
+        image = proto.description.input[0].type.imageType
+        image.colorSpace = image.ColorSpace.Value("BGR")
+
+    edit(copied, change)
+    rejected(publish, copied, "parity", "program parity")
+
+
+def test_swapped_channels_of_the_first_layer(fused, publish, tmp_path):
+    wrong = copy.deepcopy(fused)
+    first = next(m for m in wrong.modules() if isinstance(m, nn.Conv2d))
+    first.weight.data = first.weight.data[:, [2, 1, 0]]
+    coreml.write(wrong, SPEC, tmp_path / "m.mlpackage", Metadata())
+    rejected(publish, tmp_path / "m.mlpackage", "program parity", "weights parity")
+
+
+def test_a_permuted_label_list(copied, publish):
+    def change(proto):
+        (block,) = proto.mlProgram.functions["main"].block_specializations.values()
+        (classify,) = [op for op in block.operations if op.type == "classify"]
+        labels = classify.inputs["classes"].arguments[0].value.immediateValue.list.values
+        first, second = (copy.deepcopy(label) for label in labels[:2])
+        labels[0].CopyFrom(second)
+        labels[1].CopyFrom(first)
+
+    edit(copied, change)
+    rejected(publish, copied, "parity", "program parity")
+
+
+@pytest.mark.parametrize("what", ["largest", "median", "bias"])
+@pytest.mark.parametrize("layer", [0, 1, 20, 41, 42])
+def test_one_perturbed_number(copied, fused, publish, layer, what):
+    """Of two million, in half precision: 1 % larger."""
+    convs = [m for m in fused.modules() if isinstance(m, nn.Conv2d)]
+    tensor = convs[layer].bias if what == "bias" else convs[layer].weight
+    stored = tensor.detach().half().numpy()
+    order = np.abs(stored).ravel().argsort()
+    changed = stored.copy()
+    changed.flat[order[-1 if what == "largest" else len(order) // 2]] *= np.float16(1.01)
+    contents = (copied / WEIGHTS).read_bytes()
+    assert contents.count(stored.tobytes()) == 1
+    (copied / WEIGHTS).write_bytes(contents.replace(stored.tobytes(), changed.tobytes()))
+    rejected(publish, copied, "weights parity")
+
+
+class Branches(nn.Module):
+    """What a block computes, branch by branch, as if nobody had folded it."""
+
+    def __init__(self, block):
+        super().__init__()
+        found = [*block.conv_kxk, block.conv_scale, block.identity]
+        self.branches = nn.ModuleList(branch for branch in found if branch is not None)
+        self.act = block.act
+
+    def forward(self, x):
+        return self.act(sum(branch(x) for branch in self.branches))
+
+
+@pytest.mark.parametrize("layer", ["stem", "stages.1.2", "stages.3.1"])
+def test_a_layer_left_unfused(network, fused, publish, tmp_path, layer):
+    partly = copy.deepcopy(fused)
+    partly.set_submodule(layer, Branches(network.get_submodule(layer)).eval())
+    coreml.write(partly, SPEC, tmp_path / "m.mlpackage", Metadata())
+    with pytest.raises(RejectedError, match=r"coreml: \d+ convolutions where .* has 43"):
+        publish(tmp_path / "m.mlpackage")
