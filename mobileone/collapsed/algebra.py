@@ -100,9 +100,12 @@ def branch_means(branches: Branches, mean: Tensor) -> Tensor:
     return torch.cat((means, mean[None, :, branches.centre]))
 
 
-def branch_variances(branches: Branches, cov: Tensor) -> Tensor:
-    """vᵢ of every branch, the skip last, (B or B + 1, G, O), from C (G, J, J); at least 0."""
-    variances = (torch.matmul(branches.kernels, cov) * branches.kernels).sum(-1)
+def branch_variances(branches: Branches, cov: Tensor, product: Tensor) -> Tensor:
+    """vᵢ of every branch, the skip last, (B or B + 1, G, O), from C (G, J, J); at least 0.
+
+    `product` is Wᵢ C of the convolution branches, (B, G, O, J).
+    """
+    variances = (product * branches.kernels).sum(-1)
     if branches.centre is not None:
         own = cov.diagonal(dim1=-2, dim2=-1)[:, branches.centre]  # (G, O)
         variances = torch.cat((variances, own[None]))

@@ -38,8 +38,9 @@ class DepthwiseConvolution(torch.autograd.Function):
         mean, cov = native.depthwise_moments(x, stride)
         height, width = geometry.output_size(*x.shape[2:])
         branches = gather_branches(geometry, tensors, cov.dtype)
+        var = branch_variances(branches, cov, torch.matmul(branches.kernels, cov))
         shift = far_means(mean[:, 4], cov[:, 4, 4])  # of the centre tap, (C,)
-        folded = collapse(branches, mean - shift[:, None], branch_variances(branches, cov))
+        folded = collapse(branches, mean - shift[:, None], var)
         y = native.depthwise_forward(x, stride, shift, folded.weight, folded.bias, relu)
         ctx.geometry, ctx.number = geometry, len(x) * height * width
         ctx.save_for_backward(x, y if relu else None, mean, cov, *folded, *tensors)

@@ -18,9 +18,10 @@ from mobileone.collapsed.algebra import (
 )
 from mobileone.collapsed.branches import Geometry, branch_gradients, gather_branches
 from mobileone.collapsed.windows import (
+    careful_statistics,
     columns,
     image,
-    measured_variances,
+    needs_care,
     rows,
     uncolumns,
     window_statistics,
@@ -42,12 +43,15 @@ class GramConvolution(torch.autograd.Function):
         ctx: Any, x: Tensor, geometry: Geometry, relu: bool, dtype: torch.dtype, *tensors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         windows = columns(x, geometry)
-        stats, shift = window_statistics(windows)
-        if shift is not None:
-            windows = windows - shift[..., None]
+        stats, shift = window_statistics(windows), None
         branches = gather_branches(geometry, tensors, stats.cov.dtype)
-        var = branch_variances(branches, stats.cov)
-        var = measured_variances(var, branches.kernels, stats.cov, windows)
+        product = torch.matmul(branches.kernels, stats.cov)
+        if needs_care(stats, branches.kernels, product):
+            stats, shift = careful_statistics(windows, stats)
+            windows = windows - shift[..., None]
+            branches = gather_branches(geometry, tensors, stats.cov.dtype)
+            product = torch.matmul(branches.kernels, stats.cov)
+        var = branch_variances(branches, stats.cov, product)
         folded = collapse(branches, stats.mean, var)
         y = torch.matmul(folded.weight.to(dtype), windows.to(dtype))  # (M, G, O, L)
         y += folded.bias.to(dtype)[..., None]
@@ -78,11 +82,13 @@ class GramConvolution(torch.autograd.Function):
         if y is not None:
             g = torch.ops.aten.threshold_backward(g, y, 0)
         windows, g = columns(x, geometry), rows(g, geometry)
-        if shift is not None:
+        left, right = g, windows.to(g.dtype)
+        if shift is not None:  # care was needed: P in float64 as well
+            left, right = g.double(), windows.double() - shift[..., None].double()
             windows = windows - shift[..., None]
         windows = windows.to(g.dtype)
         bias_grad = g.sum(-1).sum(0, dtype=cov.dtype)  # (G, O)
-        weight_grad = torch.matmul(g, windows.transpose(-1, -2)).sum(0, dtype=cov.dtype)
+        weight_grad = torch.matmul(left, right.transpose(-1, -2)).sum(0, dtype=cov.dtype)
         weight_grad -= bias_grad[..., None] * m[:, None, :]  # about the mean, (G, O, J)
         branches = gather_branches(geometry, tensors, cov.dtype)
         stats = WindowStatistics(m, cov, ctx.number)

@@ -34,6 +34,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 _SOURCES = ("depthwise.cpp", "pointwise.cpp")
+_HEADERS = ("planes.h", "moments.h", "input_gradient.h")
 # sums may be reordered to use vectors; NaN and infinity keep their meaning
 _FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=c++17"),
@@ -58,10 +59,15 @@ def library() -> ctypes.CDLL | None:
 
 def _build(compiler: str) -> Path:
     sources = [Path(__file__).with_name(name) for name in _SOURCES]
+    headers = [Path(__file__).with_name(name) for name in _HEADERS]
     # the compiler's own macros tell its version and what this processor can do
     probe = (compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull)
     macros = subprocess.run(probe, check=True, capture_output=True, timeout=60).stdout
-    parts = [macros, " ".join(_FLAGS).encode(), *(source.read_bytes() for source in sources)]
+    parts = [
+        macros,
+        " ".join(_FLAGS).encode(),
+        *(path.read_bytes() for path in (*sources, *headers)),
+    ]
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mobileone"
     built = cache / f"collapsed-{digest}.so"

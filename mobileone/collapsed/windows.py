@@ -9,10 +9,11 @@ from mobileone.collapsed.branches import Geometry
 
 __all__ = [
     "algebra_dtype",
+    "careful_statistics",
     "columns",
     "far_means",
     "image",
-    "measured_variances",
+    "needs_care",
     "rows",
     "uncolumns",
     "window_statistics",
@@ -22,14 +23,17 @@ _NARROW = 128
 """Pixels an image below which the images of a batch are joined: a matrix product of a few dozen
 columns reaches a fifth of the speed of a wide one (49 columns: 15 of 90 GFMA/s)."""
 
-_LIGHT = 64
+_LIGHT = 128
 """Window size J up to which the small algebra is done in float64, where its cost cannot show."""
 
 _FAR = 16.0
-"""Ratio of squared mean to variance from which the moments are taken about the mean."""
+"""Ratio of squared mean to variance from which the statistics are taken with care."""
 
 _THIN = 64.0
-"""Variances below one part in this of what the weights could make of the input are measured."""
+"""The same if a variance is below one part in this of what the weights could make of the input."""
+
+_ALIKE = 0.25
+"""The same if a branch's output leaves less than this part of the windows' variance unexplained."""
 
 
 def algebra_dtype(window: int, dtype: torch.dtype) -> torch.dtype:
@@ -83,37 +87,54 @@ def rows(y: Tensor, geometry: Geometry) -> Tensor:
     return y.reshape(batch, geometry.groups, channels // geometry.groups, -1)
 
 
-def window_statistics(matrix: Tensor) -> tuple[WindowStatistics, Tensor | None]:
-    """Mean and covariance of the columns of (M, G, J, L), in float32 or better.
-
-    Where the mean outweighs the spread, the moments are those of the columns less a constant
-    shift (G, J), which is returned as well; where the squares overflow, they are in float64.
-    """
-    stats = _moments(matrix)
-    variance = stats.cov.diagonal(dim1=-2, dim2=-1)
-    # reads two small tensors; a GPU is waited for
-    if bool((stats.mean.square() <= _FAR * variance).all()):
-        return stats, None
-    if not bool(torch.isfinite(stats.cov).all()):
-        stats = _moments(matrix.double())
-    shift = stats.mean.to(matrix.dtype)
-    centred = _moments(matrix.double() - shift[..., None].double())
-    dtype = algebra_dtype(matrix.shape[2], matrix.dtype)
-    return WindowStatistics(centred.mean.to(dtype), centred.cov.to(dtype), centred.number), shift
-
-
-def far_means(mean: Tensor, var: Tensor) -> Tensor:
-    """The means that outweigh the spread, in float32, and 0 for the others."""
-    return torch.where(mean.square() <= _FAR * var, 0.0, mean).float()
-
-
-def _moments(matrix: Tensor) -> WindowStatistics:
+def window_statistics(matrix: Tensor) -> WindowStatistics:
+    """Mean and covariance of the columns of (M, G, J, L), by sums in float32 or better."""
     wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     dtype = algebra_dtype(matrix.shape[2], matrix.dtype)
     count = wide.shape[0] * wide.shape[3]
     mean = wide.sum(-1).sum(0, dtype=dtype).div_(count)  # (G, J)
     gram = _gram(wide, dtype).div_(count)
     return WindowStatistics(mean, gram - mean[..., :, None] * mean[..., None, :], count)
+
+
+def careful_statistics(matrix: Tensor, rough: WindowStatistics) -> tuple[WindowStatistics, Tensor]:
+    """The same in float64 and about a shift (G, J), in the matrix's dtype, returned as well.
+
+    The statistics are those of the columns less the shift, which is about their mean.
+    """
+    shift = torch.nan_to_num(rough.mean).to(matrix.dtype)
+    return window_statistics(matrix.double() - shift[..., None].double()), shift
+
+
+def needs_care(stats: WindowStatistics, kernels: Tensor, product: Tensor) -> bool:
+    """Whether rounding in sums over windows would be magnified in what is made of them.
+
+    That is so where means outweigh the spread; where squares overflow; where vᵢ is far below what
+    the weights could make of it, Σⱼ Wᵢⱼ² Cⱼⱼ; and where one direction has most of the windows'
+    variance, as in smooth images: BatchNorm's gradient ignores the direction in which a branch
+    looks, so that what counts is the variance that zᵢ = Wᵢ x leaves unexplained of the inputs
+    that it reads, tr C − |C Wᵢ|² / vᵢ.
+
+    Args:
+        stats: Rough statistics.
+        kernels: Wᵢ, (B, G, O, J).
+        product: Wᵢ C, likewise.
+    """
+    variance = stats.cov.diagonal(dim1=-2, dim2=-1)
+    far = ~(stats.mean.square() <= _FAR * variance).all()  # also if not a number
+    var = torch.linalg.vecdot(product, kernels)
+    seen = kernels != 0  # a scale branch sees one pixel of the window
+    total = torch.matmul(seen.to(variance.dtype), variance[..., None]).squeeze(-1)
+    explained = torch.linalg.vecdot(product, product * seen)
+    hidden = (explained > (1 - _ALIKE) * total * var) & (seen.sum(-1) > 1)
+    size = torch.matmul(kernels.square(), variance[..., None]).squeeze(-1)
+    # the only look at the numbers: a GPU is waited for
+    return bool(far | hidden.any() | (var * _THIN < size).any())
+
+
+def far_means(mean: Tensor, var: Tensor) -> Tensor:
+    """The means that outweigh the spread, in float32, and 0 for the others."""
+    return torch.where(mean.square() <= _FAR * var, 0.0, mean).float()
 
 
 def _gram(matrix: Tensor, dtype: torch.dtype) -> Tensor:
@@ -124,30 +145,6 @@ def _gram(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     corner = torch.matmul(second, second.transpose(-1, -2)).sum(0, dtype=dtype)
     lower = torch.cat((upper[..., half:].transpose(-1, -2), corner), dim=-1)
     return torch.cat((upper, lower), dim=-2)
-
-
-def measured_variances(var: Tensor, kernels: Tensor, cov: Tensor, windows: Tensor) -> Tensor:
-    """Replace the variances that W C Wᵀ gives only roughly by those of the outputs themselves.
-
-    Rounding in C reaches v magnified by Σⱼ Wⱼ² Cⱼⱼ / v. Rows in which that is large, because the
-    branch looks where the input hardly varies, are convolved and measured: a few of them at most.
-
-    Args:
-        var: vᵢ of the branches (B or B + 1, G, O), the skip last.
-        kernels: Wᵢ, (B, G, O, J).
-        cov: C, (G, J, J).
-        windows: The columns, (M, G, J, L).
-    """
-    if kernels.shape[1] > 1 or windows.dtype == torch.float64:
-        return var
-    size = torch.matmul(kernels.square(), cov.diagonal(dim1=-2, dim2=-1)[..., None]).squeeze(-1)
-    poor = var[: len(kernels)] * _THIN < size
-    if not bool(poor.any()):
-        return var
-    outputs = torch.matmul(kernels[poor].to(windows.dtype), windows[:, 0])  # (M, rows, L)
-    var = var.clone()
-    var[: len(kernels)][poor] = torch.var(outputs.double(), (0, 2), correction=0).to(var.dtype)
-    return var
 
 
 def _joined(pixels: int, batch: int) -> bool:

@@ -24,6 +24,7 @@ POINTWISE = [
     {"in_chs": 96, "out_chs": 96, "kernel_size": 1, "num_conv_branches": 4},
     {"in_chs": 16, "out_chs": 24, "kernel_size": 1, "num_conv_branches": 2},
 ]
+STEM = {"in_chs": 3, "out_chs": 8, "stride": 2}
 SIZES = [(2, 3, 3), (2, 3, 7), (4, 7, 7), (2, 18, 5), (2, 17, 34), (1, 40, 70)]
 INPUTS = {
     "ordinary": lambda x: x,
@@ -43,9 +44,10 @@ def choose(monkeypatch):
     return lambda path: monkeypatch.setattr("mobileone.collapsed.training.choose", lambda *_: path)
 
 
-def assert_as_accurate(twin, shape, x, path, act=True, factor=4):
+def assert_as_accurate(twin, shape, x, path, act=True, factor=4, mode="auto"):
     """Ours and timm's block in float32, both against timm's in float64."""
     ours, theirs = twin.build(shape, dtype=torch.float32)
+    set_collapse(ours, mode)
     if not act:
         ours.act = theirs.act = torch.nn.Identity()
     exact = copy.deepcopy(theirs).double()
@@ -55,8 +57,8 @@ def assert_as_accurate(twin, shape, x, path, act=True, factor=4):
     errors = twin.relative_errors(twin.step(ours.train(), x, g), truth)
     expected = twin.relative_errors(twin.step(theirs, x, g), truth)
     for name, error in errors.items():
-        # 4: both are a few roundings from the truth, of which neither is always the smaller
-        assert error <= factor * expected[name] + 3e-6, (name, error, expected[name])
+        # both are a few roundings from the truth, of which neither is always the smaller
+        assert error <= factor * expected[name] + 5e-7, (name, error, expected[name])
 
 
 @needs_kernels
@@ -91,20 +93,15 @@ def test_no_less_accurate_than_the_branches(shape, kind, twin, choose):
 
 
 @needs_kernels
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("shape", [*DEPTHWISE, *POINTWISE], ids=str)
-def test_known_loss_on_nearly_equal_channels(shape, seed, twin, choose):
-    """Where channels agree to 1 %, the kernels' gradients lose to cancellation: a known weakness.
-
-    The Gram form subtracts the direction that the branches' BatchNorms ignore after its product
-    with the windows, the branches before: up to 15 times their error was measured (8 seeds).
-    """
-    torch.manual_seed(seed)
+@pytest.mark.parametrize("shape", [*DEPTHWISE, *POINTWISE, STEM], ids=str)
+def test_always_no_less_accurate_where_inputs_are_nearly_equal(shape, twin):
+    """Smooth images, and channels alike to 1 %: there sums cancel, in the Gram form most of all."""
     x = twin.feature_map(8, shape["in_chs"], 14, 14)
-    x = (torch.randn_like(x[:, :1]) + 0.01 * torch.randn_like(x)).float()
-    path = Path.DEPTHWISE if "groups" in shape else Path.GRAM
-    choose(path)
-    assert_as_accurate(twin, shape, x, path, act=False, factor=30)
+    smooth = torch.nn.functional.interpolate(torch.randn_like(x[:, :, :3, :3]), 14, mode="bilinear")
+    for near in (torch.randn_like(x[:, :1]), smooth):
+        image = (near + 0.01 * torch.randn_like(x)).float()
+        path = Path.DEPTHWISE if "groups" in shape else Path.GRAM
+        assert_as_accurate(twin, shape, image, path, act=False, factor=2.5, mode="always")
 
 
 def test_planes_too_small_for_the_kernels_take_another_form(twin):

@@ -8,56 +8,69 @@ from sklearn.datasets import load_digits
 
 from mobileone.collapsed import set_collapse
 
-STEPS, BATCH = 200, 32
+BATCH = 32
 
 
-def digits():
+def digits(dtype):
     """The 1797 handwritten digits at 32 px: images (N, 3, 32, 32) and classes (N,)."""
     data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
-    return F.interpolate(images, size=32, mode="bilinear").expand(-1, 3, -1, -1), torch.tensor(
-        data.target
-    )
+    images = torch.tensor(data.images, dtype=dtype)[:, None] / 8 - 1
+    images = F.interpolate(images, size=32, mode="bilinear").expand(-1, 3, -1, -1)
+    return images, torch.tensor(data.target)
 
 
-def train(mode, permuted=False):
-    """Losses of 200 steps from one seed, and the accuracy on the digits held out.
+def train(mode, variant, steps, lr, dtype=torch.float32, permuted=False):
+    """Losses from one seed on an annealed rate, and the mean accuracy of the last evaluations.
 
     `permuted` turns the order of the images in every batch, which changes nothing but the order
     of the sums.
     """
     torch.manual_seed(0)
-    model = timm.create_model("mobileone_mu1", num_classes=10)
+    model = timm.create_model(variant, num_classes=10).to(dtype)
     set_collapse(model, mode)
-    images, classes = digits()
+    images, classes = digits(dtype)
     order = torch.randperm(len(images))
     held_out, order = order[:297], order[297:]
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    losses = []
-    for _ in range(STEPS):
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    losses, accuracies = [], []
+    for step in range(steps):
         batch = order[torch.randint(len(order), (BATCH,))]
         if permuted:
             batch = batch.flip(0)
-        loss = F.cross_entropy(model(images[batch]), classes[batch])
+        loss = F.cross_entropy(model.train()(images[batch]), classes[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
         losses.append(loss.item())
-    with torch.no_grad():
-        right = model.eval()(images[held_out]).argmax(1) == classes[held_out]
-    return torch.tensor(losses), right.float().mean().item()
+        if step >= steps - 50 and step % 10 == 9:
+            with torch.no_grad():
+                right = model.eval()(images[held_out]).argmax(1) == classes[held_out]
+            accuracies.append(right.double().mean().item())
+    return torch.tensor(losses, dtype=torch.float64), torch.tensor(accuracies).mean().item()
+
+
+def test_in_float64_the_loss_curves_coincide():
+    """At a rate at which roundings do not explode: at 0.02 they grow tenfold and more a step."""
+    branches, _ = train("never", "mobileone_mu0", 10, lr=5e-4, dtype=torch.float64)
+    collapsed, _ = train("always", "mobileone_mu0", 10, lr=5e-4, dtype=torch.float64)
+    assert branches[-1] < branches[0] - 1e-3
+    torch.testing.assert_close(collapsed, branches, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_collapsed_training_is_the_same_training():
-    losses, accuracy = train("never")
-    permuted, permuted_accuracy = train("never", permuted=True)
-    collapsed, collapsed_accuracy = train("auto")
-    noise = (permuted - losses).abs()
-    error = (collapsed - losses).abs()
+    """Training a fresh network is chaotic: what two orders of summation share, both forms share.
+
+    Of 4 seeds, the accuracies of two orders differed by up to 0.074 and those of the two forms
+    (against the mean of the orders) by up to 0.037.
+    """
+    losses, accuracy = train("never", "mobileone_mu1", 200, lr=0.02)
+    permuted, permuted_accuracy = train("never", "mobileone_mu1", 200, lr=0.02, permuted=True)
+    collapsed, collapsed_accuracy = train("auto", "mobileone_mu1", 200, lr=0.02)
+    noise, error = (permuted - losses).abs(), (collapsed - losses).abs()
     assert error[0] < 1e-5
-    # a fresh network of this depth magnifies roundings: in float32 its first gradients, of either
-    # form, are 3 % from float64's; the curves part as two orders of summation do, and not further
     assert error.mean() < 2 * noise.mean()
-    assert abs(collapsed_accuracy - accuracy) <= abs(permuted_accuracy - accuracy) + 0.1
-    assert collapsed_accuracy > 0.7
+    assert abs(collapsed_accuracy - (accuracy + permuted_accuracy) / 2) < 0.15
+    assert collapsed_accuracy > 0.5

@@ -1,0 +1,132 @@
+// The input gradient of a collapsed depthwise block, for depthwise.cpp.
+
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "planes.h"
+
+namespace {
+
+// The offsets u ∈ {−1, 0, 1} at which windows along one axis cover input q, as bits u + 1.
+template <int STRIDE>
+int covering(int64_t q, int64_t outputs) {
+  int set = 0;
+  for (int u = -1; u <= 1; ++u) {
+    const int64_t p = q - u;
+    if (p >= 0 && p % STRIDE == 0 && p / STRIDE < outputs) set |= 1 << (u + 1);
+  }
+  return set;
+}
+
+// ∂L/∂x of a row that windows cover at the row offsets U: x receives, from the windows that cover
+// it at u, Ŵ_u g + r_u + Σ_v S_uv x_v, which makes 5×5 taps on x, T_d = Σ_{u ∈ U} S_{u,u+d}.
+template <int STRIDE>
+struct RowGradient {
+  struct Phase {  // of the columns first, first + STRIDE, …
+    TapList x, g;
+    float constant = 0.0f;
+  };
+  struct Edge {  // what the windows beyond the left or right border would have added
+    double kernel[5] = {};
+    double constant = 0.0;
+  };
+  int set = 0;
+  Phase phases[STRIDE];
+  Edge left, right;
+
+  RowGradient() = default;
+  RowGradient(int rows, const double* weight, const double* slope, const double* offset,
+              Padded<STRIDE>& x, Padded<1>& g)
+      : set(rows) {
+    for (int first = 0; first < STRIDE; ++first) {
+      const int columns = STRIDE == 1 ? 7 : first ? 5 : 2;
+      double kernel[25] = {}, constant = 0.0;
+      for (int u = 0; u < 9; ++u) {
+        if (!(rows >> (u / 3) & 1) || !(columns >> (u % 3) & 1)) continue;
+        constant += offset[u];
+        for (int v = 0; v < 9; ++v)
+          kernel[5 * (v / 3 - u / 3 + 2) + v % 3 - u % 3 + 2] += slope[9 * u + v];
+        // the row of g, (r − u)/stride, is found from that of r rounded down
+        const int64_t down = STRIDE == 1 ? 1 - u / 3 : u / 3 == 0;
+        g_offset(phases[first].g, g, down, (first - u % 3 + 1) / STRIDE, weight[u]);
+      }
+      for (int d = 0; d < 25; ++d)
+        if (kernel[d] != 0.0)
+          phases[first].x.add(x.at(d / 5, first + d % 5 - 2) - x.at(2, 0), kernel[d]);
+      phases[first].constant = float(constant);
+    }
+    for (int u = 0; u < 3; ++u) {
+      if (!(rows >> u & 1)) continue;
+      left.constant += offset[3 * u + 2];
+      right.constant += offset[3 * u];
+      for (int v = 0; v < 3; ++v) {
+        left.kernel[v - u + 2] += slope[9 * (3 * u + 2) + 3 * v + 2];
+        right.kernel[v - u + 2] += slope[9 * (3 * u) + 3 * v];
+      }
+    }
+  }
+
+ private:
+  static void g_offset(TapList& taps, Padded<1>& g, int64_t row, int64_t column, double weight) {
+    taps.add(g.at(row, column) - g.at(0, 0), weight);
+  }
+};
+
+template <int STRIDE>
+class InputGradient {
+ public:
+  explicit InputGradient(const Shape& s)
+      : s_(s), x_(s.height, s.width, 2), g_(s.out_height, s.out_width, 1),
+        row_(s.width / STRIDE + 1 + LANES) {}
+
+  // The slope S (9×9), the offset r (9) and the weight Ŵ (9) of the channel whose planes follow.
+  void prepare(const double* weight, const double* slope, const double* offset) {
+    known_ = 0;
+    for (int64_t r : {int64_t(0), int64_t(1), s_.height - 2, s_.height - 1}) {
+      if (r < 0 || r >= s_.height) continue;
+      const int set = covering<STRIDE>(r, s_.out_height);
+      if (!(known_ >> set & 1)) by_set_[set] = {set, weight, slope, offset, x_, g_};
+      known_ |= 1 << set;
+    }
+  }
+
+  void plane(const float* g, const float* y, const float* x, float* dx) {
+    x_.fill(x);
+    g_.fill_rectified(g, y);
+    for (int64_t r = 0; r < s_.height; ++r) row(r, dx + r * s_.width);
+  }
+
+ private:
+  void row(int64_t r, float* dx) {
+    const RowGradient<STRIDE>& how = by_set_[covering<STRIDE>(r, s_.out_height)];
+    const float *x = x_.at(r, 0), *g = g_.at(r / STRIDE, 0);
+    for (int64_t first = 0; first < STRIDE && first < s_.width; ++first) {
+      const auto& phase = how.phases[first];
+      const int64_t n = (s_.width - first + STRIDE - 1) / STRIDE;
+      float* to = STRIDE == 1 ? dx : row_.data();
+      combine_row(phase.x, x, phase.g, g, phase.constant, n,
+                  [&](const V& v, int64_t i) { store_part(to, v, i, n); });
+      if (STRIDE > 1)
+        for (int64_t i = 0; i < n; ++i) dx[first + i * STRIDE] = to[i];
+    }
+    if (STRIDE == 1) dx[0] -= edge(how.left, r, 0);
+    if (STRIDE == 1 || s_.width % 2 == 0) dx[s_.width - 1] -= edge(how.right, r, s_.width - 1);
+  }
+
+  float edge(const typename RowGradient<STRIDE>::Edge& edge, int64_t r, int64_t q) {
+    float sum = float(edge.constant);
+    for (int d = 0; d < 5; ++d) sum += float(edge.kernel[d]) * *x_.at(r + d - 2, q);
+    return sum;
+  }
+
+  Shape s_;
+  Padded<STRIDE> x_;
+  Padded<1> g_;
+  std::vector<float> row_;
+  RowGradient<STRIDE> by_set_[8];
+  int known_ = 0;
+};
+
+}  // namespace
