@@ -1,5 +1,6 @@
 """The network as it is deployed: branches folded, BatchNorm folded, and shown to be the same."""
 
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +8,6 @@ from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from mobileone.block import FusedMobileOneBlock
 from mobileone.deploy import reparameterize
 
 __all__ = ["DeployForm", "deploy_form", "relative_error", "settle_norms"]
@@ -57,7 +57,7 @@ def deploy_form(model: nn.Module, x: Tensor) -> DeployForm:
     if not error < _TOLERANCE:
         raise RuntimeError(f"folding the branches changed the output by {error:.2g} (relative)")
     folded = _pairs(fused, x)
-    before = reparameterize(fused)  # a copy, in case that a pair is not what it seems
+    before = deepcopy(fused)  # in case that a pair is not what it seems
     for conv_name, norm_name in folded:
         _fold(fused, conv_name, norm_name)
     with_norms = relative_error(fused(x), expected)
@@ -144,10 +144,12 @@ def _fold(model: nn.Module, conv_name: str, norm_name: str) -> None:
 
 
 def _unfolded(model: nn.Module) -> tuple[str, ...]:
-    """Layers by whose attributes timm recognises that they still have a folded form to take."""
-    return tuple(
-        name
-        for name, module in model.named_modules()
-        if (callable(getattr(module, "fuse", None)) and not isinstance(module, FusedMobileOneBlock))
-        or (hasattr(module, "reparameterize") and getattr(module, "reparam_conv", 0) is None)
-    )
+    """Layers that timm would fold, and whose folded form is another module than they are."""
+
+    def foldable(module: nn.Module) -> bool:
+        if callable(getattr(module, "fuse", None)):
+            trial = deepcopy(module)
+            return trial.fuse() is not trial  # type: ignore[operator]
+        return hasattr(module, "reparameterize") and getattr(module, "reparam_conv", 0) is None
+
+    return tuple(name for name, module in model.named_modules() if name and foldable(module))
