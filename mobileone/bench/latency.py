@@ -1,26 +1,20 @@
 """Latency of fused networks across runtimes, contenders in alternation."""
 
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mobileone.bench.deploy_form import DeployForm, deploy_form, relative_error, settle_norms
-from mobileone.bench.models import build_model, check_models, input_size_of
-from mobileone.bench.results import Result, Row
-from mobileone.bench.runtimes import RUNTIMES, check_runtimes, missing_runtimes
+from mobileone.bench.contender import Setting, prepare
+from mobileone.bench.models import build_model, check_models
+from mobileone.bench.results import Result
+from mobileone.bench.runtimes import check_runtimes, missing_runtimes
 from mobileone.bench.threads import check_threads, pinned, torch_threads
-from mobileone.bench.timing import Run, get_protocol, summarise, time_in_turn
+from mobileone.bench.timing import get_protocol, summarise, time_in_turn
 
 __all__ = ["check_device", "measure_latency", "measure_modules"]
-
-_SETTLING = 4  # images that BatchNorm's statistics are of
-_TOLERANCE = {"float32": 1e-3, "float16": 5e-2}  # as for artifacts: the order of sums; 11 bits
 
 
 def measure_latency(
@@ -89,27 +83,23 @@ def measure_modules(
         device: …
     """
     chosen = get_protocol(protocol, runs)
+    setting = Setting(threads, batch_size, image_size, device)
     check_device(device)
     check_threads(threads)
-    if batch_size < 1 or (image_size is not None and image_size < 1):
-        raise ValueError(
-            f"`batch_size` (={batch_size}) and `image_size` (={image_size}) must be at least 1"
-        )
     names = check_runtimes(runtimes, device)
     with tempfile.TemporaryDirectory() as folder, torch_threads(threads):
         contenders = [
             contender
             for i, (name, build) in enumerate(modules.items())
-            for contender in _prepare(
-                name, build, names, Path(folder) / str(i), threads, batch_size, image_size, device
-            )
+            for contender in prepare(name, build, names, Path(folder) / str(i), setting)
         ]
         ready = {str(i): c.load for i, c in enumerate(contenders) if c.load is not None}
         with pinned(threads) as processors:
             times = time_in_turn(ready, chosen)
-    for i, contender in enumerate(contenders):
-        if str(i) in times:
-            contender.row.update(summarise(times[str(i)]))
+    rows = [
+        contender.row | (summarise(times[str(i)]) if str(i) in times else {})
+        for i, contender in enumerate(contenders)
+    ]
     how = chosen.to_dict() | {
         "threads": threads,
         "processors": processors,
@@ -120,7 +110,7 @@ def measure_modules(
         "order": "in turns, shuffled",
         "runtimes_missing": missing_runtimes() if runtimes is None else {},
     }
-    return Result.new("latency", how, [contender.row for contender in contenders], device)
+    return Result.new("latency", how, rows, device)
 
 
 def check_device(device: str) -> None:
@@ -136,73 +126,3 @@ def check_device(device: str) -> None:
         raise ValueError(
             f"`device` (={device!r}) is not on this machine; there is {', '.join(['cpu', *there])}"
         ) from error
-
-
-@dataclass(frozen=True)
-class _Contender:
-    """A network in a runtime: the beginning of its row, and what makes it ready to run."""
-
-    row: Row
-    load: Callable[[], Run] | None
-
-
-def _prepare(
-    name: str,
-    build: Callable[[], nn.Module],
-    runtimes: Sequence[str],
-    folder: Path,
-    threads: int,
-    batch_size: int,
-    image_size: int | None,
-    device: str,
-) -> list[_Contender]:
-    folder.mkdir()
-    model = build()
-    channels, height, width = input_size_of(model, image_size)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        settle_norms(model, torch.randn(_SETTLING, channels, height, width))
-        x = torch.randn(batch_size, channels, height, width)
-    form = deploy_form(model, x)
-    with torch.inference_mode():
-        expected = form.model(x)
-    common: Row = {
-        "model": name,
-        "threads": threads,
-        "batch_size": batch_size,
-        "image_size": height,
-        "device": device,
-        "branches_left": len(form.branches_left),
-        "norms_left": form.norms_left,
-    }
-    return [
-        _in_runtime(common | {"runtime": runtime}, form, x, expected, folder / runtime, device)
-        for runtime in runtimes
-    ]
-
-
-def _in_runtime(
-    row: Row, form: DeployForm, x: Tensor, expected: Tensor, path: Path, device: str
-) -> _Contender:
-    runtime = RUNTIMES[row["runtime"]]
-    row = row | {"precision": runtime.precision, "failure": None}
-    started = time.perf_counter()
-    placed = x.to(device)
-
-    def load() -> Run:
-        return runtime.load(path, placed, row["threads"])
-
-    try:
-        runtime.convert(form.model, x, path)
-        error = relative_error(_tensor(load()()), expected)
-        if not error < _TOLERANCE[runtime.precision]:
-            raise RuntimeError(f"its output differs from PyTorch's by {error:.2g} (relative)")
-    except Exception as failure:  # whatever a converter raises: the others are measured still
-        reason = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
-        return _Contender(row | {"failure": reason}, None)
-    row |= {"relative_error": error, "prepare_s": time.perf_counter() - started}
-    return _Contender(row, load)
-
-
-def _tensor(output: Any) -> Tensor:
-    return output.clone() if isinstance(output, Tensor) else torch.as_tensor(output).clone()
