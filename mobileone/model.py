@@ -166,7 +166,7 @@ def _stages(
 ) -> tuple[tuple[ByoBlockCfg, ...], ...]:
     """Each stage is a row of depthwise 3×3 and pointwise 1×1 blocks, in turn."""
     stages = []
-    branches = {
+    branches: dict[str, Any] = {
         "num_conv_branches": variant.num_conv_branches,
         "use_scale": use_scale,
         "use_skip": use_skip,
@@ -191,7 +191,7 @@ def _cfg(
     width: int,
     group_size: int,
     stride: int,
-    branches: dict[str, int],
+    branches: dict[str, Any],
     attn: str | None,
 ) -> ByoBlockCfg:
     build = partial(_build_block, kernel_size=kernel_size, **branches)
