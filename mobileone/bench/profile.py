@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
 from torch import Tensor, nn
 
 from mobileone.bench.deploy_form import deploy_form, settle_norms
@@ -63,7 +62,7 @@ def profile_module(name: str, model: nn.Module, image_size: int | None = None) -
     """
     channels, height, width = input_size_of(model, image_size)
     x = torch.zeros(1, channels, height, width)
-    train = _own_parameters(model)
+    train, stages = _own_parameters(model), _stage_names(model)
     images = torch.randn(_SETTLING, *x.shape[1:], generator=torch.Generator().manual_seed(0))
     form = deploy_form(settle_norms(model, images), images[:1])
     own = _own_counts(form.model, x)
@@ -72,7 +71,6 @@ def profile_module(name: str, model: nn.Module, image_size: int | None = None) -
     row: Row = {"model": name, "level": "model", "name": "", **total, "image_size": height}
     row |= {"branches_left": len(form.branches_left), "norms_left": form.norms_left}
     row["uncounted"] = ", ".join(f"{op} ×{count}" for op, count in uncounted.most_common())
-    stages = _stage_names(form.model)
     by_stage = _add(own, lambda layer: _stage_of(layer, stages), train)
     layers = _add(own, lambda layer: layer, {})
     return [
@@ -100,6 +98,8 @@ def _own_counts(model: nn.Module, x: Tensor) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated")
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # shapes are fixed
+        from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis  # warns as it is imported
+
         flops = FlopCountAnalysis(model, x).unsupported_ops_warnings(False)
         flops.uncalled_modules_warnings(False)
         flops.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
@@ -142,7 +142,7 @@ def _add(
 def _stage_names(model: nn.Module) -> list[str]:
     names = []
     for name, child in model.named_children():
-        if isinstance(child, nn.Sequential | nn.ModuleList):
+        if type(child) in (nn.Sequential, nn.ModuleList):  # not what is derived from them
             names += [f"{name}.{part}" for part, _ in child.named_children()]
         else:
             names.append(name)
