@@ -47,6 +47,14 @@ COMMANDS = {
     "compress": Command(
         "lightning_modules.commands:compress", "write smaller files, and measure what they lose"
     ),
+    "study": Command(
+        "lightning_modules.study_commands:study",
+        "repeat an experiment of the paper: bottlenecks, correlation, ablation",
+    ),
+    "report": Command(
+        "lightning_modules.study_commands:report",
+        "gather results and a run into one HTML page to send",
+    ),
     "inspect": Command(
         "lightning_modules.commands:inspect", "print what an artifact holds, and check its files"
     ),

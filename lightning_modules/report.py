@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,11 +22,13 @@ from lightning_modules.report_html import (
 )
 from lightning_modules.report_run import run_facts, run_sections
 from mobileone.bench.paper import paper_table
+from mobileone.bench.pareto import draw_pareto
 from mobileone.bench.results import Result
 
 __all__ = ["write_report"]
 
 _ROWS = 80  # of a table on the page; the file has all
+_QUOTED = {"params_m": "{:g}", "mmacs": "{:.0f}", "top1": "{:.1f}", "mobile_ms": "{:.2f}"}
 _RUN_RECORD = "run.json"
 
 
@@ -62,7 +65,10 @@ def write_report(
             f"`folder` (={str(folder)!r}) holds neither results nor a run: make some with "
             "`mobileone benchmark`, `profile` or `study`, or name a run with --run"
         )
-    sections = [section("The family", _family(found.results))]
+    sections = [
+        section("The family", _family(found.results)),
+        section("Accuracy against latency", _pareto(found.results)),
+    ]
     if run is None:
         missing = "No run is shown: name one with --run, for example runs/quickstart/latest."
         sections.append(section("Training", [note(missing)]))
@@ -147,9 +153,7 @@ def _family(results: Sequence[tuple[Path, Result]]) -> list[Html]:
         source = paper_table(number_)
         for row in source.rows:
             if str(row["build"]).startswith("mobileone_"):
-                quoted = {k: row[k] for k in ("params_m", "mmacs", "top1", "mobile_ms")}
-                if not source.verified:
-                    quoted = {k: source.mark(v) for k, v in quoted.items()}
+                quoted = {k: source.mark(form.format(row[k])) for k, form in _QUOTED.items()}
                 rows.append({"model": row["build"]} | quoted)
     parts: list[Html] = []
     for row in rows:
@@ -169,6 +173,29 @@ def _family(results: Sequence[tuple[Path, Result]]) -> list[Html]:
     sources = "; ".join(dict.fromkeys(paper_table(n).caption for n in (9, 13)))
     caption = Html(f'<p class="soft">Paper: {text(sources)}</p>')
     return [table(columns, rows), caption, *parts]
+
+
+def _pareto(results: Sequence[tuple[Path, Result]]) -> list[Html]:
+    """The paper's Figure 1, with the newest latency result on top."""
+    timed = [item for item in results if item[1].kind == "latency"]
+    timed.sort(key=lambda item: datetime.fromisoformat(item[1].date))
+    with tempfile.TemporaryDirectory() as folder:
+        drawing = Path(folder) / "pareto"
+        parts: list[Html] = []
+        try:
+            if timed:
+                path, result = timed[-1]
+                there = [row["runtime"] for row in result.rows if row.get("failure") is None]
+                runtime = "onnxruntime" if "onnxruntime" in there else there[0] if there else ""
+                png, _ = draw_pareto(drawing, [str(path)], runtime)
+            else:
+                png, _ = draw_pareto(drawing)
+                parts = [note("Only the paper's numbers: no latency was measured here.")]
+        except ValueError as error:
+            parts = [note(f"Only the paper's numbers: {error}.")]
+            png, _ = draw_pareto(drawing)
+        image = png_image(png.read_bytes(), "accuracy against latency, with the Pareto fronts")
+    return [Html(f'<div class="chart">{image}</div>'), *parts]
 
 
 def _newest(results: Sequence[tuple[Path, Result]], kind: str) -> dict[tuple[str, Any], Any]:
@@ -198,7 +225,8 @@ def _result_section(path: Path, result: Result, folder: Path) -> tuple[str, Html
     ]
     picture = path.with_suffix(".png")
     if picture.is_file():
-        parts.append(png_image(picture.read_bytes(), f"chart of {path.stem}"))
+        image = png_image(picture.read_bytes(), f"chart of {path.stem}")
+        parts.append(Html(f'<div class="chart">{image}</div>'))
     rows = [row for row in result.rows if row.get("level", "model") == "model"]
     left_out = len(result.rows) - min(len(rows), _ROWS)
     rows = rows[:_ROWS]

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -42,6 +43,8 @@ img { max-width: 100%; height: auto; display: block; }
 .facts { display: flex; flex-wrap: wrap; gap: 0.6rem; margin: 1rem 0; }
 .facts div { border: 1px solid var(--line); border-radius: 0.4rem; padding: 0.5rem 0.9rem; }
 .facts b { display: block; font-size: 1.3rem; }
+.chart { max-width: 52rem; }
+.medium { max-width: 38rem; }
 .worst { display: grid; gap: 0.8rem;
   grid-template-columns: repeat(auto-fill, minmax(7.5rem, 1fr)); }
 .worst figure { margin: 0; font-size: 0.8rem; line-height: 1.3; }
@@ -89,12 +92,7 @@ def table(
         rows: The cells, by key.
         own: Value of the first column whose row stands out.
     """
-    numeric = {
-        key
-        for key in columns
-        if any(isinstance(row.get(key), int | float) for row in rows)
-        and not any(isinstance(row.get(key), str) for row in rows)
-    }
+    numeric = {key for key in columns if all(_is_number(row.get(key)) for row in rows)}
     first = next(iter(columns))
 
     def cell(tag: str, key: str, value: object) -> str:
@@ -131,8 +129,9 @@ def figure_image(figure: Figure, alt: str) -> Html:
 
 
 def note(message: object) -> Html:
-    """What is missing, and how to get it."""
-    return Html(f'<p class="missing">{text(message)}</p>')
+    """What is missing, and how to get it; commands stand between backticks."""
+    shown = re.sub(r"`([^`]+)`", r"<code>\1</code>", text(message))
+    return Html(f'<p class="missing">{shown}</p>')
 
 
 def details(summary: object, content: object) -> Html:
@@ -171,6 +170,12 @@ def page(title: str, head: Iterable[object], sections: Sequence[tuple[str, Html]
 </body>
 </html>
 """
+
+
+def _is_number(value: object) -> bool:
+    if value is None or isinstance(value, int | float):
+        return True
+    return isinstance(value, str) and re.fullmatch(r"[-–+.,\d]+( %|\u00a0MB)?", value) is not None
 
 
 def _image(encoded: str, alt: str) -> Html:

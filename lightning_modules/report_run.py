@@ -1,5 +1,6 @@
 """What the page says of a run: curves, artifacts, confusions, images of highest loss."""
 
+import base64
 import csv
 import shlex
 from pathlib import Path
@@ -34,7 +35,7 @@ def run_facts(run: Path) -> dict[str, str]:
     curves = read_curves(run / "metrics")
     if points := curves.get("val/acc1"):
         step, best = max(points, key=lambda point: point[1])
-        facts[f"best validation top-1, of {len(points)} (step {step})"] = f"{100 * best:.1f} %"
+        facts[f"top-1, best of {len(points)} validation(s), step {step}"] = f"{100 * best:.1f} %"
     manifest = _manifest(run / "checkpoints" / "best")
     if isinstance(manifest, Manifest):
         facts["parameters deployed"] = f"{manifest.parameters / 1e6:.2f} M"
@@ -146,7 +147,8 @@ def _confusions(run: Path) -> list[Html]:
     total, right = int(counts.sum()), int(counts.diagonal().sum())
     parts = [Html(f"<p>Test: {right} of {total} images right, {right / max(total, 1):.1%}.</p>")]
     if len(names) <= _DRAWN:
-        parts.append(figure_image(confusion_figure(counts, names), "confusion matrix"))
+        drawn = figure_image(confusion_figure(counts, names), "confusion matrix")
+        parts.append(Html(f'<div class="medium">{drawn}</div>'))
     else:
         parts.append(note(f"{len(names)} classes are too many to draw; the file {path.name} has "
                           "all counts."))  # fmt: skip
@@ -181,8 +183,6 @@ def _worst(run: Path) -> list[Html]:
 
 
 def _worst_figure(image: WorstImage) -> str:
-    import base64
-
     wrong = image.predicted != image.true
     verdict = f"✗ {image.predicted}" if wrong else f"✓ {image.predicted}"
     known = f"true: {image.true} ({image.probability_true:.0%})" if wrong else "right, but unsure"
@@ -194,8 +194,8 @@ def _worst_figure(image: WorstImage) -> str:
 
 
 def _needs_test(what: str, run: Path) -> str:
-    best = shlex.quote(f"{run}/checkpoints/best.ckpt")
-    return f"{what}: `mobileone test --ckpt_path {best}` writes one into the run folder."
+    best = shlex.quote(f"{run.name}/checkpoints/best.ckpt")
+    return f"{what}: `mobileone test --ckpt_path …/{best}` writes it into the run folder."
 
 
 def _manifest(folder: Path) -> Manifest | str:
@@ -209,4 +209,4 @@ def _manifest(folder: Path) -> Manifest | str:
 
 
 def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.2f} MB"
+    return f"{count / 1e6:.2f}\u00a0MB"
