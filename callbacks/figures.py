@@ -1,6 +1,7 @@
 """Figures for people who would rather look than read: sample predictions, confusion matrix."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -9,16 +10,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-__all__ = ["confusion_figure", "curves_figure", "samples_figure"]
+__all__ = ["confusion_figure", "curve_figures", "curves_figure", "samples_figure"]
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 
 _RIGHT, _WRONG, _SHADE = "#0072b2", "#d55e00", "#999999"  # Okabe and Ito: for the colour-blind
-_STYLES = {
+_STYLES: dict[str, dict[str, Any]] = {
     "train/loss": {"color": _SHADE},
     "train/loss_epoch": {"color": _RIGHT, "marker": "o"},
     "val/loss": {"color": _WRONG, "marker": "x"},
     "val/acc1": {"color": _RIGHT, "marker": "o"},
     "val/acc5": {"color": _WRONG, "marker": "x"},
+}
+_PANELS = {
+    "loss": ("train/loss", "train/loss_epoch", "val/loss"),
+    "accuracy": ("val/acc1", "val/acc5"),
+    "learning rate": ("lr",),
+    "weight decay": ("weight_decay",),
 }
 
 
@@ -105,28 +112,43 @@ def curves_figure(curves: Curves) -> Figure:
     Returns:
         Four panels; a panel without any of its metrics says so.
     """
-    panels = {
-        "loss": ("train/loss", "train/loss_epoch", "val/loss"),
-        "accuracy": ("val/acc1", "val/acc5"),
-        "learning rate": ("lr",),
-        "weight decay": ("weight_decay",),
-    }
     figure = Figure(figsize=(10, 6), layout="constrained")
-    for axis, (title, names) in zip(figure.subplots(2, 2).ravel(), panels.items(), strict=True):
-        axis.set_title(title, fontsize=10)
-        axis.grid(alpha=0.3)
-        shown = [name for name in names if curves.get(name)]
-        for name in shown:
-            steps, values = zip(*curves[name], strict=True)
-            axis.plot(steps, values, label=name, **_STYLES.get(name, {"color": _RIGHT}))
-        if title == "loss" and shown:
-            _keep_outliers_out(axis, [v for name in shown for _, v in curves[name]])
-        if len(shown) > 1:
-            axis.legend(fontsize=8)
-        if not shown:
-            axis.text(0.5, 0.5, "not logged", ha="center", transform=axis.transAxes)
-        axis.set_xlabel("step", fontsize=8)
+    for axis, title in zip(figure.subplots(2, 2).ravel(), _PANELS, strict=True):
+        _draw_curves(axis, title, curves)
     return figure
+
+
+def curve_figures(curves: Curves) -> dict[str, Figure]:
+    """The panels of `curves_figure` one by one, for narrow screens.
+
+    Args:
+        curves: Points (step, value) of each metric, by its logged name.
+
+    Returns:
+        A chart for each panel that has points, by its title.
+    """
+    figures = {}
+    for title, names in _PANELS.items():
+        if any(curves.get(name) for name in names):
+            figures[title] = Figure(figsize=(5, 3.2), layout="constrained")
+            _draw_curves(figures[title].subplots(), title, curves)
+    return figures
+
+
+def _draw_curves(axis: Axes, title: str, curves: Curves) -> None:
+    axis.set_title(title, fontsize=10)
+    axis.grid(alpha=0.3)
+    shown = [name for name in _PANELS[title] if curves.get(name)]
+    for name in shown:
+        steps, values = zip(*curves[name], strict=True)
+        axis.plot(steps, values, label=name, **_STYLES.get(name, {"color": _RIGHT}))
+    if title == "loss" and shown:
+        _keep_outliers_out(axis, [v for name in shown for _, v in curves[name]])
+    if len(shown) > 1:
+        axis.legend(fontsize=8)
+    if not shown:
+        axis.text(0.5, 0.5, "not logged", ha="center", transform=axis.transAxes)
+    axis.set_xlabel("step", fontsize=8)
 
 
 def _keep_outliers_out(axis: Axes, values: Sequence[float]) -> None:

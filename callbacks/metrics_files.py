@@ -12,7 +12,8 @@ def read_curves(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
 
     Args:
         folder: Holds `version_0`, `version_1` …, one for each resume; where two tell of the same
-            step, the later one counts, for it replaced what was lost.
+            step, the later one counts, for it replaced what was lost. Versions without metrics
+            of training are those of an evaluation, whose steps mean nothing, and are left out.
 
     Returns:
         Points (step, value) by metric, in the order of the steps.
@@ -21,7 +22,10 @@ def read_curves(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
     files = sorted(Path(folder).glob("version_*/metrics.csv"), key=_version)
     for file in files:
         with file.open(newline="", encoding="utf-8") as stream:
-            for row in csv.DictReader(stream):
+            rows = csv.DictReader(stream)
+            if not any(name.startswith("train/") for name in rows.fieldnames or ()):
+                continue
+            for row in rows:
                 for name, value in row.items():
                     if value and name not in ("step", "epoch"):
                         points[name][int(row["step"])] = float(value)

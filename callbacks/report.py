@@ -17,6 +17,7 @@ from torch import Tensor
 from callbacks.figures import confusion_figure, curves_figure, samples_figure
 from callbacks.metrics_files import read_curves
 from callbacks.reparameterize import ReparameterizeOnSave
+from callbacks.worst import WorstImages, write_worst
 from mobileone.export.manifest import MANIFEST_NAME, Manifest
 from mobileone.export.spec import ExportSpec
 
@@ -26,16 +27,19 @@ __all__ = ["Report"]
 class Report(Callback):
     """Show what the model does, and hand its fused artifact to wandb.
 
-    After each validation: predictions on images from the whole validation set. At the end of a
-    fit: the curves of loss, accuracy, learning rate and weight decay. After a test: the confusion
-    matrix, as a picture and as CSV. All go to `<run>/report/` and to a WandbLogger. The artifact
+    After each validation: predictions on images from the whole validation set, and the images of
+    highest loss. At the end of a fit: the curves of loss, accuracy, learning rate and weight
+    decay. After a test: the confusion matrix, as a picture and as CSV, and the images of highest
+    loss. All go to `<run>/report/` and to a WandbLogger. On several devices, the images are those
+    of the first. The artifact
     is logged as a wandb Artifact of type "model", with the manifest as its metadata.
 
-    The LightningModule needs `export_spec` (class names, normalisation) and, for the matrix,
+    The LightningModule needs `export_spec` (class names, normalisation), for the images of highest
+    loss a `validation_step` and a `test_step` that return logits, and for the matrix
     `test_confusion`, as `ImageClassifier` has.
 
     Args:
-        samples: Images to show after a validation; 0 for none.
+        samples: Images to show after a validation, and images of highest loss; 0 for none.
         log_artifact: Which artifacts go to wandb: the best one when the fit ends, one after
             each validation, or none.
     """
@@ -50,6 +54,7 @@ class Report(Callback):
         self.samples = samples
         self.log_artifact = log_artifact
         self._shown: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._worst = WorstImages(samples)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ask to be told of every artifact, if every one is to be logged."""
@@ -64,6 +69,11 @@ class Report(Callback):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a new collection of samples."""
         self._shown = []
+        self._worst = WorstImages(self.samples)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start a new collection of the images of highest loss."""
+        self._worst = WorstImages(self.samples)
 
     def on_validation_batch_end(
         self,
@@ -80,12 +90,30 @@ class Report(Callback):
         """
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
+        self._look(outputs, batch)
         due = self._due(batch_idx, sum(trainer.num_val_batches))
         if due:
             images, targets = (x[:: max(1, len(x) // due)][:due] for x in batch)
             with torch.no_grad():
                 probabilities = pl_module(images).float().softmax(dim=1)
             self._shown.append((images.float().cpu(), targets.cpu(), probabilities.cpu()))
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: tuple[Tensor, Tensor],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Look for images of high loss."""
+        if trainer.is_global_zero:
+            self._look(outputs, batch)
+
+    def _look(self, outputs: Any, batch: tuple[Tensor, Tensor]) -> None:
+        if self.samples and isinstance(outputs, Tensor):
+            self._worst.add(*batch, outputs)
 
     def _due(self, batch_idx: int, batches: float) -> int:
         """How many samples this batch gives; a stream of unknown length gives one a batch."""
@@ -94,7 +122,8 @@ class Report(Callback):
         return int(self.samples * (batch_idx + 1) // batches - self.samples * batch_idx // batches)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the samples."""
+        """Draw the samples and the images of highest loss."""
+        _publish_worst(trainer, "worst", self._worst, pl_module)
         if not self._shown:
             return
         images, targets, probabilities = (
@@ -107,7 +136,8 @@ class Report(Callback):
         _publish(trainer, "samples", figure)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the confusion matrix of the test."""
+        """Draw the confusion matrix of the test and the images of highest loss."""
+        _publish_worst(trainer, "worst_test", self._worst, pl_module)
         confusion = cast(Tensor | None, pl_module.test_confusion)
         if confusion is None or not trainer.is_global_zero:
             return
@@ -158,6 +188,20 @@ def _publish(trainer: Trainer, name: str, figure: Figure) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_image(f"report/{name}", [str(final)], step=trainer.global_step)
+
+
+def _publish_worst(
+    trainer: Trainer, name: str, worst: WorstImages, pl_module: LightningModule
+) -> None:
+    found = worst.found()
+    if found is None or _dry_run(trainer):
+        return
+    losses, images, targets, probabilities = found
+    spec = cast(ExportSpec, pl_module.export_spec)
+    pixels = _denormalised(images, spec)
+    path = _folder(trainer) / f"{name}.json"
+    write_worst(path, pixels, losses, targets, probabilities, spec.class_names)
+    _publish(trainer, name, samples_figure(pixels, targets, probabilities, spec.class_names))
 
 
 def _write_matrix(path: Path, confusion: Tensor, names: tuple[str, ...]) -> None:

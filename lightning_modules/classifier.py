@@ -224,9 +224,9 @@ class ImageClassifier(LightningModule):
         self.log("weight_decay", max(float(group["weight_decay"]) for group in groups))
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Add a batch to `val/loss`, `val/acc1` and `val/acc5`."""
-        self._evaluate(batch, batch_idx, self.val_metrics)
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Add a batch to `val/loss`, `val/acc1` and `val/acc5`; return the logits."""
+        return self._evaluate(batch, batch_idx, self.val_metrics)
 
     def on_test_epoch_start(self) -> None:
         """Start a confusion matrix; it takes num_classes² numbers, so it exists in tests only."""
@@ -234,10 +234,11 @@ class ImageClassifier(LightningModule):
         self._confusion = MulticlassConfusionMatrix(self.num_classes, validate_args=False)
         self._confusion.to(self.device)
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Add a batch to `test/loss`, `test/acc1`, `test/acc5` and the confusion matrix."""
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Add a batch to `test/loss` … and the confusion matrix; return the logits."""
         logits = self._evaluate(batch, batch_idx, self.test_metrics)
         self._confusion.update(logits, batch[1])
+        return logits
 
     def on_test_epoch_end(self) -> None:
         """Leave `test_confusion` and `test_per_class`, the same on all devices."""

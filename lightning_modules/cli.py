@@ -36,12 +36,24 @@ COMMANDS = {
     "export": Command(
         "lightning_modules.commands:export", "turn a checkpoint into fused artifacts, untrained"
     ),
+    "profile": Command(
+        "lightning_modules.measure_commands:profile",
+        "count parameters, multiply-adds and memory traffic, beside the paper's",
+    ),
     "benchmark": Command(
-        "lightning_modules.commands:benchmark",
-        "measure on this machine: the cost of a training step",
+        "lightning_modules.measure_commands:benchmark",
+        "measure on this machine: latency, throughput, memory, the cost of a training step",
     ),
     "compress": Command(
         "lightning_modules.commands:compress", "write smaller files, and measure what they lose"
+    ),
+    "study": Command(
+        "lightning_modules.study_commands:study",
+        "repeat an experiment of the paper: bottlenecks, correlation, ablation",
+    ),
+    "report": Command(
+        "lightning_modules.study_commands:report",
+        "gather results and a run into one HTML page to send",
     ),
     "inspect": Command(
         "lightning_modules.commands:inspect", "print what an artifact holds, and check its files"
@@ -62,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     name, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
     if "_ARGCOMPLETE" in os.environ:
-        import_module("lightning_modules.completion").complete(COMMANDS)
+        targets = {name: command.target for name, command in COMMANDS.items()}
+        import_module("lightning_modules.completion").complete(targets)
     elif name in ("-h", "--help"):
         print(_help())
     elif name == "--version":

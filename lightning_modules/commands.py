@@ -1,4 +1,4 @@
-"""The subcommands that need no Trainer: predict, export, inspect, compress, benchmark."""
+"""The subcommands that need no Trainer: predict, export, inspect, compress."""
 
 import argparse
 import sys
@@ -9,8 +9,6 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 __all__ = [
-    "benchmark",
-    "benchmark_parser",
     "compress",
     "compress_parser",
     "export",
@@ -82,37 +80,6 @@ def export_parser(name: str) -> ArgumentParser:
         "Write the fused artifacts of a checkpoint, without training. "
         "Example: mobileone export runs/quickstart/latest/checkpoints/last.ckpt shipped/",
     )
-
-
-def benchmark(name: str, argv: list[str]) -> None:
-    """Run `mobileone benchmark training`."""
-    options = benchmark_parser(name).parse_args(argv)
-    from rich.console import Console
-
-    from mobileone.bench.training import benchmark_training
-
-    options = options[options.subcommand]
-    result = _answer(name, benchmark_training, options)
-    # a pipe has no width of its own, and names must not be cut
-    Console(width=None if sys.stdout.isatty() else 120).print(result.table())
-    if options.directory is not None:
-        print(f"{Path(options.directory)}/training.json, training.png")
-
-
-def benchmark_parser(name: str) -> ArgumentParser:
-    """Arguments of `mobileone benchmark training`."""
-    from mobileone.bench.training import benchmark_training
-
-    training = ArgumentParser(
-        description="Time and memory of a training step: timm's block, ours, the plain network. "
-        "Example: mobileone benchmark training --variants [mobileone_s0] --directory results"
-    )
-    training.add_function_arguments(benchmark_training, as_group=False)
-    parser = ArgumentParser(prog=f"mobileone {name}", description="Measure on this machine.")
-    parser.add_subcommands().add_subcommand(
-        "training", training, help="cost of a training step against timm and the plain network"
-    )
-    return parser
 
 
 def inspect(name: str, argv: list[str]) -> None:

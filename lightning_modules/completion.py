@@ -2,21 +2,23 @@
 
 import argparse
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping
+from importlib import import_module
 
 import argcomplete
 
 __all__ = ["complete"]
 
 
-def complete(commands: Iterable[str]) -> None:
+def complete(commands: Mapping[str, str]) -> None:
     """Answer the shell and exit; only the subcommand that is being typed is imported.
 
     jsonargparse answers for a parser on its own, so the subcommand's word is taken out of the
     line that the shell sent.
 
     Args:
-        commands: Names of all subcommands.
+        commands: Where the function of each subcommand is, as `module:function`; beside it is
+            `<subcommand>_parser`.
     """
     program, _, rest = os.environ["COMP_LINE"].partition(" ")
     name, typed, arguments = rest.partition(" ")
@@ -32,6 +34,5 @@ def complete(commands: Iterable[str]) -> None:
 
         run(name, [])
     else:
-        from lightning_modules import commands as others
-
-        getattr(others, f"{name}_parser")(name).parse_args([])
+        module = import_module(commands[name].partition(":")[0])
+        getattr(module, f"{name}_parser")(name).parse_args([])

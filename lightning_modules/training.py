@@ -34,7 +34,7 @@ from mobileone.export.checkpoint import read_checkpoint
 __all__ = ["TrainingCLI", "run"]
 
 
-def run(name: str, argv: list[str]) -> None:
+def run(name: str, argv: list[str], cli: "type[TrainingCLI] | None" = None) -> "TrainingCLI":
     """Run `mobileone fit`, `validate` or `test`.
 
     A configuration is searched by file name, then among those that come with the package. Without
@@ -43,6 +43,10 @@ def run(name: str, argv: list[str]) -> None:
     Args:
         name: The subcommand.
         argv: Its arguments.
+        cli: What runs it; None for `TrainingCLI`.
+
+    Returns:
+        The command line, with its trainer, model and data module, when it is done.
 
     Raises:
         SystemExit: With code 2 on arguments or data that cannot be used.
@@ -53,7 +57,7 @@ def run(name: str, argv: list[str]) -> None:
         argv = _with_config_of_the_run(find_configs(argv))
         # a distributed strategy starts its other processes with this command line
         sys.argv = [previous[0], name, *argv]
-        TrainingCLI(
+        return (cli or TrainingCLI)(
             ImageClassifier,
             ImageDataModule,
             save_config_callback=_Records,

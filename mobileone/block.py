@@ -88,6 +88,7 @@ class MobileOneBlock(nn.Module):
         dilation: Dilation of the K×K branches.
         groups: Groups of all convolutions; `in_chs` makes a depthwise block.
         num_conv_branches: The over-parameterisation factor k, at least 1.
+        use_scale: Build the 1×1 scale branch; needs K > 1. Default: build it where that holds.
         use_skip: Build the BatchNorm skip; needs `in_chs == out_chs` and stride 1. Default: build
             it where that holds.
         drop_path_rate: Stochastic depth on the branches beside the skip; no effect without one.
@@ -113,6 +114,7 @@ class MobileOneBlock(nn.Module):
         dilation: int = 1,
         groups: int = 1,
         num_conv_branches: int = 1,
+        use_scale: bool | None = None,
         use_skip: bool | None = None,
         drop_path_rate: float = 0.0,
         layers: LayerFn | None = None,
@@ -121,6 +123,8 @@ class MobileOneBlock(nn.Module):
     ) -> None:
         super().__init__()
         _check_arguments(in_chs, out_chs, kernel_size, stride, groups, num_conv_branches, use_skip)
+        if use_scale and kernel_size == 1:
+            raise ValueError("`use_scale` (=True) needs a `kernel_size` (=1) above 1")
         layers = layers or LayerFn()
         check_norm_factory(layers.norm_act)
         dd = {"device": device, "dtype": dtype}
@@ -136,7 +140,7 @@ class MobileOneBlock(nn.Module):
             for _ in range(num_conv_branches)
         )
         self.conv_scale = None
-        if kernel_size > 1:
+        if kernel_size > 1 if use_scale is None else use_scale:
             self.conv_scale = layers.conv_norm_act(in_chs, out_chs, kernel_size=1, **shared)
         for norm in self._norms():
             _check_norm(norm)

@@ -1,6 +1,7 @@
 """The MobileOne network on timm's ByobNet backbone."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -35,6 +36,9 @@ class MobileOne(ByobNet):
         drop_path_rate: Stochastic depth, rising linearly over the stages to this rate.
         act_layer: timm's activation name.
         norm_layer: timm's name of a BatchNorm; no other normalisation folds.
+        num_conv_branches: k of every block but the stem, instead of the variant's.
+        use_scale: Whether 3×3 blocks train with a 1×1 "scale" branch.
+        use_skip: Whether blocks train with a BatchNorm skip, where shapes permit.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
@@ -57,13 +61,18 @@ class MobileOne(ByobNet):
         drop_path_rate: float = 0.0,
         act_layer: str = "relu",
         norm_layer: str = "batchnorm",
+        num_conv_branches: int | None = None,
+        use_scale: bool = True,
+        use_skip: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if num_conv_branches is not None:
+            variant = replace(variant, num_conv_branches=num_conv_branches)
         if output_stride not in (8, 16, 32):
             raise ValueError(f"`output_stride` (={output_stride}) must be 8, 16 or 32")
         cfg = ByoModelCfg(
-            blocks=_stages(variant),
+            blocks=_stages(variant, use_scale, use_skip),
             stem_type="3x3",
             stem_pool=None,
             stem_chs=variant.stem_width,
@@ -88,6 +97,7 @@ class MobileOne(ByobNet):
             in_chans,
             variant.stem_width,
             stride=2,
+            use_scale=use_scale,
             layers=layers,
             device=device,
             dtype=dtype,
@@ -151,16 +161,23 @@ def _init_module(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _stages(variant: Variant) -> tuple[tuple[ByoBlockCfg, ...], ...]:
+def _stages(
+    variant: Variant, use_scale: bool, use_skip: bool
+) -> tuple[tuple[ByoBlockCfg, ...], ...]:
     """Each stage is a row of depthwise 3×3 and pointwise 1×1 blocks, in turn."""
     stages = []
+    branches: dict[str, Any] = {
+        "num_conv_branches": variant.num_conv_branches,
+        "use_scale": use_scale,
+        "use_skip": use_skip,
+    }
     width_in = variant.stem_width
     rows = zip(variant.depths, variant.widths, variant.se_blocks, strict=True)
     for depth, width_out, num_se in rows:
         blocks: list[ByoBlockCfg] = []
         for index in range(depth):
             attn = "se" if index >= depth - num_se else None
-            unit = partial(_cfg, k=variant.num_conv_branches, attn=attn)
+            unit = partial(_cfg, branches=branches, attn=attn)
             stride = 2 if index == 0 else 1
             blocks.append(unit(kernel_size=3, width=width_in, group_size=1, stride=stride))
             blocks.append(unit(kernel_size=1, width=width_out, group_size=0, stride=1))
@@ -170,9 +187,14 @@ def _stages(variant: Variant) -> tuple[tuple[ByoBlockCfg, ...], ...]:
 
 
 def _cfg(
-    kernel_size: int, width: int, group_size: int, stride: int, k: int, attn: str | None
+    kernel_size: int,
+    width: int,
+    group_size: int,
+    stride: int,
+    branches: dict[str, Any],
+    attn: str | None,
 ) -> ByoBlockCfg:
-    build = partial(_build_block, kernel_size=kernel_size, num_conv_branches=k)
+    build = partial(_build_block, kernel_size=kernel_size, **branches)
     # timm takes any partial here, whatever its annotation says
     return ByoBlockCfg(type=build, d=1, c=width, s=stride, gs=group_size, attn_layer=attn)  # type: ignore[arg-type]
 
@@ -185,6 +207,8 @@ def _build_block(
     dilation: tuple[int, int],
     group_size: int,
     num_conv_branches: int,
+    use_scale: bool,
+    use_skip: bool,
     drop_path_rate: float,
     layers: LayerFn,
     device: torch.device | str | None,
@@ -205,7 +229,8 @@ def _build_block(
         dilation=dilation[0] if kernel_size > 1 else 1,
         groups=in_chs // group_size if group_size else 1,
         num_conv_branches=num_conv_branches,
-        use_skip=False if strided else None,
+        use_scale=use_scale and kernel_size > 1,
+        use_skip=False if strided or not use_skip else None,
         drop_path_rate=drop_path_rate,
         layers=layers,
         device=device,

@@ -1,0 +1,306 @@
+"""Short trainings that differ in one thing: branches, k, weight decay, EMA, curriculum."""
+
+import hashlib
+import json
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning_modules.ablation_report import ablation_figure
+from lightning_modules.training import TrainingCLI, run
+from lightning_modules.transforms import resolve_config
+from mobileone.bench.charts import save_figure
+from mobileone.bench.paper import paper_table
+from mobileone.bench.results import Result, Row
+from mobileone.variants import VARIANTS
+
+__all__ = ["PARTS", "Part", "Setting", "ablation_settings", "study_ablation"]
+
+Part = Literal["k", "branches", "recipe"]
+PARTS: tuple[Part, ...] = ("k", "branches", "recipe")
+
+_NONE = {"num_conv_branches": 1, "use_scale": False, "use_skip": False}
+
+# the paper's phases (see callbacks/curriculum.py), of 300 epochs: first epoch, share of the size,
+# strength
+_PHASES = ((0, 160 / 224, 0.3), (38, 192 / 224, 0.7), (113, 1.0, 1.0))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of the study: what is changed in the configuration.
+
+    Attributes:
+        part: Which comparison it belongs to.
+        name: What it is called.
+        model_kwargs: Added to the model's keywords.
+        options: Added to the command line of `mobileone fit`.
+    """
+
+    part: Part
+    name: str
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    options: tuple[str, ...] = ()
+
+    def key(self) -> str:
+        """What decides the training: two settings with the same key are the same cells."""
+        return json.dumps([self.model_kwargs, self.options], sort_keys=True)
+
+
+def ablation_settings(
+    model: str, size: int, weight_decay: float, parts: Sequence[Part]
+) -> list[Setting]:
+    """The lines of the study.
+
+    Args:
+        model: One of the family, unless it is only the recipe that is studied.
+        size: Height of the images, in pixels.
+        weight_decay: At the start of the training.
+        parts: Which comparisons.
+
+    Raises:
+        ValueError: The model has no branches to choose.
+    """
+    if set(parts) != {"recipe"} and model not in VARIANTS:
+        raise ValueError(
+            f"`model` (={model!r}) has no k and no branches to choose; take one of "
+            f'{", ".join(VARIANTS)}, or `parts` ["recipe"] alone'
+        )
+    own = VARIANTS[model].num_conv_branches if model in VARIANTS else None
+    phases = [[epoch, max(1, round(share * size)), s] for epoch, share, s in _PHASES]
+    curriculum = ("--curriculum.phases", json.dumps(phases))
+    plain = ("--curriculum.phases", "[]")
+    constant = ("--model.weight_decay_end", repr(weight_decay))
+    annealed = ("--model.weight_decay_end", repr(weight_decay / 10))
+    raw = ("--ema.decay", "0")  # the average is then the last weights, exactly
+    every = [
+        # the model's own k is no change: the same training as "all branches"
+        *(
+            Setting("k", f"k = {k}", {} if k == own else {"num_conv_branches": k})
+            for k in range(1, 6)
+        ),
+        Setting("branches", "all branches"),
+        Setting("branches", "no scale branch", {"use_scale": False}),
+        Setting("branches", "no skip branch", {"use_skip": False}),
+        Setting("branches", "no branches", _NONE),
+        Setting("recipe", "baseline", {}, (*plain, *constant, *raw)),
+        Setting("recipe", "+ progressive curriculum", {}, (*curriculum, *constant, *raw)),
+        Setting("recipe", "+ weight-decay annealing", {}, (*curriculum, *annealed, *raw)),
+        Setting("recipe", "+ EMA", {}, (*curriculum, *annealed)),
+    ]
+    return [setting for setting in every if setting.part in parts]
+
+
+def study_ablation(
+    directory: str | Path,
+    config: str = "quickstart",
+    epochs: int = 8,
+    seeds: int = 3,
+    parts: Sequence[Part] = PARTS,
+    options: Sequence[str] = (),
+) -> Result:
+    """Train a network many times, shortly, and compare what its parts are worth.
+
+    Each training is `mobileone fit` with the configuration and a few options more, validated once,
+    at its end. Its result is a file that appears whole: called again with the same arguments, the
+    study goes on where it was ended, and trains anew what was cut off.
+
+    Args:
+        directory: Holds cells/ (a file for each training), runs/ (their run folders), and in the
+            end ablation.json, .csv, .png and .svg.
+        config: Configuration file, or the name of a packaged one.
+        epochs: Length of each training.
+        seeds: Trainings of each setting, with `seed_everything` 0, 1, ….
+        parts: `k` (Table 6), `branches` (Table 5), `recipe` (Table 8).
+        options: Further options of `mobileone fit`, as on its command line; for example
+            ["--data.root", "/path/to/images", "--model.model", "mobileone_s1"].
+
+    Returns:
+        A row for each setting: `part`, `setting`, `n`, `acc1_mean`, `acc1_std` (in percent, over
+        the seeds; None for one), `loss_mean` (validation), `train_loss_mean`, `seconds_mean`, and
+        the paper's accuracy of that line, `paper_model`, `paper_top1`, `paper_verified`. Another
+        data set, so the paper's differences are worth a look, its values are not.
+
+    Raises:
+        ValueError: An argument is out of its range, or the folder holds another study's cells.
+        SystemExit: The options cannot be used; the message has been printed.
+    """
+    if epochs < 1 or seeds < 1:
+        raise ValueError(f"`epochs` (={epochs}) and `seeds` (={seeds}) must be at least 1")
+    wrong = [part for part in parts if part not in PARTS]
+    if wrong or not parts:
+        raise ValueError(f"`parts` (={list(parts)}) must be of {', '.join(PARTS)}")
+    directory = Path(directory).expanduser().absolute()
+    base = ("--config", config, *options)
+    base += ("--trainer.max_epochs", str(epochs), "--trainer.check_val_every_n_epoch", str(epochs))
+    base += ("--checkpoint.formats", "[torchscript]", "--checkpoint.background", "false")
+    base += ("--run.root", str(directory / "runs"), "--wandb.group", f"ablation-{directory.name}")
+    parsed = _parse(base)
+    model, size, decay = _subject(parsed)
+    settings = ablation_settings(model, size, decay, parts)
+    cells = _Cells(directory / "cells", _identity(parsed))
+    plan = [(setting, seed) for seed in range(seeds) for setting in settings]
+    for number, (setting, seed) in enumerate(plan, 1):
+        if cells.read(setting, seed) is None:
+            print(f"{number}/{len(plan)}: {setting.part}, {setting.name}, seed {seed}", flush=True)
+            cells.write(setting, seed, _train(base, parsed, setting, seed, cells))
+    how = {"config": config, "options": list(options), "epochs": epochs, "seeds": seeds}
+    how |= {"model": model, "image_size": size, "statistic": "after the last epoch"}
+    rows = [_row(s, [_found(cells, s, i) for i in range(seeds)], model) for s in settings]
+    result = Result.new("ablation", how, rows)
+    result.save(directory / "ablation.json")
+    result.write_csv(directory / "ablation.csv")
+    save_figure(ablation_figure(result), directory / "ablation")
+    return result
+
+
+class _Parsed(TrainingCLI):
+    """Reads and checks a configuration, and stops there."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing."""
+
+
+def _parse(argv: Sequence[str]) -> dict[str, Any]:
+    cli = run("fit", list(argv), _Parsed)
+    config: dict[str, Any] = cli.config["fit"].as_dict()
+    return config
+
+
+def _subject(parsed: Mapping[str, Any]) -> tuple[str, int, float]:
+    """Name of the model, height of its images, weight decay at the start."""
+    model = str(parsed["model"]["model"])
+    size = resolve_config(model, parsed["data"]["input_size"])["input_size"][1]
+    return model, int(size), float(parsed["model"]["weight_decay"])
+
+
+def _identity(parsed: Mapping[str, Any]) -> str:
+    """What must not change between the cells of a study, as text; not where it is written."""
+    left_out = ("config", "run", "wandb", "seed_everything")
+    kept = {key: value for key, value in parsed.items() if key not in left_out}
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """The files of the finished trainings: one for each setting and seed."""
+
+    folder: Path
+    identity: str
+
+    def path(self, setting: Setting, seed: int) -> Path:
+        """Where a training's result stands. Settings that are the same training share it."""
+        digest = hashlib.sha256(setting.key().encode()).hexdigest()[:12]
+        return self.folder / f"{digest}-seed{seed}.json"
+
+    def read(self, setting: Setting, seed: int) -> dict[str, Any] | None:
+        """The result, or None if the training has not been finished.
+
+        Raises:
+            ValueError: It is of a study with another configuration.
+        """
+        path = self.path(setting, seed)
+        if not path.is_file():
+            return None
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if content["identity"] != self.identity:
+            raise ValueError(
+                f"{self.folder} holds trainings with another configuration: give each study a "
+                "folder of its own, or remove that one"
+            )
+        return content
+
+    def write(self, setting: Setting, seed: int, metrics: Mapping[str, float]) -> None:
+        """Write the result, beside and renamed."""
+        final = self.path(setting, seed)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        beside = final.with_name(f".{final.name}.{os.getpid()}")
+        content: dict[str, Any] = {
+            "setting": setting.key(),
+            "seed": seed,
+            "identity": self.identity,
+        } | dict(metrics)
+        beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        beside.replace(final)
+
+
+def _found(cells: _Cells, setting: Setting, seed: int) -> dict[str, Any]:
+    cell = cells.read(setting, seed)
+    assert cell is not None
+    return cell
+
+
+def _train(
+    base: Sequence[str], parsed: Mapping[str, Any], setting: Setting, seed: int, cells: _Cells
+) -> dict[str, float]:
+    """One training, in a run folder that nobody has begun to fill."""
+    name = cells.path(setting, seed).stem
+    shutil.rmtree(cells.folder.parent / "runs" / name, ignore_errors=True)
+    argv = [*base, *setting.options, "--run.name", name, "--seed_everything", str(seed)]
+    if setting.model_kwargs:
+        kwargs = (parsed["model"]["model_kwargs"] or {}) | setting.model_kwargs
+        argv += ["--model.model_kwargs", json.dumps(kwargs)]
+    started = time.perf_counter()
+    try:
+        trainer = run("fit", argv).trainer
+    finally:
+        _finish_wandb()
+    if not trainer.state.finished or trainer.current_epoch != trainer.max_epochs:
+        raise RuntimeError(f"the training {name} was ended early: start the study again to go on")
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return {
+        "acc1": metrics["val/acc1"],
+        "loss": metrics["val/loss"],
+        "train_loss": metrics["train/loss_epoch"],
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _finish_wandb() -> None:
+    """End the run, or the next training would go on in it."""
+    import wandb
+
+    if wandb.run is not None:
+        wandb.finish()
+
+
+def _row(setting: Setting, cells: Sequence[Mapping[str, float]], model: str) -> Row:
+    accuracies = [100 * cell["acc1"] for cell in cells]
+    return {
+        "part": setting.part,
+        "setting": setting.name,
+        "n": len(cells),
+        "acc1_mean": statistics.mean(accuracies),
+        "acc1_std": statistics.stdev(accuracies) if len(cells) > 1 else None,
+        "loss_mean": statistics.mean(cell["loss"] for cell in cells),
+        "train_loss_mean": statistics.mean(cell["train_loss"] for cell in cells),
+        "seconds_mean": statistics.mean(cell["seconds"] for cell in cells),
+    } | _paper(setting, model)
+
+
+def _paper(setting: Setting, model: str) -> Row:
+    """The paper's line: of the same model if it has that, else of the first one it has."""
+    number = {"k": 6, "branches": 5, "recipe": 8}[setting.part]
+    table = paper_table(number)
+    if setting.part == "recipe":
+        top1 = {row["recipe"]: row["top1"] for row in table.rows}.get(setting.name)
+        return _beside("MobileOne-S2", top1, table.verified)
+    name = model if any(row["build"] == model for row in table.rows) else table.rows[0]["build"]
+    rows = [row for row in table.rows if row["build"] == name]
+    if setting.part == "k":
+        rows = [row for row in rows if setting.name == f"k = {row['k']}"]
+        return _beside(rows[0]["model"], rows[0]["top1"], table.verified)
+    column = {"all branches": "top1", "no branches": "top1_without"}.get(setting.name)
+    return _beside(rows[0]["model"], rows[0][column] if column else None, table.verified)
+
+
+def _beside(model: str, top1: float | None, verified: bool) -> Row:
+    return {"paper_model": model, "paper_top1": top1, "paper_verified": verified}

@@ -1,0 +1,210 @@
+"""The subcommands that measure: profile, and benchmark with its own subcommands."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+__all__ = ["benchmark", "benchmark_parser", "profile", "profile_parser"]
+
+
+def profile(name: str, argv: list[str]) -> None:
+    """Run `mobileone profile`."""
+    options = profile_parser(name).parse_args(argv)
+    from mobileone.bench.profile import profile_models
+    from mobileone.bench.tables import profile_table
+
+    level = options.pop("level")
+    _measure(name, profile_models, options, lambda result: profile_table(result, level))
+
+
+def profile_parser(name: str) -> ArgumentParser:
+    """Arguments of `mobileone profile`."""
+    from mobileone.bench.profile import profile_models
+
+    parser = _parser_of(
+        profile_models,
+        "Parameters, multiply-adds, activations and memory traffic, beside the paper's numbers. "
+        "Example: mobileone profile mobileone_s1 repvit_m1_0 --level stage",
+        prog=f"mobileone {name}",
+    )
+    parser.add_argument(
+        "--level", default="model", choices=["model", "stage", "layer"], help="what has a row"
+    )
+    return parser
+
+
+def benchmark(name: str, argv: list[str]) -> None:
+    """Run `mobileone benchmark` and what follows it."""
+    options = benchmark_parser(name).parse_args(argv)
+    _BENCHMARKS[options.subcommand](f"{name} {options.subcommand}", options[options.subcommand])
+
+
+def benchmark_parser(name: str) -> ArgumentParser:
+    """Arguments of `mobileone benchmark`."""
+    from mobileone.bench.inference_memory import measure_memory
+    from mobileone.bench.latency import measure_latency
+    from mobileone.bench.pareto import draw_pareto
+    from mobileone.bench.throughput import measure_throughput
+    from mobileone.bench.training import benchmark_training
+
+    parser = ArgumentParser(prog=f"mobileone {name}", description="Measure on this machine.")
+    commands = parser.add_subcommands()
+    training = ArgumentParser(
+        description="Time and memory of a training step: timm's block, ours, the plain network. "
+        "Example: mobileone benchmark training --variants [mobileone_s0] --directory results"
+    )
+    training.add_function_arguments(benchmark_training, as_group=False)
+    commands.add_subcommand(
+        "training", training, help="cost of a training step against timm and the plain network"
+    )
+    latency = _parser_of(
+        measure_latency,
+        "Latency of fused networks in every runtime that is present. "
+        "Example: mobileone benchmark latency --suite 2026 --runtimes [onnxruntime]",
+    )
+    latency.add_argument(
+        "--against", type=str | None, default=None,
+        help="an earlier result of this machine, to print the change since",
+    )  # fmt: skip
+    commands.add_subcommand("latency", latency, help="latency across runtimes")
+    throughput = _parser_of(
+        measure_throughput,
+        "Images a second of fused networks. Example: mobileone benchmark throughput mobileone_s1 "
+        "--batch_sizes [1,16,64]",
+    )
+    commands.add_subcommand("throughput", throughput, help="images a second, by batch size")
+    memory = _parser_of(
+        measure_memory,
+        "Peak memory of fused networks, each in a process of its own. "
+        "Example: mobileone benchmark memory mobileone_s0 mobileone_s1",
+    )
+    commands.add_subcommand("memory", memory, help="peak memory of inference")
+    pareto = ArgumentParser(
+        description="Draw accuracy against latency: the paper's Figure 1, with measurements of "
+        "this machine on top. Example: mobileone benchmark pareto figure --results "
+        "[results/latency.json]"
+    )
+    pareto.add_function_arguments(draw_pareto, as_positional=True, as_group=False)
+    commands.add_subcommand("pareto", pareto, help="chart of accuracy against latency")
+    return parser
+
+
+def _training(name: str, options: Namespace) -> None:
+    from mobileone.bench.training import benchmark_training
+
+    result = _answer(name, lambda: benchmark_training(**options.as_dict()))
+    _print(result.table())
+    if options.directory is not None:
+        print(f"{Path(options.directory)}/training.json, training.png")
+
+
+def _latency(name: str, options: Namespace) -> None:
+    from mobileone.bench.latency import measure_latency
+    from mobileone.bench.results import Result
+    from mobileone.bench.tables import change_table, latency_table
+
+    against = options.pop("against")
+    before = _answer(name, lambda: Result.load(against)) if against else None
+    result = _measure(name, measure_latency, options, latency_table)
+    if before is not None:
+        _print(_answer(name, lambda: change_table(before, result)))
+
+
+def _throughput(name: str, options: Namespace) -> None:
+    from mobileone.bench.tables import throughput_table
+    from mobileone.bench.throughput import measure_throughput
+
+    _measure(name, measure_throughput, options, throughput_table)
+
+
+def _memory(name: str, options: Namespace) -> None:
+    from mobileone.bench.inference_memory import measure_memory
+    from mobileone.bench.tables import memory_table
+
+    _measure(name, measure_memory, options, memory_table)
+
+
+def _pareto(name: str, options: Namespace) -> None:
+    from mobileone.bench.pareto import draw_pareto
+
+    paths = _answer(name, lambda: draw_pareto(**options.as_dict()))
+    print(", ".join(map(str, paths)))
+
+
+_BENCHMARKS: dict[str, Callable[[str, Namespace], None]] = {
+    "training": _training,
+    "latency": _latency,
+    "throughput": _throughput,
+    "memory": _memory,
+    "pareto": _pareto,
+}
+
+
+def _parser_of(function: Callable[..., Any], description: str, **more: Any) -> ArgumentParser:
+    """The arguments of a function of `models`, which come first, and where the result goes."""
+    parser = ArgumentParser(description=description, **more)
+    parser.add_argument(
+        "models", nargs="*", type=str, default=[],
+        help="names of timm's models, or torchvision's with the prefix torchvision/",
+    )  # fmt: skip
+    parser.add_function_arguments(function, skip={"models"}, as_group=False)
+    parser.add_argument(
+        "--suite", type=str | None, default=None,
+        help="a group of models by name: paper (Table 9), 2026",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", type=str | None, default=None,
+        help="where to save: a file that ends in .json; the rows also as .csv beside it",
+    )  # fmt: skip
+    return parser
+
+
+def _measure(
+    name: str, function: Callable[..., Any], options: Namespace, table: Callable[[Any], Any]
+) -> Any:
+    """Call a measurement with the models that were named, print and save what it returns."""
+    suite, output = options.pop("suite"), options.pop("output")
+    if output is not None and Path(output).suffix != ".json":
+        _fail(name, f"`output` (={output!r}) must end in .json")
+    named = options.pop("models")
+    if not named and suite is None:
+        _fail(name, "name models, such as mobileone_s0, or a suite: --suite paper, --suite 2026")
+
+    def run() -> Any:
+        from mobileone.bench.suites import get_suite
+
+        chosen = get_suite(suite) if suite is not None else None
+        models = [*named, *(chosen.models if chosen else ())]
+        result = function(models=models, **options.as_dict())
+        if chosen is not None:
+            result.protocol.update(suite=suite, missing=list(chosen.missing))
+        return result
+
+    result = _answer(name, run)
+    _print(table(result))
+    if output is not None:
+        print(f"{result.save(output)}, {result.write_csv(Path(output).with_suffix('.csv'))}")
+    return result
+
+
+def _print(table: Any) -> None:
+    from rich.console import Console
+
+    # a pipe has no width of its own, and names must not be cut
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
+
+
+def _answer(name: str, function: Callable[[], Any]) -> Any:
+    """Call a function whose errors are messages for the user."""
+    try:
+        return function()
+    except (ValueError, OSError, ImportError) as error:
+        return _fail(name, str(error))
+
+
+def _fail(name: str, message: str) -> Any:
+    print(f"mobileone {name}: error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,316 @@
+"""What activations and architectural blocks cost in latency: the paper's Tables 2 and 3."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.table import Table
+from timm.layers import SqueezeExcite
+from torch import Tensor, nn
+
+from mobileone.bench.charts import COLORS, HATCHES, save_figure
+from mobileone.bench.dynamic_activations import DynamicReLU, DynamicShiftMax
+from mobileone.bench.latency import measure_modules
+from mobileone.bench.paper import PaperTable, paper_table
+from mobileone.bench.results import Result, Row
+
+__all__ = [
+    "ACTIVATIONS",
+    "BLOCKS",
+    "LAYOUT",
+    "WIDTHS",
+    "ThirtyLayers",
+    "bottlenecks_figure",
+    "bottlenecks_table",
+    "study_bottlenecks",
+]
+
+WIDTHS = (16, 32, 64, 128, 256)
+"""Channels of the five stages. Each has six layers, so thirty in all."""
+
+_DEPTH = 6
+
+LAYOUT = (
+    "Ours, for the paper does not publish its own: thirty 3×3 convolutions with BatchNorm (folded "
+    "before timing), in five stages of six; the first of each stage has stride 2; "
+    f"{', '.join(map(str, WIDTHS))} channels, so that all layers but the first of each stage have "
+    "the same number of multiply-adds; then average pooling and 1000 classes. Squeeze-and-excite "
+    "(ratio 1/16) stands before the activation of every layer, a skip connection around each of "
+    "the 25 layers that keep their shape, before the activation."
+)
+
+ACTIVATIONS: dict[str, Callable[[int], nn.Module]] = {
+    "ReLU": lambda channels: nn.ReLU(),
+    "GELU": lambda channels: nn.GELU(),
+    "SE-ReLU": lambda channels: nn.Sequential(_squeeze_excite(channels), nn.ReLU()),
+    "SiLU": lambda channels: nn.SiLU(),
+    "Dynamic Shift-Max": DynamicShiftMax,
+    "DynamicReLU-A": partial(DynamicReLU, kind="A"),
+    "DynamicReLU-B": partial(DynamicReLU, kind="B"),
+}
+"""The rows of Table 2, by the names there: what builds each from its number of channels."""
+
+BLOCKS = {
+    "baseline": "ReLU",
+    "squeeze-and-excite": "SE-ReLU",
+    "skip connections": "skip connections",
+}
+"""The rows of Table 3, each with the network that it is; the first two are in Table 2 as well."""
+
+_BASELINE = "ReLU"
+
+
+class ThirtyLayers(nn.Module):
+    """A plain network of thirty 3×3 convolutions; see `LAYOUT`.
+
+    Args:
+        activation: Builds the activation from its number of channels.
+        skip: Add a layer's input to its output where shapes agree.
+        num_classes: Width of the output.
+
+    Shape:
+        (N, 3, H, W) -> (N, num_classes).
+    """
+
+    def __init__(
+        self, activation: Callable[[int], nn.Module], skip: bool = False, num_classes: int = 1000
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 3
+        for width in WIDTHS:
+            for index in range(_DEPTH):
+                stride = 2 if index == 0 else 1
+                layers.append(_Layer(channels, width, stride, activation(width), skip))
+                channels = width
+        self.layers = nn.Sequential(*layers)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, 3, H, W) to (N, num_classes)."""
+        logits: Tensor = self.fc(self.pool(self.layers(x)).flatten(1))
+        return logits
+
+
+class _Layer(nn.Module):
+    def __init__(
+        self, in_chs: int, out_chs: int, stride: int, activation: nn.Module, skip: bool
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_chs, out_chs, 3, stride, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(out_chs)
+        self.act = activation
+        self.skip = skip and stride == 1 and in_chs == out_chs
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.bn(self.conv(x))
+        if self.skip:
+            y = y + x
+        out: Tensor = self.act(y)
+        return out
+
+
+def study_bottlenecks(
+    runtimes: Sequence[str] | None = None,
+    protocol: str = "paper",
+    runs: int | None = None,
+    threads: int = 1,
+    image_size: int = 224,
+    directory: str | Path | None = None,
+) -> Result:
+    """Time a 30-layer network with different activations, with skips, and with SE.
+
+    Args:
+        runtimes: Names in `mobileone.bench.runtimes.RUNTIMES`; None: all that are present.
+        protocol: As `mobileone.bench.latency.measure_latency` has them.
+        runs: Timed inferences of each network; None: the protocol's.
+        threads: CPU threads.
+        image_size: Height and width in pixels.
+        directory: Where to save bottlenecks.json, .csv, .png and .svg; None: nowhere.
+
+    Returns:
+        A row for each runtime and each line of the paper's Tables 2 and 3: `paper_table`, `name`,
+        `runtime`, the times of a latency result, `ratio` to the plain network with ReLU by the
+        protocol's statistic, `ratio_median` by the median, and `paper_ms`, `paper_ratio`,
+        `paper_verified`.
+
+    Raises:
+        ValueError: An argument is out of its range.
+        ImportError: A runtime was named that is not installed.
+    """
+    modules: dict[str, Callable[[], nn.Module]] = {
+        name: partial(ThirtyLayers, activation) for name, activation in ACTIVATIONS.items()
+    }
+    modules["skip connections"] = partial(ThirtyLayers, ACTIVATIONS[_BASELINE], skip=True)
+    latency = measure_modules(modules, runtimes, protocol, runs, threads, 1, image_size)
+    result = Result(
+        "bottlenecks",
+        latency.protocol | {"layout": LAYOUT},
+        latency.machine,
+        latency.versions,
+        latency.date,
+        _rows(latency),
+    )
+    if directory is not None:
+        result.save(Path(directory) / "bottlenecks.json")
+        result.write_csv(Path(directory) / "bottlenecks.csv")
+        save_figure(bottlenecks_figure(result), Path(directory) / "bottlenecks")
+    return result
+
+
+def bottlenecks_table(result: Result) -> Table:
+    """The rows for a terminal, the paper's numbers beside them."""
+    statistic = str(result.protocol["statistic"])
+    title = f"30-layer network, {result.machine['cpu']}, {result.protocol['threads']} thread(s)"
+    table = Table(title=title, caption=result.protocol["layout"])
+    for heading in ("table", "network", "runtime"):
+        table.add_column(heading)
+    headings = (statistic, "× ReLU", "median_ms", "× ReLU", "paper (ms)", "paper, × ReLU")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for row in result.rows:
+        mark = paper_table(row["paper_table"]).mark
+        table.add_row(
+            str(row["paper_table"]),
+            row["name"],
+            row["runtime"],
+            _number(row[statistic]) if row["failure"] is None else row["failure"],
+            _number(row["ratio"]),
+            _number(row["median_ms"]),
+            _number(row["ratio_median"]),
+            mark(_number(row["paper_ms"])),
+            _number(row["paper_ratio"]),
+        )
+    return table
+
+
+def bottlenecks_figure(result: Result) -> Figure:
+    """Bars of how many times slower than the plain network, here and in the paper."""
+    runtimes = list(dict.fromkeys(row["runtime"] for row in result.rows))
+    series = [*runtimes, "paper"]
+    numbers = sorted({row["paper_table"] for row in result.rows})
+    panels = {number: _names(result, number) for number in numbers}
+    bars = sum(map(len, panels.values()))
+    figure = Figure(figsize=(8, 1.6 + 0.24 * bars * len(series)), layout="constrained")
+    axes = figure.subplots(
+        len(panels), 1, sharex=True, height_ratios=[len(names) for names in panels.values()]
+    )
+    for axis, (number, names) in zip(axes, panels.items(), strict=True):
+        rows = {(r["name"], r["runtime"]): r for r in result.rows if r["paper_table"] == number}
+        thickness = 0.84 / len(series)
+        for i, label in enumerate(series):
+            for place, name in enumerate(names):
+                ratio, text = _bar(rows, name, label, runtimes, result.protocol["statistic"])
+                y = place + (i - (len(series) - 1) / 2) * thickness
+                if ratio is not None:
+                    axis.barh(
+                        y,
+                        ratio - 1,
+                        thickness,
+                        left=1,
+                        color=COLORS[i % len(COLORS)],
+                        hatch=HATCHES[i % len(HATCHES)],
+                        edgecolor="white",
+                        label=_label(label, number) if place == 0 else None,
+                    )
+                axis.text(
+                    max(ratio or 1, 1) * 1.04, y, text, va="center", fontsize=8, clip_on=False
+                )
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_yticks(range(len(names)), names)
+        axis.set_ylim(len(names) - 0.45, -0.55)
+        axis.set_xscale("log")
+        axis.set_title(f"as in the paper's Table {number}", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(loc="upper right", fontsize=8)
+    ratios = [r[k] for r in result.rows for k in ("ratio", "paper_ratio") if r[k] is not None]
+    axes[-1].set_xlim(min(0.8, 0.9 * min(ratios)), 4 * max(ratios))
+    axes[-1].set_xticks(*_ticks(max(ratios)))
+    axes[-1].set_xlabel("latency, times that of the plain network with ReLU (log scale)")
+    figure.suptitle(
+        f"30 layers on {result.machine['cpu']}, {result.protocol['threads']} thread(s); "
+        "paper: iPhone 12, another layout",
+        fontsize=10,
+    )
+    return figure
+
+
+def _squeeze_excite(channels: int) -> nn.Module:
+    return SqueezeExcite(channels, rd_ratio=1 / 16, rd_divisor=1)
+
+
+def _rows(latency: Result) -> list[Row]:
+    statistic = latency.protocol["statistic"]
+    measured = {(row["model"], row["runtime"]): row for row in latency.rows}
+    runtimes = dict.fromkeys(row["runtime"] for row in latency.rows)
+    rows: list[Row] = []
+    for number, names in ((2, {name: name for name in ACTIVATIONS}), (3, BLOCKS)):
+        table = paper_table(number)
+        paper = {row.get("activation", row.get("block")): row["mobile_ms"] for row in table.rows}
+        for name, network in names.items():
+            for runtime in runtimes:
+                row = measured[network, runtime]
+                base = measured[_BASELINE, runtime]
+                rows.append(
+                    {"paper_table": number, "name": name}
+                    | _times(row)
+                    | {"ratio": _ratio(row, base, statistic)}
+                    | {"ratio_median": _ratio(row, base, "median_ms")}
+                    | _beside(table, paper, name)
+                )
+    return rows
+
+
+def _ratio(row: Row, base: Row, statistic: str) -> float | None:
+    own, other = row.get(statistic), base.get(statistic)
+    return own / other if own and other else None
+
+
+def _times(row: Row) -> Row:
+    keys = ("runtime", "min_ms", "median_ms", "p90_ms", "mean_ms", "max_ms", "timed", "failure")
+    return {key: row.get(key) for key in keys}
+
+
+def _beside(table: PaperTable, paper: Mapping[str | None, float], name: str) -> Row:
+    base = next(iter(paper.values()))
+    return {
+        "paper_ms": paper[name],
+        "paper_ratio": paper[name] / base,
+        "paper_verified": table.verified,
+    }
+
+
+def _names(result: Result, number: int) -> list[str]:
+    return list(dict.fromkeys(r["name"] for r in result.rows if r["paper_table"] == number))
+
+
+def _bar(
+    rows: Mapping[tuple[str, str], Row],
+    name: str,
+    label: str,
+    runtimes: Sequence[str],
+    statistic: str,
+) -> tuple[float | None, str]:
+    if label == "paper":
+        row = rows[name, runtimes[0]]
+        return row["paper_ratio"], f"×{row['paper_ratio']:.2f}  ({row['paper_ms']:.2f} ms)"
+    row = rows[name, label]
+    if row["ratio"] is None:
+        return None, "failed"
+    return row["ratio"], f"×{row['ratio']:.2f}  ({row[statistic]:.2f} ms)"
+
+
+def _label(series: str, number: int) -> str:
+    return paper_table(number).mark("paper, iPhone 12") if series == "paper" else f"{series}, here"
+
+
+def _ticks(largest: float) -> tuple[list[float], list[str]]:
+    ticks = [t for t in (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0) if t <= 1.5 * largest]
+    return ticks, [f"×{t:g}" for t in ticks]
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"

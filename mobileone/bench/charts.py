@@ -1,0 +1,45 @@
+"""How charts of results look, and how they are written: PNG and SVG, beside and renamed."""
+
+import os
+import warnings
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+__all__ = ["COLORS", "HATCHES", "MARKERS", "save_figure"]
+
+# Okabe and Ito, 2008: distinct for the colour-blind; the order alternates dark and light, so
+# that neighbours differ in a grey print as well. Markers and hatches tell the same once more.
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")
+
+
+def save_figure(figure: Figure, stem: str | Path) -> tuple[Path, Path]:
+    """Write `<stem>.png` and `<stem>.svg`; the folder is made if need be.
+
+    Args:
+        figure: The chart.
+        stem: Path without an ending.
+
+    Returns:
+        The two files.
+    """
+    stem = Path(stem)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    files = []
+    for kind in ("png", "svg"):
+        final = stem.with_name(f"{stem.name}.{kind}")
+        beside = stem.with_name(f".{stem.name}.{kind}.{os.getpid()}")
+        # a date inside would make equal charts differ
+        metadata = {"Date": None} if kind == "svg" else None
+        try:
+            with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": stem.name}):
+                warnings.filterwarnings("ignore", message=r"Glyph \d+")  # names in any script
+                figure.savefig(beside, format=kind, dpi=160, metadata=metadata)
+            beside.replace(final)
+        finally:
+            beside.unlink(missing_ok=True)
+        files.append(final)
+    return files[0], files[1]

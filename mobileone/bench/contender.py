@@ -1,0 +1,132 @@
+"""A fused network in a runtime: built, folded, converted, and shown to compute the same."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mobileone.bench.deploy_form import DeployForm, deploy_form, relative_error, settle_norms
+from mobileone.bench.models import input_size_of
+from mobileone.bench.results import Row
+from mobileone.bench.runtimes import RUNTIMES
+from mobileone.bench.timing import Run
+
+__all__ = ["Contender", "Setting", "prepare"]
+
+_SETTLING = 4  # images that BatchNorm's statistics are of
+_TOLERANCE = {"float32": 1e-3, "float16": 5e-2}  # as for artifacts: the order of sums; 11 bits
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all contenders of a measurement have in common.
+
+    Attributes:
+        threads: Threads of the runtime.
+        batch_size: Images in an inference.
+        image_size: Height and width; None: what each model is meant for.
+        device: Device of PyTorch.
+    """
+
+    threads: int = 1
+    batch_size: int = 1
+    image_size: int | None = None
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or (self.image_size is not None and self.image_size < 1):
+            raise ValueError(
+                f"`batch_size` (={self.batch_size}) and `image_size` (={self.image_size}) must be "
+                "at least 1"
+            )
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A network in a runtime.
+
+    Attributes:
+        row: What a result says of it before it is measured; `failure` is the reason why it
+            cannot be, or None.
+        model: The fused network, on the CPU.
+        x: Its input, (N, C, H, W), on the device.
+        path: What the runtime's `convert` wrote.
+        load: Makes it ready to run; None where it failed.
+    """
+
+    row: Row
+    model: nn.Module
+    x: Tensor
+    path: Path
+    load: Callable[[], Run] | None
+
+
+def prepare(
+    name: str,
+    build: Callable[[], nn.Module],
+    runtimes: Sequence[str],
+    folder: Path,
+    setting: Setting,
+) -> list[Contender]:
+    """A network in each of several runtimes.
+
+    Args:
+        name: What the rows call it.
+        build: Makes it, in eval mode.
+        runtimes: Names in `RUNTIMES`.
+        folder: Where the files go; is made.
+        setting: The rest.
+    """
+    folder.mkdir()
+    model = build()
+    channels, height, width = input_size_of(model, setting.image_size)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        settle_norms(model, torch.randn(_SETTLING, channels, height, width))
+        x = torch.randn(setting.batch_size, channels, height, width)
+    form = deploy_form(model, x[:1])
+    with torch.inference_mode():
+        expected = form.model(x)
+    row: Row = {
+        "model": name,
+        "runtime": "",
+        "threads": setting.threads,
+        "batch_size": setting.batch_size,
+        "image_size": height,
+        "device": setting.device,
+        "branches_left": len(form.branches_left),
+        "norms_left": form.norms_left,
+    }
+    return [
+        _in_runtime(row | {"runtime": runtime}, form, x, expected, folder / runtime)
+        for runtime in runtimes
+    ]
+
+
+def _in_runtime(row: Row, form: DeployForm, x: Tensor, expected: Tensor, path: Path) -> Contender:
+    runtime = RUNTIMES[row["runtime"]]
+    row = row | {"precision": runtime.precision, "failure": None}
+    placed = x.to(row["device"])
+    started = time.perf_counter()
+
+    def load() -> Run:
+        return runtime.load(path, placed, row["threads"])
+
+    try:
+        runtime.convert(form.model, x, path)
+        error = relative_error(_tensor(load()()), expected)
+        if not error < _TOLERANCE[runtime.precision]:
+            raise RuntimeError(f"its output differs from PyTorch's by {error:.2g} (relative)")
+    except Exception as failure:  # whatever a converter raises: the others are measured still
+        reason = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
+        return Contender(row | {"failure": reason}, form.model, placed, path, None)
+    row |= {"relative_error": error, "prepare_s": time.perf_counter() - started}
+    return Contender(row, form.model, placed, path, load)
+
+
+def _tensor(output: Any) -> Tensor:
+    return output.clone() if isinstance(output, Tensor) else torch.as_tensor(output).clone()

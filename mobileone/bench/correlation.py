@@ -1,0 +1,226 @@
+"""How much multiply-adds and parameters tell of latency: the paper's Table 1."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from mobileone.bench.charts import COLORS, MARKERS, save_figure
+from mobileone.bench.latency import measure_latency
+from mobileone.bench.paper import paper_table
+from mobileone.bench.profile import profile_models
+from mobileone.bench.results import Result, Row
+from mobileone.bench.suites import get_suite
+
+__all__ = [
+    "correlation_figure",
+    "correlation_table",
+    "rank_correlation",
+    "study_correlation",
+]
+
+QUANTITIES = {"mmacs": "multiply-adds (M)", "params_m": "parameters (M)"}
+
+_LEAST = 4  # points; of three, every order has a |ρ| of at least 0.5
+
+
+def study_correlation(
+    suite: str = "paper",
+    models: Sequence[str] | None = None,
+    runtimes: Sequence[str] | None = None,
+    protocol: str = "paper",
+    runs: int | None = None,
+    threads: int = 1,
+    directory: str | Path | None = None,
+) -> Result:
+    """Time networks and correlate their latency with their multiply-adds and parameters.
+
+    Args:
+        suite: Name in `mobileone.bench.suites.SUITES`; its models that can be built here.
+        models: Names to take instead of a suite.
+        runtimes: Names in `mobileone.bench.runtimes.RUNTIMES`; None: all that are present.
+        protocol: As `mobileone.bench.latency.measure_latency` has them.
+        runs: Timed inferences of each; None: the protocol's.
+        threads: CPU threads.
+        directory: Where to save correlation.json, .csv, .png and .svg, and the points as a
+            latency result in correlation_points.json; None: nowhere.
+
+    Returns:
+        A row for each runtime and quantity: `source` ("here"), `device` (the runtime),
+        `quantity`, Spearman's `rho`, its two-sided `p`, `n`; then the paper's rows as printed in
+        Table 1 ("paper, Table 1", no `n`) and as they come out of its Table 9 ("paper, Table 9").
+
+    Raises:
+        ValueError: An argument is out of its range, or there are fewer than four models.
+        ImportError: A runtime was named that is not installed.
+    """
+    chosen = get_suite(suite)
+    names = chosen.models if models is None else tuple(dict.fromkeys(models))
+    if len(names) < _LEAST:
+        raise ValueError(f"`models` (={list(names)}): a rank correlation needs at least {_LEAST}")
+    latency = measure_latency(names, runtimes, protocol, runs, threads)
+    counted = {r["model"]: r for r in profile_models(names).rows if r["level"] == "model"}
+    points = [row | _counts(counted[row["model"]]) for row in latency.rows]
+    how = latency.protocol | {
+        "suite": suite if models is None else None,
+        "models": list(names),
+        "models_missing": list(chosen.missing) if models is None else [],
+    }
+    about = (latency.machine, latency.versions, latency.date)
+    rows = [*_measured(points, str(how["statistic"])), *_printed(), *_recomputed()]
+    result = Result("correlation", how, *about, rows)
+    if directory is not None:
+        folder = Path(directory)
+        Result("latency", how, *about, points).save(folder / "correlation_points.json")
+        result.save(folder / "correlation.json")
+        result.write_csv(folder / "correlation.csv")
+        save_figure(correlation_figure(result, points), folder / "correlation")
+    return result
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, float] | None:
+    """Spearman's rank correlation and its two-sided p.
+
+    Args:
+        x: Values.
+        y: As many values.
+
+    Returns:
+        ρ and p; None for fewer than four points, or where one of the two is constant.
+    """
+    from scipy.stats import spearmanr  # half a second to import
+
+    if len(x) < _LEAST or len(set(x)) == 1 or len(set(y)) == 1:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found: Any = spearmanr(x, y)
+    return float(found.statistic), float(found.pvalue)
+
+
+def correlation_table(result: Result) -> Table:
+    """The rows for a terminal."""
+    how = result.protocol
+    caption = (
+        "Table 9 has all of the paper's models. Which of them Table 1 is of is not printed; its p "
+        "fit to about 21."
+    )
+    if how["models_missing"]:
+        caption += f" Not to be had here: {', '.join(how['models_missing'])}."
+    table = Table(
+        title=f"Spearman's rank correlation with latency, {result.machine['cpu']}, "
+        f"{how['threads']} thread(s)",
+        caption=caption,
+    )
+    for heading in ("source", "device", "against"):
+        table.add_column(heading)
+    for heading in ("rho", "p", "n"):
+        table.add_column(heading, justify="right")
+    for row in result.rows:
+        table.add_row(
+            row["source"],
+            row["device"],
+            QUANTITIES[row["quantity"]],
+            "–" if row["rho"] is None else f"{row['rho']:.2f}",
+            "–" if row["p"] is None else f"{row['p']:.2g}",
+            "–" if row["n"] is None else str(row["n"]),
+        )
+    return table
+
+
+def correlation_figure(result: Result, points: Sequence[Row]) -> Figure:
+    """Latency over multiply-adds and over parameters, a marker for each runtime."""
+    statistic = str(result.protocol["statistic"])
+    runtimes = list(dict.fromkeys(row["runtime"] for row in points))
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    for axis, (quantity, label) in zip(figure.subplots(1, 2, sharey=True), QUANTITIES.items(),
+                                       strict=True):  # fmt: skip
+        for i, runtime in enumerate(runtimes):
+            shown = [r for r in points if r["runtime"] == runtime and r["failure"] is None]
+            found = next(
+                r for r in result.rows if (r["source"], r["device"], r["quantity"]) ==
+                ("here", runtime, quantity)
+            )  # fmt: skip
+            rho = "ρ –" if found["rho"] is None else f"ρ {found['rho']:.2f}, p {found['p']:.2g}"
+            for own in (False, True):
+                rows = [r for r in shown if r["model"].startswith("mobileone_") == own]
+                axis.scatter(
+                    [r[quantity] for r in rows],
+                    [r[statistic] for r in rows],
+                    s=34,
+                    marker=MARKERS[i % len(MARKERS)],
+                    facecolor=COLORS[i % len(COLORS)] if own else "none",
+                    edgecolor=COLORS[i % len(COLORS)],
+                    linewidth=1.4,
+                    label=f"{runtime}: {rho}" if own or not _any_own(shown) else None,
+                )
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+        paper = {r["device"]: r for r in _printed() if r["quantity"] == quantity}
+        axis.set_title(
+            "paper: "
+            + "; ".join(f"{k} ρ {r['rho']:.2f}, p {r['p']:.2f}" for k, r in paper.items()),
+            fontsize=9,
+        )
+    figure.axes[0].set_ylabel(f"latency, {statistic.removesuffix('_ms')} (ms)")
+    figure.suptitle(
+        f"{len({r['model'] for r in points})} networks (filled: MobileOne), "
+        f"{result.machine['cpu']}, {result.protocol['threads']} thread(s)",
+        fontsize=10,
+    )
+    return figure
+
+
+def _any_own(rows: Sequence[Row]) -> bool:
+    """Whether one of the family is among the rows."""
+    return any(row["model"].startswith("mobileone_") for row in rows)
+
+
+def _counts(row: Row) -> Row:
+    return {"mmacs": row["macs"] / 1e6, "params_m": row["parameters"] / 1e6}
+
+
+def _correlation(
+    source: str, device: str, quantity: str, pairs: Sequence[tuple[float, float]]
+) -> Row:
+    found = rank_correlation([x for x, _ in pairs], [y for _, y in pairs])
+    rho, p = found or (None, None)
+    row = {"source": source, "device": device, "quantity": quantity}
+    return row | {"rho": rho, "p": p, "n": len(pairs)}
+
+
+def _measured(points: Sequence[Row], statistic: str) -> list[Row]:
+    rows = []
+    for runtime in dict.fromkeys(row["runtime"] for row in points):
+        timed = [r for r in points if r["runtime"] == runtime and r["failure"] is None]
+        for quantity in QUANTITIES:
+            pairs = [(r[quantity], r[statistic]) for r in timed]
+            rows.append(_correlation("here", runtime, quantity, pairs))
+    return rows
+
+
+def _printed() -> list[Row]:
+    table = paper_table(1)
+    source = table.mark("paper, Table 1")
+    return [{"source": source, "n": None} | dict(row) for row in table.rows]
+
+
+def _recomputed() -> list[Row]:
+    table = paper_table(9)
+    rows = []
+    for device in ("mobile", "cpu"):
+        for quantity in QUANTITIES:
+            pairs = [
+                (row[quantity], row[f"{device}_ms"])
+                for row in table.rows
+                if row[f"{device}_ms"] is not None
+            ]
+            source = table.mark("paper, Table 9")
+            rows.append(_correlation(source, device, quantity, pairs))
+    return rows

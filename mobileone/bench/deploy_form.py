@@ -1,0 +1,155 @@
+"""The network as it is deployed: branches folded, BatchNorm folded, and shown to be the same."""
+
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from timm.layers import BatchNormAct2d, Conv2dSame
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from mobileone.deploy import reparameterize
+
+__all__ = ["DeployForm", "deploy_form", "relative_error", "settle_norms"]
+
+_TOLERANCE = 1e-3
+"""Of float32 outputs, relative to the largest: folding changes the order of sums only."""
+
+
+@dataclass(frozen=True)
+class DeployForm:
+    """A network in inference form.
+
+    Attributes:
+        model: In eval mode, on the CPU.
+        norms_folded: BatchNorms that were folded into the convolution before them.
+        norms_left: BatchNorms that remain, since no convolution directly precedes them.
+        branches_left: Layers that have a folded form but are not in it; none is expected.
+        error: Largest difference of its outputs to the original's, relative to the largest
+            output.
+    """
+
+    model: nn.Module
+    norms_folded: int
+    norms_left: int
+    branches_left: tuple[str, ...]
+    error: float
+
+
+@torch.no_grad()
+def deploy_form(model: nn.Module, x: Tensor) -> DeployForm:
+    """Fold a network and verify the fold on an input.
+
+    Every network gets what converters for phones do anyway: BatchNorm inside the convolution. So
+    those that ship without it have no advantage where the runtime (eager PyTorch) folds nothing.
+
+    Args:
+        model: In eval mode, with BatchNorm statistics that are not the initial ones, or the
+            check says little; see `settle_norms`.
+        x: (N, C, H, W), on the same device.
+
+    Raises:
+        RuntimeError: The folded branches do not compute what the network computes.
+    """
+    expected = model(x)
+    fused = reparameterize(model)
+    error = relative_error(fused(x), expected)
+    if not error < _TOLERANCE:
+        raise RuntimeError(f"folding the branches changed the output by {error:.2g} (relative)")
+    folded = _pairs(fused, x)
+    before = deepcopy(fused)  # in case that a pair is not what it seems
+    for conv_name, norm_name in folded:
+        _fold(fused, conv_name, norm_name)
+    with_norms = relative_error(fused(x), expected)
+    if with_norms < _TOLERANCE:
+        error = with_norms
+    else:  # the output of some convolution is read by another operation as well
+        fused, folded = before, []
+    left = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fused.modules())
+    return DeployForm(fused, len(folded), left, _unfolded(fused), error)
+
+
+@torch.no_grad()
+def settle_norms(model: nn.Module, x: Tensor) -> nn.Module:
+    """Set BatchNorm's statistics to those of a batch, so that activations are of ordinary size.
+
+    With the initial statistics those of an untrained MobileOne grow beyond 1e8, other networks'
+    shrink to denormal numbers, which processors multiply slowly.
+
+    Args:
+        model: Changed in place; returned in eval mode.
+        x: At least two images, (N, C, H, W).
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    model.train()(x)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model.eval()
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference over the largest absolute expected value."""
+    difference = (actual.double().cpu() - expected.double().cpu()).abs().max()
+    return float(difference / expected.double().cpu().abs().max())
+
+
+def _pairs(model: nn.Module, x: Tensor) -> list[tuple[str, str]]:
+    """Names of convolutions and of the BatchNorms that read their output as it is."""
+    made: dict[int, tuple[str, Tensor, int]] = {}  # the tensors too: a freed id is used again
+    pairs: list[tuple[str, str]] = []
+    calls: dict[str, int] = {}
+    hooks = []
+
+    def after_conv(name: str) -> None:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            calls[name] = calls.get(name, 0) + 1
+            made[id(output)] = (name, output, output._version)
+
+        hooks.append(model.get_submodule(name).register_forward_hook(hook))
+
+    def before_norm(name: str) -> None:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            calls[name] = calls.get(name, 0) + 1
+            conv, tensor, version = made.get(id(inputs[0]), ("", inputs[0], -1))
+            if tensor._version == version:  # nothing changed it in place in between
+                pairs.append((conv, name))
+
+        hooks.append(model.get_submodule(name).register_forward_pre_hook(hook))
+
+    for name, module in model.named_modules():
+        if type(module) in (nn.Conv2d, Conv2dSame):
+            after_conv(name)
+        elif type(module) in (nn.BatchNorm2d, BatchNormAct2d):
+            before_norm(name)
+    try:
+        model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [(conv, norm) for conv, norm in pairs if calls[conv] == calls[norm] == 1]
+
+
+def _fold(model: nn.Module, conv_name: str, norm_name: str) -> None:
+    norm = model.get_submodule(norm_name)
+    assert isinstance(norm, nn.BatchNorm2d)
+    conv = fuse_conv_bn_eval(model.get_submodule(conv_name), norm)  # type: ignore[type-var]
+    rest: nn.Module = nn.Identity()
+    if isinstance(norm, BatchNormAct2d):
+        rest = nn.Sequential(norm.drop, norm.act).eval()
+    model.set_submodule(conv_name, conv)
+    model.set_submodule(norm_name, rest)
+
+
+def _unfolded(model: nn.Module) -> tuple[str, ...]:
+    """Layers that timm would fold, and whose folded form is another module than they are."""
+
+    def foldable(module: nn.Module) -> bool:
+        if callable(getattr(module, "fuse", None)):
+            trial = deepcopy(module)
+            return trial.fuse() is not trial  # type: ignore[operator]
+        return hasattr(module, "reparameterize") and getattr(module, "reparam_conv", 0) is None
+
+    return tuple(name for name, module in model.named_modules() if name and foldable(module))

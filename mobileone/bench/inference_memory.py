@@ -1,0 +1,167 @@
+"""Peak memory of inference, each contender in a process of its own."""
+
+import gc
+import multiprocessing
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from mobileone.bench.contender import Contender, Setting, prepare
+from mobileone.bench.latency import check_device
+from mobileone.bench.memory import peak_bytes
+from mobileone.bench.models import build_model, check_models
+from mobileone.bench.results import Result, Row
+from mobileone.bench.runtimes import RUNTIMES, check_runtimes, runtimes_for
+from mobileone.bench.threads import check_threads, torch_threads
+
+__all__ = ["measure_memory"]
+
+_RUNS = 3
+_MIB = 2.0**20
+
+
+def measure_memory(
+    models: Sequence[str],
+    runtimes: Sequence[str] | None = None,
+    batch_sizes: Sequence[int] = (1,),
+    threads: int = 1,
+    image_size: int | None = None,
+    device: str = "cpu",
+) -> Result:
+    """Measure what a process needs more to load a fused network and to run it.
+
+    The file is written by this process and loaded by a fresh one, which has imported the runtime
+    beforehand: neither the conversion nor the libraries count. On the CPU the operating system
+    tells the peak of the memory that the process really occupied; on CUDA PyTorch's allocator.
+
+    Args:
+        models: Names of timm's models, or torchvision's with the prefix `torchvision/`.
+        runtimes: Names in `RUNTIMES`; None: all that are present and do not compile in the
+            process that runs.
+        batch_sizes: Images in an inference.
+        threads: Threads of the runtime.
+        image_size: Height and width; None: what each model is meant for.
+        device: Device of PyTorch.
+
+    Returns:
+        A result of the kind `memory`; rows have `model`, `runtime`, `batch_size`, `weights_mib`
+        (the parameters alone), `peak_mib` (most while loading and running), `running_mib` (most
+        while running, once loaded), and for `eager` `tensors_mib`, the most bytes of intermediate
+        tensors that were alive together, which no allocator rounds.
+
+    Raises:
+        ValueError: A name or number is out of range, there is no such device, or the memory of a
+            runtime cannot be told from its compiler's.
+        ImportError: A runtime was named that is not installed; says how to install it.
+    """
+    names = check_models(models)
+    check_device(device)
+    check_threads(threads)
+    if not batch_sizes or min(batch_sizes) < 1:
+        raise ValueError(f"`batch_sizes` (={list(batch_sizes)}) must be one or more, from 1 up")
+    chosen = _check_own_memory(runtimes, device)
+    rows: list[Row] = []
+    with torch_threads(threads):
+        for name in names:
+            for batch in batch_sizes:
+                setting = Setting(threads, batch, image_size, device)
+                with tempfile.TemporaryDirectory() as folder:
+                    build = _Builder(name)
+                    contenders = prepare(name, build, chosen, Path(folder) / "models", setting)
+                    rows += [_measured(contender) for contender in contenders]
+    how = {"process": "fresh", "runs": _RUNS, "threads": threads, "device": device,
+           "batch_sizes": list(batch_sizes), "image_size": image_size,
+           "statistic": "peak_mib", "form": "fused, BatchNorm folded"}  # fmt: skip
+    return Result.new("memory", how, rows, device)
+
+
+class _Builder:
+    """Builds one model by name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self) -> torch.nn.Module:
+        return build_model(self.name)
+
+
+def _check_own_memory(runtimes: Sequence[str] | None, device: str) -> tuple[str, ...]:
+    if runtimes is None:
+        return tuple(name for name in runtimes_for(device) if RUNTIMES[name].own_memory)
+    chosen = check_runtimes(runtimes, device)
+    for name in chosen:
+        if not RUNTIMES[name].own_memory:
+            raise ValueError(
+                f"`runtimes`: {name!r} compiles in the process that runs, whose memory is then "
+                "the compiler's; leave it out"
+            )
+    return chosen
+
+
+def _measured(contender: Contender) -> Row:
+    row = contender.row | {
+        "weights_mib": sum(p.numel() * p.element_size() for p in contender.model.parameters())
+        / _MIB
+    }
+    if contender.load is None:
+        return row
+    if row["runtime"] == "eager":
+        row["tensors_mib"] = peak_bytes(contender.load(), row["device"]) / _MIB
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as process:
+        peak, running = process.submit(
+            _probe,
+            row["runtime"],
+            str(contender.path),
+            tuple(contender.x.shape),
+            row["threads"],
+            row["device"],
+        ).result()
+    return row | {"peak_mib": peak / _MIB, "running_mib": running / _MIB}
+
+
+def _probe(
+    runtime: str, path: str, shape: tuple[int, ...], threads: int, device: str
+) -> tuple[int, int]:
+    """In the fresh process: bytes at the peak of loading and running, and of running alone."""
+    torch.set_num_threads(threads)
+    for package in RUNTIMES[runtime].packages:
+        import_module(package)
+    x = torch.randn(shape).to(device)
+    torch.nn.Conv2d(shape[1], 8, 3).to(device)(x[:1, :, :8, :8])  # libraries set themselves up
+    gc.collect()
+    _forget_peak(device)
+    before = _peak(device)
+    run = RUNTIMES[runtime].load(Path(path), x, threads)
+    for _ in range(_RUNS):
+        run()
+    most = _peak(device)
+    _forget_peak(device)
+    for _ in range(_RUNS):
+        run()
+    return most - before, _peak(device) - before
+
+
+def _forget_peak(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak(device: str) -> int:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "linux":
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

@@ -1,0 +1,128 @@
+"""Latency of fused networks across runtimes, contenders in alternation."""
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mobileone.bench.contender import Setting, prepare
+from mobileone.bench.models import build_model, check_models
+from mobileone.bench.results import Result
+from mobileone.bench.runtimes import check_runtimes, missing_runtimes
+from mobileone.bench.threads import check_threads, pinned, torch_threads
+from mobileone.bench.timing import get_protocol, summarise, time_in_turn
+
+__all__ = ["check_device", "measure_latency", "measure_modules"]
+
+
+def measure_latency(
+    models: Sequence[str],
+    runtimes: Sequence[str] | None = None,
+    protocol: str = "paper",
+    runs: int | None = None,
+    threads: int = 1,
+    batch_size: int = 1,
+    image_size: int | None = None,
+    device: str = "cpu",
+) -> Result:
+    """Time inferences of networks in their inference form.
+
+    Every network is fused, its BatchNorms folded, the fold verified; every runtime's output is
+    compared with PyTorch's before anything is timed. A network that a runtime cannot take, or
+    computes wrongly, stands in the result with the reason instead of times.
+
+    Args:
+        models: Names of timm's models, or torchvision's with the prefix `torchvision/`.
+        runtimes: Names in `RUNTIMES`; None: all that are present.
+        protocol: `paper` (1 warm-up, 1000 runs, minimum) or `modelbench` (20 rounds of 50, model
+            loaded anew, 10 lowest and 10 highest of each dropped, average).
+        runs: Timed inferences of each contender; None: the protocol's.
+        threads: Threads, and processors that they are kept on.
+        batch_size: Images in an inference.
+        image_size: Height and width; None: what each model is meant for.
+        device: Device of PyTorch.
+
+    Returns:
+        A result of the kind `latency`; rows have `model`, `runtime`, `min_ms`, `median_ms`,
+        `p90_ms`, `mean_ms`, `max_ms`, `timed`, `threads`, `batch_size`, `image_size`, `device`,
+        `precision`, `relative_error`, `branches_left`, `norms_left`, `prepare_s`, `failure`.
+
+    Raises:
+        ValueError: A name or number is out of range, or there is no such device.
+        ImportError: A runtime was named that is not installed; says how to install it.
+    """
+    names = check_models(models)
+    modules = {name: (lambda name=name: build_model(name)) for name in names}
+    return measure_modules(
+        modules, runtimes, protocol, runs, threads, batch_size, image_size, device
+    )
+
+
+def measure_modules(
+    modules: Mapping[str, Callable[[], nn.Module]],
+    runtimes: Sequence[str] | None = None,
+    protocol: str = "paper",
+    runs: int | None = None,
+    threads: int = 1,
+    batch_size: int = 1,
+    image_size: int | None = None,
+    device: str = "cpu",
+) -> Result:
+    """The same as `measure_latency` for modules of one's own.
+
+    Args:
+        modules: What builds each network, by its name in the result.
+        runtimes: See `measure_latency`, as for the rest.
+        protocol: …
+        runs: …
+        threads: …
+        batch_size: …
+        image_size: …
+        device: …
+    """
+    chosen = get_protocol(protocol, runs)
+    setting = Setting(threads, batch_size, image_size, device)
+    check_device(device)
+    check_threads(threads)
+    names = check_runtimes(runtimes, device)
+    with tempfile.TemporaryDirectory() as folder, torch_threads(threads):
+        contenders = [
+            contender
+            for i, (name, build) in enumerate(modules.items())
+            for contender in prepare(name, build, names, Path(folder) / str(i), setting)
+        ]
+        ready = {str(i): c.load for i, c in enumerate(contenders) if c.load is not None}
+        with pinned(threads) as processors:
+            times = time_in_turn(ready, chosen)
+    rows = [
+        contender.row | (summarise(times[str(i)]) if str(i) in times else {})
+        for i, contender in enumerate(contenders)
+    ]
+    how = chosen.to_dict() | {
+        "threads": threads,
+        "processors": processors,
+        "batch_size": batch_size,
+        "image_size": image_size,
+        "device": device,
+        "form": "fused, BatchNorm folded",
+        "order": "in turns, shuffled",
+        "runtimes_missing": missing_runtimes() if runtimes is None else {},
+    }
+    return Result.new("latency", how, rows, device)
+
+
+def check_device(device: str) -> None:
+    """Make sure that PyTorch has a device.
+
+    Raises:
+        ValueError: It has not; names those that there are.
+    """
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: not compiled with CUDA
+        there = [d for d in ("cuda", "mps", "xpu") if torch.get_device_module(d).is_available()]
+        raise ValueError(
+            f"`device` (={device!r}) is not on this machine; there is {', '.join(['cpu', *there])}"
+        ) from error

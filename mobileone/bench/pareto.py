@@ -1,0 +1,203 @@
+"""Accuracy against latency: the paper's Figure 1, own measurements on top."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mobileone.bench.paper import UNVERIFIED, paper_row, paper_table
+from mobileone.bench.results import Result, compare_machines
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Point", "draw_pareto", "measured_points", "paper_points", "pareto_front"]
+
+# Okabe and Ito, for the colour-blind; in gray print shapes and line styles tell as well
+_OURS, _OTHERS, _PAPER = "#d55e00", "#0072b2", "#777777"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A network in the chart.
+
+    Attributes:
+        label: What it is called there.
+        latency: In milliseconds.
+        top1: In percent.
+        family: Whether it is a MobileOne.
+        verified: Whether the accuracy was read where it was published.
+    """
+
+    label: str
+    latency: float
+    top1: float
+    family: bool
+    verified: bool = True
+
+
+def draw_pareto(
+    figure: str | Path,
+    results: Sequence[str] = (),
+    runtime: str = "onnxruntime",
+    paper_column: str = "mobile_ms",
+) -> tuple[Path, Path]:
+    """Draw accuracy against latency, with the Pareto fronts.
+
+    Args:
+        figure: Where to write, without suffix; `.png` and `.svg` are added.
+        results: Latency results of one machine; none: the paper's data alone.
+        runtime: Which runtime of these results.
+        paper_column: The paper's latency: `mobile_ms` (Figure 1), `cpu_ms` or `gpu_ms`.
+
+    Returns:
+        The two files.
+
+    Raises:
+        ValueError: The results are of different machines, threads or sizes, or hold nothing of
+            that runtime whose accuracy is known; or `paper_column` is unknown.
+        FileNotFoundError: There is no such result.
+    """
+    from matplotlib.figure import Figure  # slow to import
+
+    loaded = [Result.load(path) for path in results]
+    columns = ("mobile_ms", "cpu_ms", "gpu_ms")
+    if paper_column not in columns:
+        raise ValueError(f"`paper_column` (={paper_column!r}) must be one of {', '.join(columns)}")
+    measured = measured_points(loaded, runtime) if loaded else []
+    canvas = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = canvas.subplots()
+    table = paper_table(9)
+    _draw_set(
+        axes,
+        paper_points(paper_column),
+        f"paper, Table 9: {table.columns[paper_column]}",
+        own=False,
+    )
+    if loaded:
+        _draw_set(axes, measured, _legend(loaded[0], runtime), own=True, labels=True)
+    axes.set_xscale("log")
+    _plain_ticks(axes, [p.latency for p in [*paper_points(paper_column), *measured]])
+    axes.set_xlabel("latency (ms, logarithmic)")
+    axes.set_ylabel("ImageNet top-1 (%)")
+    axes.grid(alpha=0.3, linewidth=0.5)
+    axes.legend(loc="lower right", fontsize=8, framealpha=1)
+    if any(not point.verified for point in measured):
+        canvas.supxlabel(
+            f"* accuracy as quoted elsewhere{UNVERIFIED}", fontsize=7, x=0.99, ha="right"
+        )
+    written = []
+    for suffix in (".png", ".svg"):
+        path = Path(f"{figure}{suffix}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}")
+        canvas.savefig(beside, dpi=200, format=suffix[1:])
+        written.append(beside.replace(path))
+    return written[0], written[1]
+
+
+def paper_points(column: str = "mobile_ms") -> list[Point]:
+    """Table 9, with one of its latencies, where it has it."""
+    return [
+        Point(row["model"], row[column], row["top1"], row["model"].startswith("MobileOne"))
+        for row in paper_table(9).rows
+        if row[column] is not None
+    ]
+
+
+def measured_points(results: Sequence[Result], runtime: str) -> list[Point]:
+    """Networks that were measured and whose accuracy is recorded; a later result wins.
+
+    Raises:
+        ValueError: See `draw_pareto`.
+    """
+    compare_machines(results)
+    for key in ("statistic", "threads", "batch_size", "device"):
+        values = {str(result.protocol.get(key)) for result in results}
+        if len(values) > 1:
+            raise ValueError(f"the results differ in `{key}`: {', '.join(sorted(values))}")
+    points: dict[str, Point] = {}
+    for result in results:
+        statistic = result.protocol["statistic"]
+        for row in result.rows:
+            if row["runtime"] == runtime and row.get(statistic) is not None:
+                point = _point(row["model"], row[statistic])
+                if point is not None:
+                    points[row["model"]] = point
+    if not points:
+        there = sorted({row["runtime"] for result in results for row in result.rows})
+        raise ValueError(
+            f"`runtime` (={runtime!r}): no network of known accuracy was measured in it; "
+            f"the results are of {', '.join(there)}"
+        )
+    return list(points.values())
+
+
+def pareto_front(points: Sequence[Point]) -> list[Point]:
+    """The points that no other beats in both latency and accuracy, by latency."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.latency, -p.top1)):
+        if not front or point.top1 > front[-1].top1:
+            front.append(point)
+    return front
+
+
+def _point(model: str, latency: float) -> Point | None:
+    paper = paper_row(model)
+    if paper is not None:
+        name = paper["model"]
+        return Point(name, latency, paper["top1"], name.startswith("MobileOne"))
+    text = files("mobileone.bench").joinpath("peers.json").read_text(encoding="utf-8")
+    peers = json.loads(text)
+    for row in peers["rows"]:
+        if row["build"] == model.partition(".")[0]:
+            mark = "" if peers["verified"] else "*"
+            return Point(row["label"] + mark, latency, row["top1"], False, peers["verified"])
+    return None
+
+
+def _draw_set(axes: "Axes", points: Sequence[Point], name: str, own: bool, labels: bool) -> None:
+    front = pareto_front(points)
+    line = ("-", 1.4) if own else ("--", 1.0)
+    colour = "black" if own else _PAPER
+    axes.plot(
+        [p.latency for p in front], [p.top1 for p in front], line[0], linewidth=line[1],
+        color=colour, drawstyle="steps-post", zorder=1, label=f"Pareto front, {name}",
+    )  # fmt: skip
+    for family, marker in ((True, "s"), (False, "o")):
+        chosen = [p for p in points if p.family == family]
+        edge = (_OURS if family else _OTHERS) if own else _PAPER
+        axes.scatter(
+            [p.latency for p in chosen], [p.top1 for p in chosen], s=34 if own else 22,
+            marker=marker, facecolors=edge if own else "white", edgecolors=edge, zorder=3,
+            label=f"{'MobileOne' if family else 'others'}, {name}",
+        )  # fmt: skip
+    for point in points:
+        if point.family or point in front or labels:
+            axes.annotate(
+                point.label.replace("MobileOne-", ""), (point.latency, point.top1),
+                xytext=(4, -9 if own else 4), textcoords="offset points", fontsize=6.5,
+                color="black" if own else "#555555", fontweight="bold" if point.family else None,
+            )  # fmt: skip
+
+
+def _plain_ticks(axes: "Axes", values: Sequence[float]) -> None:
+    """1, 2, 5, 10 … as they are read, instead of powers."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    steps = [m * 10.0**e for e in range(-2, 5) for m in (1, 2, 5)]
+    axes.xaxis.set_major_locator(FixedLocator([s for s in steps if s < 2 * max(values)]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlim(0.85 * min(values), 1.3 * max(values))
+
+
+def _legend(result: Result, runtime: str) -> str:
+    protocol = result.protocol
+    word = protocol["statistic"].removesuffix("_ms")
+    return (
+        f"here: {result.machine['device_name']}, {runtime}, {protocol['threads']} thread"
+        f"{'s' if protocol['threads'] > 1 else ''}, {word} of {protocol['runs']}"
+    )

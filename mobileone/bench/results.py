@@ -1,0 +1,187 @@
+"""A measurement as a file: its rows, with protocol, machine, versions and date."""
+
+import csv
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any
+
+from mobileone.bench.machine import describe_machine, describe_versions
+
+__all__ = ["KINDS", "Result", "Row", "compare_machines"]
+
+Row = dict[str, Any]
+"""One line of a table: a string, number, bool or None by column name."""
+
+KINDS = (
+    "profile",
+    "latency",
+    "throughput",
+    "memory",
+    "training",
+    "bottlenecks",
+    "correlation",
+    "ablation",
+)
+"""What a result can be of."""
+
+_FORMAT = "mobileone-result-1"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A table of measurements, and all that one must know to judge them.
+
+    Attributes:
+        kind: What was measured, one of `KINDS`.
+        protocol: How: runs, statistics, threads, sizes …, as JSON holds them.
+        machine: Where, as `describe_machine` gives it.
+        versions: Versions of the software, as `describe_versions` gives them.
+        date: When, ISO 8601 with the offset of the zone.
+        rows: The table. Missing values are None or absent, never NaN.
+    """
+
+    kind: str
+    protocol: dict[str, Any]
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    date: str
+    rows: list[Row]
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"`kind` (={self.kind!r}) must be one of {', '.join(KINDS)}")
+        for row in self.rows:
+            for column, value in row.items():
+                if not (value is None or isinstance(value, str | int | float | bool)):
+                    raise ValueError(
+                        f"`rows`: {column!r} is {type(value).__name__}; "
+                        "values must be strings, numbers, bools or None"
+                    )
+
+    @classmethod
+    def new(
+        cls,
+        kind: str,
+        protocol: Mapping[str, Any],
+        rows: Sequence[Mapping[str, Any]],
+        device: str = "cpu",
+    ) -> "Result":
+        """A result of this machine, these versions and now.
+
+        Args:
+            kind: One of `KINDS`.
+            protocol: How it was measured.
+            rows: What was measured.
+            device: Device of PyTorch that was measured.
+
+        Raises:
+            ValueError: `kind` is unknown, or a row holds what JSON cannot.
+        """
+        return cls(
+            kind,
+            dict(protocol),
+            describe_machine(device),
+            describe_versions(device),
+            datetime.now().astimezone().isoformat(timespec="seconds"),
+            [dict(row) for row in rows],
+        )
+
+    @property
+    def machine_id(self) -> str:
+        """Hash of the machine; results of different ones must not be compared."""
+        return str(self.machine["machine_id"])
+
+    def save(self, path: str | Path) -> Path:
+        """Write as JSON, beside and renamed; the folder is made if need be.
+
+        Raises:
+            ValueError: A number is NaN or infinite.
+        """
+        text = json.dumps({"format": _FORMAT} | asdict(self), indent=2, allow_nan=False)
+        return _write(Path(path), lambda file: file.write(text + "\n"))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Result":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is not a result.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"`path` (={str(path)!r}) is not a file")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:  # also text that is not UTF-8
+            raise ValueError(f"{path} is not JSON, so not a result: {error}") from error
+        if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
+            raise ValueError(f'{path} is not a result: it lacks `"format": "{_FORMAT}"`')
+        try:
+            result = cls(**content)
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a whole result: {error}") from error
+        if "machine_id" not in result.machine:
+            raise ValueError(f"{path} is not a whole result: its `machine` has no `machine_id`")
+        return result
+
+    def write_csv(self, path: str | Path) -> Path:
+        """Write the rows as CSV; the last columns of each repeat where and how it was taken."""
+        origin = {
+            "date": self.date,
+            "machine_id": self.machine_id,
+            "machine": json.dumps(self.machine),
+            "versions": json.dumps(self.versions),
+            "protocol": json.dumps(self.protocol),
+        }
+        columns = list(dict.fromkeys(column for row in self.rows for column in row))
+
+        def write(file: IO[str]) -> None:
+            writer = csv.DictWriter(file, [*columns, *origin], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(row | origin for row in self.rows)
+
+        return _write(Path(path), write)
+
+
+def compare_machines(results: Sequence[Result]) -> str:
+    """Make sure that results are of one machine.
+
+    Returns:
+        Its `machine_id`.
+
+    Raises:
+        ValueError: There are none, or they are of different machines; says in what those differ.
+    """
+    if not results:
+        raise ValueError("`results` is empty: nothing to compare")
+    first = results[0]
+    for other in results[1:]:
+        if other.machine_id != first.machine_id:
+            raise ValueError(
+                "timings of different machines must not be compared: "
+                f"{_place(first)} and {_place(other)}; measure again on one of them"
+            )
+    return first.machine_id
+
+
+def _place(result: Result) -> str:
+    fields = (result.machine.get(k) for k in ("cpu", "cores", "memory_gib", "os"))
+    cpu, cores, memory, system = fields
+    return f"{result.machine_id} ({cpu}, {cores} cores, {memory} GiB, {system}; {result.date})"
+
+
+def _write(path: Path, write: Callable[[IO[str]], object]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("w", encoding="utf-8", newline="") as file:
+            write(file)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
