@@ -15,10 +15,10 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 import mobileone  # noqa: F401  (registers the family with timm)
 from lightning_modules.checks import (
     check_checkpoint_classes,
-    check_loss,
     check_model_name,
     check_targets,
 )
+from lightning_modules.nonfinite import LossGuard
 from lightning_modules.optimizers import (
     build_optimizer,
     effective_batch_size,
@@ -79,6 +79,8 @@ class ImageClassifier(LightningModule):
         collapse: how MobileOne's blocks train: `auto` in the cheapest of the exact forms, `always`
             in the one that keeps least memory, `never` branch by branch. All give the same numbers
             up to rounding, so any checkpoint goes on with any; other networks have `auto` only.
+        skip_nonfinite: how many steps in a row may be left out because their loss is NaN or
+            infinite; 0 stops at the first.
         seed: of dropout; None for the checkpoint's, else that of `seed_everything`, else 0.
 
     Attributes:
@@ -111,6 +113,7 @@ class ImageClassifier(LightningModule):
         label_smoothing: float = 0.1,
         channels_last: bool = True,
         collapse: CollapseMode = "auto",
+        skip_nonfinite: int = 0,
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -133,6 +136,7 @@ class ImageClassifier(LightningModule):
         )
         if collapse != "auto":
             set_collapse(self.model, collapse)
+        self._guard = LossGuard(skip_nonfinite)
         self.num_classes = num_classes
         self.train_loss = _mean()
         self.val_metrics = _metrics(num_classes, "val/")
@@ -196,13 +200,14 @@ class ImageClassifier(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make the randomness of this batch independent of what was drawn before."""
         torch.manual_seed(derive_seed(self.seed, self.global_rank, self.current_epoch, batch_idx))
+        self._guard.remember(self.model)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the smoothed cross-entropy, a scalar.
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
+        """Return the smoothed cross-entropy, a scalar; None to leave the step out.
 
         Raises:
             ValueError: a label of an epoch's first batch is out of range.
-            FloatingPointError: the loss is not finite. The weights are still those before the step.
+            FloatingPointError: the loss is not finite (see `skip_nonfinite`). The weights are still those before the step.
         """
         images, targets = batch
         if batch_idx == 0:
@@ -216,7 +221,9 @@ class ImageClassifier(LightningModule):
         loss = losses.mean()
         groups = self.trainer.optimizers[0].param_groups
         lr = max(float(group["lr"]) for group in groups)
-        check_loss(loss, step=self.global_step, epoch=self.current_epoch, lr=lr)
+        where = {"step": self.global_step, "epoch": self.current_epoch, "lr": lr}
+        if self._guard.skips(loss, self.trainer.strategy, **where):
+            return None
         self.log("train/loss", loss, prog_bar=True)
         self.train_loss.update(losses.detach())
         self.log("train/loss_epoch", self.train_loss, on_step=False, on_epoch=True)
