@@ -76,7 +76,7 @@ def newest_usable(run: Path) -> tuple[Path | None, list[str]]:
         The file, or None, and a line for each newer file that was passed over.
     """
     files = {path.resolve() for name in ("checkpoints", "snapshots") for path in _files(run / name)}
-    notes = []
+    notes: list[str] = []
     for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         if (reason := why_unusable(path)) is None:
             return path, notes

@@ -310,7 +310,7 @@ def _with_config_of_the_run(argv: list[str]) -> list[str]:
 
 
 # what the data decide, what is done once, and what Lightning adds
-_OF_THE_DATA = ("num_classes", "in_chans", "pretrained", "_instantiator")
+_OF_THE_DATA = ("num_classes", "in_chans", "pretrained", "weights", "_instantiator")
 
 
 def _hyper_parameters(checkpoint: str) -> dict[str, Any]:

@@ -33,8 +33,8 @@ from mobileone.export import Manifest
 COMMAND = """
 fit --resume auto --run.root {root} --run.name {name} --model.model test_byobnet
 --model.model_kwargs {{"drop_rate":0.3}} --model.lr 0.01 --data.dataset digits --data.batch_size 8
---data.input_size 48 --data.num_workers {workers} --curriculum.phases [[0,32,0.3],[1,40,0.7],[2,48,1]]
---data.auto_augment rand-m9-mstd0.5 --curriculum.epochs 3 --ema.decay 0.9
+--data.input_size 48 --data.num_workers {workers} --data.auto_augment rand-m9-mstd0.5
+--curriculum.phases [[0,32,0.3],[1,40,0.7],[2,48,1]] --curriculum.epochs 3 --ema.decay 0.9
 --snapshots.every_n_steps 3 --checkpoint.formats [torchscript] --checkpoint.background false
 --trainer.max_epochs 3 --trainer.limit_train_batches 10 --trainer.limit_val_batches 2
 --trainer.val_check_interval 5 --trainer.accelerator cpu --trainer.enable_progress_bar false
