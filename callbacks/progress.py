@@ -17,6 +17,10 @@ class EpochLines(Callback):
         self._started = 0.0
         self._validated = False
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock of a run that is resumed within an epoch."""
+        self._started = time.monotonic()
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._started = time.monotonic()
@@ -35,6 +39,8 @@ class EpochLines(Callback):
             for name, value in trainer.callback_metrics.items()
             if name == "train/loss_epoch" or (self._validated and name.startswith("val/"))
         }
+        if not shown:  # resumed at the end of the epoch
+            return
         metrics = "  ".join(f"{name} {float(value):.4g}" for name, value in sorted(shown.items()))
         epochs = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
         line = (

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from callbacks.checkpoint_folder import CheckpointFolder
 from callbacks.exports import Exports, Outcome, Request
+from callbacks.recovery import training_state
+from callbacks.saving import on_rank_zero, save_complete, without_raising
 from mobileone.export import ExportSpec, Manifest, Metadata, TrainingState
 from mobileone.export.checkpoint import IMAGES_KEY
 from mobileone.export.formats import DEFAULT_FORMATS, check_formats
 from mobileone.export.manifest import MANIFEST_NAME
 from mobileone.export.preprocess import denormalise
-from mobileone.export.publish import clean_stale, publish_file, sole_writer, staging
+from mobileone.export.publish import clean_stale, sole_writer
 
 __all__ = ["ReparameterizeOnSave"]
 
@@ -147,9 +149,11 @@ class ReparameterizeOnSave(ModelCheckpoint):
         _network_of(pl_module), _spec_of(pl_module)  # better now than after an epoch
         if _dry_run(trainer):
             return
-        failure = _on_rank_zero(trainer, lambda: self._take_folder(trainer))
+        failure = on_rank_zero(trainer, lambda: self._take_folder(trainer))
         if failure:
             raise RuntimeError(failure)
+        if trainer.ckpt_path is not None:
+            self._report(on_rank_zero(trainer, lambda: self._recover(trainer, pl_module)))
 
     def on_validation_batch_start(
         self,
@@ -183,14 +187,14 @@ class ReparameterizeOnSave(ModelCheckpoint):
         if self._exports is None or self.strict:  # strict: all ranks stop at the next validation
             return
         if ended := self._exports.poll():
-            self._report(_without_raising(lambda: self._settle(trainer, ended)))
+            self._report(without_raising(lambda: self._settle(trainer, ended)))
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Wait for the last export."""
-        super().on_train_end(trainer, pl_module)
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wait for the last export, also where a resumed run had nothing left to train."""
+        super().on_fit_end(trainer, pl_module)
         if _dry_run(trainer):
             return
-        failure = _on_rank_zero(trainer, lambda: self._drain(trainer))
+        failure = on_rank_zero(trainer, lambda: self._drain(trainer))
         self._conclude(failure)
 
     def on_exception(
@@ -198,7 +202,7 @@ class ReparameterizeOnSave(ModelCheckpoint):
     ) -> None:
         """Let an export end that was under way."""
         super().on_exception(trainer, pl_module, exception)
-        self._report(_without_raising(lambda: self._drain(trainer)))
+        self._report(without_raising(lambda: self._drain(trainer)))
         self._leave()  # after Ctrl-C Lightning does not tear callbacks down
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -228,7 +232,7 @@ class ReparameterizeOnSave(ModelCheckpoint):
             metrics={k: float(v) for k, v in trainer.callback_metrics.items()},
             checkpoint=Path(path).name,
         )
-        failure = _on_rank_zero(
+        failure = on_rank_zero(
             trainer, lambda: self._publish(trainer, pl_module, path, training, earlier)
         )
         if trainer.is_global_zero:
@@ -307,17 +311,7 @@ class ReparameterizeOnSave(ModelCheckpoint):
         self._name_best()
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        """Write beside and rename: Lightning's own move may cross file systems."""
-        final = Path(filepath)
-        with contextlib.ExitStack() as stack:
-            place = ""
-            if trainer.is_global_zero:
-                place = str(stack.enter_context(staging(final.parent)))
-            staged = Path(trainer.strategy.broadcast(place)) / final.name
-            trainer.save_checkpoint(staged, self.save_weights_only)
-            failure = _on_rank_zero(trainer, lambda: publish_file(staged, final))
-        if failure:
-            raise RuntimeError(failure)
+        save_complete(trainer, Path(filepath), self.save_weights_only)
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
 
@@ -325,7 +319,9 @@ class ReparameterizeOnSave(ModelCheckpoint):
         """Make sure that nobody else writes there, and clear what a killed run has left."""
         folder = self._folder
         try:
-            self._hold.enter_context(sole_writer(folder.path))
+            # for some seconds a killed run's data workers keep its folder
+            patience = 15.0 if trainer.ckpt_path else 0.0
+            self._hold.enter_context(sole_writer(folder.path, patience))
         except FileExistsError as error:
             return str(error)
         clean_stale(folder.path)
@@ -336,6 +332,19 @@ class ReparameterizeOnSave(ModelCheckpoint):
                 "replaced, the others stay and do not count as best"
             )
         return None
+
+    def _recover(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
+        """Bring links and artifacts up to the ranking: a killed run may not have come to it."""
+        exports, folder = self._exports, self._folder
+        assert exports is not None
+        for path in dict.fromkeys([*self.best_k_models, self.last_model_path]):
+            if path and not folder.has_artifact(path):
+                record = folder.recorded_error(path)
+                if record and "RejectedError: " in record["error"]:
+                    continue
+                state = training_state(path, str(self.monitor), self.best_k_models.get(path))
+                exports.submit(self._request(pl_module, path, state))
+        return self._settle(trainer, exports.poll()) if self.last_model_path else None
 
     def _leave(self) -> None:
         if self._exports is not None:
@@ -470,16 +479,3 @@ def _pixels_of(batch: Any, spec: ExportSpec, count: int = 8) -> Tensor | None:
     if not isinstance(images, Tensor) or tuple(images.shape[1:]) != spec.input_size:
         return None
     return denormalise(images[:count], spec)
-
-
-def _without_raising(work: Callable[[], str | None]) -> str | None:
-    try:
-        return work()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-
-
-def _on_rank_zero(trainer: Trainer, work: Callable[[], str | None]) -> str | None:
-    """Run `work` on rank 0; every rank gets what went wrong, so that all go on or all stop."""
-    failure = _without_raising(work) if trainer.is_global_zero else None
-    return trainer.strategy.broadcast(failure)

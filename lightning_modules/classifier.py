@@ -1,6 +1,7 @@
 """Training of any timm classifier, with the recipe of the MobileOne paper as defaults."""
 
 import os
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import timm
@@ -15,10 +16,13 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 import mobileone  # noqa: F401  (registers the family with timm)
 from lightning_modules.checks import (
     check_checkpoint_classes,
-    check_loss,
     check_model_name,
     check_targets,
 )
+from lightning_modules.distillation import Teacher, check_distillation
+from lightning_modules.finetuning import freeze as freeze_parts
+from lightning_modules.finetuning import hold_frozen_statistics, load_start
+from lightning_modules.nonfinite import LossGuard
 from lightning_modules.optimizers import (
     build_optimizer,
     effective_batch_size,
@@ -62,6 +66,11 @@ class ImageClassifier(LightningModule):
         in_chans: channels of the images.
         model_kwargs: further arguments of `timm.create_model`, for example `{"drop_rate": 0.1}`.
         pretrained: start from timm's weights; not repeated when a checkpoint is loaded.
+        weights: start from this file instead: timm's, Apple's or our own, in training form or
+            fused; the head is new where its classes are others. Not repeated either.
+        expand_fused: give a fused MobileOne from `weights` branches that compute the same.
+        freeze: submodules that stay as they are, for example `["stem", "stages.0"]`.
+        freeze_bn: keep all BatchNorms' statistics, scales and shifts.
         optimizer: timm's name; `"momentum"` is plain momentum, timm's `"sgd"` is Nesterov's.
         optimizer_kwargs: further arguments of the optimizer.
         lr: learning rate at the start of the cosine.
@@ -73,12 +82,20 @@ class ImageClassifier(LightningModule):
         no_decay_norm_bias: exempt norms and biases. The paper does not state it; mmpretrain's
             reproduction and Apple's CoreNet do so.
         warmup_epochs: linear warm-up of the learning rate before the cosine; fractions allowed.
+        layer_decay: factor of the learning rate from each block to the one before it (timm's
+            layer-wise decay); None for one learning rate.
         label_smoothing: of the training loss.
+        teacher: timm name of a model to distill from; None for labels alone.
+        teacher_weights: its weight file; None for timm's pretrained weights.
+        distill_weight: share of the distillation loss, the rest being that of the labels.
+        distill_temperature: of both models' probabilities in the distillation loss.
         channels_last: memory format on CUDA. Elsewhere it is not used: depthwise convolutions
             train more than ten times slower with it on CPUs.
         collapse: how MobileOne's blocks train: `auto` in the cheapest of the exact forms, `always`
             in the one that keeps least memory, `never` branch by branch. All give the same numbers
             up to rounding, so any checkpoint goes on with any; other networks have `auto` only.
+        skip_nonfinite: how many steps in a row may be left out because their loss is NaN or
+            infinite; 0 stops at the first.
         seed: of dropout; None for the checkpoint's, else that of `seed_everything`, else 0.
 
     Attributes:
@@ -99,6 +116,10 @@ class ImageClassifier(LightningModule):
         in_chans: int = 3,
         model_kwargs: dict[str, Any] | None = None,
         pretrained: bool = False,
+        weights: str | None = None,
+        expand_fused: bool = True,
+        freeze: Sequence[str] = (),
+        freeze_bn: bool = False,
         optimizer: str = "momentum",
         optimizer_kwargs: dict[str, Any] | None = None,
         lr: float = 0.1,
@@ -108,9 +129,15 @@ class ImageClassifier(LightningModule):
         weight_decay_end: float = 1e-5,
         no_decay_norm_bias: bool = False,
         warmup_epochs: float = 0.0,
+        layer_decay: float | None = None,
         label_smoothing: float = 0.1,
+        teacher: str | None = None,
+        teacher_weights: str | None = None,
+        distill_weight: float = 1.0,
+        distill_temperature: float = 1.0,
         channels_last: bool = True,
         collapse: CollapseMode = "auto",
+        skip_nonfinite: int = 0,
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -120,6 +147,9 @@ class ImageClassifier(LightningModule):
             raise ValueError(f"`num_classes` (={num_classes}) must be at least 1")
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"`label_smoothing` (={label_smoothing}) must lie in [0, 1]")
+        if layer_decay is not None and not 0 < layer_decay <= 1:
+            raise ValueError(f"`layer_decay` (={layer_decay}) must lie in (0, 1], or be null")
+        check_distillation(distill_weight, distill_temperature)
         if weight_decay == 0 and weight_decay_end != 0:
             raise ValueError(
                 f"`weight_decay_end` (={weight_decay_end}) must be 0 where `weight_decay` is: "
@@ -131,8 +161,12 @@ class ImageClassifier(LightningModule):
             num_classes=num_classes,
             **{"in_chans": in_chans, **(model_kwargs or {})},
         )
+        if weights is not None:
+            load_start(self.model, weights, expand_fused)
+        freeze_parts(self.model, freeze, norms=freeze_bn)
         if collapse != "auto":
             set_collapse(self.model, collapse)
+        self._guard = LossGuard(skip_nonfinite)
         self.num_classes = num_classes
         self.train_loss = _mean()
         self.val_metrics = _metrics(num_classes, "val/")
@@ -140,6 +174,7 @@ class ImageClassifier(LightningModule):
         self.test_confusion: Tensor | None = None
         self.test_per_class: Tensor | None = None
         self._spec: ExportSpec | None = None
+        self._teacher: Teacher | None = None
         self._restored_seed: int | None = None
 
     @property
@@ -193,30 +228,49 @@ class ImageClassifier(LightningModule):
         logits: Tensor = self.model(images)  # (N, C, H, W) -> (N, num_classes)
         return logits
 
+    def on_fit_start(self) -> None:
+        """Load the teacher, if there is one."""
+        h = self.hparams
+        if h["teacher"] is not None:
+            spec = self.export_spec
+            options = h["distill_weight"], h["distill_temperature"]
+            classes, channels = self.num_classes, spec.input_size[0]
+            like = spec.mean, spec.std, self.device
+            self._teacher = Teacher(
+                h["teacher"], classes, channels, h["teacher_weights"], *like, *options
+            )
+
+    def on_train_start(self) -> None:
+        """Hold what is frozen; validation puts the modes back as it found them."""
+        hold_frozen_statistics(self.model)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make the randomness of this batch independent of what was drawn before."""
         torch.manual_seed(derive_seed(self.seed, self.global_rank, self.current_epoch, batch_idx))
+        self._guard.remember(self.model)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the smoothed cross-entropy, a scalar.
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
+        """Return the smoothed cross-entropy, a scalar; None to leave the step out.
 
         Raises:
             ValueError: a label of an epoch's first batch is out of range.
-            FloatingPointError: the loss is not finite. The weights are still those before the step.
+            FloatingPointError: the loss is not finite (see `skip_nonfinite`). The weights are still
+                those before the step.
         """
         images, targets = batch
         if batch_idx == 0:
             check_targets(targets, self.num_classes)
-        losses = F.cross_entropy(
-            self._logits(images),
-            targets,
-            label_smoothing=self.hparams["label_smoothing"],
-            reduction="none",
-        )
+        logits = self._logits(images)
+        smoothing = self.hparams["label_smoothing"]
+        losses = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")
+        if self._teacher is not None:
+            losses = self._teacher.mix(losses, logits, images)
         loss = losses.mean()
         groups = self.trainer.optimizers[0].param_groups
         lr = max(float(group["lr"]) for group in groups)
-        check_loss(loss, step=self.global_step, epoch=self.current_epoch, lr=lr)
+        step, epoch = self.global_step, self.current_epoch
+        if self._guard.skips(loss, self.trainer.strategy, step=step, epoch=epoch, lr=lr):
+            return None
         self.log("train/loss", loss, prog_bar=True)
         self.train_loss.update(losses.detach())
         self.log("train/loss_epoch", self.train_loss, on_step=False, on_epoch=True)
@@ -266,6 +320,7 @@ class ImageClassifier(LightningModule):
             weight_decay=h["weight_decay"],
             momentum=h["momentum"],
             no_decay_norm_bias=h["no_decay_norm_bias"],
+            layer_decay=h["layer_decay"],
             **(h["optimizer_kwargs"] or {}),
         )
         schedules = [CosineSchedule(optimizer, "lr", steps, warmup_steps=warmup)]
@@ -279,7 +334,8 @@ class ImageClassifier(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint enough to rebuild the model, offline, and to export it."""
         saved = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]
-        saved["pretrained"] = False  # the checkpoint has the weights: no download on loading
+        # the checkpoint has the weights: nothing to fetch on loading
+        saved["pretrained"], saved["weights"] = False, None
         if saved["model_kwargs"]:
             kept = {k: v for k, v in saved["model_kwargs"].items() if k != "checkpoint_path"}
             saved["model_kwargs"] = kept

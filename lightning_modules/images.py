@@ -1,5 +1,6 @@
 """Turn an image file of any colour mode into 8-bit grey, RGB or RGBA."""
 
+import warnings
 from typing import IO
 
 import numpy as np
@@ -43,15 +44,22 @@ def read_image(file: IO[bytes], mode: str) -> Image.Image:
     Raises whatever Pillow raises: callers know the file's name and turn it into an
     `UnreadableImageError`.
     """
-    with Image.open(file) as image:
-        image.load()
-        return convert(image, mode)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(file) as image:
+            image.load()  # of an animation the first picture
+            return convert(image, mode)
 
 
 def why_unreadable(error: Exception) -> str:
     """What is wrong with an image file, in words that need no knowledge of Pillow."""
     if isinstance(error, UnidentifiedImageError):
         return "it is empty, or not an image of a known format"
+    if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
+        return (
+            f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels, the limit that Pillow sets "
+            "against decompression bombs"
+        )
     if isinstance(error, OSError):  # the system's, or Pillow's "image file is truncated"
         return error.strerror or str(error)
     return f"it is damaged: {error}" if str(error) else "it is damaged"

@@ -1,5 +1,6 @@
 """A DataLoader that starts when the first batch is asked for, and reports unreadable files."""
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,9 +14,13 @@ from lightning_modules.samples import collate
 from lightning_modules.sampling import EpochSampler
 from lightning_modules.streams import ImageStream
 
-__all__ = ["EpochLoader", "LazyDataLoader", "image_loader"]
+__all__ = ["DataWorkerError", "EpochLoader", "LazyDataLoader", "image_loader"]
 
 _NAMES_SHOWN = 5
+
+
+class DataWorkerError(RuntimeError):
+    """A worker process of the loader has ended without an exception of its own."""
 
 
 class LazyDataLoader(DataLoader):
@@ -36,6 +41,14 @@ class LazyDataLoader(DataLoader):
                 if position == last:  # a consumer that counts batches never asks for one more
                     _report(unreadable)
                 yield images, targets
+        except RuntimeError as error:
+            if "DataLoader worker (pid" not in str(error):  # others come from the dataset
+                raise
+            raise DataWorkerError(
+                f"a data worker was killed ({_signal_of(error)}), as a rule because memory ran "
+                "out: lower --data.num_workers or --data.batch_size, or give the job (a container: "
+                "its /dev/shm too) more memory; then continue from the last checkpoint"
+            ) from error
         finally:
             _report(unreadable)
 
@@ -118,6 +131,11 @@ def _length(loader: DataLoader) -> int:
         return len(loader)
     except TypeError:  # a stream of unknown length
         return 0
+
+
+def _signal_of(error: RuntimeError) -> str:
+    found = re.search(r"signal: ([^.]+)\.", str(error))
+    return found[1] if found else "its signal is unknown"
 
 
 def _report(unreadable: dict[str, str]) -> None:

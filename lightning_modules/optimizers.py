@@ -20,6 +20,7 @@ def build_optimizer(
     weight_decay: float,
     momentum: float = 0.9,
     no_decay_norm_bias: bool = False,
+    layer_decay: float | None = None,
     **kwargs: Any,
 ) -> Optimizer:
     """Make timm's optimizer `name` for the trainable parameters of `model`.
@@ -34,6 +35,8 @@ def build_optimizer(
         weight_decay: weight decay of the groups that decay.
         momentum: used by the optimizers that have one.
         no_decay_norm_bias: no decay for parameters of one dimension (norms, biases).
+        layer_decay: factor of the learning rate from each layer to the one before, by the layers
+            that timm knows of the model; None for one learning rate.
         kwargs: passed on to the optimizer.
 
     Raises:
@@ -45,15 +48,19 @@ def build_optimizer(
             f"unknown `optimizer` (={name!r}){_did_you_mean(name, known)}; "
             "timm.optim.list_optimizers() has all names"
         )
-    return create_optimizer_v2(
+    optimizer = create_optimizer_v2(
         model,
         opt=name,
         lr=lr,
         weight_decay=weight_decay,
         momentum=momentum,
         filter_bias_and_bn=no_decay_norm_bias,
+        layer_decay=layer_decay,
         **kwargs,
     )
+    for group in optimizer.param_groups:  # which timm leaves to its own schedulers
+        group["lr"] *= group.pop("lr_scale", 1.0)
+    return optimizer
 
 
 def total_steps(trainer: Trainer) -> int:

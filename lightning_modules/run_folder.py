@@ -26,6 +26,11 @@ class RunFolder:
     path: Path
     wandb_id: str
 
+    @staticmethod
+    def parent(root: str, name: str) -> Path:
+        """Where all runs of a name are."""
+        return (Path(root).expanduser() / name).absolute()
+
     @classmethod
     def create(cls, root: str, name: str) -> "RunFolder":
         """Make the folder of a new run.
@@ -40,7 +45,7 @@ class RunFolder:
         Returns:
             The folder.
         """
-        parent = (Path(root).expanduser() / name).absolute()
+        parent = cls.parent(root, name)
         rank: int = rank_zero_only.rank  # type: ignore[attr-defined]
         if rank:
             return cls(parent / f"rank-{rank}", "")
@@ -88,6 +93,12 @@ class RunFolder:
     def config(self) -> Path:
         """The run's whole configuration."""
         return self.path / "config.yaml"
+
+    def write_config(self, text: str) -> None:
+        """Keep the configuration, in place of an older one."""
+        beside = self.config.with_suffix(".tmp")
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(self.config)
 
     def make_latest(self) -> None:
         """Let `latest` beside the folder link to it; not every file system has links."""

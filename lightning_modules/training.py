@@ -6,11 +6,13 @@ import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, Literal, NoReturn, cast
 
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from torch import nn
@@ -20,11 +22,13 @@ from callbacks.ema import EMA
 from callbacks.progress import EpochLines
 from callbacks.reparameterize import ReparameterizeOnSave
 from callbacks.report import Report
+from callbacks.snapshots import Snapshots
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.config_files import find_configs, option_value
 from lightning_modules.data import ImageDataModule
 from lightning_modules.errors import UsageError, message_for_user
 from lightning_modules.quiet import silence_known_messages
+from lightning_modules.resume import Continuation, find_continuation, newest_usable
 from lightning_modules.run_folder import RunFolder
 from lightning_modules.summary import fit_summary
 from lightning_modules.tracking import WandbOptions, check_tracking, make_loggers
@@ -107,10 +111,8 @@ class _Records(SaveConfigCallback):
         interval.log_every_n_steps = max(1, batches)
         if not trainer.is_global_zero:
             return
-        final = RunFolder.read(Path(trainer.default_root_dir)).config
-        beside = final.with_suffix(".tmp")
-        beside.write_text(self.parser.dump(self.config, skip_none=False), encoding="utf-8")
-        beside.replace(final)
+        run = RunFolder.read(Path(trainer.default_root_dir))
+        run.write_config(self.parser.dump(self.config, skip_none=False))
         for logger in trainer.loggers:
             logger.log_hyperparams(self.config.as_dict())
 
@@ -136,6 +138,7 @@ class TrainingCLI(LightningCLI):
         """Add the sections of callbacks, run folder and wandb, and the links."""
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(ReparameterizeOnSave, "checkpoint")
+        parser.add_lightning_class_args(Snapshots, "snapshots")
         parser.add_lightning_class_args(Curriculum, "curriculum")
         parser.add_lightning_class_args(Report, "report")
         parser.add_argument("--run.root", default="runs", help="folder of all runs")
@@ -144,6 +147,13 @@ class TrainingCLI(LightningCLI):
             type=str | None,
             default=None,
             help="a run writes to <root>/<name>/<time>; null for the model's name",
+        )
+        parser.add_argument(
+            "--resume",
+            type=Literal["auto", "never"],
+            default="never",
+            help="auto: fit continues the newest run of this name and configuration, if there is "
+            "one, from its newest usable checkpoint",
         )
         parser.add_class_arguments(WandbOptions, "wandb")
         parser.link_arguments("model.model", "data.model")
@@ -159,6 +169,30 @@ class TrainingCLI(LightningCLI):
         for subparser in self._subcommand_parsers.values():
             subparser.set_defaults({f"model.{k}": v for k, v in self.known.items()})
         super().parse_arguments(parser, args)
+        self.continued = Continuation(None, None, ())
+        config = self.config[self.config.subcommand]
+        if self.config.subcommand == "fit" and config.resume == "auto":
+            self._resume(config)
+
+    def _resume(self, config: Namespace) -> None:
+        """Decide what to go on with, and tell the processes that are started with our command."""
+        if config.ckpt_path is not None:
+            raise UsageError(
+                f"--resume auto chooses the checkpoint: leave --ckpt_path {config.ckpt_path} out, "
+                "or set --resume never"
+            )
+        if config.trainer.fast_dev_run:
+            return
+        parent = RunFolder.parent(config.run.root, config.run.name or config.model.model)
+        self.continued = find_continuation(parent, yaml.safe_load(self._dump(config)))
+        rank_zero_only(print)(*self.continued.notes, sep="\n")
+        sys.argv += ["--resume", "never"]
+        if self.continued.checkpoint is not None:
+            config.ckpt_path = str(self.continued.checkpoint)
+            sys.argv += ["--ckpt_path", config.ckpt_path]
+
+    def _dump(self, config: Namespace) -> str:
+        return self._subcommand_parsers["fit"].dump(config, skip_none=False)
 
     def _parse_ckpt_path(self) -> None:
         """Not as LightningCLI does, which lets the checkpoint override explicit flags."""
@@ -205,12 +239,12 @@ class TrainingCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
+        except SIGTERMException:
+            self._say_how_to_continue()
+            sys.exit(128 + signal.SIGTERM)
         except BaseException:
             self._say_how_to_continue()
             raise
-        if self.trainer.received_sigterm:
-            self._say_how_to_continue()
-            sys.exit(128 + signal.SIGTERM)
 
     @rank_zero_only
     def before_fit(self) -> None:
@@ -236,8 +270,8 @@ class TrainingCLI(LightningCLI):
 
     @rank_zero_only
     def _say_how_to_continue(self) -> None:
-        last = None if self.run is None else self.run.checkpoints / "last.ckpt"
-        if self.subcommand == "fit" and last is not None and last.exists():
+        last = None if self.run is None else newest_usable(self.run.path)[0]
+        if self.subcommand == "fit" and last is not None:
             # a line of its own, wherever the progress bar was stopped
             print(f"\nto continue: mobileone fit --ckpt_path {shlex.quote(str(last))}")
 
@@ -247,7 +281,12 @@ class TrainingCLI(LightningCLI):
             found = RunFolder.of_checkpoint(config.ckpt_path)
             if found is not None:
                 return found
-        return RunFolder.create(config.run.root, config.run.name or config.model.model)
+        if self.continued.run is not None:
+            return self.continued.run
+        run = RunFolder.create(config.run.root, config.run.name or config.model.model)
+        if self.subcommand == "fit" and run.path.is_dir():
+            run.write_config(self._dump(config))  # a run that is killed early is found by it
+        return run
 
 
 def _check_validations(trainer: Namespace) -> None:
@@ -276,9 +315,21 @@ def _with_config_of_the_run(argv: list[str]) -> list[str]:
 
 
 # what the data decide, what is done once, and what Lightning adds
-_OF_THE_DATA = ("num_classes", "in_chans", "pretrained", "_instantiator")
+_OF_THE_DATA = ("num_classes", "in_chans", "pretrained", "weights", "_instantiator")
 
 
 def _hyper_parameters(checkpoint: str) -> dict[str, Any]:
-    known = read_checkpoint(Path(checkpoint)).get("hyper_parameters", {})
+    try:
+        known = read_checkpoint(Path(checkpoint)).get("hyper_parameters", {})
+    except ValueError as error:
+        raise UsageError(_with_another(error, checkpoint)) from error
     return {k: v for k, v in known.items() if k not in _OF_THE_DATA}
+
+
+def _with_another(error: ValueError, checkpoint: str) -> str:
+    """The error, with an older checkpoint of the run if one can be read."""
+    run = RunFolder.of_checkpoint(checkpoint)
+    other = None if run is None else newest_usable(run.path)[0]
+    if other is None:
+        return str(error)
+    return f"{error}\nthe newest checkpoint of this run that can be read is {other}"

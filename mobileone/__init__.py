@@ -3,6 +3,7 @@
 from mobileone import registration as _registration  # noqa: F401  (registers on import)
 from mobileone.block import FusedMobileOneBlock, MobileOneBlock
 from mobileone.deploy import reparameterize
+from mobileone.expansion import expand
 from mobileone.model import MobileOne
 
-__all__ = ["FusedMobileOneBlock", "MobileOne", "MobileOneBlock", "reparameterize"]
+__all__ = ["FusedMobileOneBlock", "MobileOne", "MobileOneBlock", "expand", "reparameterize"]

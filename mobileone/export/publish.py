@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,8 +54,12 @@ def staging_folder(parent: Path) -> Path:
 
 
 @contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
+def sole_writer(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """Hold `folder` for this process, also against a crash; nothing is written for it.
+
+    Args:
+        folder: made if it is not there.
+        patience: seconds to wait for another process to let go of it.
 
     Raises:
         FileExistsError: another process holds it.
@@ -65,16 +70,26 @@ def sole_writer(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FileExistsError(
-                f"another run writes to {folder}: wait for its end, or give this one a folder of "
-                "its own"
-            ) from None
+        end = time.monotonic() + patience
+        while not _locked(descriptor):
+            if time.monotonic() >= end:
+                raise FileExistsError(
+                    f"another run writes to {folder}: wait for its end, or give this one a folder "
+                    "of its own"
+                )
+            time.sleep(0.2)
         yield
     finally:
         os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    assert fcntl is not None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def publish_file(staged: Path, final: Path) -> None:

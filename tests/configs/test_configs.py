@@ -4,6 +4,8 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 import yaml
 from PIL import Image
 
@@ -29,7 +31,7 @@ def images(tmp_path_factory):
 
 
 def test_all_recipes_are_known():
-    assert len(RECIPES) == 8
+    assert len(RECIPES) == 10
     assert {f"{name}.yaml" for name in packaged_configs()} == set(RECIPES)
 
 
@@ -47,9 +49,14 @@ def test_header_gives_command_expectation_and_hardware(recipe):
 def test_recipe_runs_for_a_batch(recipe, images, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MOBILEONE_CACHE", str(tmp_path / "cache"))
-    base = ["--config", str(ROOT / "imagenet/base.yaml")] if "imagenet/s" in recipe else []
+    below = {"imagenet/fast.yaml": ["base", "s0"], "imagenet/distill.yaml": ["base", "s1"]}
+    parts = below.get(recipe, ["base"] if "imagenet/s" in recipe else [])
+    base = [word for part in parts for word in ("--config", str(ROOT / f"imagenet/{part}.yaml"))]
     own = [] if recipe == "quickstart.yaml" else ["--data.root", str(images)]
     offline = ["--model.pretrained", "false"] if recipe == "finetune.yaml" else []
+    if recipe == "imagenet/distill.yaml":
+        torch.save(timm.create_model("test_byobnet", num_classes=2).state_dict(), "teacher.pth")
+        offline = "--model.teacher test_byobnet --model.teacher_weights teacher.pth".split()
     trainer = ["--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"]
     main(["fit", *base, "--config", str(ROOT / recipe), *own, *offline, *SMALL, *trainer])
 

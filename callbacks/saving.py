@@ -1,0 +1,58 @@
+"""Writing a checkpoint from all ranks, so that it appears complete or not at all."""
+
+import contextlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+
+from mobileone.export.publish import publish_file, staging
+
+__all__ = ["on_rank_zero", "save_complete", "without_raising"]
+
+
+def save_complete(trainer: Trainer, final: Path, weights_only: bool = False) -> None:
+    """Write a checkpoint beside its place and rename it: Lightning's own move may copy.
+
+    All ranks must call it.
+
+    Args:
+        trainer: its strategy writes the file.
+        final: the checkpoint; replaced if it exists.
+        weights_only: leave out optimizers, schedules and callbacks.
+
+    Raises:
+        RuntimeError: rank 0 could not rename it.
+        OSError: it could not be written.
+    """
+    with contextlib.ExitStack() as stack:
+        place = ""
+        if trainer.is_global_zero:
+            place = str(stack.enter_context(staging(final.parent)))
+        staged = Path(trainer.strategy.broadcast(place)) / final.name
+        try:
+            trainer.save_checkpoint(staged, weights_only)
+        except OSError as error:
+            raise OSError(
+                f"{final} could not be written ({error.strerror or error}); "
+                f"{shutil.disk_usage(final.parent).free / 1e6:.0f} MB are free there. The "
+                "checkpoints before it are whole: make room, then continue from the last"
+            ) from error
+        failure = on_rank_zero(trainer, lambda: publish_file(staged, final))
+    if failure:
+        raise RuntimeError(failure)
+
+
+def without_raising(work: Callable[[], str | None]) -> str | None:
+    """Run `work`; what went wrong, as a line."""
+    try:
+        return work()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def on_rank_zero(trainer: Trainer, work: Callable[[], str | None]) -> str | None:
+    """Run `work` on rank 0; every rank gets what went wrong, so that all go on or all stop."""
+    failure = without_raising(work) if trainer.is_global_zero else None
+    return trainer.strategy.broadcast(failure)

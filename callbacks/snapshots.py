@@ -1,0 +1,161 @@
+"""Checkpoints between validations, to resume from; and one when the run is asked to stop."""
+
+import time
+from pathlib import Path
+from typing import Any, cast
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_warn
+
+from callbacks.saving import on_rank_zero, save_complete
+from callbacks.stopping import StopRequest
+from mobileone.export.publish import clean_stale, discard
+
+__all__ = ["Snapshots"]
+
+
+class Snapshots(Checkpoint):
+    """Save the whole state of training within epochs, however long they are.
+
+    `<dirpath>/step=00001200.ckpt` are training checkpoints without artifact; the newest `keep`
+    stay. A resumed run repeats nothing before the snapshot, and goes on bit for bit.
+
+    On SIGTERM, SIGINT (once) and SLURM's signal before preemption the run ends after the step that
+    is under way, with a snapshot. No snapshot is made between a step and the validation that
+    follows it, for the resumed run would leave the validation out; there is one from the step
+    before. A signal in a validation ends the run at once; one that reaches several processes there
+    is obeyed after the next step.
+
+    Args:
+        every_n_steps: optimizer steps between two snapshots; 0 for no such rule.
+        every_minutes: time between two snapshots; 0 for no such rule.
+        keep: how many to keep. Two, in case the newest is found damaged.
+        dirpath: folder; None for `snapshots` in the trainer's `default_root_dir`.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 0,
+        every_minutes: float = 15.0,
+        keep: int = 2,
+        dirpath: str | None = None,
+    ) -> None:
+        super().__init__()
+        if every_n_steps < 0 or every_minutes < 0:
+            raise ValueError(
+                f"`every_n_steps` (={every_n_steps}) and `every_minutes` (={every_minutes}) must "
+                "be at least 0"
+            )
+        if keep < 1:
+            raise ValueError(f"`keep` (={keep}) must be at least 1")
+        self.every_n_steps = every_n_steps
+        self.every_minutes = every_minutes
+        self.keep = keep
+        self.dirpath = dirpath
+        self._stop = StopRequest()
+        self._saved_at = (0, 0.0)  # step, clock
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen for signals; Lightning has set its own handlers just before."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self.dirpath = self.dirpath or str(Path(trainer.default_root_dir) / "snapshots")
+        self._saved_at = (trainer.global_step, time.monotonic())
+        if trainer.is_global_zero:
+            clean_stale(Path(self.dirpath))
+        self._stop.listen(trainer)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Save if it is time; stop if a signal has come."""
+        if self.dirpath is None:
+            return
+        wanted, stop = self._agree(trainer)
+        # the gradients of an unfinished accumulation would be lost
+        whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if _validation_follows(trainer, batch_idx) or not whole:
+            if stop and whole:
+                self._stop.obey(trainer)
+            return
+        ahead = range(batch_idx + 1, batch_idx + 1 + trainer.accumulate_grad_batches)
+        steps = trainer.global_step - self._saved_at[0]
+        due = bool(self.every_n_steps) and steps >= self.every_n_steps
+        if wanted or due or any(_validation_follows(trainer, index) for index in ahead):
+            self._save(trainer)
+        if stop:
+            self._stop.obey(trainer)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Stop if a signal has come; several processes cannot, for they differ in batches."""
+        if self._stop.received is not None and trainer.world_size == 1:
+            self._stop.obey(trainer)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Give the signals back."""
+        self._stop.release()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        self._stop.release()
+
+    def _agree(self, trainer: Trainer) -> tuple[bool, bool]:
+        """Whether to save and whether to stop, the same on all ranks."""
+        seconds = time.monotonic() - self._saved_at[1]
+        late = bool(self.every_minutes) and seconds >= 60 * self.every_minutes
+        stop = self._stop.received is not None
+        if trainer.world_size == 1:
+            return late or stop, stop
+        either = trainer.strategy.reduce_boolean_decision(late or stop, all=False)
+        return either, either and trainer.strategy.reduce_boolean_decision(stop, all=False)
+
+    def _save(self, trainer: Trainer) -> None:
+        """Write a snapshot and remove older ones; a full disk does not end the training."""
+        folder = Path(cast(str, self.dirpath))
+        self._saved_at = (trainer.global_step, time.monotonic())
+        try:
+            save_complete(trainer, folder / f"step={trainer.global_step:08d}.ckpt")
+        except (OSError, RuntimeError) as error:
+            rank_zero_warn(f"no snapshot at step {trainer.global_step}: {error}")
+            return
+        failure = on_rank_zero(trainer, lambda: _remove_older(folder, self.keep))
+        if failure:
+            rank_zero_warn(f"old snapshots stay in {folder}: {failure}")
+
+
+def _remove_older(folder: Path, keep: int) -> None:
+    by_age = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    for path in by_age[:-keep]:
+        discard(path)
+
+
+def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether a validation or the end of the epoch comes after a batch, as far as is foreseen."""
+    if batch_idx + 1 >= trainer.num_training_batches:
+        return True
+    every = cast(Any, trainer).val_check_batch
+    if every in (None, float("inf")):
+        return False
+    count = batch_idx
+    if trainer.check_val_every_n_epoch is None:  # counted across epochs
+        count += trainer.fit_loop.total_batch_idx - trainer.fit_loop.batch_idx
+    return bool((count + 1) % every == 0)

@@ -1,0 +1,90 @@
+"""Signals that ask a run to stop: remembered, and obeyed where nothing is lost."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn
+
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+__all__ = ["StopRequest"]
+
+
+class StopRequest:
+    """Listens for SIGINT, SIGTERM and, in a SLURM job, for the signal before preemption.
+
+    Lightning's own handlers would save in the middle of a step (SLURM), or break one off (SIGINT).
+    A second Ctrl-C does so still.
+
+    Attributes:
+        received: the first signal, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+        self._requeue = False
+
+    def listen(self, trainer: Trainer) -> None:
+        """Take the signals over; only the main thread can."""
+        self.received = None
+        wanted: dict[signal.Signals, Callable[[int, FrameType | None], None]] = {
+            signal.SIGINT: self._on_interrupt,
+            signal.SIGTERM: self._on_signal,
+        }
+        environment = trainer._accelerator_connector.cluster_environment
+        self._requeue = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
+        if self._requeue:
+            preempts = getattr(environment, "requeue_signal", None) or signal.SIGUSR1
+            wanted[preempts] = self._on_signal
+        for number, handler in wanted.items():
+            try:
+                self._before[number] = signal.signal(number, handler)
+            except ValueError:  # not in the main thread
+                return
+
+    def release(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def obey(self, trainer: Trainer) -> NoReturn:
+        """End the fit. A preempted SLURM job is queued again first.
+
+        Raises:
+            KeyboardInterrupt: on SIGINT.
+            SIGTERMException: on any other signal, or one that another rank received.
+        """
+        if self.received is signal.SIGINT:
+            raise KeyboardInterrupt
+        if self._requeue and self.received not in (None, signal.SIGTERM):
+            if trainer.is_global_zero:
+                _requeue()
+        raise SIGTERMException
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.received = self.received or signal.Signals(number)
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.SIGINT
+        # print() may be what was interrupted
+        os.write(sys.stderr.fileno(), b"\nstopping after this step; Ctrl-C again stops at once\n")
+
+
+def _requeue() -> None:
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        rank_zero_warn(f"SLURM job {job!r} could not be queued again ({error}): submit it anew")

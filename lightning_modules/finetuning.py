@@ -1,0 +1,129 @@
+"""What fine-tuning adds: weights from a file, a new head, parts that do not train."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from timm.models import load_state_dict as read_weights
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mobileone import MobileOne, expand
+from mobileone.weights import convert_keys, identify
+
+__all__ = ["freeze", "hold_frozen_statistics", "load_start"]
+
+_LOST = (
+    "the weights are fused: the branches and BatchNorm's statistics of their training are lost. "
+)
+
+
+def load_start(model: nn.Module, file: str, expand_fused: bool) -> None:
+    """Start from a weight file: timm's, Apple's or our own, in training form or fused.
+
+    A head of other classes stays as it was initialised. Nothing but tensors is read.
+
+    Args:
+        model: timm's or ours, freshly built; loaded in place.
+        file: `.pth`, `.safetensors` or a training checkpoint (its averaged weights).
+        expand_fused: give fused weights of a MobileOne branches again (`mobileone.expand`);
+            otherwise the model takes the fused form.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, holds other objects than tensors, or weights of another model.
+    """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"no weights at {file} (--model.weights)")
+    try:
+        weights = _network(read_weights(file, weights_only=True))
+    except Exception as error:
+        raise ValueError(
+            f"{file} cannot be read as weights, tensors and nothing else: {error}"
+        ) from error
+    weights, dropped = _without_other_head(model, weights)
+    try:
+        if isinstance(model, MobileOne):
+            weights = _in_form(model, weights, expand_fused)
+        missing, unexpected = model.load_state_dict(weights, strict=not dropped)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"the weights of {file} do not fit: {error}") from error
+    if unexpected or set(missing) != set(dropped):
+        raise ValueError(
+            f"the weights of {file} do not fit: they lack {sorted(set(missing) - set(dropped))[:3]}"
+            f" and hold {list(unexpected)[:3]}, unknown to the model"
+        )
+    new = f"; the head ({', '.join(dropped)}) is new, for it has other classes" if dropped else ""
+    rank_zero_info(f"starting from the weights of {file}{new}")
+
+
+def freeze(model: nn.Module, parts: Sequence[str], norms: bool) -> None:
+    """Let parts of a model stay as they are.
+
+    Args:
+        model: its parameters lose `requires_grad`.
+        parts: names of submodules, for example `["stem", "stages.0"]`.
+        norms: freeze every BatchNorm, scale and shift included.
+
+    Raises:
+        ValueError: there is no such part, or nothing would be left to train.
+    """
+    names = dict(model.named_modules())
+    for part in parts:
+        if part not in names or not part:
+            known = [n for n in names if n and n.count(".") < 2 and n.split(".")[-1] != "act"][:12]
+            raise ValueError(
+                f"`freeze` names {part!r}, which this model has not; it has {', '.join(known)} …"
+            )
+        names[part].requires_grad_(False)
+    if norms:
+        for module in names.values():
+            if isinstance(module, _BatchNorm):
+                module.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"`freeze` (={list(parts)}) leaves no parameter to train")
+
+
+def hold_frozen_statistics(model: nn.Module) -> None:
+    """Put the BatchNorms without trainable parameters in eval mode: their statistics stay."""
+    for module in model.modules():
+        own = list(module.parameters()) if isinstance(module, _BatchNorm) else []
+        if own and not any(parameter.requires_grad for parameter in own):
+            module.eval()
+
+
+def _network(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The network's entries: a checkpoint has those of the metrics beside them."""
+    inside = {k: v for k, v in state.items() if k.startswith("model.")}
+    return convert_keys(inside or state)
+
+
+def _without_other_head(
+    model: nn.Module, weights: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Leave the classifier out where its shape is another; returns the names left out."""
+    name = getattr(model, "pretrained_cfg", {}).get("classifier") or ""
+    own = {k: v for k, v in model.state_dict().items() if isinstance(name, str) and name}
+    head = [k for k in own if k.startswith(f"{name}.")]
+    if all(k in weights and weights[k].shape == own[k].shape for k in head):
+        return weights, []
+    return {k: v for k, v in weights.items() if not k.startswith(f"{name}.")}, head
+
+
+def _in_form(model: MobileOne, weights: dict[str, Tensor], expand_fused: bool) -> dict[str, Tensor]:
+    found = identify(weights)
+    if found is None or not found.fused:
+        return weights
+    if expand_fused:
+        rank_zero_warn(
+            f"{_LOST}They were expanded into branches that compute the same in eval mode. In "
+            "training mode BatchNorm takes the batch's statistics, and the network first has to "
+            "find its way back: warm up, or set model.freeze_bn true to keep its function"
+        )
+        return expand(model, weights)
+    rank_zero_warn(
+        f"{_LOST}The network trains in fused form, without BatchNorm and over-parameterisation: "
+        "keep the learning rate low, or set model.expand_fused true"
+    )
+    return weights

@@ -1,0 +1,50 @@
+"""Fused weights come back as branches that compute the same, in float64."""
+
+import pytest
+import timm
+import torch
+
+import mobileone
+from mobileone.block import MobileOneBlock
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return torch.randn(2, 3, 64, 64, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", ["mobileone_s0", "mobileone_s1", "mobileone_s4", "mobileone_mu1"])
+def test_expanded_weights_compute_what_the_fused_ones_do(name, randomise, shapes):
+    fused = mobileone.reparameterize(randomise(timm.create_model(name).double()).eval())
+    model = timm.create_model(name).double().eval()
+    model.load_state_dict(mobileone.expand(model, fused.state_dict()))
+    expected = fused(shapes)
+    error = (model(shapes) - expected).abs().max() / expected.abs().max()
+    assert error < 1e-10
+    # and once more as the plain sum of the branches, which eval mode does not compute
+    for module in model.modules():
+        if isinstance(module, MobileOneBlock):
+            module.forward = lambda x, m=module: m.act(m.attn(m._sum_branches(x)))
+    error = (model(shapes) - expected).abs().max() / expected.abs().max()
+    assert error < 1e-10
+
+
+def test_the_other_branches_can_learn(randomise, shapes):
+    fused = mobileone.reparameterize(randomise(timm.create_model("mobileone_mu0").double()).eval())
+    model = timm.create_model("mobileone_mu0").double()
+    model.load_state_dict(mobileone.expand(model, fused.state_dict()))
+    block = model.stages[1][2]
+    model.train()(shapes).square().mean().backward()
+    kernels = [branch.conv.weight for branch in block.conv_kxk]
+    assert len(kernels) > 1
+    assert not torch.equal(kernels[0], kernels[1])
+    for branch in [*block.conv_kxk, block.conv_scale]:
+        assert branch.bn.weight.grad.abs().max() > 0
+
+
+def test_weights_of_another_model_are_refused():
+    fused = mobileone.reparameterize(timm.create_model("mobileone_s1").eval()).state_dict()
+    with pytest.raises(ValueError, match=r"`stem\.reparam_conv\.weight` is .*not the fused form"):
+        mobileone.expand(timm.create_model("mobileone_s0"), fused)
+    with pytest.raises(ValueError, match="is missing"):
+        mobileone.expand(timm.create_model("mobileone_s0"), {})
