@@ -38,7 +38,11 @@ COMMANDS = {
     ),
     "benchmark": Command(
         "lightning_modules.commands:benchmark",
-        "measure on this machine: the cost of a training step",
+        "measure on this machine: the cost of a training step, the speed of the data",
+    ),
+    "shards": Command(
+        "lightning_modules.data_commands:shards",
+        "write a folder of images as WebDataset shards, or check those that were written",
     ),
     "compress": Command(
         "lightning_modules.commands:compress", "write smaller files, and measure what they lose"

@@ -66,12 +66,16 @@ def export_parser(name: str) -> ArgumentParser:
 
 
 def benchmark(name: str, argv: list[str]) -> None:
-    """Run `mobileone benchmark training`."""
+    """Run `mobileone benchmark training` or `data`."""
     options = benchmark_parser(name).parse_args(argv)
     from rich.console import Console
 
     from mobileone.bench.training import benchmark_training
 
+    if options.subcommand == "data":
+        from lightning_modules.data_commands import print_data_benchmark
+
+        return print_data_benchmark(name, options.data)
     options = options[options.subcommand]
     result = _answer(name, benchmark_training, options)
     # a pipe has no width of its own, and names must not be cut
@@ -81,7 +85,7 @@ def benchmark(name: str, argv: list[str]) -> None:
 
 
 def benchmark_parser(name: str) -> ArgumentParser:
-    """Arguments of `mobileone benchmark training`."""
+    """Arguments of `mobileone benchmark`."""
     from mobileone.bench.training import benchmark_training
 
     training = ArgumentParser(
@@ -89,9 +93,15 @@ def benchmark_parser(name: str) -> ArgumentParser:
         "Example: mobileone benchmark training --variants [mobileone_s0] --directory results"
     )
     training.add_function_arguments(benchmark_training, as_group=False)
+    from lightning_modules.data_commands import data_benchmark_parser
+
     parser = ArgumentParser(prog=f"mobileone {name}", description="Measure on this machine.")
-    parser.add_subcommands().add_subcommand(
+    subcommands = parser.add_subcommands()
+    subcommands.add_subcommand(
         "training", training, help="cost of a training step against timm and the plain network"
+    )
+    subcommands.add_subcommand(
+        "data", data_benchmark_parser(), help="images a second by reader, workers and decoder"
     )
     return parser
 

@@ -2,21 +2,28 @@
 
 import argparse
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Protocol
 
 import argcomplete
 
 __all__ = ["complete"]
 
 
-def complete(commands: Iterable[str]) -> None:
+class _Command(Protocol):
+    @property
+    def target(self) -> str: ...
+
+
+def complete(commands: Mapping[str, _Command]) -> None:
     """Answer the shell and exit; only the subcommand that is being typed is imported.
 
     jsonargparse answers for a parser on its own, so the subcommand's word is taken out of the
     line that the shell sent.
 
     Args:
-        commands: Names of all subcommands.
+        commands: All subcommands by name; `<name>_parser` stands beside each one's function.
     """
     program, _, rest = os.environ["COMP_LINE"].partition(" ")
     name, typed, arguments = rest.partition(" ")
@@ -32,6 +39,5 @@ def complete(commands: Iterable[str]) -> None:
 
         run(name, [])
     else:
-        from lightning_modules import commands as others
-
-        getattr(others, f"{name}_parser")(name).parse_args([])
+        module = import_module(commands[name].target.partition(":")[0])
+        getattr(module, f"{name}_parser")(name).parse_args([])

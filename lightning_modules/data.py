@@ -14,11 +14,13 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_modules.catalogue import Catalogue
 from lightning_modules.curriculum import PhasedTransform, scale_strength
+from lightning_modules.decoders import DECODERS, accept_tensors, check_decoder
 from lightning_modules.digits import digits_root, write_digits
 from lightning_modules.images import color_mode
 from lightning_modules.loading import image_loader
 from lightning_modules.samples import ImageSamples
-from lightning_modules.sampling import EpochSampler, EvaluationSampler
+from lightning_modules.sampling import EpochSampler, EvaluationSampler, ShardSampler
+from lightning_modules.shard_reader import shard_lengths
 from lightning_modules.splits import FOLDER_NAMES, check_dataset_name
 from lightning_modules.streams import ImageStream
 from lightning_modules.transforms import eval_transform, resolve_config, train_transform
@@ -37,7 +39,8 @@ class ImageDataModule(LightningDataModule):
         root: folder above the splits (or of train.tar and val.tar); for other data sets what
             their reader wants.
         dataset: "" for folders, "digits" for the handwritten digits that come with scikit-learn,
-            or a name of `timm.data.create_dataset`: "torch/cifar10", "hfds/…", "wds/…", ….
+            "wds" for the shards that `mobileone shards` writes, or a name of
+            `timm.data.create_dataset`: "torch/cifar10", "hfds/…", "wds/…" (others' shards), ….
         model: timm name; its pretrained configuration gives the values left None below.
         train_split: name of the training split; for folders also a usual synonym of it.
         val_split: name of the validation split; for folders also a usual synonym of it.
@@ -63,6 +66,8 @@ class ImageDataModule(LightningDataModule):
         num_workers: processes a loader; None for what the machine suggests, 8 at most.
         persistent_workers: keep them from one epoch to the next.
         drop_last: leave out the last incomplete training batch.
+        decoder: of training images: "pillow", or "torchvision", which decodes JPEGs a little
+            faster and resizes them with other rounding; validation always reads with Pillow.
         skip_unreadable: replace broken images by others with a warning a pass, don't stop.
         seed: of order and augmentation; None for the one of the checkpoint that is
             resumed, else the run's (`seed_everything`), else 0.
@@ -102,6 +107,7 @@ class ImageDataModule(LightningDataModule):
         num_workers: int | None = None,
         persistent_workers: bool = True,
         drop_last: bool = True,
+        decoder: str = "pillow",
         skip_unreadable: bool = False,
         seed: int | None = None,
     ) -> None:
@@ -117,6 +123,8 @@ class ImageDataModule(LightningDataModule):
                 "root is not set. Set --data.root to the folder that holds train/ and val/, or "
                 "--data.dataset to digits to try the handwritten digits."
             )
+        check_decoder(decoder, auto_augment, color_jitter)
+        self._decoder = decoder
         self.data_config: dict[str, Any] = resolve_config(
             model,
             input_size,
@@ -206,7 +214,10 @@ class ImageDataModule(LightningDataModule):
         for start, size, strength in phases:
             shape = (channels, size, round(size * width / height))
             full = train_transform({**self.data_config, "input_size": shape}, **self._augmentation)
-            transforms.append((start, scale_strength(full, strength)))
+            scaled = scale_strength(full, strength)
+            transforms.append(
+                (start, scaled if self._decoder == "pillow" else accept_tensors(scaled))
+            )
         self._train_transform = PhasedTransform(transforms)
 
     def prepare_data(self) -> None:
@@ -235,10 +246,14 @@ class ImageDataModule(LightningDataModule):
         source = self._catalogue.source("train")
         if isinstance(source, IterableDataset):  # shuffles and shares out by itself
             return self._loader(source, self._train_transform, drop_last=self._drop_last)
+        share = (self.seed, self._processes, self._rank)
+        lengths = shard_lengths(source)
+        sampler = ShardSampler(source, lengths, *share) if lengths else EpochSampler(source, *share)
         return self._loader(
             source,
             self._train_transform,
-            sampler=EpochSampler(source, self.seed, self._processes, self._rank),
+            self._decoder,
+            sampler=sampler,
             drop_last=self._drop_last,
             batches_done=self._batches_done,
         )
@@ -299,12 +314,21 @@ class ImageDataModule(LightningDataModule):
         sampler = EvaluationSampler(source, self._processes, self._rank)
         return self._loader(source, self._eval_transform, sampler=sampler)
 
-    def _loader(self, source: Any, transform: PhasedTransform, **options: Any) -> DataLoader:
+    def _loader(
+        self, source: Any, transform: PhasedTransform, decoder: str = "pillow", **options: Any
+    ) -> DataLoader:
         workers = self._workers()
         dataset = (
             ImageStream(source, transform, self.seed, workers)
             if isinstance(source, IterableDataset)
-            else ImageSamples(source, transform, self._mode, self.seed, self._skip_unreadable)
+            else ImageSamples(
+                source,
+                transform,
+                self._mode,
+                self.seed,
+                self._skip_unreadable,
+                DECODERS[decoder],
+            )
         )
         return image_loader(
             dataset,
