@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_modules.catalogue import Catalogue
 from lightning_modules.curriculum import PhasedTransform, scale_strength
-from lightning_modules.decoders import DECODERS, accept_tensors, check_decoder
 from lightning_modules.digits import digits_root, write_digits
 from lightning_modules.images import color_mode
 from lightning_modules.loading import image_loader
@@ -66,8 +65,6 @@ class ImageDataModule(LightningDataModule):
         num_workers: processes a loader; None for what the machine suggests, 8 at most.
         persistent_workers: keep them from one epoch to the next.
         drop_last: leave out the last incomplete training batch.
-        decoder: of training images: "pillow", or "torchvision", which decodes JPEGs a little
-            faster and resizes them with other rounding; validation always reads with Pillow.
         skip_unreadable: replace broken images by others with a warning a pass, don't stop.
         seed: of order and augmentation; None for the one of the checkpoint that is
             resumed, else the run's (`seed_everything`), else 0.
@@ -107,7 +104,6 @@ class ImageDataModule(LightningDataModule):
         num_workers: int | None = None,
         persistent_workers: bool = True,
         drop_last: bool = True,
-        decoder: str = "pillow",
         skip_unreadable: bool = False,
         seed: int | None = None,
     ) -> None:
@@ -123,8 +119,6 @@ class ImageDataModule(LightningDataModule):
                 "root is not set. Set --data.root to the folder that holds train/ and val/, or "
                 "--data.dataset to digits to try the handwritten digits."
             )
-        check_decoder(decoder, auto_augment, color_jitter)
-        self._decoder = decoder
         self.data_config: dict[str, Any] = resolve_config(
             model,
             input_size,
@@ -214,10 +208,7 @@ class ImageDataModule(LightningDataModule):
         for start, size, strength in phases:
             shape = (channels, size, round(size * width / height))
             full = train_transform({**self.data_config, "input_size": shape}, **self._augmentation)
-            scaled = scale_strength(full, strength)
-            transforms.append(
-                (start, scaled if self._decoder == "pillow" else accept_tensors(scaled))
-            )
+            transforms.append((start, scale_strength(full, strength)))
         self._train_transform = PhasedTransform(transforms)
 
     def prepare_data(self) -> None:
@@ -252,7 +243,6 @@ class ImageDataModule(LightningDataModule):
         return self._loader(
             source,
             self._train_transform,
-            self._decoder,
             sampler=sampler,
             drop_last=self._drop_last,
             batches_done=self._batches_done,
@@ -314,21 +304,12 @@ class ImageDataModule(LightningDataModule):
         sampler = EvaluationSampler(source, self._processes, self._rank)
         return self._loader(source, self._eval_transform, sampler=sampler)
 
-    def _loader(
-        self, source: Any, transform: PhasedTransform, decoder: str = "pillow", **options: Any
-    ) -> DataLoader:
+    def _loader(self, source: Any, transform: PhasedTransform, **options: Any) -> DataLoader:
         workers = self._workers()
         dataset = (
             ImageStream(source, transform, self.seed, workers)
             if isinstance(source, IterableDataset)
-            else ImageSamples(
-                source,
-                transform,
-                self._mode,
-                self.seed,
-                self._skip_unreadable,
-                DECODERS[decoder],
-            )
+            else ImageSamples(source, transform, self._mode, self.seed, self._skip_unreadable)
         )
         return image_loader(
             dataset,

@@ -23,8 +23,11 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 from lightning_modules.checks import check_model_name
+from lightning_modules.curriculum import PhasedTransform
 from lightning_modules.data import ImageDataModule
+from lightning_modules.decoders import DECODERS, accept_tensors
 from lightning_modules.predict import find_images
+from lightning_modules.samples import ImageSamples
 from lightning_modules.shards import make_shards
 
 __all__ = ["DataBenchmark", "Throughput", "benchmark_data"]
@@ -180,7 +183,7 @@ def benchmark_data(
         FileNotFoundError: no images under ``root``.
         ValueError: a name or a number is out of range.
     """
-    _check(readers, images, batch_size, image_size, rounds)
+    _check(readers, decoders, images, batch_size, image_size, rounds)
     if model is not None:
         check_model_name(model)
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -198,12 +201,11 @@ def benchmark_data(
                 input_size=image_size,
                 batch_size=min(batch_size, len(files)),
                 num_workers=count,
-                decoder=decoder,
                 drop_last=False,
                 seed=0,
             )
             data.setup("fit")
-            loaders.append(data.train_dataloader())
+            loaders.append(_decode_by(decoder, data.train_dataloader()))
         costs = _time_in_turn([_one_pass(loader) for loader in loaders], rounds)
         size = sum(file.stat().st_size for file in files) / len(files)
         del loaders  # whose workers end before their files do
@@ -233,11 +235,17 @@ def benchmark_data(
 
 
 def _check(
-    readers: Sequence[str], images: int, batch_size: int, image_size: int, rounds: int
+    readers: Sequence[str],
+    decoders: Sequence[str],
+    images: int,
+    batch_size: int,
+    image_size: int,
+    rounds: int,
 ) -> None:
-    for reader in readers:
-        if reader not in READERS:
-            raise ValueError(f"reader {reader!r} is unknown. There are {', '.join(READERS)}.")
+    for kind, names, known in (("reader", readers, READERS), ("decoder", decoders, DECODERS)):
+        for name in names:
+            if name not in known:
+                raise ValueError(f"{kind} {name!r} is unknown. There are {', '.join(known)}.")
     if min(images, batch_size, image_size, rounds) < 1:
         raise ValueError(
             f"images={images}, batch_size={batch_size}, image_size={image_size} and "
@@ -285,6 +293,16 @@ def _store(place: Path, readers: Sequence[str]) -> None:
                 tar.add(place / "folder" / split, ".")
     if "shards" in readers:
         make_shards(place / "folder", place / "shards")
+
+
+def _decode_by(decoder: str, loader: DataLoader) -> DataLoader:
+    """The loader, before its first pass, with another decoder."""
+    samples = loader.dataset
+    assert isinstance(samples, ImageSamples)
+    if decoder != "pillow":
+        samples.decode = DECODERS[decoder]
+        samples.transform = PhasedTransform([(0, accept_tensors(samples.transform.at(0)))])
+    return loader
 
 
 def _one_pass(loader: DataLoader) -> Callable[[], None]:

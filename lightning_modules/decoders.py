@@ -1,6 +1,10 @@
-"""Two ways to decode training images, Pillow's and torchvision's, and the transform for both."""
+"""Two ways to decode training images, of which training uses Pillow's; `benchmark data` says why.
+
+torchvision announced in 0.29 that it will give its decoders up.
+"""
 
 import io
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from typing import IO, Any
@@ -9,13 +13,12 @@ import torch
 from PIL import Image
 from timm.data.transforms import MaybeToTensor
 from torch import Tensor
-from torchvision.io import decode_jpeg
 from torchvision.transforms.functional import convert_image_dtype, to_tensor
 
 from lightning_modules.images import read_image
 from lightning_modules.transforms import Transform
 
-__all__ = ["DECODERS", "Decode", "accept_tensors", "check_decoder", "read_tensor"]
+__all__ = ["DECODERS", "Decode", "accept_tensors", "read_tensor"]
 
 Decode = Callable[[IO[bytes], str], Any]
 """File and Pillow mode -> Pillow image, or uint8 tensor (C, H, W)."""
@@ -31,24 +34,18 @@ def read_tensor(file: IO[bytes], mode: str) -> Image.Image | Tensor:
         plain = image.format == "JPEG" and image.mode == mode == "RGB"
     if not plain:
         return read_image(io.BytesIO(content), mode)
+    from torchvision.io import decode_jpeg  # here, because it will go
+
+    data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     try:
-        return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The image decoding and encoding capabilities")
+            return decode_jpeg(data)
     except RuntimeError as error:  # with a path in torchvision's sources in front
         raise OSError(str(error).rpartition(", ")[2]) from error
 
 
 DECODERS: dict[str, Decode] = {"pillow": read_image, "torchvision": read_tensor}
-
-
-def check_decoder(decoder: str, auto_augment: str | None, color_jitter: float | None) -> None:
-    """Raise ValueError for a name that is unknown, or an augmentation that needs Pillow."""
-    if decoder not in DECODERS:
-        raise ValueError(f"decoder={decoder!r} must be one of {', '.join(DECODERS)}.")
-    if decoder != "pillow" and (auto_augment or color_jitter):
-        raise ValueError(
-            f"decoder={decoder!r} cannot be used with auto_augment or color_jitter, which work on "
-            "Pillow's images. Set --data.decoder pillow."
-        )
 
 
 def accept_tensors(transform: Transform) -> Transform:
