@@ -53,8 +53,8 @@ def test_crops_and_flips_are_the_same_up_to_rounding(photographs, interpolation)
             assert torch.equal(outputs[0], outputs[2])
             std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
             levels = (outputs[0] - outputs[1]).abs() * std * 255
-            # torchvision's weights are 16-bit numbers: a strong reduction differs by up to 7 levels
-            assert levels.mean() < 0.5
+            # torchvision's weights are 16-bit numbers: rounding differs by up to 8 levels
+            assert levels.mean() < 1
             assert levels.max() < 10
 
 
