@@ -14,7 +14,14 @@ from lightning_modules.classes import (
     class_to_index,
     read_class_file,
 )
-from lightning_modules.splits import FOLDER_NAMES, find_split, missing_split, open_split
+from lightning_modules.shard_files import Manifest
+from lightning_modules.splits import (
+    FOLDER_NAMES,
+    find_split,
+    is_indexed,
+    missing_split,
+    open_split,
+)
 
 __all__ = ["Catalogue"]
 
@@ -94,7 +101,7 @@ class Catalogue:
 
     def _checked(self, split: str) -> Any:
         dataset = self._open(split, None)
-        if not self._folders:
+        if not self._folders and not self._indexed:
             return dataset
         check_class_folders(dataset, split)
         names = class_to_index(dataset)
@@ -114,7 +121,13 @@ class Catalogue:
     def _folders(self) -> bool:
         return self._name in FOLDER_NAMES
 
+    @property
+    def _indexed(self) -> bool:
+        return is_indexed(self._name, self._root)
+
     def _default_test(self, val: str) -> str:
+        if self._root is not None and self._indexed:
+            return "test" if "test" in Manifest.load(self._root).splits else val
         has_test = self._root is not None and find_split(self._root, "test") is not None
         return "test" if self._folders and has_test else val
 

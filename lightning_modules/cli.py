@@ -42,7 +42,11 @@ COMMANDS = {
     ),
     "benchmark": Command(
         "lightning_modules.measure_commands:benchmark",
-        "measure on this machine: latency, throughput, memory, the cost of a training step",
+        "measure on this machine: latency, throughput, memory, data, the cost of a training step",
+    ),
+    "shards": Command(
+        "lightning_modules.data_commands:shards",
+        "write a folder of images as WebDataset shards, or check those that were written",
     ),
     "compress": Command(
         "lightning_modules.commands:compress", "write smaller files, and measure what they lose"

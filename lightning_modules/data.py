@@ -18,7 +18,8 @@ from lightning_modules.digits import digits_root, write_digits
 from lightning_modules.images import color_mode
 from lightning_modules.loading import image_loader
 from lightning_modules.samples import ImageSamples
-from lightning_modules.sampling import EpochSampler, EvaluationSampler
+from lightning_modules.sampling import EpochSampler, EvaluationSampler, ShardSampler
+from lightning_modules.shard_reader import shard_lengths
 from lightning_modules.splits import FOLDER_NAMES, check_dataset_name
 from lightning_modules.streams import ImageStream
 from lightning_modules.transforms import eval_transform, resolve_config, train_transform
@@ -37,7 +38,8 @@ class ImageDataModule(LightningDataModule):
         root: folder above the splits (or of train.tar and val.tar); for other data sets what
             their reader wants.
         dataset: "" for folders, "digits" for the handwritten digits that come with scikit-learn,
-            or a name of `timm.data.create_dataset`: "torch/cifar10", "hfds/…", "wds/…", ….
+            "wds" for the shards that `mobileone shards` writes, or a name of
+            `timm.data.create_dataset`: "torch/cifar10", "hfds/…", "wds/…" (others' shards), ….
         model: timm name; its pretrained configuration gives the values left None below.
         train_split: name of the training split; for folders also a usual synonym of it.
         val_split: name of the validation split; for folders also a usual synonym of it.
@@ -235,10 +237,13 @@ class ImageDataModule(LightningDataModule):
         source = self._catalogue.source("train")
         if isinstance(source, IterableDataset):  # shuffles and shares out by itself
             return self._loader(source, self._train_transform, drop_last=self._drop_last)
+        share = (self.seed, self._processes, self._rank)
+        lengths = shard_lengths(source)
+        sampler = ShardSampler(source, lengths, *share) if lengths else EpochSampler(source, *share)
         return self._loader(
             source,
             self._train_transform,
-            sampler=EpochSampler(source, self.seed, self._processes, self._rank),
+            sampler=sampler,
             drop_last=self._drop_last,
             batches_done=self._batches_done,
         )

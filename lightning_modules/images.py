@@ -75,4 +75,4 @@ def convert(image: Image.Image, mode: str) -> Image.Image:
         image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)  # which would copy it

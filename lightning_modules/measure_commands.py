@@ -44,6 +44,7 @@ def benchmark(name: str, argv: list[str]) -> None:
 
 def benchmark_parser(name: str) -> ArgumentParser:
     """Arguments of `mobileone benchmark`."""
+    from lightning_modules.data_commands import data_benchmark_parser
     from mobileone.bench.inference_memory import measure_memory
     from mobileone.bench.latency import measure_latency
     from mobileone.bench.pareto import draw_pareto
@@ -89,6 +90,9 @@ def benchmark_parser(name: str) -> ArgumentParser:
     )
     pareto.add_function_arguments(draw_pareto, as_positional=True, as_group=False)
     commands.add_subcommand("pareto", pareto, help="chart of accuracy against latency")
+    commands.add_subcommand(
+        "data", data_benchmark_parser(), help="images a second by reader, workers and decoder"
+    )
     return parser
 
 
@@ -134,12 +138,19 @@ def _pareto(name: str, options: Namespace) -> None:
     print(", ".join(map(str, paths)))
 
 
+def _data(name: str, options: Namespace) -> None:
+    from lightning_modules.data_commands import print_data_benchmark
+
+    print_data_benchmark(name, options)
+
+
 _BENCHMARKS: dict[str, Callable[[str, Namespace], None]] = {
     "training": _training,
     "latency": _latency,
     "throughput": _throughput,
     "memory": _memory,
     "pareto": _pareto,
+    "data": _data,
 }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from lightning_modules.curriculum import PhasedTransform
+from lightning_modules.decoders import Decode
 from lightning_modules.images import UnreadableImageError, convert, read_image, why_unreadable
 from lightning_modules.randomness import derive_seed, isolated_rng
 from lightning_modules.sampling import SampleKey
@@ -43,16 +44,24 @@ class ImageSamples(Dataset[Sample]):
         seed: of the augmentation.
         skip_unreadable: let the next readable image of the split stand in for a broken one
             (usually of the same class, for folders are read in order) instead of raising.
+        decode: file and mode -> what ``transform`` takes, see `DECODERS`.
     """
 
     def __init__(
-        self, source: Any, transform: PhasedTransform, mode: str, seed: int, skip_unreadable: bool
+        self,
+        source: Any,
+        transform: PhasedTransform,
+        mode: str,
+        seed: int,
+        skip_unreadable: bool,
+        decode: Decode = read_image,
     ) -> None:
         self.source = source
         self.transform = transform
         self.mode = mode
         self.seed = seed
         self.skip_unreadable = skip_unreadable
+        self.decode = decode
 
     def __len__(self) -> int:
         return len(self.source)
@@ -69,7 +78,7 @@ class ImageSamples(Dataset[Sample]):
         with isolated_rng(derive_seed(self.seed, epoch, index)):
             return Sample(self.transform.at(epoch)(image), target, skipped)
 
-    def _first_readable(self, index: int) -> tuple[Image.Image, int, list[Unreadable]]:
+    def _first_readable(self, index: int) -> tuple[Image.Image | Tensor, int, list[Unreadable]]:
         skipped: list[Unreadable] = []
         for candidate in chain(range(index, len(self)), range(index)):
             try:
@@ -88,14 +97,14 @@ class ImageSamples(Dataset[Sample]):
             f"{skipped[0].name} ({skipped[0].reason})."
         )
 
-    def _read(self, index: int) -> tuple[Image.Image, Any]:
+    def _read(self, index: int) -> tuple[Image.Image | Tensor, Any]:
         if not isinstance(self.source, ImageDataset):  # torchvision decodes by itself
             image, target = self.source[index]
             return convert(image, self.mode), target
         # past timm's ImageDataset, which would replace a broken image without saying so
         file, target = self.source.reader[index]
         with file:
-            return read_image(file, self.mode), target
+            return self.decode(file, self.mode), target
 
     def filename(self, index: int) -> str:
         """The path of an image as far as the dataset knows it, for messages."""

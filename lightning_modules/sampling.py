@@ -1,6 +1,6 @@
 """The order of the images and how the processes share them: for training by (seed, epoch)."""
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
 from typing import NamedTuple
 
 import torch
@@ -8,7 +8,7 @@ from torch.utils.data import DistributedSampler
 
 from lightning_modules.randomness import derive_seed
 
-__all__ = ["EpochSampler", "EvaluationSampler", "SampleKey"]
+__all__ = ["EpochSampler", "EvaluationSampler", "SampleKey", "ShardSampler"]
 
 
 class SampleKey(NamedTuple):
@@ -46,6 +46,58 @@ class EpochSampler(DistributedSampler[SampleKey]):
         order = torch.randperm(self._count, generator=generator).tolist()
         mine = range(self.rank, self.total_size, self.num_replicas)[self.start :]
         return iter([SampleKey(epoch, order[i % self._count]) for i in mine])
+
+
+class ShardSampler(EpochSampler):
+    """Shuffles images that lie in shards, and reads no shard all over the epoch.
+
+    The shards are put in an order by (seed, epoch), and each process takes its own stretch of
+    the row of images which that makes; the stretches are equally long (padded as in
+    `EpochSampler`), so that one may begin within a shard. Images are shuffled within windows of the
+    stretch, as WebDataset's shuffle buffer does. A process thus reads about its share of the
+    bytes, a few neighbouring shards at a time.
+
+    Args:
+        dataset: the images, in the order of the shards.
+        lengths: images of each shard.
+        seed: of the order.
+        num_replicas: processes.
+        rank: of this process.
+        window: images that are shuffled among each other; timm's buffer holds as many.
+    """
+
+    def __init__(
+        self,
+        dataset: Sized,
+        lengths: Sequence[int],
+        seed: int,
+        num_replicas: int = 1,
+        rank: int = 0,
+        window: int = 8192,
+    ) -> None:
+        super().__init__(dataset, seed, num_replicas, rank)
+        self._lengths = torch.tensor(lengths)
+        self._window = window
+
+    def __iter__(self) -> Iterator[SampleKey]:
+        epoch = self.epoch
+        ends = self._lengths.cumsum(0)
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
+        row = torch.cat(
+            [
+                torch.arange(int(ends[shard] - self._lengths[shard]), int(ends[shard]))
+                for shard in torch.randperm(len(ends), generator=generator)
+            ]
+        )
+        first = self.rank * self.num_samples
+        stretch = row[torch.arange(first, first + self.num_samples) % self._count]
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, self.rank))
+        mine = [
+            index
+            for part in stretch.split(self._window)
+            for index in part[torch.randperm(len(part), generator=generator)].tolist()
+        ]
+        return iter([SampleKey(epoch, index) for index in mine[self.start :]])
 
 
 class EvaluationSampler(DistributedSampler[int]):

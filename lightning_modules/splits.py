@@ -6,8 +6,17 @@ from typing import Any
 from timm.data import create_dataset
 
 from lightning_modules.images import IMAGE_SUFFIXES
+from lightning_modules.shard_files import has_shards
+from lightning_modules.shard_reader import open_shards
 
-__all__ = ["FOLDER_NAMES", "check_dataset_name", "find_split", "missing_split", "open_split"]
+__all__ = [
+    "FOLDER_NAMES",
+    "check_dataset_name",
+    "find_split",
+    "is_indexed",
+    "missing_split",
+    "open_split",
+]
 
 FOLDER_NAMES = ("", "folder", "tar")
 """Dataset names that mean folders (or .tar files) of images under `root`."""
@@ -27,6 +36,11 @@ def check_dataset_name(name: str) -> None:
             f"dataset={name!r} is unknown. Use '' (folders), 'tar', 'digits', or a timm name that "
             f"starts with {', '.join(f'{p}/' for p in _PREFIXES)} such as 'torch/cifar10'."
         )
+
+
+def is_indexed(name: str, root: Path | None) -> bool:
+    """Whether the data set is one of `mobileone shards`, and not any other WebDataset."""
+    return name.partition("/")[0].lower() == "wds" and has_shards(root)
 
 
 def find_split(root: Path, split: str) -> Path | None:
@@ -78,6 +92,8 @@ def open_split(
         ValueError: no images, or a name that timm's reader does not know.
         ImportError: the reader's package is not installed.
     """
+    if root is not None and is_indexed(name, root):
+        return open_shards(root, split, class_map)
     if root is not None and root.is_dir() and name in FOLDER_NAMES:
         options["input_key"] = ";".join(IMAGE_SUFFIXES)
     place = None if root is None else str(root)

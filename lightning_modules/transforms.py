@@ -14,7 +14,7 @@ from lightning_modules.images import color_mode
 
 __all__ = ["Transform", "eval_transform", "resolve_config", "train_transform"]
 
-Transform = Callable[[Image.Image], Tensor]
+Transform = Callable[[Image.Image | Tensor], Tensor]
 
 _CHOICES = {
     "interpolation": ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"),
