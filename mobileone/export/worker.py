@@ -1,8 +1,8 @@
 """An export in a process of its own, from a snapshot of the network on the CPU.
 
-The parent writes the snapshot and starts `python -m mobileone.export.worker <its pid> <folder>`; the
+The parent writes the snapshot and starts `python -m mobileone.export.worker PID FOLDER`; the
 worker publishes the artifact and leaves `result.json`. It sees no GPU, and it ends when its parent
-does: it looks for that, because a pipe would be held open by other children, a loader's for example.
+does: it looks for that, because a pipe would be held open by other children, as those of a loader.
 """
 
 import contextlib

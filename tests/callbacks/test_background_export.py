@@ -268,6 +268,8 @@ def _alive(pid):
 
 
 KILLS = """
+import subprocess
+from types import SimpleNamespace
 from mobileone.export import worker
 start, work, victim, stride = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 WATCHED = {"os.rename", "os.remove", "os.symlink", "os.mkdir", "os.rmdir", "os.chmod", "open"}
@@ -297,7 +299,10 @@ class Forked:
     def kill(self):
         os.kill(self.pid, signal.SIGKILL)
 
-worker.subprocess.Popen = Forked
+names = ("DEVNULL", "STDOUT", "TimeoutExpired")
+worker.subprocess = SimpleNamespace(
+    Popen=Forked, **{name: getattr(subprocess, name) for name in names}
+)
 
 def train(folder, kill_at):
     count = 0
