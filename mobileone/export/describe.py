@@ -6,7 +6,7 @@ from typing import Any
 
 from mobileone.export.formats import FORMATS
 from mobileone.export.loading import FILE_SUFFIXES, format_of
-from mobileone.export.manifest import Manifest, describe_files
+from mobileone.export.manifest import MANIFEST_NAME, Manifest, describe_files
 from mobileone.export.spec import ExportSpec
 from mobileone.export.structure import count_kinds
 
@@ -28,7 +28,7 @@ def describe_artifact(path: str | Path) -> str:
         ImportError: a file needs a package that is not installed.
     """
     path = Path(path)
-    if path.suffix in FILE_SUFFIXES and path.exists():
+    if path.suffix in FILE_SUFFIXES and path.exists() and not (path / MANIFEST_NAME).is_file():
         return _describe_file(path)
     manifest = Manifest.load(path)
     lines = [str(path), *_header(manifest)]

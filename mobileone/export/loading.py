@@ -45,7 +45,7 @@ def load_runner(path: str | Path, name: str | None = None) -> Loaded:
         ValueError: a file is damaged, does not match its manifest, or cannot be run here.
     """
     path = Path(path)
-    if path.suffix in FILE_SUFFIXES:
+    if path.suffix in FILE_SUFFIXES and not (path / MANIFEST_NAME).is_file():
         return _load_file(path, name)
     manifest = Manifest.load(path)
     present = [n for n in FORMATS if n in manifest.formats]
