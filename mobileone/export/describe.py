@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from mobileone.export.formats import FORMATS
-from mobileone.export.manifest import Manifest
+from mobileone.export.loading import FILE_SUFFIXES, format_of
+from mobileone.export.manifest import MANIFEST_NAME, Manifest, describe_files
+from mobileone.export.spec import ExportSpec
 from mobileone.export.structure import count_kinds
 
 __all__ = ["describe_artifact"]
@@ -14,17 +16,20 @@ _NAMES_SHOWN = 8
 
 
 def describe_artifact(path: str | Path) -> str:
-    """Describe an artifact folder; operations are counted in the files themselves.
+    """Describe an artifact; operations are counted in the files themselves.
 
     Args:
-        path: the artifact folder (the one with manifest.json).
+        path: the artifact folder (the one with manifest.json), or a file, which is described by
+            what it says of itself.
 
     Raises:
         FileNotFoundError: it is not an artifact folder.
-        ValueError: the manifest cannot be read.
+        ValueError: the manifest cannot be read, or the file says nothing of itself.
         ImportError: a file needs a package that is not installed.
     """
     path = Path(path)
+    if path.suffix in FILE_SUFFIXES and path.exists() and not (path / MANIFEST_NAME).is_file():
+        return _describe_file(path)
     manifest = Manifest.load(path)
     lines = [str(path), *_header(manifest)]
     try:
@@ -37,17 +42,44 @@ def describe_artifact(path: str | Path) -> str:
     return "\n".join(lines)
 
 
-def _header(manifest: Manifest) -> list[str]:
-    spec, training, metadata = manifest.spec, manifest.training, manifest.metadata
+def _describe_file(path: Path) -> str:
+    name = format_of(path)
+    size = sum(file["bytes"] for file in describe_files(path).values())
+    rows = {
+        **_spec_rows(FORMATS[name].spec(path)),
+        "output": FORMATS[name].output,
+        "size": f"{size:,} bytes",
+        **_operation_rows(FORMATS[name].operations(path)),
+    }
+    return "\n".join([str(path), *(_row(key, text) for key, text in rows.items())])
+
+
+def _spec_rows(spec: ExportSpec) -> dict[str, str]:
     shown = ", ".join(repr(name) for name in spec.class_names[:_NAMES_SHOWN])
     more = ", ..." if spec.num_classes > _NAMES_SHOWN else ""
+    return {
+        "model": spec.model_name,
+        "classes": f"{spec.num_classes}: {shown}{more}",
+        "input": f"{'x'.join(map(str, spec.input_size))} (CHW), mean {spec.mean}, std {spec.std}",
+        "resize": f"{spec.interpolation}, crop_pct {spec.crop_pct}, {spec.crop_mode}",
+    }
+
+
+def _operation_rows(counted: Mapping[str, int]) -> dict[str, str]:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in count_kinds(counted).items())
+    return {
+        "operations": ", ".join(f"{count} {kind}" for kind, count in counted.items()),
+        "of these": kinds,
+    }
+
+
+def _header(manifest: Manifest) -> list[str]:
+    training, metadata = manifest.training, manifest.metadata
     metrics = ", ".join(f"{k} {v:.4g}" for k, v in training.metrics.items() if v is not None)
     rows = {
-        "model": f"{spec.model_name}, {manifest.parameters:,} parameters",
-        "classes": f"{spec.num_classes}: {shown}{more}",
-        "input": f"{'x'.join(map(str, spec.input_size))} (CHW), {manifest.channel_order}, "
-        f"mean {spec.mean}, std {spec.std}",
-        "resize": f"{spec.interpolation}, crop_pct {spec.crop_pct}, {spec.crop_mode}",
+        **_spec_rows(manifest.spec),
+        "colours": manifest.channel_order,
+        "parameters": f"{manifest.parameters:,}",
         "training": f"epoch {training.epoch}, step {training.step}, {training.checkpoint}",
         "metrics": metrics or "none",
         "metadata": f"author {metadata.author}, license {metadata.license}, version "
@@ -63,13 +95,11 @@ def _header(manifest: Manifest) -> list[str]:
 
 def _format(path: Path, name: str, entry: Mapping[str, Any]) -> list[str]:
     counted = FORMATS[name].operations(path / entry["path"]) if name in FORMATS else {}
-    kinds = ", ".join(f"{count} {kind}" for kind, count in count_kinds(counted).items())
     rows = {
         "size": f"{entry['bytes']:,} bytes",
         "input": _words(entry["input"]),
         "output": _words(entry["output"]),
-        "operations": ", ".join(f"{count} {kind}" for kind, count in counted.items()),
-        "of these": kinds,
+        **_operation_rows(counted),
     }
     rows |= {k.replace("_", " "): _words(v) for k, v in entry.items() if k.endswith("parity")}
     return [_row(key, text) for key, text in rows.items()]

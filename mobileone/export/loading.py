@@ -11,7 +11,7 @@ from mobileone.export.manifest import MANIFEST_NAME, Manifest
 from mobileone.export.parity import NotVerifiedError, Runner
 from mobileone.export.spec import ExportSpec
 
-__all__ = ["FILE_SUFFIXES", "Loaded", "load_runner", "load_torchscript_artifact"]
+__all__ = ["FILE_SUFFIXES", "Loaded", "format_of", "load_runner", "load_torchscript_artifact"]
 
 FILE_SUFFIXES = tuple(dict.fromkeys(Path(row.filename).suffix for row in FORMATS.values()))
 
@@ -45,7 +45,7 @@ def load_runner(path: str | Path, name: str | None = None) -> Loaded:
         ValueError: a file is damaged, does not match its manifest, or cannot be run here.
     """
     path = Path(path)
-    if path.suffix in FILE_SUFFIXES:
+    if path.suffix in FILE_SUFFIXES and not (path / MANIFEST_NAME).is_file():
         return _load_file(path, name)
     manifest = Manifest.load(path)
     present = [n for n in FORMATS if n in manifest.formats]
@@ -88,7 +88,7 @@ def _load_file(path: Path, name: str | None) -> Loaded:
         raise FileNotFoundError(f"no file at {path}")
     manifest = _manifest_of(path)
     found = manifest.name_of(path) if manifest else None
-    chosen = found or next(n for n, r in FORMATS.items() if r.filename.endswith(path.suffix))
+    chosen = found or format_of(path)
     if name not in (None, chosen):
         raise ValueError(f"{path} is a file of the format {chosen!r}, not {name!r}")
     if manifest and found:
@@ -100,6 +100,11 @@ def _load_file(path: Path, name: str | None) -> Loaded:
         raise
     except Exception as error:  # whatever a reader makes of a damaged file
         raise ValueError(f"{path} cannot be run as {chosen!r}: {error}") from error
+
+
+def format_of(path: Path) -> str:
+    """The format of a file, by the end of its name: the first of `FORMATS` that ends so."""
+    return next(n for n, row in FORMATS.items() if Path(row.filename).suffix == path.suffix)
 
 
 def _manifest_of(file: Path) -> Manifest | None:

@@ -1,8 +1,8 @@
 """An export in a process of its own, from a snapshot of the network on the CPU.
 
-The parent writes the snapshot and starts `python -m mobileone.export.worker <its pid> <folder>`; the
+The parent writes the snapshot and starts `python -m mobileone.export.worker PID FOLDER`; the
 worker publishes the artifact and leaves `result.json`. It sees no GPU, and it ends when its parent
-does: it looks for that, because a pipe would be held open by other children, a loader's for example.
+does: it looks for that, because a pipe would be held open by other children, as those of a loader.
 """
 
 import contextlib
@@ -106,8 +106,11 @@ class ExportJob:
         return self._process.pid
 
     def running(self) -> bool:
-        """True until the worker has ended."""
-        return self._process.poll() is None
+        """True until the worker has ended, or its time is up."""
+        return self._process.poll() is None and self._left() > 0
+
+    def _left(self) -> float:
+        return self._timeout - (time.monotonic() - self._started)
 
     def wait(self) -> str | None:
         """Wait for the end, at most until the time is up; returns what went wrong.
@@ -115,8 +118,7 @@ class ExportJob:
         The worker is stopped if anything, Ctrl-C too, ends the wait early.
         """
         try:
-            left = self._timeout - (time.monotonic() - self._started)
-            self._process.wait(max(left, 0.0))
+            self._process.wait(max(self._left(), 0.0))
             return self._outcome()
         except subprocess.TimeoutExpired:
             return f"the export worker was stopped: it took more than {self._timeout:g} s"
@@ -125,7 +127,7 @@ class ExportJob:
 
     def stop(self) -> None:
         """End the worker if it runs, and remove what it leaves, but for a published artifact."""
-        if self.running():
+        if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
         with contextlib.suppress(OSError):

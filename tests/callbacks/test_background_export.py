@@ -117,6 +117,24 @@ def test_a_hanging_worker_is_stopped(make, tmp_path, folder, started, monkeypatc
     assert not list(folder.glob(".tmp*"))
 
 
+def test_a_hanging_worker_is_stopped_while_training_goes_on(
+    make, tmp_path, folder, started, monkeypatch
+):
+    """Not only at the next validation, which may be hours away."""
+    seen, callback = [], make(timeout=0.3)
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.current_epoch == 1:
+                time.sleep(0.3)
+                seen.append(callback.last_error)
+
+    replace_worker(monkeypatch, "import time; time.sleep(1000)")
+    with pytest.warns(UserWarning, match=r"stopped: it took more than 0\.3 s"):
+        tests.fit(tests.Classifier(), callback, tmp_path, max_epochs=2, callbacks=[Look()])
+    assert "stopped" in seen[-1]
+
+
 def test_an_error_in_the_worker_has_its_traceback_and_strict_raises(
     make, tmp_path, folder, started, monkeypatch
 ):
@@ -268,6 +286,8 @@ def _alive(pid):
 
 
 KILLS = """
+import subprocess
+from types import SimpleNamespace
 from mobileone.export import worker
 start, work, victim, stride = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 WATCHED = {"os.rename", "os.remove", "os.symlink", "os.mkdir", "os.rmdir", "os.chmod", "open"}
@@ -297,7 +317,10 @@ class Forked:
     def kill(self):
         os.kill(self.pid, signal.SIGKILL)
 
-worker.subprocess.Popen = Forked
+names = ("DEVNULL", "STDOUT", "TimeoutExpired")
+worker.subprocess = SimpleNamespace(
+    Popen=Forked, **{name: getattr(subprocess, name) for name in names}
+)
 
 def train(folder, kill_at):
     count = 0

@@ -279,6 +279,15 @@ def test_weights_only_checkpoints_get_the_artifact_of_their_weights(make, tmp_pa
     assert_artifact_is_of(folder / f"{name(0)}.ckpt")
 
 
+def test_the_images_that_files_were_compared_on_stay_in_the_checkpoint(make, tmp_path, folder):
+    fit(Classifier([0.5]), make(), tmp_path)
+    saved = torch.load(folder / f"{name(0)}.ckpt", weights_only=True)["export_images"]
+    (x, _) = next(iter(Classifier().val_dataloader()))
+    want = ((x * 0.2 + 0.5) * 255).round().clamp(0, 255)
+    assert saved.dtype == torch.uint8
+    assert (saved.float() - want).abs().max() <= 1
+
+
 @pytest.mark.parametrize("weights_only", [False, True])
 def test_the_projects_own_average_ships_too(make, tmp_path, folder, weights_only):
     ema = EMA(decay=0.5, warmup=False)

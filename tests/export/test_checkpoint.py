@@ -47,6 +47,16 @@ def test_a_checkpoint_alone_is_enough(model, contents, tmp_path, compiled):
         assert (module(images) - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
+def test_images_in_the_checkpoint_are_compared_on(contents, tmp_path):
+    path = save(contents, tmp_path / "1.ckpt")
+    assert export_checkpoint(path, tmp_path / "1", FORMATS).images == "synthetic"
+    images = torch.randint(0, 256, (5, 1, 32, 48), dtype=torch.uint8)
+    path = save({**contents, "export_images": images}, tmp_path / "2.ckpt")
+    manifest = export_checkpoint(path, tmp_path / "2", FORMATS)
+    assert manifest.images == "given"
+    assert manifest.formats["torchscript"]["parity"]["images"] == 5
+
+
 def test_arguments_of_the_model_are_used(contents, randomise, tmp_path):
     other = timm.create_model("mobileone_s0", num_classes=3, in_chans=1, global_pool="max")
     contents["state_dict"] = {f"model.{k}": v for k, v in randomise(other).state_dict().items()}

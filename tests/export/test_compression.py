@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mobileone
-from mobileone.export import Metadata, coreml, onnx
+from mobileone.export import Metadata, coreml, load_runner, onnx
 from mobileone.export.compression import DEFAULT_METHODS, METHODS, compress_model
 from mobileone.export.correct import correct_biases
 from mobileone.export.equalise import _pairs, equalise
@@ -126,6 +126,8 @@ def test_a_folder_of_files_and_their_table(wide, make_spec, tmp_path):
         "onnx_int8_equalised_corrected.onnx",
         "compression.json",
     }
+    for file in files - {"compression.json"}:
+        assert load_runner(tmp_path / "small" / file).spec == spec  # each runs by itself
     with pytest.raises(FileExistsError, match="exists"):
         compress_model(wide, spec, tmp_path / "small", images, images, targets, methods)
     with pytest.raises(ValueError, match=r"\['int3'\]: choose from"):

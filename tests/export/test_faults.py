@@ -1,6 +1,7 @@
 """What can go wrong around an export: nothing may be half there, and every message is of use."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -129,6 +130,43 @@ def test_a_disk_that_is_really_full(tmp_path, name):
     (tmp_path / "full").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
         row.write(classifier(3, 3), spec_of(), tmp_path / "full", None)
+
+
+LIMITED = """
+import importlib.util, json, resource, sys
+s = importlib.util.spec_from_file_location("tests_here", sys.argv[1])
+here = importlib.util.module_from_spec(s); s.loader.exec_module(here)
+import coremltools, onnxruntime  # before the limit: they write files of their own
+nn = here.nn
+model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 1024, 1), nn.ReLU(),
+                      nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1024, 3)).eval()
+resource.setrlimit(resource.RLIMIT_FSIZE, (80_000, 80_000))
+said = {}
+for name in here.FORMATS:
+    try:
+        here.export_model(model, here.spec_of(), sys.argv[2], [name])
+    except Exception as error:
+        said[name] = str(error)
+print(json.dumps(said))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
+def test_a_file_that_the_system_cuts_short_is_an_error_in_every_format(tmp_path):
+    """Writers in C++ too: none may take a short write for a good one."""
+    pytest.importorskip("coremltools")
+    pytest.importorskip("onnxruntime")
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, __file__, str(tmp_path / "out" / "artifact")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert set(said) == set(FORMATS)
+    assert all("too large" in text or "while writing" in text for text in said.values()), said
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 TWICE = """

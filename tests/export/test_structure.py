@@ -3,7 +3,7 @@ import timm
 import torch
 
 import mobileone
-from mobileone.export import structure
+from mobileone.export import FORMATS, Metadata, structure
 from mobileone.export.structure import count_kinds, fused_kinds, structure_problems, unfused_layers
 
 
@@ -56,3 +56,16 @@ def test_branches_are_seen(make_model, monkeypatch):
         ["2", "additions"],
     ]
     assert structure.structure_problems(branches, branches) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["torchscript", "torch_export", "coreml"])
+def test_written_files_of_s4_have_its_squeeze_and_excitations(make_spec, tmp_path, name):
+    """43 layers, and two convolutions in each of twelve; nothing is added up."""
+    pytest.importorskip({"coreml": "coremltools"}.get(name, "torch"))
+    fused = mobileone.reparameterize(timm.create_model("mobileone_s4", num_classes=3).eval())
+    row, spec = FORMATS[name], make_spec(3, (32, 32))
+    row.write(fused, spec, tmp_path / row.filename, Metadata())
+    written = count_kinds(row.operations(tmp_path / row.filename))
+    assert written == {"convolutions": 43 + 2 * 12, "norms": 0, "additions": 0}
+    assert structure_problems(written, fused_kinds(fused, torch.zeros(1, 3, 32, 32))) == []

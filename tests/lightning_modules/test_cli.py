@@ -246,6 +246,11 @@ def test_every_file_of_an_artifact_predicts_and_is_described(trained, cache, tmp
     described = capsys.readouterr().out
     assert described.count("convolutions, 0 norms, 0 additions") == len(formats)
     assert "as they were written" in described
+    Path("shipped/model.onnx").rename("alone.onnx")
+    main(["inspect", "alone.onnx"])
+    described = capsys.readouterr().out
+    assert "43 convolutions, 0 norms, 0 additions" in described
+    assert "10: '0', '1'" in described
     (Path("shipped") / "model.onnx").write_bytes(b"")
     main(["inspect", "shipped"])
     assert "NOT AS WRITTEN: shipped does not match" in capsys.readouterr().out
