@@ -28,6 +28,8 @@ class TrainingCost:
         contender: Name of the implementation.
         seconds: Median time of a step: forward, backward, SGD.
         spread: Distance of the quartiles of that time, in seconds.
+        cpu_seconds: Median CPU time of a step, of all threads: what other processes take does not
+            count, but threads that wait for each other do, so that one thread is the fair setting.
         kept: Bytes that autograd keeps for the backward pass, for an image.
         peak: Most bytes of tensors alive at a time beyond the model's own, for an image.
     """
@@ -36,6 +38,7 @@ class TrainingCost:
     contender: str
     seconds: float
     spread: float
+    cpu_seconds: float
     kept: float
     peak: float
 
@@ -83,7 +86,14 @@ class TrainingBenchmark:
         table = Table(title=title)
         for heading in ("variant", "contender"):
             table.add_column(heading)
-        for heading in ("step (s)", "× plain", "timm ÷", "kept (MiB/image)", "peak (MiB/image)"):
+        for heading in (
+            "step (s)",
+            "× plain",
+            "timm ÷",
+            "CPU (s)",
+            "kept (MiB/image)",
+            "peak (MiB/image)",
+        ):
             table.add_column(heading, justify="right")
         for row in self.costs:
             table.add_row(
@@ -92,6 +102,7 @@ class TrainingBenchmark:
                 f"{row.seconds:.3f} ± {row.spread / 2:.3f}",
                 self._ratio(row.seconds, row.variant, "plain", inverse=False),
                 self._ratio(row.seconds, row.variant, "timm", inverse=True),
+                f"{row.cpu_seconds:.3f}",
                 f"{row.kept / 2**20:.1f}",
                 f"{row.peak / 2**20:.1f}",
             )
@@ -180,7 +191,7 @@ def benchmark_training(
         steps = {
             name: _training_step(model.to(memory_format=form), x) for name, model in models.items()
         }
-        times = _time_in_turn(steps, rounds, device)
+        times, cpu_times = _time_in_turn(steps, rounds, device)
         for name, model in models.items():
             costs.append(
                 TrainingCost(
@@ -188,6 +199,7 @@ def benchmark_training(
                     name,
                     statistics.median(times[name]),
                     _quartile_distance(times[name]),
+                    statistics.median(cpu_times[name]),
                     kept_bytes(model, x) / batch_size,
                     peak_bytes(steps[name], device) / batch_size,
                 )
@@ -221,17 +233,19 @@ def _training_step(model: nn.Module, x: Tensor) -> Callable[[], None]:
 
 def _time_in_turn(
     steps: dict[str, Callable[[], None]], rounds: int, device: str
-) -> dict[str, list[float]]:
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     times: dict[str, list[float]] = {name: [] for name in steps}
+    cpu_times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(2 + rounds):
         for name, step in steps.items():
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.process_time()
             step()
             if device.startswith("cuda"):
                 torch.cuda.synchronize()
             if turn >= 2:
                 times[name].append(time.perf_counter() - started)
-    return times
+                cpu_times[name].append(time.process_time() - cpu_started)
+    return times, cpu_times
 
 
 def _quartile_distance(values: list[float]) -> float:

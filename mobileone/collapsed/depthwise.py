@@ -1,7 +1,9 @@
-"""Collapsed training of a depthwise 3×3 block on the CPU kernels."""
+"""Collapsed training of a depthwise 3×3 block on kernels of its own, for CPU or CUDA."""
 
 from __future__ import annotations
 
+import importlib.util
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,13 +22,33 @@ from mobileone.collapsed.algebra import (
 from mobileone.collapsed.branches import Geometry, branch_gradients, gather_branches
 from mobileone.collapsed.windows import far_means
 
-__all__ = ["DepthwiseConvolution"]
+__all__ = ["DepthwiseConvolution", "has_kernels", "kernels_for"]
+
+
+def has_kernels(x: Tensor, own: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether there are kernels for an input, parameters of dtype `own`, convolved in `dtype`."""
+    if x.device.type == "cpu":
+        # borders are taken off a plane from the inside: three rows and columns
+        fits = x.dtype == dtype == own == torch.float32 and min(x.shape[2:]) > 2
+        return fits and native.library() is not None
+    narrow = (torch.float32, torch.float16, torch.bfloat16)
+    fits = x.is_cuda and x.dtype == dtype and dtype in narrow and own in (dtype, torch.float32)
+    return fits and importlib.util.find_spec("triton") is not None
+
+
+def kernels_for(x: Tensor) -> ModuleType:
+    """The kernels for x's device."""
+    if x.device.type == "cpu":
+        return native
+    from mobileone.collapsed import gpu  # needs Triton
+
+    return gpu
 
 
 class DepthwiseConvolution(torch.autograd.Function):
     """y = Ŵ ∗ x + b̂ a channel, rectified on demand; keeps x, y (the next block's x), m and C.
 
-    Called as `apply(x, geometry, relu, *parameters)` with a float32 input; returns what
+    Called as `apply(x, geometry, relu, *parameters)`, on a CPU with a float32 input; returns what
     `GramConvolution` does.
     """
 
@@ -35,13 +57,14 @@ class DepthwiseConvolution(torch.autograd.Function):
         ctx: Any, x: Tensor, geometry: Geometry, relu: bool, *tensors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, stride = x.contiguous(), geometry.stride
-        mean, cov = native.depthwise_moments(x, stride)
+        kernels = kernels_for(x)
+        mean, cov = kernels.depthwise_moments(x, stride)
         height, width = geometry.output_size(*x.shape[2:])
         branches = gather_branches(geometry, tensors, cov.dtype)
         var = branch_variances(branches, cov, torch.matmul(branches.kernels, cov))
         shift = far_means(mean[:, 4], cov[:, 4, 4])  # of the centre tap, (C,)
         folded = collapse(branches, mean - shift[:, None], var)
-        y = native.depthwise_forward(x, stride, shift, folded.weight, folded.bias, relu)
+        y = kernels.depthwise_forward(x, stride, shift, folded.weight, folded.bias, relu)
         ctx.geometry, ctx.number = geometry, len(x) * height * width
         ctx.save_for_backward(x, y if relu else None, mean, cov, *folded, *tensors)
         branch_mean, branch_var = branch_means(branches, mean).flatten(1), folded.var.flatten(1)
@@ -54,8 +77,8 @@ class DepthwiseConvolution(torch.autograd.Function):
         x, y, m, cov, *rest = ctx.saved_tensors
         folded, tensors = Collapsed(*rest[:4]), rest[4:]
         geometry, g = ctx.geometry, g.contiguous()
-        stride = geometry.stride
-        weight_grad, bias_grad = native.depthwise_weight_grad(g, y, x, stride, m)
+        stride, kernels = geometry.stride, kernels_for(x)
+        weight_grad, bias_grad = kernels.depthwise_weight_grad(g, y, x, stride, m)
         grads = pull_back(
             weight_grad[:, None],
             bias_grad[:, None],
@@ -65,7 +88,7 @@ class DepthwiseConvolution(torch.autograd.Function):
         )
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = native.depthwise_input_grad(
+            dx = kernels.depthwise_input_grad(
                 g, y, x, stride, folded.weight, grads.slope, grads.offset
             )
         return dx, None, None, *branch_gradients(geometry, grads, tensors)

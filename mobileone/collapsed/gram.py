@@ -81,6 +81,8 @@ class GramConvolution(torch.autograd.Function):
         geometry = ctx.geometry
         if y is not None:
             g = torch.ops.aten.threshold_backward(g, y, 0)
+        if g.dtype == torch.float16:
+            g = g.float()  # S, of order 1/n, would underflow
         windows, g = columns(x, geometry), rows(g, geometry)
         left, right = g, windows.to(g.dtype)
         if shift is not None:  # care was needed: P in float64 as well

@@ -18,7 +18,8 @@ CollapseMode = Literal["auto", "always", "never"]
 """`auto`: the cheapest form; `always`: the one that keeps least memory; `never`: the branches."""
 
 # Costs are counted in multiply-adds of a matrix product, forward and backward together. Measured
-# on a core of an AMD EPYC (Zen 4), where a product runs at 45 GFMA/s: 45 are a nanosecond.
+# on a core of an AMD EPYC (Zen 4), where a product runs at 45 GFMA/s: 45 are a nanosecond. On CUDA
+# nothing was measured: there the same table compares what goes through memory.
 _NORM = 200  # an element through a BatchNorm of PyTorch and the sum of the branches
 _PLANE = 120  # an input through a depthwise convolution of PyTorch
 _GROUP = 5e5  # a channel of PyTorch's 1×1 depthwise convolution with stride 1
@@ -47,12 +48,12 @@ class Setting(NamedTuple):
     Attributes:
         device: Device type.
         dtype: Dtype of the convolution.
-        native: Whether the CPU kernels are at hand for this device and dtype.
+        kernels: Whether there are kernels of ours for this device and dtype.
     """
 
     device: str
     dtype: torch.dtype
-    native: bool
+    kernels: bool
 
 
 def costs(geometry: Geometry, windows: int, width: int, setting: Setting) -> dict[Path, float]:
@@ -79,11 +80,12 @@ def costs(geometry: Geometry, windows: int, width: int, setting: Setting) -> dic
         table[Path.BRANCHES] += outputs * _GROUP
     if not geometry.pointwise:
         table[Path.GRAM] += entries * (_THIN if geometry.depthwise else _UNFOLD)
-    if setting.native and _is_plain_depthwise(geometry):
+    if setting.kernels and _is_plain_depthwise(geometry):
         filled = (1 + math.ceil(width / _LANES) * _LANES / width) / 2
         table[Path.DEPTHWISE] = inputs * filled * _MOMENTS + outputs * _CHANNEL
         table[Path.DEPTHWISE] += _CALL["statistics"]
-    if setting.native and geometry.pointwise and branches == 1:
+    # one pass takes kernels, of which there are none on CUDA
+    if setting.kernels and setting.device == "cpu" and geometry.pointwise and branches == 1:
         table[Path.AFFINE] = product + norms * n * outputs * 4 * _PASS + _CALL["affine"]
     return table
 

@@ -11,7 +11,6 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from mobileone.collapsed import native
 from mobileone.collapsed.affine import AffineConvolution
 from mobileone.collapsed.branches import (
     Geometry,
@@ -20,7 +19,7 @@ from mobileone.collapsed.branches import (
     parameters,
     update_running_statistics,
 )
-from mobileone.collapsed.depthwise import DepthwiseConvolution
+from mobileone.collapsed.depthwise import DepthwiseConvolution, has_kernels
 from mobileone.collapsed.gram import GramConvolution
 from mobileone.collapsed.policy import CollapseMode, Path, Setting, choose
 
@@ -86,18 +85,17 @@ def plan_collapsed(block: MobileOneBlock, x: Tensor) -> Plan | None:
         return None
     geometry, kind = describe(block), x.device.type
     own = block.conv_kxk[0].conv.weight.dtype
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    # the kernels take borders off a plane from the inside: three rows and columns
-    fit = kind == "cpu" and dtype == own == torch.float32 and min(x.shape[2:]) > 2
+    autocast = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
     height, width = geometry.output_size(*x.shape[2:])
-    setting = Setting(kind, dtype, native=fit and native.library() is not None)
+    setting = Setting(kind, dtype, kernels=has_kernels(x, own, dtype))
     path = choose(geometry, x.shape[0] * height * width, width, setting, block.collapse)
     if path is Path.BRANCHES or not is_plain(block):
         return None
     tensors = parameters(block)
     if any(tensor.device != x.device or tensor.dtype != own for tensor in tensors):
         return None
-    if own != x.dtype and dtype == x.dtype:
+    if own != x.dtype and not autocast:
         return None  # an error of the caller's, which the branches report
     return Plan(path, geometry, dtype, tensors)
 

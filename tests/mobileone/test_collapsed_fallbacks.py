@@ -62,14 +62,17 @@ def test_checkpointing_updates_statistics_once(shape, reentrant, twin):
 @pytest.mark.parametrize("shape", BLOCKS, ids=str)
 def test_autocast_keeps_the_statistics_in_float32(shape, mode, dtype, twin):
     block, _ = twin.build(shape, dtype=torch.float32)
+    block.act = nn.Identity()  # else a rounding tosses what an output near 0 passes back
     set_collapse(block, mode)
     branches = branches_of(block)
     exact = branches_of(block).double()
     x = image(shape["in_chs"]).relu()
+    inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
     with torch.autocast("cpu", dtype):
-        y, expected = block(x), branches(x)
+        y, expected = block(inputs[0]), branches(inputs[1])
     assert y.dtype == expected.dtype
-    truth = exact(x.double())
+    wide = x.double().requires_grad_()
+    truth = exact(wide)
     for name, buffer in exact.named_buffers():
         if "running" in name:
             error = (block.get_buffer(name) - buffer).abs().max()
@@ -78,8 +81,25 @@ def test_autocast_keeps_the_statistics_in_float32(shape, mode, dtype, twin):
     error, allowed = ((z - truth).square().mean().sqrt() for z in (y, expected))
     # 2: the branches pass a float32 input through the skip unrounded, here it joins the product
     assert error <= 2 * allowed + 1e-4
-    (y.float() * torch.randn(y.shape)).sum().backward()
+    g = torch.randn_like(truth)
+    for output in (y, expected, truth):
+        output.backward(g.to(output.dtype))
+    error, allowed = ((z.grad - wide.grad).square().mean().sqrt() for z in inputs)
+    assert error <= 2 * allowed + 1e-3 * wide.grad.abs().max()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in block.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_blocks_behind_the_first_collapse_as_well(dtype):
+    block = MobileOneBlock(16, 16, 1, num_conv_branches=4)
+    x = torch.randn(16, 16, 14, 14, dtype=dtype)  # as the block before leaves it
+    assert path_of(block, x) is Path.BRANCHES  # an error of the caller's
+    with torch.autocast("cpu", dtype):
+        assert path_of(block, x) is Path.GRAM
+        y = block(x.requires_grad_())
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == dtype
+    assert block.identity.weight.grad.dtype == torch.float32
 
 
 def test_bfloat16_models_train():

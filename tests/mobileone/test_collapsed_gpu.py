@@ -1,0 +1,108 @@
+"""The Triton kernels for CUDA, interpreted on a CPU, and the path choice there."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mobileone import MobileOneBlock
+from mobileone.collapsed import Path, path_of
+from mobileone.collapsed.branches import describe
+from mobileone.collapsed.policy import Setting, choose
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs Triton, which comes with CUDA wheels"
+)
+
+INTERPRETED = """
+import copy, torch
+from mobileone import MobileOneBlock
+from mobileone.collapsed import Path, depthwise, gpu, set_collapse, training
+
+depthwise.kernels_for = lambda x: gpu
+training.choose = lambda *_: Path.DEPTHWISE
+torch.manual_seed(0)
+for stride, size, k, dtype in {cases}:
+    block = MobileOneBlock(2, 2, groups=2, stride=stride, num_conv_branches=k)
+    if dtype != torch.float32:
+        block.act = torch.nn.Identity()  # else a rounding tosses what an output near 0 passes back
+    exact = copy.deepcopy(block).double()
+    set_collapse(exact, "never")
+    x = (torch.randn(3, 2, *size) + 3).to(dtype).requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    if dtype == torch.float32:
+        y = block(x)
+    else:
+        with torch.autocast("cpu", dtype):
+            assert training.plan_collapsed(block, x).path is Path.DEPTHWISE
+            y = block(x)
+    assert y.dtype == dtype
+    truth = exact(wide)
+    g = torch.randn_like(y)
+    y.backward(g), truth.backward(g.double())
+    pairs = [(y, truth), (x.grad, wide.grad)]
+    pairs += [(p.grad, q.grad) for p, q in zip(block.parameters(), exact.parameters())]
+    pairs += [(b, c) for b, c in zip(block.buffers(), exact.buffers())]
+    tolerance = 5e-5 if dtype == torch.float32 else 3e-2
+    for ours, theirs in pairs:
+        scale = theirs.double().abs().max().clamp(min=0.1)
+        error = (ours.double() - theirs).abs().max()
+        assert error <= tolerance * scale, (size, dtype, error, scale)
+print("agreed")
+"""
+
+
+def interpret(cases):
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED.replace("{cases}", cases)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "agreed\n", done.stderr
+
+
+@needs_triton
+def test_the_triton_kernels_train_as_the_branches():
+    interpret("[(1, (5, 4), 1, torch.float32), (2, (5, 6), 2, torch.float32)]")
+
+
+@needs_triton
+@pytest.mark.slow
+def test_the_triton_kernels_take_every_size_and_half_precision():
+    cases = [
+        (1, (1, 1), 1, "float32"),
+        (1, (1, 4), 1, "float32"),
+        (2, (2, 3), 1, "float32"),
+        (1, (19, 13), 2, "float32"),  # several blocks
+        (2, (37, 41), 1, "float32"),
+        (1, (6, 5), 1, "bfloat16"),
+        (2, (6, 5), 1, "float16"),
+    ]
+    rows = (f"({s}, {size}, {k}, torch.{dtype})" for s, size, k, dtype in cases)
+    interpret(f"[{', '.join(rows)}]")
+
+
+def test_on_cuda_depthwise_blocks_collapse_where_there_is_triton():
+    geometry = describe(MobileOneBlock(64, 64, groups=64, num_conv_branches=4))
+    for kernels, path in ((True, Path.DEPTHWISE), (False, Path.BRANCHES)):
+        assert choose(geometry, 50_000, 56, Setting("cuda", torch.float16, kernels), "auto") is path
+    pointwise = describe(MobileOneBlock(64, 64, 1, num_conv_branches=4))
+    assert choose(pointwise, 50_000, 56, Setting("cuda", torch.float16, True), "auto") is Path.GRAM
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_triton
+@pytest.mark.parametrize("stride", [1, 2])
+def test_on_a_cuda_device_the_kernels_train_as_timms_block(stride, twin):
+    shape = {"in_chs": 8, "out_chs": 8, "groups": 8, "num_conv_branches": 4, "stride": stride}
+    ours, theirs = (block.cuda() for block in twin.build(shape, dtype=torch.float32))
+    x = twin.feature_map(8, 8, 56, 55, dtype=torch.float32).cuda()
+    assert path_of(ours, x) is Path.DEPTHWISE
+    g = torch.randn_like(ours.eval()(x))
+    actual, expected = twin.step(ours.train(), x, g), twin.step(theirs.double(), x.double(), g)
+    twin.assert_same(actual, expected, tolerance=1e-4)
