@@ -69,17 +69,13 @@ def draw_pareto(
     measured = measured_points(loaded, runtime) if loaded else []
     canvas = Figure(figsize=(8, 5.5), layout="constrained")
     axes = canvas.subplots()
-    table = paper_table(9)
-    _draw_set(
-        axes,
-        paper_points(paper_column),
-        f"paper, Table 9: {table.columns[paper_column]}",
-        own=False,
-    )
+    heading = paper_table(9).columns[paper_column]
+    paper = paper_points(paper_column)
+    _draw_set(axes, paper, f"paper: {heading}", own=False, labels=not loaded)
     if loaded:
         _draw_set(axes, measured, _legend(loaded[0], runtime), own=True, labels=True)
     axes.set_xscale("log")
-    _plain_ticks(axes, [p.latency for p in [*paper_points(paper_column), *measured]])
+    _plain_ticks(axes, [p.latency for p in [*paper, *measured]])
     axes.set_xlabel("latency (ms, logarithmic)")
     axes.set_ylabel("ImageNet top-1 (%)")
     axes.grid(alpha=0.3, linewidth=0.5)
