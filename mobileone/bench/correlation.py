@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from mobileone.bench.charts import COLORS, MARKERS, save_figure
+from mobileone.bench.charts import COLORS, MARKERS, plain_ticks, save_figure
 from mobileone.bench.latency import measure_latency
 from mobileone.bench.paper import paper_table
 from mobileone.bench.profile import profile_models
@@ -162,6 +162,8 @@ def correlation_figure(result: Result, points: Sequence[Row]) -> Figure:
                 )
         axis.set_xscale("log")
         axis.set_yscale("log")
+        plain_ticks(axis.xaxis)
+        plain_ticks(axis.yaxis)
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)

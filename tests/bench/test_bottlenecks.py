@@ -92,6 +92,15 @@ def test_unverified_numbers_are_marked(study, capsys):
     assert texts.count("paper, iPhone 12") == texts.count("paper, iPhone 12 (unverified)") == 1
 
 
+@pytest.mark.parametrize(("median", "said"), [(1.1, False), (1.6, True)])
+def test_a_busy_machine_is_said(study, median, said):
+    result, _ = study
+    rows = [row | {"median_ms": median * row["min_ms"]} for row in result.rows]
+    other = Result(**{**vars(result), "rows": rows})
+    assert ("The machine was busy" in bottlenecks_table(other).caption) == said
+    assert ("The machine was busy" in bottlenecks_figure(other).get_suptitle()) == said
+
+
 def test_a_runtime_that_fails_is_said(study):
     result, _ = study
     times = ("min_ms", "median_ms", "ratio", "ratio_median")

@@ -180,6 +180,17 @@ def test_damaged_files_are_said(run, results):
     assert "is not a readable manifest" in text
 
 
+def test_unverified_numbers_of_the_paper_are_marked(tmp_path):
+    rows = [
+        {"name": "sure", "paper_table": 2, "paper_ms": 1.53, "paper_verified": True},
+        {"name": "unsure", "paper_table": 3, "paper_ms": 2.62, "paper_verified": False},
+    ]
+    Result.new("bottlenecks", {}, rows).save(tmp_path / "bottlenecks.json")
+    page = Page(write_report(tmp_path).read_text())
+    assert "2.62 (unverified)" in page.texts
+    assert "1.53" in page.texts
+
+
 def test_wrong_folders_are_named(results, run, tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match="`folder`"):
         write_report(tmp_path / "nowhere")
@@ -201,23 +212,19 @@ class Browser:
     """Chromium without a window, told what to do over two pipes (Chrome's DevTools protocol)."""
 
     def __init__(self, profile: str) -> None:
-        theirs_in, self._out = os.pipe()
-        self._in, theirs_out = os.pipe()
-        high = [fcntl.fcntl(end, fcntl.F_DUPFD, 20) for end in (theirs_in, theirs_out)]
-
-        def connect() -> None:
-            os.dup2(high[0], 3)
-            os.dup2(high[1], 4)
-
+        theirs_in, self._out = self._pipe()
+        self._in, theirs_out = self._pipe()
+        # the browser reads from 3 and writes to 4: `bash` puts the pipes there
         self._process = subprocess.Popen(
-            [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run",
+            ["bash", "-c", f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}', BROWSER,
+             "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run",
              "--disable-dev-shm-usage", "--disable-background-networking",
              f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank"],
-            preexec_fn=connect, pass_fds=(3, 4), stdout=subprocess.DEVNULL,
+            pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        for end in (theirs_in, theirs_out, *high):
-            os.close(end)
+        os.close(theirs_in)
+        os.close(theirs_out)
         self._buffer, self._number, self.events = b"", 0, []
         targets = self.call("Target.getTargets")["targetInfos"]
         target = next(t["targetId"] for t in targets if t["type"] == "page")
@@ -226,6 +233,15 @@ class Browser:
         ]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.tell(f"{domain}.enable")
+
+    @staticmethod
+    def _pipe():
+        """A pipe whose ends are clear of 3 and 4, where one would overwrite the other."""
+        ends = os.pipe()
+        far = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 20) for end in ends)
+        for end in ends:
+            os.close(end)
+        return far
 
     def call(self, method, session=None, **params):
         self._number += 1
