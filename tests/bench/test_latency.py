@@ -14,7 +14,7 @@ from mobileone.bench.inference_memory import measure_memory
 from mobileone.bench.latency import check_device, measure_latency, measure_modules
 from mobileone.bench.runtimes import RUNTIMES, check_runtimes, missing_runtimes, runtimes_for
 from mobileone.bench.suites import SUITES, get_suite
-from mobileone.bench.tables import change_table, latency_table, throughput_table
+from mobileone.bench.tables import change_table, latency_table, memory_table, throughput_table
 from mobileone.bench.throughput import measure_throughput
 
 PRESENT = [
@@ -68,7 +68,7 @@ def test_every_contender_is_fused_right_and_timed(result):
 def test_a_contender_that_takes_longer_is_told_from_a_shorter_one():
     modules = {str(n): (lambda n=n: Repeated(n).eval()) for n in (2, 20)}
     short, long = measure_modules(modules, ["eager"], runs=10, image_size=128).rows
-    assert 4 < long["min_ms"] / short["min_ms"] < 20
+    assert long["min_ms"] > 4 * short["min_ms"]  # ten times the work
 
 
 def test_a_runtime_that_computes_something_else_is_not_timed(monkeypatch):
@@ -169,13 +169,19 @@ def test_throughput_divides_the_batch_by_the_median():
     assert "images/s" in text_of(throughput_table(result))
 
 
-def test_peak_memory_grows_with_the_batch_and_holds_the_weights():
+def test_peak_memory_holds_at_least_the_weights():
+    result = measure_memory(["mobileone_mu0"], ["eager"], image_size=64)
+    (row,) = result.rows
+    assert row["weights_mib"] == pytest.approx(558_760 * 4 / 2**20)
+    assert row["peak_mib"] > 0.9 * row["weights_mib"]
+    assert "mobileone_mu0" in text_of(memory_table(result))
+
+
+@pytest.mark.slow
+def test_peak_memory_grows_with_the_batch():
     one, many = measure_memory(
         ["mobileone_mu0"], ["eager"], batch_sizes=[1, 16], image_size=128
     ).rows
-    assert one["weights_mib"] == pytest.approx(558_760 * 4 / 2**20)
-    assert one["peak_mib"] > 0.9 * one["weights_mib"]
-    # 16 images: the largest input and output of a layer that are alive together
     assert many["tensors_mib"] == pytest.approx(16 * one["tensors_mib"], rel=0.05)
     assert many["peak_mib"] > one["peak_mib"] + 0.5 * (many["tensors_mib"] - one["tensors_mib"])
 
