@@ -6,14 +6,17 @@ from pathlib import Path
 
 __all__ = ["read_curves"]
 
+_EVALUATED = ("val/", "test/", "step", "epoch")
+
 
 def read_curves(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
     """The points of every metric.
 
     Args:
         folder: Holds `version_0`, `version_1` …, one for each resume; where two tell of the same
-            step, the later one counts, for it replaced what was lost. Versions without metrics
-            of training are those of an evaluation, whose steps mean nothing, and are left out.
+            step, the later one counts, for it replaced what was lost. A version with metrics of
+            validation or test alone is that of an evaluation, whose steps mean nothing, and is
+            left out.
 
     Returns:
         Points (step, value) by metric, in the order of the steps.
@@ -23,7 +26,7 @@ def read_curves(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
     for file in files:
         with file.open(newline="", encoding="utf-8") as stream:
             rows = csv.DictReader(stream)
-            if not any(name.startswith("train/") for name in rows.fieldnames or ()):
+            if all(name.startswith(_EVALUATED) for name in rows.fieldnames or ()):
                 continue
             for row in rows:
                 for name, value in row.items():

@@ -1,5 +1,6 @@
 """The subcommands that measure: profile, and benchmark with its own subcommands."""
 
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -194,11 +195,20 @@ def _measure(
             result.protocol.update(suite=suite, missing=list(chosen.missing))
         return result
 
+    _show_progress()
     result = _answer(name, run)
     _print(table(result))
     if output is not None:
         print(f"{result.save(output)}, {result.write_csv(Path(output).with_suffix('.csv'))}")
     return result
+
+
+def _show_progress() -> None:
+    """Say on stderr what is going on, where a person may be waiting."""
+    logger = logging.getLogger("mobileone.bench")
+    if sys.stderr.isatty() and not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO)
 
 
 def _print(table: Any) -> None:

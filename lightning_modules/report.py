@@ -21,9 +21,9 @@ from lightning_modules.report_html import (
     text,
 )
 from lightning_modules.report_run import run_facts, run_sections
-from mobileone.bench.paper import paper_table
+from mobileone.bench.paper import UNVERIFIED, paper_table
 from mobileone.bench.pareto import draw_pareto
-from mobileone.bench.results import Result
+from mobileone.bench.results import Result, Row
 
 __all__ = ["write_report"]
 
@@ -229,7 +229,7 @@ def _result_section(path: Path, result: Result, folder: Path) -> tuple[str, Html
         parts.append(Html(f'<div class="chart">{image}</div>'))
     rows = [row for row in result.rows if row.get("level", "model") == "model"]
     left_out = len(result.rows) - min(len(rows), _ROWS)
-    rows = rows[:_ROWS]
+    rows = [_marked(row) for row in rows[:_ROWS]]
     columns = {k: _heading(k) for k in dict.fromkeys(k for row in rows for k in row)}
     columns = {k: v for k, v in columns.items() if any(row.get(k) is not None for row in rows)}
     constant = {
@@ -248,6 +248,16 @@ def _result_section(path: Path, result: Result, folder: Path) -> tuple[str, Html
         {"protocol": result.protocol, "machine": machine, "versions": result.versions}, indent=2
     )))  # fmt: skip
     return section(f"Measured: {path.stem.replace('_', ' ')}", parts)
+
+
+def _marked(row: Row) -> Row:
+    """The row with the paper's numbers marked where they are unverified, instead of a column."""
+    verified = row.get("paper_verified", True)
+    kept = {key: value for key, value in row.items() if key != "paper_verified"}
+    for key, value in kept.items():
+        if not verified and key.startswith("paper_") and isinstance(value, float):
+            kept[key] = f"{number(value)}{UNVERIFIED}"
+    return kept
 
 
 def _heading(key: str) -> str:

@@ -35,7 +35,8 @@ table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: ta
 th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid var(--line); text-align: left;
   vertical-align: top; }
 thead th { border-bottom: 2px solid var(--ink); vertical-align: bottom; }
-td.n, th.n { text-align: right; white-space: nowrap; }
+td { white-space: nowrap; }
+td.n, th.n { text-align: right; }
 tr.own { background: #e8f3fa; font-weight: 600; }
 img { max-width: 100%; height: auto; display: block; }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr));

@@ -1,5 +1,6 @@
 """What activations and architectural blocks cost in latency: the paper's Tables 2 and 3."""
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from rich.table import Table
 from timm.layers import SqueezeExcite
 from torch import Tensor, nn
 
-from mobileone.bench.charts import COLORS, HATCHES, save_figure
+from mobileone.bench.charts import COLORS, HATCHES, plain_ticks, save_figure
 from mobileone.bench.dynamic_activations import DynamicReLU, DynamicShiftMax
 from mobileone.bench.latency import measure_modules
 from mobileone.bench.paper import PaperTable, paper_table
@@ -58,6 +59,7 @@ BLOCKS = {
 }
 """The rows of Table 3, each with the network that it is; the first two are in Table 2 as well."""
 
+_STEADY = 1.3  # median over minimum, of the middle one of the rows
 _BASELINE = "ReLU"
 
 
@@ -165,7 +167,7 @@ def bottlenecks_table(result: Result) -> Table:
     """The rows for a terminal, the paper's numbers beside them."""
     statistic = str(result.protocol["statistic"])
     title = f"30-layer network, {result.machine['cpu']}, {result.protocol['threads']} thread(s)"
-    table = Table(title=title, caption=result.protocol["layout"])
+    table = Table(title=title, caption=f"{result.protocol['layout']}{_busy(result)}")
     for heading in ("table", "network", "runtime"):
         table.add_column(heading)
     headings = (statistic, "× ReLU", "median_ms", "× ReLU", "paper (ms)", "paper, × ReLU")
@@ -228,11 +230,11 @@ def bottlenecks_figure(result: Result) -> Figure:
         axis.legend(loc="upper right", fontsize=8)
     ratios = [r[k] for r in result.rows for k in ("ratio", "paper_ratio") if r[k] is not None]
     axes[-1].set_xlim(min(0.8, 0.9 * min(ratios)), 4 * max(ratios))
-    axes[-1].set_xticks(*_ticks(max(ratios)))
+    plain_ticks(axes[-1].xaxis)
     axes[-1].set_xlabel("latency, times that of the plain network with ReLU (log scale)")
     figure.suptitle(
         f"30 layers on {result.machine['cpu']}, {result.protocol['threads']} thread(s); "
-        "paper: iPhone 12, another layout",
+        f"paper: iPhone 12, another layout{_busy(result)}",
         fontsize=10,
     )
     return figure
@@ -262,6 +264,17 @@ def _rows(latency: Result) -> list[Row]:
                     | _beside(table, paper, name)
                 )
     return rows
+
+
+def _busy(result: Result) -> str:
+    """A warning where times vary so much that their minima are a matter of luck."""
+    spread = [r["median_ms"] / r["min_ms"] for r in result.rows if r["failure"] is None]
+    if not spread or statistics.median(spread) < _STEADY:
+        return ""
+    return (
+        f"\nThe machine was busy: medians are {statistics.median(spread):.1f} times the minima. "
+        "Measure again when it is idle."
+    )
 
 
 def _ratio(row: Row, base: Row, statistic: str) -> float | None:
@@ -305,11 +318,6 @@ def _bar(
 
 def _label(series: str, number: int) -> str:
     return paper_table(number).mark("paper, iPhone 12") if series == "paper" else f"{series}, here"
-
-
-def _ticks(largest: float) -> tuple[list[float], list[str]]:
-    ticks = [t for t in (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0) if t <= 1.5 * largest]
-    return ticks, [f"×{t:g}" for t in ticks]
 
 
 def _number(value: float | None) -> str:

@@ -5,15 +5,24 @@ import warnings
 from pathlib import Path
 
 import matplotlib
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-__all__ = ["COLORS", "HATCHES", "MARKERS", "save_figure"]
+__all__ = ["COLORS", "HATCHES", "MARKERS", "plain_ticks", "save_figure"]
 
 # Okabe and Ito, 2008: distinct for the colour-blind; the order alternates dark and light, so
 # that neighbours differ in a grey print as well. Markers and hatches tell the same once more.
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")
+
+
+def plain_ticks(axis: Axis) -> None:
+    """1, 2, 3, 5, 10 … on a logarithmic axis, as they are read, instead of powers of ten."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def save_figure(figure: Figure, stem: str | Path) -> tuple[Path, Path]:

@@ -1,6 +1,5 @@
 """How much multiply-adds and parameters tell of latency: the paper's Table 1."""
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from mobileone.bench.charts import COLORS, MARKERS, save_figure
+from mobileone.bench.charts import COLORS, MARKERS, plain_ticks, save_figure
 from mobileone.bench.latency import measure_latency
 from mobileone.bench.paper import paper_table
 from mobileone.bench.profile import profile_models
@@ -24,6 +23,7 @@ __all__ = [
 
 QUANTITIES = {"mmacs": "multiply-adds (M)", "params_m": "parameters (M)"}
 
+_FEW = 7  # of them all 5040 permutations are tried
 _LEAST = 4  # points; of three, every order has a |ρ| of at least 0.5
 
 
@@ -82,7 +82,7 @@ def study_correlation(
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, float] | None:
-    """Spearman's rank correlation and its two-sided p.
+    """Spearman's rank correlation and its two-sided p, over all permutations where they are few.
 
     Args:
         x: Values.
@@ -91,14 +91,17 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, flo
     Returns:
         ρ and p; None for fewer than four points, or where one of the two is constant.
     """
-    from scipy.stats import spearmanr  # half a second to import
+    from scipy.stats import permutation_test, spearmanr  # half a second to import
 
     if len(x) < _LEAST or len(set(x)) == 1 or len(set(y)) == 1:
         return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found: Any = spearmanr(x, y)
-    return float(found.statistic), float(found.pvalue)
+    found: Any = spearmanr(x, y)
+    rho, p = float(found.statistic), float(found.pvalue)
+    if len(x) <= _FEW:  # Student's t, which that p is of, is far off: 0 where ρ is 1
+        p = permutation_test(
+            (x,), lambda x: spearmanr(x, y).statistic, permutation_type="pairings"
+        ).pvalue
+    return rho, float(p)
 
 
 def correlation_table(result: Result) -> Table:
@@ -159,6 +162,8 @@ def correlation_figure(result: Result, points: Sequence[Row]) -> Figure:
                 )
         axis.set_xscale("log")
         axis.set_yscale("log")
+        plain_ticks(axis.xaxis)
+        plain_ticks(axis.yaxis)
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)

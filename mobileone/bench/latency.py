@@ -1,5 +1,6 @@
 """Latency of fused networks across runtimes, contenders in alternation."""
 
+import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ from mobileone.bench.threads import check_threads, pinned, torch_threads
 from mobileone.bench.timing import get_protocol, summarise, time_in_turn
 
 __all__ = ["check_device", "measure_latency", "measure_modules"]
+
+
+_log = logging.getLogger(__name__)
 
 
 def measure_latency(
@@ -88,12 +92,12 @@ def measure_modules(
     check_threads(threads)
     names = check_runtimes(runtimes, device)
     with tempfile.TemporaryDirectory() as folder, torch_threads(threads):
-        contenders = [
-            contender
-            for i, (name, build) in enumerate(modules.items())
-            for contender in prepare(name, build, names, Path(folder) / str(i), setting)
-        ]
+        contenders = []
+        for i, (name, build) in enumerate(modules.items()):
+            _log.info("%s (%d of %d): convert for %s", name, i + 1, len(modules), ", ".join(names))
+            contenders += prepare(name, build, names, Path(folder) / str(i), setting)
         ready = {str(i): c.load for i, c in enumerate(contenders) if c.load is not None}
+        _log.info("time %d contenders, %d runs of each", len(ready), chosen.runs)
         with pinned(threads) as processors:
             times = time_in_turn(ready, chosen)
     rows = [

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from mobileone.bench.charts import save_figure
+from mobileone.bench.labels import place_labels
 from mobileone.bench.paper import UNVERIFIED, paper_row, paper_table
 from mobileone.bench.results import Result, compare_machines
 
@@ -69,33 +71,24 @@ def draw_pareto(
     measured = measured_points(loaded, runtime) if loaded else []
     canvas = Figure(figsize=(8, 5.5), layout="constrained")
     axes = canvas.subplots()
-    table = paper_table(9)
-    _draw_set(
-        axes,
-        paper_points(paper_column),
-        f"paper, Table 9: {table.columns[paper_column]}",
-        own=False,
-    )
+    heading = paper_table(9).columns[paper_column]
+    paper = paper_points(paper_column)
+    _draw_set(axes, paper, f"paper: {heading}", own=False)
     if loaded:
-        _draw_set(axes, measured, _legend(loaded[0], runtime), own=True, labels=True)
+        _draw_set(axes, measured, _legend(loaded[0], runtime), own=True)
     axes.set_xscale("log")
-    _plain_ticks(axes, [p.latency for p in [*paper_points(paper_column), *measured]])
+    _plain_ticks(axes, [p.latency for p in [*paper, *measured]])
     axes.set_xlabel("latency (ms, logarithmic)")
     axes.set_ylabel("ImageNet top-1 (%)")
     axes.grid(alpha=0.3, linewidth=0.5)
-    axes.legend(loc="lower right", fontsize=8, framealpha=1)
-    if any(not point.verified for point in measured):
-        canvas.supxlabel(
-            f"* accuracy as quoted elsewhere{UNVERIFIED}", fontsize=7, x=0.99, ha="right"
-        )
-    written = []
-    for suffix in (".png", ".svg"):
-        path = Path(f"{figure}{suffix}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}")
-        canvas.savefig(beside, dpi=200, format=suffix[1:])
-        written.append(beside.replace(path))
-    return written[0], written[1]
+    note = f"* accuracy as quoted elsewhere{UNVERIFIED}"
+    canvas.legend(
+        loc="outside lower center", ncols=2 if loaded else 1, fontsize=7.5, frameon=False,
+        title=None if all(point.verified for point in measured) else note, title_fontsize=7,
+    )  # fmt: skip
+    named = _labels(measured, own=True) + _labels(paper, own=False, all_of_them=not loaded)
+    place_labels(axes, named, [(p.latency, p.top1) for p in [*paper, *measured]])
+    return save_figure(canvas, figure)
 
 
 def paper_points(column: str = "mobile_ms") -> list[Point]:
@@ -158,7 +151,7 @@ def _point(model: str, latency: float) -> Point | None:
     return None
 
 
-def _draw_set(axes: "Axes", points: Sequence[Point], name: str, own: bool, labels: bool) -> None:
+def _draw_set(axes: "Axes", points: Sequence[Point], name: str, own: bool) -> None:
     front = pareto_front(points)
     line = ("-", 1.4) if own else ("--", 1.0)
     colour = "black" if own else _PAPER
@@ -174,13 +167,24 @@ def _draw_set(axes: "Axes", points: Sequence[Point], name: str, own: bool, label
             marker=marker, facecolors=edge if own else "white", edgecolors=edge, zorder=3,
             label=f"{'MobileOne' if family else 'others'}, {name}",
         )  # fmt: skip
-    for point in points:
-        if point.family or point in front or labels:
-            axes.annotate(
-                point.label.replace("MobileOne-", ""), (point.latency, point.top1),
-                xytext=(4, -9 if own else 4), textcoords="offset points", fontsize=6.5,
-                color="black" if own else "#555555", fontweight="bold" if point.family else None,
-            )  # fmt: skip
+
+
+def _labels(
+    points: Sequence[Point], own: bool, all_of_them: bool = True
+) -> list[tuple[str, float, float, dict[str, Any]]]:
+    """The labels of MobileOnes first; without `all_of_them`, of these and of the front alone."""
+    front = pareto_front(points)
+    style = {"fontsize": 6.5, "color": "black" if own else "#555555"}
+    return [
+        (
+            point.label.replace("MobileOne-", ""),
+            point.latency,
+            point.top1,
+            style | {"fontweight": "bold" if point.family else "normal"},
+        )
+        for point in sorted(points, key=lambda p: not p.family)
+        if all_of_them or point.family or point in front
+    ]
 
 
 def _plain_ticks(axes: "Axes", values: Sequence[float]) -> None:

@@ -94,7 +94,7 @@ def throughput_table(result: Result) -> Table:
     """Images a second of each network, by runtime, device and batch size."""
     columns = (
         _words("model", "model"), _words("runtime", "runtime"), _words("device", "device"),
-        _number("batch", "batch_size", "d"), _number("images/s", "images_per_s", ".1f"),
+        _number("batch", "batch_size", "g"), _number("images/s", "images_per_s", ".1f"),
         _number("best", "best_images_per_s", ".1f"), _number("median (ms)", "median_ms"),
     )  # fmt: skip
     return _timed(result, columns, result.rows, "images/s from the median")
@@ -104,7 +104,7 @@ def memory_table(result: Result) -> Table:
     """Peak memory of each network, by runtime and batch size."""
     columns = (
         _words("model", "model"), _words("runtime", "runtime"),
-        _number("batch", "batch_size", "d"), _number("weights (MiB)", "weights_mib", ".1f"),
+        _number("batch", "batch_size", "g"), _number("weights (MiB)", "weights_mib", ".1f"),
         _number("peak", "peak_mib", ".1f"), _number("running", "running_mib", ".1f"),
         _number("tensors", "tensors_mib", ".1f"),
     )  # fmt: skip

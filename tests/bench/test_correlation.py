@@ -1,0 +1,80 @@
+"""Rank correlations against the formula, and the study of Table 1."""
+
+import random
+
+import pytest
+
+from mobileone.bench.correlation import correlation_table, rank_correlation, study_correlation
+from mobileone.bench.paper import paper_table
+from mobileone.bench.results import Result
+
+
+def ranks(values: list[float]) -> list[float]:
+    """Average ranks, by counting."""
+    return [sum(v < x for v in values) + (1 + sum(v == x for v in values)) / 2 for x in values]
+
+
+def pearson(x: list[float], y: list[float]) -> float:
+    mx, my = sum(x) / len(x), sum(y) / len(y)
+    products = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
+    return products / (sum((a - mx) ** 2 for a in x) * sum((b - my) ** 2 for b in y)) ** 0.5
+
+
+def test_rank_correlation_is_pearsons_of_the_ranks():
+    draw = random.Random(0)
+    x = [draw.random() for _ in range(20)]
+    y = [round(v + draw.random(), 1) for v in x]  # with ties
+    rho, p = rank_correlation(x, y)
+    assert rho == pytest.approx(pearson(ranks(x), ranks(y)))
+    assert 0 < p < 1
+    assert rank_correlation(x, [v**3 for v in x])[0] == pytest.approx(1)
+
+
+def test_p_of_few_points_is_counted():
+    """Of the 24 orders of four, the given one and its reverse are as extreme."""
+    rho, p = rank_correlation([1, 2, 3, 4], [1, 2, 3, 4])
+    assert (rho, p) == pytest.approx((1, 2 / 24))
+
+
+def test_what_has_no_correlation_has_none():
+    assert rank_correlation([1, 2, 3], [1, 2, 3]) is None
+    assert rank_correlation([1, 2, 3, 4], [5, 5, 5, 5]) is None
+
+
+MODELS = ("mobileone_mu0", "mobilenetv3_small_050", "mnasnet_small", "lcnet_050")
+
+
+def test_the_study(tmp_path):
+    result = study_correlation(
+        models=MODELS, runtimes=["eager"], runs=1, directory=tmp_path / "results"
+    )
+    folder = tmp_path / "results"
+    assert Result.load(folder / "correlation.json") == result
+    points = Result.load(folder / "correlation_points.json")
+    assert [row["model"] for row in points.rows] == list(MODELS)
+    here = {row["quantity"]: row for row in result.rows if row["source"] == "here"}
+    for quantity, row in here.items():
+        x = [point[quantity] for point in points.rows]
+        y = [point["min_ms"] for point in points.rows]
+        assert row["rho"] == pytest.approx(pearson(ranks(x), ranks(y)))
+        assert row["n"] == 4
+    printed = [row for row in result.rows if row["source"] == "paper, Table 1"]
+    assert [row["rho"] for row in printed] == [0.47, 0.30, 0.06, 0.07]
+    assert (folder / "correlation.png").stat().st_size > 5_000
+    assert (folder / "correlation.svg").read_text().startswith("<?xml")
+    assert correlation_table(result).row_count == len(result.rows) == 2 + 4 + 4
+
+
+def test_table_9_is_correlated_without_its_gaps():
+    from mobileone.bench.correlation import _recomputed
+
+    rows = {(row["device"], row["quantity"]): row for row in _recomputed()}
+    table = [row for row in paper_table(9).rows if row["mobile_ms"] is not None]
+    x, y = ([row[key] for row in table] for key in ("mmacs", "mobile_ms"))
+    assert rows["mobile", "mmacs"]["rho"] == pytest.approx(pearson(ranks(x), ranks(y)))
+    assert rows["mobile", "mmacs"]["n"] == len(table)
+
+
+def test_three_networks_are_too_few():
+    with pytest.raises(ValueError, match="at least 4"):
+        study_correlation(models=MODELS[:3])

@@ -1,0 +1,95 @@
+"""The network as it is deployed: it computes the same, and nothing unfolded stays."""
+
+import pytest
+import timm
+import torch
+from timm.models import byobnet
+from torch import nn
+
+from mobileone.bench import deploy_form as module
+from mobileone.bench.deploy_form import deploy_form, settle_norms
+from mobileone.bench.models import build_model, check_models, input_size_of
+
+X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+NAMES = ["mobileone_s0", "mobilenetv2_100", "mobilenetv3_small_100", "efficientnet_b0", "repvgg_a0"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "torchvision/shufflenet_v2_x1_0", "repvit_m0_9"])
+def test_folding_keeps_the_function_and_leaves_no_norm(name, randomise):
+    # timm folds RepViT into float32 whatever it was
+    dtype, tolerance = (torch.float32, 1e-3) if name == "repvit_m0_9" else (torch.float64, 1e-8)
+    model, x = randomise(build_model(name)).to(dtype), X.to(dtype)
+    form = deploy_form(model, x)
+    torch.testing.assert_close(form.model(x), model(x), rtol=tolerance, atol=tolerance)
+    assert not form.branches_left and form.norms_left == 0
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in form.model.modules())
+
+
+def test_mobileone_has_the_function_of_timms_own_unfolded_branches(randomise):
+    theirs = randomise(byobnet.mobileone_s0()).eval().double()
+    ours = build_model("mobileone_s0").double()
+    ours.load_state_dict(theirs.state_dict())
+    form = deploy_form(ours, X.double())
+    torch.testing.assert_close(form.model(X.double()), theirs(X.double()), rtol=1e-8, atol=1e-8)
+
+
+def test_unfolded_branches_are_recognised():
+    for name in ("mobileone_s0", "repvgg_a0", "fastvit_t8", "repvit_m0_9"):
+        assert len(module._unfolded(timm.create_model(name).eval())) > 10
+
+
+class Reused(nn.Module):
+    """Reads a convolution's output both before and after the norm."""
+
+    def __init__(self, inplace=False):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.inplace = inplace
+
+    def forward(self, x):
+        y = self.conv(x)
+        if self.inplace:
+            return self.norm(y.relu_())
+        return y + self.norm(y)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_norm_that_is_not_the_only_reader_stays(inplace, randomise):
+    model = randomise(Reused(inplace)).eval()
+    form = deploy_form(model, X)
+    assert (form.norms_folded, form.norms_left) == (0, 1)
+    torch.testing.assert_close(form.model(X), model(X))
+
+
+def test_wrongly_folded_branches_are_refused(monkeypatch, randomise):
+    def broken(model):
+        wrong = module.deepcopy(model)
+        with torch.no_grad():
+            wrong.head.fc.weight.mul_(1.1)
+        return wrong
+
+    monkeypatch.setattr(module, "reparameterize", broken)
+    with pytest.raises(RuntimeError, match="changed the output"):
+        deploy_form(build_model("mobileone_mu0"), X)
+
+
+def test_settled_norms_keep_activations_at_ordinary_size():
+    model = build_model("mobileone_s1")
+    momenta = [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = model(X).abs().max()
+    after = settle_norms(model, X)(X).abs().max()
+    assert not model.training and 1e-3 < after < 1e3 and after != before
+    assert momenta == [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+def test_models_are_named_or_refused():
+    assert check_models(["mobileone_s0", "mobileone_s0"]) == ("mobileone_s0",)
+    with pytest.raises(ValueError, match=r"'mobileone_s9'; close: .*mobileone_s"):
+        check_models(["mobileone_s9"])
+    with pytest.raises(ValueError, match="must be a list"):
+        check_models("mobileone_s0")
+    with pytest.raises(ValueError, match="is empty"):
+        check_models([])
+    assert input_size_of(build_model("mobilevit_xxs")) == (3, 256, 256)
+    assert input_size_of(nn.ReLU(), 64) == (3, 64, 64)
+    assert torch.equal(*(build_model("mobileone_mu0").head.fc.weight for _ in range(2)))

@@ -1,0 +1,350 @@
+"""The page of results and a run: what it says, that names stay text, how a browser shows it."""
+
+import base64
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+from callbacks.worst import write_worst
+from lightning_modules.cli import main
+from lightning_modules.report import write_report
+from mobileone.bench.results import Result
+from mobileone.export.manifest import Manifest, TrainingState
+from mobileone.export.metadata import Metadata
+from mobileone.export.spec import ExportSpec
+
+EVIL = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
+NAMES = ("cat", "dog & $5", EVIL)
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with everything that a fit and a test leave, and names to beware of."""
+    folder = tmp_path / "runs" / "mine" / "20260101-000000"
+    metrics = folder / "metrics" / "version_0"
+    metrics.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"wandb_id": "mine"}))
+    (folder / "config.yaml").write_text(f"model:\n  # {EVIL}\n  model: mobileone_s0\n")
+    (metrics / "metrics.csv").write_text(
+        "step,epoch,train/loss,val/acc1,val/loss,lr\n1,0,2.0,,,0.1\n2,0,,0.5,1.5,\n"
+        "3,1,1.0,,,0.05\n4,1,,0.75,0.9,\n"
+    )
+    artifact = folder / "checkpoints" / "best"
+    artifact.mkdir(parents=True)
+    entry = {
+        "path": "model.pt",
+        "bytes": 4_000_000,
+        "parity": {"status": "measured", "max_relative_error": 2e-7, "tolerance": 1e-3,
+                   "top1_agreement": 1.0, "images": 8},
+    }  # fmt: skip
+    Manifest(
+        ExportSpec("mobileone_s0", NAMES, (3, 32, 32), (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0),
+        TrainingState(epoch=1, step=4, metrics={"val/acc1": 0.75}),
+        Metadata(),
+        parameters=2_078_504,
+        channel_order="RGB",
+        formats={"torchscript": entry},
+        images="given",
+    ).save(artifact)
+    report = folder / "report"
+    report.mkdir()
+    cells = [[3, 1, 0], [0, 4, 0], [2, 0, 0]]
+    rows = [
+        ",".join([json_cell(name), *map(str, row)]) for name, row in zip(NAMES, cells, strict=True)
+    ]
+    head = ",".join(["true", *map(json_cell, NAMES)])
+    (report / "confusion_matrix.csv").write_text("\n".join([head, *rows]) + "\n")
+    write_worst(
+        report / "worst_test.json",
+        torch.rand(2, 3, 16, 16),
+        torch.tensor([3.0, 0.1]),
+        torch.tensor([2, 1]),
+        torch.tensor([[0.9, 0.05, 0.05], [0.1, 0.9, 0.0]]),
+        NAMES,
+    )
+    return folder
+
+
+def json_cell(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A folder with a profile, a latency with long names, and a result that is broken."""
+    folder = tmp_path / "results"
+    profile = [
+        {"model": "mobileone_s0", "level": "model", "parameters": 2_078_504, "macs": 275_000_000},
+        {"model": "mobileone_s0", "level": "layer", "name": "stem", "parameters": 1, "macs": 2},
+    ]
+    Result.new("profile", {"macs": "fvcore"}, profile).save(folder / "profile.json")
+    latency = [
+        {"model": model, "runtime": "eager", "min_ms": ms, "median_ms": 2 * ms, "threads": 1,
+         "failure": None}
+        for model, ms in (("mobileone_s0", 12.3456), ("a" * 80, 3.0), (EVIL, 4.0))
+    ]  # fmt: skip
+    how = {"statistic": "min_ms", "threads": 1, "runs": 5}
+    Result.new("latency", how, latency).save(folder / "sub" / "latency.json")
+    broken = {"format": "mobileone-result-1", "kind": EVIL, "rows": []}
+    (folder / "broken.json").write_text(json.dumps(broken))
+    (folder / "other.json").write_text("[1]")
+    return folder
+
+
+class Page(HTMLParser):
+    """Collects tags, attributes and text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags, self.attributes, self.texts = [], [], []
+        self.feed(html)
+        self.text = " ".join(self.texts)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, *pair) for pair in attrs]
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_the_page_has_it_all_and_needs_nothing(results, run):
+    path = write_report(results, run)
+    assert path == results / "report.html"
+    page = Page(path.read_text(encoding="utf-8"))
+    for words in (
+        "mobileone_mu0", "top-1 (%), paper", "12.35",  # family, and what was measured
+        "75.0 %", "2.08 M", "4.00\u00a0MB", "2e-07", "validation images",  # head and artifact
+        "7 of 10 images right, 70.0%", "most frequent confusions",
+        "Of the test, as the network saw them", "✗ cat", "loss 3.00",
+        "No artifact of the last checkpoint", "1 more rows are in the file",
+        "is not a whole result",
+    ):  # fmt: skip
+        assert words in page.text, words
+    # every picture inside, nothing fetched, nothing run
+    sources = [value for _, name, value in page.attributes if name in ("src", "srcset")]
+    assert len(sources) >= 3 + 1 + 1 + 2
+    for source in sources:
+        kind, _, data = source.partition(",")
+        assert kind == "data:image/png;base64"
+        assert base64.b64decode(data, validate=True).startswith(b"\x89PNG")
+    links = {value for _, name, value in page.attributes if name == "href"}
+    assert all(link.startswith(("#", "data:")) for link in links)
+    assert not {"script", "iframe", "object", "embed"} & set(page.tags)
+    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+    assert "script>alert(1)" in page.text  # shown, not run
+    assert not re.search(r"url\(|@import|http", "".join(page.texts[:8]))
+
+
+def test_a_run_folder_alone_is_enough(run, tmp_path):
+    page = Page(write_report(run, output=tmp_path / "out" / "page.html").read_text())
+    assert "Nothing was counted here" in page.text
+    assert "No latency was measured here" in page.text
+    assert "The folder has no results" in page.text
+
+
+def test_what_a_run_lacks_is_said(run, results):
+    for part in ("report", "checkpoints", "metrics"):
+        shutil.rmtree(run / part)
+    (run / "config.yaml").unlink()
+    text = Page(write_report(results, run).read_text()).text
+    for words in (
+        "There is no confusion matrix",
+        "There are no images of highest loss",
+        "No curves",
+        "No artifact of the best checkpoint",
+        "No config.yaml",
+    ):
+        assert words in text, words
+    assert "mobileone test --ckpt_path" in text
+    assert "No run is shown" in Page(write_report(results).read_text()).text
+
+
+def test_damaged_files_are_said(run, results):
+    (run / "report" / "confusion_matrix.csv").write_text("true,a,b\na,1,2\n")
+    (run / "report" / "worst_test.json").write_text("[")
+    (run / "checkpoints" / "best" / "manifest.json").write_text("{}")
+    text = Page(write_report(results, run).read_text()).text
+    assert "confusion_matrix.csv cannot be read" in text
+    assert "worst_test.json does not hold images" in text
+    assert "is not a readable manifest" in text
+
+
+def test_unverified_numbers_of_the_paper_are_marked(tmp_path):
+    rows = [
+        {"name": "sure", "paper_table": 2, "paper_ms": 1.53, "paper_verified": True},
+        {"name": "unsure", "paper_table": 3, "paper_ms": 2.62, "paper_verified": False},
+    ]
+    Result.new("bottlenecks", {}, rows).save(tmp_path / "bottlenecks.json")
+    page = Page(write_report(tmp_path).read_text())
+    assert "2.62 (unverified)" in page.texts
+    assert "1.53" in page.texts
+
+
+def test_wrong_folders_are_named(results, run, tmp_path, capsys):
+    with pytest.raises(FileNotFoundError, match="`folder`"):
+        write_report(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="is not a run folder"):
+        write_report(results, results)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="neither results nor a run"):
+        write_report(tmp_path / "empty")
+    with pytest.raises(SystemExit) as exit_info:
+        main(["report", str(tmp_path / "nowhere")])
+    assert exit_info.value.code == 2
+    assert "mobileone report: error: `folder`" in capsys.readouterr().err
+    main(["report", str(results), "--run", str(run), "--output", str(tmp_path / "a.html")])
+    assert (tmp_path / "a.html").is_file()
+    assert "a.html" in capsys.readouterr().out
+
+
+class Browser:
+    """Chromium without a window, told what to do over two pipes (Chrome's DevTools protocol)."""
+
+    def __init__(self, profile: str) -> None:
+        theirs_in, self._out = self._pipe()
+        self._in, theirs_out = self._pipe()
+        # the browser reads from 3 and writes to 4: `bash` puts the pipes there
+        self._process = subprocess.Popen(
+            ["bash", "-c", f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}', BROWSER,
+             "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run",
+             "--disable-dev-shm-usage", "--disable-background-networking",
+             f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank"],
+            pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        os.close(theirs_in)
+        os.close(theirs_out)
+        self._buffer, self._number, self.events = b"", 0, []
+        targets = self.call("Target.getTargets")["targetInfos"]
+        target = next(t["targetId"] for t in targets if t["type"] == "page")
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.tell(f"{domain}.enable")
+
+    @staticmethod
+    def _pipe():
+        """A pipe whose ends are clear of 3 and 4, where one would overwrite the other."""
+        ends = os.pipe()
+        far = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 20) for end in ends)
+        for end in ends:
+            os.close(end)
+        return far
+
+    def call(self, method, session=None, **params):
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": params}
+        if session:
+            message["sessionId"] = session
+        os.write(self._out, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._next()
+            if answer.get("id") == self._number:
+                assert "error" not in answer, answer
+                return answer["result"]
+            self.events.append(answer)
+
+    def tell(self, method, **params):
+        return self.call(method, self._session, **params)
+
+    def ask(self, expression):
+        answer = self.tell(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def open(self, path, width, height):
+        self.events.clear()
+        self.tell("Emulation.setDeviceMetricsOverride", width=width, height=height,
+                  deviceScaleFactor=1, mobile=width < 600)  # fmt: skip
+        self.tell("Page.navigate", url=path.as_uri())
+        while not any(e.get("method") == "Page.loadEventFired" for e in self.events):
+            self.events.append(self._next())
+
+    def close(self):
+        self._process.kill()
+        self._process.wait()
+        os.close(self._in)
+        os.close(self._out)
+
+    def _next(self):
+        while b"\0" not in self._buffer:
+            chunk = os.read(self._in, 1 << 20)
+            assert chunk, "the browser has ended"
+            self._buffer += chunk
+        message, _, self._buffer = self._buffer.partition(b"\0")
+        return json.loads(message)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if BROWSER is None:
+        pytest.skip("needs chromium, for example `apt-get install chromium`")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        opened = Browser(profile)
+        yield opened
+        opened.close()
+
+
+def complaints(browser):
+    """Errors and warnings on the console, policy violations, exceptions, requests to the net."""
+    kinds = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded",
+             "Network.loadingFailed")  # fmt: skip
+    found = [e for e in browser.events if e.get("method") in kinds]
+    requests = [
+        e["params"]["request"]["url"][:60]
+        for e in browser.events
+        if e.get("method") == "Network.requestWillBeSent"
+    ]
+    return found, [url for url in requests if not url.startswith(("file:", "data:"))]
+
+
+@pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 900)])
+def test_a_browser_shows_the_page(browser, results, run, width, height):
+    path = write_report(results, run)
+    browser.open(path, width, height)
+    images = browser.ask(
+        "Promise.all([...document.images].map(i => i.decode().then(() => i.naturalWidth)))"
+    )
+    assert len(images) >= 7
+    assert min(images) > 0
+    assert complaints(browser) == ([], [])
+    # nothing is wider than the screen, and text is large enough to be read
+    assert browser.ask("window.innerWidth") == width
+    assert browser.ask("document.documentElement.scrollWidth") <= width
+    wide = "[...document.querySelectorAll('body *:not(.wide *)')].filter(e => "
+    wide += "e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))"
+    assert browser.ask(wide) == []
+    sizes = "Math.min(...[...document.querySelectorAll('p, td, th, figcaption, h2')].map(e => "
+    sizes += "parseFloat(getComputedStyle(e).fontSize)))"
+    assert browser.ask(sizes) >= 12
+    if folder := os.environ.get("MOBILEONE_SCREENSHOTS"):
+        picture = browser.tell("Page.captureScreenshot", captureBeyondViewport=True)["data"]
+        Path(folder, f"report-{width}.png").write_bytes(base64.b64decode(picture))
+
+
+def test_the_browser_would_notice(browser, tmp_path):
+    """The checks can fail: a script, a lost image and a wide box are seen."""
+    path = tmp_path / "bad.html"
+    path.write_text(
+        "<meta name=viewport content='width=device-width'><img src='missing.png'>"
+        "<div style='width:900px'>wide</div><script>console.error('no')</script>"
+    )
+    browser.open(path, 390, 844)
+    found, _ = complaints(browser)
+    assert {e["method"] for e in found} >= {"Runtime.consoleAPICalled", "Network.loadingFailed"}
+    assert browser.ask("document.documentElement.scrollWidth") > 390
+    assert browser.ask("document.images[0].naturalWidth") == 0
