@@ -114,8 +114,8 @@ class Snapshots(Checkpoint):
         """Give the signals back."""
         self._stop.release()
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the signals back."""
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the signals back, before Lightning gives back those that it has taken."""
         self._stop.release()
 
     def _agree(self, trainer: Trainer) -> tuple[bool, bool]:

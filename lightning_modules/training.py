@@ -31,6 +31,7 @@ from lightning_modules.quiet import silence_known_messages
 from lightning_modules.resume import Continuation, find_continuation, newest_usable
 from lightning_modules.run_folder import RunFolder
 from lightning_modules.summary import fit_summary
+from lightning_modules.sync_norm import TimmSyncBatchNorm
 from lightning_modules.tracking import WandbOptions, check_tracking, make_loggers
 from mobileone import reparameterize
 from mobileone.export.checkpoint import read_checkpoint
@@ -216,6 +217,9 @@ class TrainingCLI(LightningCLI):
         self.datamodule.setup(self.subcommand)
         self.run = None
         config = self.config[self.subcommand]
+        if config.trainer.sync_batchnorm:
+            kwargs["sync_batchnorm"] = False
+            kwargs["plugins"] = [*_listed(config.trainer.plugins), TimmSyncBatchNorm()]
         if config.trainer.logger in (None, True):
             kwargs["logger"] = False
         if not config.trainer.fast_dev_run:
@@ -282,6 +286,10 @@ class TrainingCLI(LightningCLI):
         if self.subcommand == "fit" and run.path.is_dir():
             run.write_config(self._dump(config))  # a run that is killed early is found by it
         return run
+
+
+def _listed(plugins: Any) -> list[Any]:
+    return list(plugins) if isinstance(plugins, (list, tuple)) else [plugins] if plugins else []
 
 
 def _check_validations(trainer: Namespace) -> None:
