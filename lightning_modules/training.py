@@ -98,7 +98,16 @@ class _Records(SaveConfigCallback):
     """Keep a fit's configuration, once nothing can go wrong with it, and point `latest` to it."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write nothing yet: the checkpoint to resume may not fit, and the run's file is good."""
+        """Check that all ranks resume from one file.
+
+        Nothing is written yet: the checkpoint to resume may not fit, and the run's file is good.
+        """
+        mine = str(trainer.ckpt_path)
+        if (first := trainer.strategy.broadcast(mine)) != mine:
+            raise RuntimeError(
+                f"rank {trainer.global_rank} would resume from {mine}, rank 0 from {first}: put "
+                "--run.root on a file system that all nodes see"
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the configuration to `<run>/config.yaml` and to the loggers."""
@@ -150,7 +159,7 @@ class TrainingCLI(LightningCLI):
             type=Literal["auto", "never"],
             default="never",
             help="auto: fit continues the newest run of this name and configuration, if there is "
-            "one, from its newest usable checkpoint",
+            "one, from its newest usable checkpoint; --ckpt_path goes before it",
         )
         parser.add_class_arguments(WandbOptions, "wandb")
         parser.link_arguments("model.model", "data.model")
@@ -168,18 +177,12 @@ class TrainingCLI(LightningCLI):
         super().parse_arguments(parser, args)
         self.continued = Continuation(None, None, ())
         config = self.config[self.config.subcommand]
-        if self.config.subcommand == "fit" and config.resume == "auto":
+        automatic = self.config.subcommand == "fit" and config.resume == "auto"
+        if automatic and config.ckpt_path is None and not config.trainer.fast_dev_run:
             self._resume(config)
 
     def _resume(self, config: Namespace) -> None:
         """Decide what to go on with, and tell the processes that are started with our command."""
-        if config.ckpt_path is not None:
-            raise UsageError(
-                f"--resume auto chooses the checkpoint: leave --ckpt_path {config.ckpt_path} out, "
-                "or set --resume never"
-            )
-        if config.trainer.fast_dev_run:
-            return
         parent = RunFolder.parent(config.run.root, config.run.name or config.model.model)
         self.continued = find_continuation(parent, yaml.safe_load(self._dump(config)))
         rank_zero_only(print)(*self.continued.notes, sep="\n")

@@ -154,10 +154,16 @@ def test_a_missing_artifact_is_made_up_for(tmp_path):
     assert (checkpoints / "last.ckpt").resolve().is_file()
 
 
-def test_auto_and_a_checkpoint_are_one_too_many(capsys):
-    with pytest.raises(SystemExit):
-        main([*FIT, "--ckpt_path", "x.ckpt"])
-    assert "x.ckpt" in capsys.readouterr().err
+def test_a_checkpoint_that_is_named_goes_before_auto(tmp_path, capsys):
+    """The run's own configuration, which says auto, is read along with its checkpoint."""
+    main(FIT)
+    run = (tmp_path / "runs/r/latest").resolve()
+    snapshot = run / "snapshots/step=00000007.ckpt"
+    (run / "checkpoints/epoch=001-step=000008.ckpt").unlink()
+    capsys.readouterr()
+    main(["fit", "--ckpt_path", str(snapshot)])
+    assert "resume:" not in capsys.readouterr().out
+    assert (run / "checkpoints/epoch=001-step=000008.ckpt").is_file()
 
 
 def test_sigterm_exits_with_143_and_the_same_command_goes_on(tmp_path, cache):
