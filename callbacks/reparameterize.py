@@ -189,9 +189,9 @@ class ReparameterizeOnSave(ModelCheckpoint):
         if ended := self._exports.poll():
             self._report(without_raising(lambda: self._settle(trainer, ended)))
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Wait for the last export, also where a resumed run had nothing left to train."""
-        super().on_fit_end(trainer, pl_module)
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wait for the last export."""
+        super().on_train_end(trainer, pl_module)
         if _dry_run(trainer):
             return
         failure = on_rank_zero(trainer, lambda: self._drain(trainer))
@@ -334,7 +334,10 @@ class ReparameterizeOnSave(ModelCheckpoint):
         return None
 
     def _recover(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
-        """Bring links and artifacts up to the ranking: a killed run may not have come to it."""
+        """Bring links and artifacts up to the ranking: a killed run may not have come to it.
+
+        Waits for the exports, since a run that is done has no later moment to do so.
+        """
         exports, folder = self._exports, self._folder
         assert exports is not None
         for path in dict.fromkeys([*self.best_k_models, self.last_model_path]):
@@ -344,7 +347,7 @@ class ReparameterizeOnSave(ModelCheckpoint):
                     continue
                 state = training_state(path, str(self.monitor), self.best_k_models.get(path))
                 exports.submit(self._request(pl_module, path, state))
-        return self._settle(trainer, exports.poll()) if self.last_model_path else None
+        return self._settle(trainer, exports.drain()) if self.last_model_path else None
 
     def _leave(self) -> None:
         if self._exports is not None:

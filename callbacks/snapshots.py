@@ -56,6 +56,7 @@ class Snapshots(Checkpoint):
         self.every_minutes = every_minutes
         self.keep = keep
         self.dirpath = dirpath
+        self._folder: Path | None = None  # while there is something to save
         self._stop = StopRequest()
         self._saved_at = (0, 0.0)  # step, clock
 
@@ -63,10 +64,10 @@ class Snapshots(Checkpoint):
         """Listen for signals; Lightning has set its own handlers just before."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self.dirpath = self.dirpath or str(Path(trainer.default_root_dir) / "snapshots")
+        self._folder = Path(self.dirpath or Path(trainer.default_root_dir) / "snapshots")
         self._saved_at = (trainer.global_step, time.monotonic())
         if trainer.is_global_zero:
-            clean_stale(Path(self.dirpath))
+            clean_stale(self._folder)
         self._stop.listen(trainer)
 
     def on_train_batch_end(
@@ -78,7 +79,7 @@ class Snapshots(Checkpoint):
         batch_idx: int,
     ) -> None:
         """Save if it is time; stop if a signal has come."""
-        if self.dirpath is None:
+        if self._folder is None:
             return
         wanted, stop = self._agree(trainer)
         # the gradients of an unfinished accumulation would be lost
@@ -91,7 +92,7 @@ class Snapshots(Checkpoint):
         steps = trainer.global_step - self._saved_at[0]
         due = bool(self.every_n_steps) and steps >= self.every_n_steps
         if wanted or due or any(_validation_follows(trainer, index) for index in ahead):
-            self._save(trainer)
+            self._save(trainer, self._folder)
         if stop:
             self._stop.obey(trainer)
 
@@ -114,8 +115,8 @@ class Snapshots(Checkpoint):
         """Give the signals back."""
         self._stop.release()
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the signals back."""
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the signals back, before Lightning gives back those that it has taken."""
         self._stop.release()
 
     def _agree(self, trainer: Trainer) -> tuple[bool, bool]:
@@ -128,9 +129,8 @@ class Snapshots(Checkpoint):
         either = trainer.strategy.reduce_boolean_decision(late or stop, all=False)
         return either, either and trainer.strategy.reduce_boolean_decision(stop, all=False)
 
-    def _save(self, trainer: Trainer) -> None:
+    def _save(self, trainer: Trainer, folder: Path) -> None:
         """Write a snapshot and remove older ones; a full disk does not end the training."""
-        folder = Path(cast(str, self.dirpath))
         self._saved_at = (trainer.global_step, time.monotonic())
         try:
             save_complete(trainer, folder / f"step={trainer.global_step:08d}.ckpt")

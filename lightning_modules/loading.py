@@ -1,6 +1,5 @@
 """A DataLoader that starts when the first batch is asked for, and reports unreadable files."""
 
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -45,9 +44,9 @@ class LazyDataLoader(DataLoader):
             if "DataLoader worker (pid" not in str(error):  # others come from the dataset
                 raise
             raise DataWorkerError(
-                f"a data worker was killed ({_signal_of(error)}), as a rule because memory ran "
-                "out: lower --data.num_workers or --data.batch_size, or give the job (a container: "
-                "its /dev/shm too) more memory; then continue from the last checkpoint"
+                "a data worker has died; as a rule the system killed it because memory ran out: "
+                "lower --data.num_workers or --data.batch_size, or give the job (a container: its "
+                "/dev/shm too) more memory; then continue from the last checkpoint"
             ) from error
         finally:
             _report(unreadable)
@@ -131,11 +130,6 @@ def _length(loader: DataLoader) -> int:
         return len(loader)
     except TypeError:  # a stream of unknown length
         return 0
-
-
-def _signal_of(error: RuntimeError) -> str:
-    found = re.search(r"signal: ([^.]+)\.", str(error))
-    return found[1] if found else "its signal is unknown"
 
 
 def _report(unreadable: dict[str, str]) -> None:

@@ -43,6 +43,9 @@ def make_loggers(run: RunFolder, options: WandbOptions) -> list[Logger]:
     Returns:
         A CSV logger (`<run>/metrics/version_*/metrics.csv`, a new version a resume) and, unless
         disabled, a wandb logger.
+
+    Raises:
+        ValueError: wandb should be online and cannot be reached.
     """
     loggers: list[Logger] = [CSVLogger(run.path, name="metrics")]
     if options.mode == "disabled":
@@ -59,7 +62,21 @@ def make_loggers(run: RunFolder, options: WandbOptions) -> list[Logger]:
         tags=options.tags,
     )
     logger._wandb_init.pop("anonymous", None)  # wandb warns of this key even where it is None
+    if options.mode == "online":
+        _connect(logger)
     return [*loggers, logger]
+
+
+def _connect(logger: WandbLogger) -> None:
+    from wandb.errors import CommError
+
+    try:
+        _ = logger.experiment  # wandb retries for a while; of later losses it takes care itself
+    except CommError as error:
+        raise ValueError(
+            f"wandb cannot be reached ({error}): try again, or leave wandb.mode at offline and "
+            "send the run later with `wandb sync`"
+        ) from error
 
 
 def check_tracking(options: WandbOptions) -> None:

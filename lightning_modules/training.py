@@ -31,6 +31,7 @@ from lightning_modules.quiet import silence_known_messages
 from lightning_modules.resume import Continuation, find_continuation, newest_usable
 from lightning_modules.run_folder import RunFolder
 from lightning_modules.summary import fit_summary
+from lightning_modules.sync_norm import TimmSyncBatchNorm
 from lightning_modules.tracking import WandbOptions, check_tracking, make_loggers
 from mobileone import reparameterize
 from mobileone.export.checkpoint import read_checkpoint
@@ -101,7 +102,16 @@ class _Records(SaveConfigCallback):
     """Keep a fit's configuration, once nothing can go wrong with it, and point `latest` to it."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write nothing yet: the checkpoint to resume may not fit, and the run's file is good."""
+        """Check that all ranks resume from one file.
+
+        Nothing is written yet: the checkpoint to resume may not fit, and the run's file is good.
+        """
+        mine = str(trainer.ckpt_path)
+        if (first := trainer.strategy.broadcast(mine)) != mine:
+            raise RuntimeError(
+                f"rank {trainer.global_rank} would resume from {mine}, rank 0 from {first}: put "
+                "--run.root on a file system that all nodes see"
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the configuration to `<run>/config.yaml` and to the loggers."""
@@ -153,7 +163,7 @@ class TrainingCLI(LightningCLI):
             type=Literal["auto", "never"],
             default="never",
             help="auto: fit continues the newest run of this name and configuration, if there is "
-            "one, from its newest usable checkpoint",
+            "one, from its newest usable checkpoint; --ckpt_path goes before it",
         )
         parser.add_class_arguments(WandbOptions, "wandb")
         parser.link_arguments("model.model", "data.model")
@@ -171,18 +181,12 @@ class TrainingCLI(LightningCLI):
         super().parse_arguments(parser, args)
         self.continued = Continuation(None, None, ())
         config = self.config[self.config.subcommand]
-        if self.config.subcommand == "fit" and config.resume == "auto":
+        automatic = self.config.subcommand == "fit" and config.resume == "auto"
+        if automatic and config.ckpt_path is None and not config.trainer.fast_dev_run:
             self._resume(config)
 
     def _resume(self, config: Namespace) -> None:
         """Decide what to go on with, and tell the processes that are started with our command."""
-        if config.ckpt_path is not None:
-            raise UsageError(
-                f"--resume auto chooses the checkpoint: leave --ckpt_path {config.ckpt_path} out, "
-                "or set --resume never"
-            )
-        if config.trainer.fast_dev_run:
-            return
         parent = RunFolder.parent(config.run.root, config.run.name or config.model.model)
         self.continued = find_continuation(parent, yaml.safe_load(self._dump(config)))
         rank_zero_only(print)(*self.continued.notes, sep="\n")
@@ -220,6 +224,9 @@ class TrainingCLI(LightningCLI):
         self.datamodule.setup(self.subcommand)
         self.run = None
         config = self.config[self.subcommand]
+        if config.trainer.sync_batchnorm:
+            kwargs["sync_batchnorm"] = False
+            kwargs["plugins"] = [*_listed(config.trainer.plugins), TimmSyncBatchNorm()]
         if config.trainer.logger in (None, True):
             kwargs["logger"] = False
         if not config.trainer.fast_dev_run:
@@ -287,6 +294,10 @@ class TrainingCLI(LightningCLI):
         if self.subcommand == "fit" and run.path.is_dir():
             run.write_config(self._dump(config))  # a run that is killed early is found by it
         return run
+
+
+def _listed(plugins: Any) -> list[Any]:
+    return list(plugins) if isinstance(plugins, (list, tuple)) else [plugins] if plugins else []
 
 
 def _check_validations(trainer: Namespace) -> None:

@@ -10,10 +10,10 @@ from mobileone.block import MobileOneBlock
 
 @pytest.fixture(scope="module")
 def shapes():
-    return torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    return torch.randn(2, 3, 48, 48, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", ["mobileone_s0", "mobileone_s1", "mobileone_s4", "mobileone_mu1"])
+@pytest.mark.parametrize("name", ["mobileone_s0", "mobileone_s4", "mobileone_mu1"])
 def test_expanded_weights_compute_what_the_fused_ones_do(name, randomise, shapes):
     fused = mobileone.reparameterize(randomise(timm.create_model(name).double()).eval())
     model = timm.create_model(name).double().eval()

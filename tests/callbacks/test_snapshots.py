@@ -1,0 +1,236 @@
+"""Snapshots within epochs, and what a run does when it is asked to stop."""
+
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.utils.data import DataLoader, TensorDataset
+
+from callbacks.ema import EMA
+from callbacks.snapshots import Snapshots
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:You're resuming from a checkpoint that ended before the epoch ended",
+    "ignore:.*treespec, LeafSpec.*:FutureWarning",
+)
+
+
+class Resumable(DataLoader):
+    """Twelve batches; goes on where the checkpoint was made."""
+
+    def __init__(self, module):
+        self.module = module
+        super().__init__(TensorDataset(torch.arange(24.0).view(24, 1) / 24), batch_size=2)
+
+    def __iter__(self):
+        loop = self.module.trainer.fit_loop
+        start = loop.batch_idx + 1 if loop.is_resuming else 0
+        return iter([batch for i, batch in enumerate(super().__iter__()) if i >= start])
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+class Module(LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.Linear(1, 1)
+        self.validations = 0
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch[0]).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.validations += 1
+
+    def train_dataloader(self):
+        return Resumable(self)
+
+    def val_dataloader(self):
+        return DataLoader(TensorDataset(torch.ones(3, 1)))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class Signals(Callback):
+    """Sends this process a signal in some hook."""
+
+    def __init__(self, hook, number, step, times=1):
+        def send(trainer, *args, **kwargs):
+            if trainer.global_step == step and self.left:
+                for _ in range(times):
+                    os.kill(os.getpid(), number)
+                self.left = 0
+
+        self.left = 1
+        setattr(self, hook, send)
+
+
+def fit(folder, snapshots, *more, ckpt_path=None, **options):
+    module = Module()
+    trainer = Trainer(
+        **{
+            "accelerator": "cpu",
+            "max_epochs": 2,
+            "num_sanity_val_steps": 0,
+            "default_root_dir": folder,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [EMA(0.9), *more, snapshots],
+            **options,
+        }
+    )
+    trainer.fit(module, ckpt_path=ckpt_path, weights_only=True)
+    return module
+
+
+def steps(folder):
+    return [int(p.stem.removeprefix("step=")) for p in sorted((folder / "snapshots").iterdir())]
+
+
+def test_by_steps_but_not_between_a_step_and_its_validation(tmp_path):
+    fit(tmp_path, Snapshots(every_n_steps=4, every_minutes=0, keep=99))
+    # 11 and 23: the step before the last of an epoch, whose validation follows
+    assert steps(tmp_path) == [4, 8, 11, 15, 19, 23]
+
+
+def test_validation_within_epochs(tmp_path):
+    fit(tmp_path, Snapshots(every_n_steps=3, every_minutes=0, keep=99), val_check_interval=6)
+    assert steps(tmp_path) == [3, 5, 8, 11, 14, 17, 20, 23]
+
+
+def test_the_newest_are_kept(tmp_path):
+    fit(tmp_path, Snapshots(every_n_steps=2, every_minutes=0, keep=2))
+    assert steps(tmp_path) == [21, 23]
+
+
+def test_by_time(tmp_path, monkeypatch):
+    class Clock(Callback):
+        now = 0.0
+
+        def on_train_batch_start(self, *args):
+            self.now += 20
+
+    clock = Clock()
+    monkeypatch.setattr("callbacks.snapshots.time", SimpleNamespace(monotonic=lambda: clock.now))
+    fit(tmp_path, Snapshots(every_minutes=1.5, keep=99), clock)
+    assert steps(tmp_path) == [5, 10, 11, 16, 21, 23]
+
+
+def test_accumulated_gradients_are_not_cut(tmp_path):
+    fit(tmp_path, Snapshots(every_n_steps=1, every_minutes=0, keep=99), accumulate_grad_batches=3)
+    assert steps(tmp_path) == [1, 2, 3, 5, 6, 7]
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_every_snapshot_leads_to_the_same_end(tmp_path, accumulate):
+    options = {"accumulate_grad_batches": accumulate}
+    rule = {"every_n_steps": 1, "every_minutes": 0}
+    whole = fit(tmp_path / "whole", Snapshots(**rule, keep=99), **options)
+    files = sorted((tmp_path / "whole/snapshots").iterdir())
+    assert len(files) == (22 if accumulate == 1 else 6)
+    for path in files:
+        rest = fit(tmp_path / path.stem, Snapshots(**rule), ckpt_path=str(path), **options)
+        assert torch.equal(rest.layer.weight, whole.layer.weight)
+        made = int(path.stem.removeprefix("step=")) * accumulate
+        assert rest.validations == (6 if made < 12 else 3)  # none is left out
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGTERM, SIGTERMException), (signal.SIGINT, SystemExit)]
+)
+@pytest.mark.parametrize(
+    ("hook", "step", "saved"),
+    [
+        ("on_before_zero_grad", 5, 6),  # in a step: ends after it
+        ("on_train_batch_start", 11, 11),  # the validation follows: the step before
+        ("on_validation_batch_start", 12, 11),
+    ],
+)
+def test_a_signal_ends_the_run_with_a_snapshot(tmp_path, number, expected, hook, step, saved):
+    before = signal.getsignal(number)
+    whole = fit(tmp_path / "whole", Snapshots())
+    with pytest.raises(expected):
+        fit(tmp_path / "cut", Snapshots(every_minutes=0), Signals(hook, number, step))
+    assert steps(tmp_path / "cut")[-1] == saved
+    path = tmp_path / f"cut/snapshots/step={saved:08d}.ckpt"
+    rest = fit(tmp_path / "cut", Snapshots(), ckpt_path=str(path))
+    assert torch.equal(rest.layer.weight, whole.layer.weight)
+    assert signal.getsignal(number) in (before, signal.SIG_IGN)
+    signal.signal(number, before)  # Lightning ignores further Ctrl-C after one
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path, capfd):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit):
+        fit(tmp_path, Snapshots(), Signals("on_before_zero_grad", signal.SIGINT, 5, times=2))
+    assert not (tmp_path / "snapshots").exists()
+    assert "Ctrl-C again stops at once" in capfd.readouterr().err
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_preempted_slurm_job_is_queued_again(tmp_path, monkeypatch):
+    """SLURM's signal in a step: a snapshot, `scontrol requeue`, no checkpoint of Lightning's."""
+    log = tmp_path / "requeued"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/scontrol").write_text(f'#!/bin/sh\necho "$@" > {log}\n')
+    (tmp_path / "bin/scontrol").chmod(0o755)
+    for name, value in {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "SLURM_NTASKS": "1",
+        "SLURM_NTASKS_PER_NODE": "1",
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NAME": "train",
+        "SLURM_NODELIST": "localhost",
+        "SLURM_LOCALID": "0",
+        "SLURM_PROCID": "0",
+        "SLURM_NODEID": "0",
+    }.items():
+        monkeypatch.setenv(name, value)
+    before = signal.getsignal(signal.SIGUSR1)
+    with pytest.raises(SIGTERMException):
+        fit(
+            tmp_path / "run",
+            Snapshots(),
+            Signals("on_before_zero_grad", signal.SIGUSR1, 5),
+            devices=1,
+            num_nodes=1,
+        )
+    assert log.read_text().split() == ["requeue", "4711"]
+    assert steps(tmp_path / "run") == [6]
+    assert not list(Path(tmp_path / "run").rglob("hpc_ckpt*"))
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_a_full_disk_is_said_and_training_goes_on(tmp_path, monkeypatch):
+    real = Trainer.save_checkpoint
+
+    def full(self, path, *args, **kwargs):
+        if "00000008" in str(path):
+            raise OSError(28, "No space left on device")
+        real(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "save_checkpoint", full)
+    with pytest.warns(UserWarning, match=r"no snapshot at step 8: .*No space left.* MB are free"):
+        fit(tmp_path, Snapshots(every_n_steps=4, every_minutes=0, keep=99))
+    assert steps(tmp_path) == [4, 11, 15, 19, 23]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"every_n_steps": -1}, "every_n_steps"), ({"keep": 0}, r"`keep` \(=0\)")],
+)
+def test_wrong_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Snapshots(**options)

@@ -1,0 +1,162 @@
+"""What goes wrong in long runs: losses that are no numbers, hostile images, killed workers."""
+
+import os
+import signal
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from PIL import Image
+
+from callbacks.ema import EMA
+from lightning_modules.classifier import ImageClassifier
+from lightning_modules.data import ImageDataModule
+from lightning_modules.images import UnreadableImageError, read_image
+from lightning_modules.loading import DataWorkerError
+
+LEFT_OUT = r"step \d+ \(epoch 0\) is left out: its loss is not finite"
+
+
+class Poisoned(ImageClassifier):
+    """Its images are NaN in some batches of the first epoch."""
+
+    bad = ()
+
+    def training_step(self, batch, batch_idx):
+        images, targets = batch
+        if self.current_epoch == 0 and batch_idx in self.bad:
+            images = images * torch.nan
+        return super().training_step((images, targets), batch_idx)
+
+
+def fit(root, folder, bad, limit, accumulate=1):
+    torch.manual_seed(1)
+    model = Poisoned("test_byobnet", num_classes=2, lr=0.05, skip_nonfinite=limit)
+    model.bad = bad
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        callbacks=[EMA(0.5)],
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accumulate_grad_batches=accumulate,
+    )
+    data = ImageDataModule(str(root), batch_size=2, input_size=32, num_workers=0, seed=0)
+    trainer.fit(model, data)
+    trainer.save_checkpoint(folder / "end.ckpt")
+    return model, torch.load(folder / "end.ckpt", weights_only=True)
+
+
+def finite(state):
+    return all(value.isfinite().all() for value in state.values())
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_bad_steps_are_left_out_and_everything_stays_clean(pets, tmp_path, accumulate):
+    with pytest.warns(UserWarning, match=LEFT_OUT) as caught:
+        _, saved = fit(pets, tmp_path, bad=(1, 2, 4), limit=2, accumulate=accumulate)
+    assert sum("is left out" in str(w.message) for w in caught) == 3  # two in a row, and one
+    for part in ("state_dict", "current_model_state"):
+        assert finite(saved[part])  # running statistics too
+    momenta = saved["optimizer_states"][0]["state"].values()
+    assert all(state["momentum_buffer"].isfinite().all() for state in momenta)
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_step_that_is_left_out_moves_neither_weights_nor_statistics(pets, tmp_path):
+    torch.manual_seed(1)
+    before = ImageClassifier("test_byobnet", num_classes=2).state_dict()
+    with pytest.warns(UserWarning, match=LEFT_OUT), pytest.raises(FloatingPointError):
+        fit(pets, tmp_path, bad=range(5), limit=3)
+    seen = {}
+
+    class Look(Poisoned):
+        def training_step(self, batch, batch_idx):
+            seen.update({k: v.clone() for k, v in self.state_dict().items()})
+            return super().training_step(batch, batch_idx)
+
+    globals()["Poisoned"], kept = Look, Poisoned
+    try:
+        with pytest.warns(UserWarning, match=LEFT_OUT), pytest.raises(FloatingPointError):
+            fit(pets, tmp_path, bad=range(5), limit=3)
+    finally:
+        globals()["Poisoned"] = kept
+    assert all(torch.equal(seen[k], before[k]) for k in before)
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_more_in_a_row_than_allowed_stop_the_run(pets, tmp_path):
+    with (
+        pytest.warns(UserWarning, match=LEFT_OUT),
+        pytest.raises(FloatingPointError, match=r"loss is nan at step 3.*skip_nonfinite"),
+    ):
+        fit(pets, tmp_path, bad=(1, 2, 3), limit=2)
+
+
+def test_without_bad_steps_the_option_changes_nothing(pets, tmp_path):
+    ends = [fit(pets, tmp_path, bad=(), limit=limit)[1]["state_dict"] for limit in (0, 3)]
+    assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(pets, monkeypatch):
+    """Pillow's limit, lowered: between once and twice the limit Pillow itself only warns."""
+    for factor in (1.5, 3.0):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", int(24 * 20 / factor))
+        data = ImageDataModule(str(pets), batch_size=2, input_size=16, num_workers=0)
+        data.setup("fit")
+        with pytest.raises(
+            UnreadableImageError, match=r"more than \d+ pixels, .*decompression bombs.*skip_unread"
+        ):
+            next(iter(data.val_dataloader()))
+
+
+def test_a_real_bomb_of_a_few_kilobytes(tmp_path):
+    """A gigapixel PNG would take 1 GB once decoded."""
+    import zlib
+
+    def chunk(kind, data):
+        return (
+            len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+        )
+
+    header = (32768).to_bytes(4, "big") * 2 + bytes([8, 0, 0, 0, 0])
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    with (
+        (tmp_path / "bomb.png").open("rb") as file,
+        pytest.raises((Image.DecompressionBombError, Image.DecompressionBombWarning)),
+    ):
+        read_image(file, "RGB")
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+def test_of_an_animation_the_first_picture_counts(tmp_path, suffix):
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    first, *others = [Image.new("RGB", (9, 9), colour) for colour in colours]
+    lossless = {"lossless": True} if suffix == "webp" else {}
+    first.save(tmp_path / f"a.{suffix}", save_all=True, append_images=others, **lossless)
+    with (tmp_path / f"a.{suffix}").open("rb") as file:
+        assert read_image(file, "RGB").getpixel((4, 4)) == (255, 0, 0)
+
+
+def test_a_killed_data_worker_is_explained(pets):
+    """As the system's out-of-memory killer does it."""
+    data = ImageDataModule(str(pets), batch_size=2, input_size=16, num_workers=1)
+    data.setup("fit")
+    loader = data.train_dataloader()
+
+    class KillsItself(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(source)
+
+        def __getitem__(self, key):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    source = loader.dataset
+    object.__setattr__(loader, "dataset", KillsItself())
+    with pytest.raises(DataWorkerError, match=r"worker has died.*memory.*--data\.num_workers"):
+        next(iter(loader))

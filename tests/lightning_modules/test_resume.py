@@ -1,0 +1,196 @@
+"""`--resume auto`: which run goes on, from which checkpoint, and that kills leave no trace."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lightning_modules.cli import main
+from lightning_modules.resume import find_continuation, newest_usable, why_unusable
+from lightning_modules.run_folder import RunFolder
+
+CONFIG = {"model": {"lr": 0.1, "model": "x"}, "trainer": {"max_epochs": 3}, "ckpt_path": None}
+FIT = (
+    "fit --run.name r --model.model test_byobnet --data.dataset digits --data.batch_size 8 "
+    "--data.input_size 32 --data.num_workers 0 --checkpoint.formats [torchscript] "
+    "--checkpoint.background false --trainer.max_epochs 2 --trainer.limit_train_batches 4 "
+    "--trainer.limit_val_batches 1 --trainer.accelerator cpu --trainer.enable_progress_bar false "
+    "--wandb.mode disabled --report.samples 0 --model.lr 0.01 --resume auto"
+).split()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch, cache):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MOBILEONE_CACHE", str(cache))
+
+
+def make_run(parent, name, config=CONFIG):
+    path = parent / name
+    (path / "checkpoints").mkdir(parents=True)
+    (path / "snapshots").mkdir()
+    (path / "run.json").write_text('{"wandb_id": "x"}')
+    if config is not None:
+        RunFolder.read(path).write_config(yaml.safe_dump(config))
+    return path
+
+
+def write(path, age, **contents):
+    state = {"state_dict": {"w": torch.ones(99)}, "optimizer_states": [], **contents}
+    torch.save(state, path)
+    os.utime(path, (10**9 - age, 10**9 - age))
+    return path
+
+
+def test_nothing_there_is_a_new_run(tmp_path):
+    found = find_continuation(tmp_path / "none", CONFIG)
+    assert (found.run, found.checkpoint) == (None, None)
+    assert "a new run begins" in found.notes[0]
+
+
+def test_the_newest_run_of_the_same_configuration_goes_on(tmp_path):
+    for name in ("20250101-000000", "20250101-000000-2", "20250101-000000-10"):
+        make_run(tmp_path, name)
+    other = {**CONFIG, "model": {"lr": 0.2, "model": "x"}}
+    make_run(tmp_path, "20260101-000000", other)
+    make_run(tmp_path, "20260102-000000", None)
+    found = find_continuation(tmp_path, CONFIG)
+    assert found.run.path.name == "20250101-000000-10"
+    assert found.checkpoint is None
+    longer = {**CONFIG, "trainer": {"max_epochs": 9}, "ckpt_path": "x.ckpt"}
+    assert find_continuation(tmp_path, longer).run == found.run
+
+
+def test_other_options_are_named(tmp_path):
+    make_run(tmp_path, "20250101-000000")
+    found = find_continuation(tmp_path, {**CONFIG, "model": {"lr": 0.2, "model": "x"}})
+    assert found.run is None
+    assert "has other options: model.lr 0.1 -> 0.2" in found.notes[0]
+
+
+def test_the_newest_usable_checkpoint_counts_and_the_others_are_named(tmp_path):
+    run = make_run(tmp_path, "r")
+    write(run / "checkpoints/a.ckpt", 50)
+    good = write(run / "snapshots/b.ckpt", 40)
+    flipped = write(run / "snapshots/c.ckpt", 30)
+    data = bytearray(flipped.read_bytes())
+    at = data.index(torch.ones(99).numpy().tobytes())
+    data[at] ^= 1
+    flipped.write_bytes(data)
+    os.utime(flipped, (10**9 - 30,) * 2)
+    weights = run / "checkpoints/d.ckpt"
+    torch.save({"state_dict": {}}, weights)
+    os.utime(weights, (10**9 - 20,) * 2)
+    cut = write(run / "checkpoints/e.ckpt", 10)
+    cut.write_bytes(cut.read_bytes()[:-100])
+    empty = run / "checkpoints/f.ckpt"
+    empty.touch()
+    (run / "checkpoints/last.ckpt").symlink_to("gone.ckpt")
+    found, notes = newest_usable(run)
+    assert found == good
+    assert len(notes) == 4
+    assert "holds weights only" in why_unusable(weights)
+    assert "not as it was written" in why_unusable(flipped)
+    assert all("cut short" in why_unusable(path) for path in (cut, empty))
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint's schedule of")
+def test_same_command_twice_is_one_run_and_longer_goes_on(tmp_path, capsys):
+    main(FIT)
+    assert "a new run begins" in capsys.readouterr().out
+    (run,) = [p for p in (tmp_path / "runs/r").iterdir() if not p.is_symlink()]
+    before = sorted((run / "checkpoints").iterdir())
+    main(FIT)
+    assert "goes on from" in capsys.readouterr().out
+    assert sorted((run / "checkpoints").iterdir()) == before
+    main([*FIT, "--trainer.max_epochs", "3"])
+    assert len([p for p in (tmp_path / "runs/r").iterdir() if not p.is_symlink()]) == 1
+    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 12
+
+
+def test_a_truncated_checkpoint_is_passed_over_or_another_is_offered(tmp_path, capsys):
+    main(FIT)
+    run = (tmp_path / "runs/r/latest").resolve()
+    last = (run / "checkpoints/last.ckpt").resolve()
+    whole = torch.load(last, weights_only=True)
+    last.write_bytes(last.read_bytes()[:-1000])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["fit", "--ckpt_path", str(run / "checkpoints/last.ckpt")])
+    said = capsys.readouterr().err
+    assert "damaged, cut short" in said
+    assert (
+        f"newest checkpoint of this run that can be read is {run}/snapshots/step=00000007" in said
+    )
+    main(FIT)
+    assert f"passed over {last}: it is damaged or cut short" in capsys.readouterr().out
+    again = torch.load(last, weights_only=True)
+    assert all(torch.equal(v, again["state_dict"][k]) for k, v in whole["state_dict"].items())
+
+
+def test_a_missing_artifact_is_made_up_for(tmp_path):
+    """A run that was killed after its last checkpoint, before its artifact."""
+    main(FIT)
+    checkpoints = (tmp_path / "runs/r/latest").resolve() / "checkpoints"
+    artifact = (checkpoints / "last").resolve()
+    for path in artifact.iterdir():
+        path.unlink()
+    artifact.rmdir()
+    (checkpoints / "last").unlink()
+    (checkpoints / "last.ckpt").unlink()
+    main(FIT)
+    assert (checkpoints / "last/manifest.json").is_file()
+    assert (checkpoints / "last.ckpt").resolve().is_file()
+
+
+def test_a_checkpoint_that_is_named_goes_before_auto(tmp_path, capsys):
+    """The run's own configuration, which says auto, is read along with its checkpoint."""
+    main(FIT)
+    run = (tmp_path / "runs/r/latest").resolve()
+    snapshot = run / "snapshots/step=00000007.ckpt"
+    (run / "checkpoints/epoch=001-step=000008.ckpt").unlink()
+    capsys.readouterr()
+    main(["fit", "--ckpt_path", str(snapshot)])
+    assert "resume:" not in capsys.readouterr().out
+    assert (run / "checkpoints/epoch=001-step=000008.ckpt").is_file()
+
+
+def test_sigterm_exits_with_143_and_the_same_command_goes_on(tmp_path, cache):
+    command = [sys.executable, "-m", "mobileone", *FIT, "--trainer.max_epochs", "100"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    end = time.monotonic() + 200
+    while not list(tmp_path.glob("runs/r/*/checkpoints/last.ckpt")) and time.monotonic() < end:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 143
+    assert "to continue: mobileone fit --ckpt_path" in said
+    found, _ = newest_usable((tmp_path / "runs/r/latest").resolve())
+    assert found.parent.name == "snapshots"
+
+
+@pytest.mark.slow
+def test_kills_leave_no_trace(tmp_path):
+    """Five; `python tests/soak_resume.py` makes fifty. In a process that forks, without threads."""
+    script = Path(__file__).parents[1] / "soak_resume.py"
+    path = {"PYTHONPATH": str(script.parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script), "--kills", "5", "--seed", str(torch.seed() % 1000)],
+        env={**os.environ, **path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "5 kills" in done.stdout
