@@ -38,6 +38,6 @@ def complete(commands: Mapping[str, _Command]) -> None:
         from lightning_modules.training import run
 
         run(name, [])
-    else:
+    elif name not in ("segment", "detect"):  # whose parser is LightningCLI's own
         module = import_module(commands[name].target.partition(":")[0])
         getattr(module, f"{name}_parser")(name).parse_args([])
