@@ -24,6 +24,7 @@ class Command:
 
 
 _TRAINING = "lightning_modules.training:run"
+_DENSE = "lightning_modules.dense.commands:run"
 
 COMMANDS = {
     "fit": Command(_TRAINING, "train; after each validation write checkpoint and fused artifacts"),
@@ -44,6 +45,8 @@ COMMANDS = {
         "lightning_modules.measure_commands:benchmark",
         "measure on this machine: latency, throughput, memory, data, the cost of a training step",
     ),
+    "segment": Command(_DENSE, "fit, validate or export a segmentation network"),
+    "detect": Command(_DENSE, "fit, validate or export an object detector"),
     "shards": Command(
         "lightning_modules.data_commands:shards",
         "write a folder of images as WebDataset shards, or check those that were written",

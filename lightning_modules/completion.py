@@ -33,6 +33,6 @@ def complete(commands: Mapping[str, str]) -> None:
         from lightning_modules.training import run
 
         run(name, [])
-    else:
+    elif name not in ("segment", "detect"):  # whose parser is LightningCLI's own
         module = import_module(commands[name].partition(":")[0])
         getattr(module, f"{name}_parser")(name).parse_args([])

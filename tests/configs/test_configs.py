@@ -13,7 +13,9 @@ from lightning_modules.cli import main
 from lightning_modules.config_files import find_configs, option_value, packaged_configs
 
 ROOT = Path(str(files("configs")))
-RECIPES = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*.yaml"))
+RECIPES = sorted(  # those of `mobileone fit`; the others are in tests/dense
+    p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*.yaml") if p.parent.name != "dense"
+)
 SMALL = ["--data.input_size", "32", "--data.batch_size", "4", "--data.num_workers", "0"]
 
 
@@ -32,7 +34,8 @@ def images(tmp_path_factory):
 
 def test_all_recipes_are_known():
     assert len(RECIPES) == 10
-    assert {f"{name}.yaml" for name in packaged_configs()} == set(RECIPES)
+    packaged = {f"{name}.yaml" for name in packaged_configs() if not name.startswith("dense/")}
+    assert packaged == set(RECIPES)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

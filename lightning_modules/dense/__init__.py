@@ -1,0 +1,1 @@
+"""Training of detection and segmentation networks."""

@@ -1,0 +1,105 @@
+"""Generated pictures of shapes, with masks and boxes: data for a try and for the tests."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.utils.data import Dataset
+
+__all__ = ["CLASSES", "Picture", "Shapes", "draw_shapes"]
+
+CLASSES = ("background", "circle", "square", "triangle")
+
+
+class Picture(NamedTuple):
+    """One picture: image uint8 (3, S, S), mask (S, S), boxes (B, 4) in pixels, labels (B,)."""
+
+    image: Tensor
+    mask: Tensor
+    boxes: Tensor
+    labels: Tensor
+
+
+class Shapes(Dataset[Picture]):
+    """Pictures that are a function of (seed, index).
+
+    Args:
+        count: How many.
+        size: Side in pixels.
+        seed: Pictures of different seeds differ.
+    """
+
+    def __init__(self, count: int, size: int, seed: int) -> None:
+        self.count, self.size, self.seed = count, size, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Picture:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        return draw_shapes(np.random.default_rng((self.seed, index)), self.size)
+
+
+def draw_shapes(generator: np.random.Generator, size: int) -> Picture:
+    """One to three shapes of any colour, apart from each other, on a noisy ground.
+
+    Args:
+        generator: Source of everything random.
+        size: Side in pixels.
+    """
+    ground = generator.integers(0, 100, 3)
+    noise = generator.integers(-20, 21, (size, size, 3))
+    image = Image.fromarray((ground + noise).clip(0, 255).astype(np.uint8))
+    mask = Image.new("L", (size, size), 0)
+    boxes: list[tuple[float, float, float, float]] = []
+    labels: list[int] = []
+    wanted = int(generator.integers(1, 4))
+    while len(boxes) < wanted:
+        radius = generator.uniform(0.14, 0.24) * size
+        x, y = generator.uniform(radius, size - radius, 2)
+        box = (x - radius, y - radius, x + radius, y + radius)
+        if any(_overlap(box, other) for other in boxes):
+            wanted -= len(boxes) > 0  # there is one already: do with fewer
+            continue
+        label = int(generator.integers(1, len(CLASSES)))
+        colour = tuple(generator.integers(130, 256, 3).tolist())
+        for canvas, fill in ((image, colour), (mask, label)):
+            _paint(ImageDraw.Draw(canvas), label, (x, y), radius, fill)
+        boxes.append(box)
+        labels.append(label)
+    return Picture(
+        torch.from_numpy(np.array(image)).permute(2, 0, 1),  # (S, S, 3) -> (3, S, S)
+        torch.from_numpy(np.array(mask)).long(),
+        torch.tensor(boxes, dtype=torch.float32),
+        torch.tensor(labels),
+    )
+
+
+def _paint(
+    draw: ImageDraw.ImageDraw,
+    label: int,
+    centre: tuple[float, float],
+    radius: float,
+    fill: int | tuple[int, ...],
+) -> None:
+    """A circle, square or triangle whose bounding box is the square around ``centre``."""
+    x, y = centre
+    box = (x - radius, y - radius, x + radius, y + radius)
+    if CLASSES[label] == "circle":
+        draw.ellipse(box, fill=fill)
+    elif CLASSES[label] == "square":
+        draw.rectangle(box, fill=fill)
+    else:
+        draw.polygon([(x, y - radius), (box[0], box[3]), (box[2], box[3])], fill=fill)
+
+
+def _overlap(first: tuple[float, ...], second: tuple[float, ...]) -> bool:
+    return (
+        first[0] < second[2]
+        and second[0] < first[2]
+        and first[1] < second[3]
+        and second[1] < first[3]
+    )

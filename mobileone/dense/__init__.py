@@ -1,0 +1,6 @@
+"""Detection and segmentation on the family's features, with the heads of other libraries."""
+
+from mobileone.dense.detection import ssdlite
+from mobileone.dense.segmentation import SEGMENTERS, deeplabv3, segmenter
+
+__all__ = ["SEGMENTERS", "deeplabv3", "segmenter", "ssdlite"]

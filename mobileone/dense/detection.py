@@ -1,0 +1,124 @@
+"""Object detection: torchvision's SSD with SSDLite's head on a timm model.
+
+MobileOne, arXiv 2206.04040, section 4.3, detects with SSDLite (Sandler et al., arXiv 1801.04381,
+section 6.2) at 320 pixels.
+"""
+
+from functools import partial
+from typing import Any
+
+import timm
+from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.ssd import SSD
+from torchvision.models.detection.ssdlite import SSDLiteHead
+from torchvision.ops import Conv2dNormActivation
+
+import mobileone.registration  # noqa: F401  (registers the family with timm)
+
+__all__ = ["RawSSD", "SSDFeatures", "ssdlite"]
+
+_EXTRA = (512, 256, 256, 128)  # channels of the coarser maps, as in torchvision's SSDLite
+_NORM = partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)
+
+
+class SSDFeatures(nn.Module):
+    """The backbone's maps of strides 16 and 32, and four coarser ones.
+
+    Args:
+        backbone: Returns the two maps.
+        channels: Of the second.
+    """
+
+    def __init__(self, backbone: nn.Module, channels: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.extra = nn.ModuleList()
+        for width in _EXTRA:
+            self.extra.append(_halve(channels, width))
+            channels = width
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Images (N, 3, H, W) -> six maps, each half the size of the one before."""
+        maps: list[Tensor] = self.backbone(images)
+        for block in self.extra:
+            maps.append(block(maps[-1]))
+        return {str(number): features for number, features in enumerate(maps)}
+
+
+class RawSSD(nn.Module):
+    """An SSD between its input transform and its boxes: what a phone runs as one graph.
+
+    Args:
+        network: An SSD of torchvision.
+    """
+
+    def __init__(self, network: SSD) -> None:
+        super().__init__()
+        self.backbone = network.backbone
+        self.head = network.head
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (N, 3, S, S), normalised -> offsets (N, A, 4), logits (N, A, classes)."""
+        answer = self.head(list(self.backbone(images).values()))
+        return answer["bbox_regression"], answer["cls_logits"]
+
+
+def ssdlite(model: str, num_classes: int, *, size: int = 320, pretrained: bool = False) -> SSD:
+    """SSDLite on a timm model, with torchvision's anchors, loss and non-maximum suppression.
+
+    Args:
+        model: timm name, for example `mobileone_s1`.
+        num_classes: Classes, background (0) included.
+        size: Side in pixels to which images are resized; at least 64.
+        pretrained: Start the backbone from timm's weights.
+
+    Returns:
+        The network of torchvision's interface: a list of images (3, H, W) in 0..1, and in training
+        targets with `boxes` (B, 4) as x1, y1, x2, y2 and `labels` (B,); it returns losses in
+        training and else `boxes`, `scores` and `labels` of each image.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+    if num_classes < 2:
+        raise ValueError(f"`num_classes` (={num_classes}) must be at least 2, background included")
+    if size < 64:
+        raise ValueError(f"`size` (={size}) must be at least 64: the coarsest map has stride 512")
+    backbone: Any = timm.create_model(
+        model, features_only=True, out_indices=(-2, -1), pretrained=pretrained
+    )
+    features = SSDFeatures(backbone, backbone.feature_info.channels()[-1])
+    widths = [*backbone.feature_info.channels(), *_EXTRA]
+    anchors = DefaultBoxGenerator([[2, 3] for _ in widths], min_ratio=0.2, max_ratio=0.95)
+    counts = anchors.num_anchors_per_location()
+    config = timm.get_pretrained_cfg(model)
+    mean, std = (config.mean, config.std) if config else ((0.5,) * 3, (0.5,) * 3)
+    return SSD(
+        features,
+        anchors,
+        (size, size),
+        num_classes,
+        list(mean),
+        list(std),
+        SSDLiteHead(widths, counts, num_classes, _NORM),
+        score_thresh=0.001,
+        nms_thresh=0.55,
+        detections_per_img=300,
+        topk_candidates=300,
+    )
+
+
+def _halve(inputs: int, outputs: int) -> nn.Sequential:
+    """SSDLite's extra block: narrow, depthwise with stride 2, widen."""
+    block = partial(Conv2dNormActivation, norm_layer=_NORM, activation_layer=nn.ReLU6)
+    middle = outputs // 2
+    layers = nn.Sequential(
+        block(inputs, middle, kernel_size=1),
+        block(middle, middle, kernel_size=3, stride=2, groups=middle),
+        block(middle, outputs, kernel_size=1),
+    )
+    for module in layers.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=0.03)
+    return layers

@@ -1,0 +1,121 @@
+"""Networks on the family's features: shapes, exact fusing, and what torchvision expects."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torchvision.models.segmentation.deeplabv3 import DeepLabHead
+
+from mobileone import reparameterize
+from mobileone.block import MobileOneBlock
+from mobileone.dense import SEGMENTERS, deeplabv3, segmenter, ssdlite
+from mobileone.dense.detection import RawSSD
+
+
+def smp_or_skip(architecture):
+    if architecture != "deeplabv3":
+        pytest.importorskip("segmentation_models_pytorch", reason="needs the extra `dense`")
+
+
+@pytest.mark.parametrize("architecture", SEGMENTERS)
+def test_fused_segmentation_is_exact(architecture, randomise):
+    """Against the sum of the branches, in float64."""
+    smp_or_skip(architecture)
+    network = randomise(segmenter(architecture, "mobileone_s0", 3)).double().eval()
+    fused = reparameterize(network)
+    assert not any(isinstance(module, MobileOneBlock) for module in fused.modules())
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        expected = _by_branches(network)(images)
+        found = fused(images)
+    assert found.shape == (2, 3, 64, 64)
+    assert (found - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+
+class _Branches(torch.nn.Module):
+    """A block computed branch by branch, as in training, on fixed statistics."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        branches = [*self.block.conv_kxk, self.block.conv_scale, self.block.identity]
+        summed = sum(branch(x) for branch in branches if branch is not None)
+        return self.block.act(self.block.attn(summed))
+
+
+def _by_branches(network):
+    changed = copy.deepcopy(network)
+    for parent in list(changed.modules()):
+        for name, block in list(parent.named_children()):
+            if isinstance(block, MobileOneBlock):
+                setattr(parent, name, _Branches(block))
+    return changed
+
+
+def test_fused_detector_is_exact(randomise):
+    network = ssdlite("mobileone_s0", 4, size=96).double().eval()
+    randomise(network)
+    fused = reparameterize(network)
+    assert not any(isinstance(module, MobileOneBlock) for module in fused.modules())
+    images = torch.randn(2, 3, 96, 96, dtype=torch.float64)
+    with torch.no_grad():
+        pairs = zip(RawSSD(fused)(images), RawSSD(_by_branches(network))(images), strict=True)
+        for found, expected in pairs:
+            assert (found - expected).abs().max() <= 1e-10 * expected.abs().max()
+        answers = zip(fused(list(images)), network(list(images)), strict=True)
+        for found, expected in answers:
+            assert torch.equal(found["labels"], expected["labels"])
+            assert torch.allclose(found["boxes"], expected["boxes"], atol=1e-8)
+
+
+def test_deeplabv3_is_torchvisions_head_on_timms_features():
+    network = deeplabv3("mobileone_s0", 5, output_stride=8).eval()
+    features = timm.create_model("mobileone_s0", features_only=True, output_stride=8).eval()
+    features.load_state_dict(network.backbone.state_dict())
+    head = DeepLabHead(1024, 5, (12, 24, 36)).eval()
+    head.load_state_dict(network.head.state_dict())
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        small = head(features(images)[-1])
+        assert small.shape == (1, 5, 8, 8)
+        expected = torch.nn.functional.interpolate(small, (64, 64), mode="bilinear")
+        assert torch.allclose(network(images), expected, rtol=1e-4)
+
+
+def test_detector_has_a_loss_in_training_and_boxes_after():
+    network = ssdlite("mobileone_mu0", 4, size=64)
+    images = [torch.rand(3, 64, 64), torch.rand(3, 50, 80)]
+    targets = [
+        {"boxes": torch.tensor([[4.0, 4, 30, 30]]), "labels": torch.tensor([2])},
+        {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)},
+    ]
+    losses = network(images, targets)
+    assert set(losses) == {"bbox_regression", "classification"}
+    sum(losses.values()).backward()
+    assert network.backbone.backbone.stem.conv_kxk[0].conv.weight.grad.abs().sum() > 0
+    boxes = network.eval()(images)[1]["boxes"]
+    assert boxes[:, 2].max() <= 80 and boxes[:, 3].max() <= 50  # in the image's own pixels
+
+
+@pytest.mark.parametrize("model", ["mobileone_s4", "repvgg_a0"])
+def test_other_backbones(model):
+    fused = reparameterize(deeplabv3(model, 2).eval())
+    assert fused(torch.rand(1, 3, 64, 64)).shape == (1, 2, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: deeplabv3("mobileone_s0", 3, output_stride=4), r"output_stride.*\[8, 16, 32\]"),
+        (lambda: deeplabv3("mobileone_s0", 1), "num_classes.*background"),
+        (lambda: segmenter("unest", "mobileone_s0", 3), "unest.*deeplabv3, unet"),
+        (lambda: ssdlite("mobileone_s0", 1), "num_classes.*background"),
+        (lambda: ssdlite("mobileone_s0", 3, size=32), "size.*at least 64"),
+    ],
+)
+def test_bad_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
