@@ -1,10 +1,10 @@
 """After each validation: a checkpoint, and from its weights the fused files that ship."""
 
-import contextlib
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import proxy
@@ -14,18 +14,17 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from callbacks.checkpoint_folder import CheckpointFolder
-from callbacks.exports import Exports, Outcome, Request
+from callbacks.exports import Request
+from callbacks.publisher import Listener, Publisher, Ranking
 from callbacks.recovery import training_state
 from callbacks.saving import on_rank_zero, save_complete, without_raising
-from mobileone.export import ExportSpec, Manifest, Metadata, TrainingState
+from callbacks.shipped import network_of, pixels_of, spec_of
+from mobileone.export import Metadata, TrainingState
 from mobileone.export.checkpoint import IMAGES_KEY
 from mobileone.export.formats import DEFAULT_FORMATS, check_formats
-from mobileone.export.manifest import MANIFEST_NAME
-from mobileone.export.preprocess import denormalise
-from mobileone.export.publish import clean_stale, sole_writer
 
 __all__ = ["ReparameterizeOnSave"]
 
@@ -111,10 +110,9 @@ class ReparameterizeOnSave(ModelCheckpoint):
         self.strict = strict
         self.background, self.timeout = background, timeout
         self.last_error: str | None = None
-        self._exports: Exports | None = None
+        self._publisher: Publisher | None = None
         self._images: Tensor | None = None
-        self._hold = contextlib.ExitStack()  # of the folder, during a fit
-        self.listeners: list[Callable[[Path, Manifest], None]] = []
+        self.listeners: list[Listener] = []
 
     # -- What others may ask -----------------------------------------------------------------
 
@@ -146,14 +144,14 @@ class ReparameterizeOnSave(ModelCheckpoint):
             super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _network_of(pl_module), _spec_of(pl_module)  # better now than after an epoch
+        network_of(pl_module), spec_of(pl_module)  # better now than after an epoch
         if _dry_run(trainer):
             return
         failure = on_rank_zero(trainer, lambda: self._take_folder(trainer))
         if failure:
             raise RuntimeError(failure)
         if trainer.ckpt_path is not None:
-            self._report(on_rank_zero(trainer, lambda: self._recover(trainer, pl_module)))
+            self._report(on_rank_zero(trainer, lambda: self._recover(pl_module)))
 
     def on_validation_batch_start(
         self,
@@ -165,7 +163,7 @@ class ReparameterizeOnSave(ModelCheckpoint):
     ) -> None:
         """Keep the first images of the fit to compare the files on."""
         if self._images is None and batch_idx == 0 and trainer.is_global_zero:
-            self._images = _pixels_of(batch, _spec_of(pl_module))
+            self._images = pixels_of(batch, spec_of(pl_module))
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -184,17 +182,17 @@ class ReparameterizeOnSave(ModelCheckpoint):
     ) -> None:
         """Take in an export that has ended meanwhile."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self._exports is None or self.strict:  # strict: all ranks stop at the next validation
+        publisher = self._publisher
+        if publisher is None or self.strict:  # strict: all ranks stop at the next validation
             return
-        if ended := self._exports.poll():
-            self._report(without_raising(lambda: self._settle(trainer, ended)))
+        self._report(without_raising(lambda: publisher.poll(self._ranking)))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wait for the last export."""
         super().on_train_end(trainer, pl_module)
         if _dry_run(trainer):
             return
-        failure = on_rank_zero(trainer, lambda: self._drain(trainer))
+        failure = on_rank_zero(trainer, self._drain)
         self._conclude(failure)
 
     def on_exception(
@@ -202,7 +200,7 @@ class ReparameterizeOnSave(ModelCheckpoint):
     ) -> None:
         """Let an export end that was under way."""
         super().on_exception(trainer, pl_module, exception)
-        self._report(without_raising(lambda: self._drain(trainer)))
+        self._report(without_raising(self._drain))
         self._leave()  # after Ctrl-C Lightning does not tear callbacks down
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -232,9 +230,7 @@ class ReparameterizeOnSave(ModelCheckpoint):
             metrics={k: float(v) for k, v in trainer.callback_metrics.items()},
             checkpoint=Path(path).name,
         )
-        failure = on_rank_zero(
-            trainer, lambda: self._publish(trainer, pl_module, path, training, earlier)
-        )
+        failure = on_rank_zero(trainer, lambda: self._publish(pl_module, path, training, earlier))
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))
@@ -272,6 +268,10 @@ class ReparameterizeOnSave(ModelCheckpoint):
     def _folder(self) -> CheckpointFolder:
         assert self.dirpath is not None
         return CheckpointFolder(self.dirpath)
+
+    @property
+    def _ranking(self) -> Ranking:
+        return Ranking(self.last_model_path, list(self.best_k_models))
 
     def _score(self, metrics: dict[str, Tensor]) -> Tensor:
         """The monitored value; NaN ranks behind everything."""
@@ -316,130 +316,63 @@ class ReparameterizeOnSave(ModelCheckpoint):
         self._last_checkpoint_saved = filepath
 
     def _take_folder(self, trainer: Trainer) -> str | None:
-        """Make sure that nobody else writes there, and clear what a killed run has left."""
-        folder = self._folder
+        """Make sure that nobody else writes there."""
         try:
-            # for some seconds a killed run's data workers keep its folder
-            patience = 15.0 if trainer.ckpt_path else 0.0
-            self._hold.enter_context(sole_writer(folder.path, patience))
+            self._publisher = Publisher(
+                trainer,
+                self._folder,
+                self.background,
+                self.timeout,
+                self.listeners,
+                lambda old, last: self._should_remove_checkpoint(trainer, old, last),
+            )
         except FileExistsError as error:
             return str(error)
-        clean_stale(folder.path)
-        self._exports = Exports(folder, self.background, self.timeout)
-        if trainer.ckpt_path is None and any(folder.path.glob("*.ckpt")):
-            rank_zero_warn(
-                f"{self.dirpath} holds checkpoints of another run: those of the same name will be "
-                "replaced, the others stay and do not count as best"
-            )
         return None
 
-    def _recover(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
-        """Bring links and artifacts up to the ranking: a killed run may not have come to it.
-
-        Waits for the exports, since a run that is done has no later moment to do so.
-        """
-        exports, folder = self._exports, self._folder
-        assert exports is not None
-        for path in dict.fromkeys([*self.best_k_models, self.last_model_path]):
-            if path and not folder.has_artifact(path):
-                record = folder.recorded_error(path)
-                if record and "RejectedError: " in record["error"]:
-                    continue
-                state = training_state(path, str(self.monitor), self.best_k_models.get(path))
-                exports.submit(self._request(pl_module, path, state))
-        return self._settle(trainer, exports.drain()) if self.last_model_path else None
-
     def _leave(self) -> None:
-        if self._exports is not None:
-            self._exports.stop()
-            self._exports = None
-        self._hold.close()
+        if self._publisher is not None:
+            self._publisher.close()
+            self._publisher = None
+
+    def _recover(self, pl_module: LightningModule) -> str | None:
+        """Make up for what a killed run has not come to. Returns what went wrong."""
+        assert self._publisher is not None
+
+        def request(checkpoint: str) -> Request:
+            score = self.best_k_models.get(checkpoint)
+            state = training_state(checkpoint, str(self.monitor), score)
+            return self._request(pl_module, checkpoint, state)
+
+        return self._publisher.recover(request, self._ranking)
 
     def _publish(
         self,
-        trainer: Trainer,
         pl_module: LightningModule,
         path: str,
         training: TrainingState,
         earlier: set[str],
     ) -> str | None:
         """All that rank 0 does once the checkpoint is complete. Returns what went wrong."""
-        exports = self._exports
-        assert exports is not None
-        ended = exports.drain()  # those of the validation before
-        exports.submit(self._request(pl_module, path, training))
-        ended += exports.poll()
-        if not any(o.failure and o.checkpoint == path for o in ended):
-            for missed, record in self._missed(path):
-                exports.submit(self._request(pl_module, missed, record))
-            ended += exports.poll()
-        return self._settle(trainer, ended, earlier)
+        assert self._publisher is not None
+        request = partial(self._request, pl_module)
+        return self._publisher.publish(path, training, request, self._ranking, earlier)
 
-    def _request(self, pl_module: LightningModule, path: str, training: TrainingState) -> Request:
+    def _request(
+        self, pl_module: LightningModule, checkpoint: str, training: TrainingState
+    ) -> Request:
         return Request(
-            path,
-            _network_of(pl_module),
-            _spec_of(pl_module),
+            checkpoint,
+            network_of(pl_module),
+            spec_of(pl_module),
             self.formats,
             training,
             self.metadata,
             self._images,
         )
 
-    def _missed(self, current: str) -> list[tuple[str, TrainingState]]:
-        """The best checkpoints whose export failed; one that was rejected would be again."""
-        folder = self._folder
-        records = {
-            path: folder.recorded_error(path)
-            for path in self.best_k_models
-            if path != current and not folder.has_artifact(path)
-        }
-        return [
-            (path, TrainingState(**record["training"]))
-            for path, record in records.items()
-            if record and "RejectedError: " not in record["error"]
-        ]
-
-    def _drain(self, trainer: Trainer) -> str | None:
-        ended = self._exports.drain() if self._exports is not None else []
-        return self._settle(trainer, ended) if ended else None
-
-    def _settle(
-        self, trainer: Trainer, ended: Sequence[Outcome], earlier: Collection[str] = ()
-    ) -> str | None:
-        """Move the links, remove what is neither last nor best, tell the listeners.
-
-        Returns:
-            What went wrong with the newest of the exports that have ended, empty if nothing; None
-            if none has ended.
-        """
-        folder, last = self._folder, self.last_model_path
-        before = {*earlier, *folder.linked_checkpoints()}
-        folder.move_link("last", [last])
-        folder.move_link("best", self.best_k_models)
-        keep = {*self.best_k_models, last} | folder.linked_checkpoints()
-        for old in sorted(before - keep):
-            if self._should_remove_checkpoint(trainer, old, last):
-                folder.remove(old)
-        for outcome in ended:
-            self._tell(trainer, outcome)
-        failures = [outcome.failure for outcome in ended if outcome.failure]
-        return ["", *failures][-1] if ended else None
-
-    def _tell(self, trainer: Trainer, outcome: Outcome) -> None:
-        """Log how far the files are from the network, and hand on what was published."""
-        folder = self._folder
-        artifact = folder.artifact_of(outcome.checkpoint)
-        published = outcome.failure is None
-        place = artifact if published else folder.rejected_of(outcome.checkpoint)
-        if not (place / MANIFEST_NAME).is_file():
-            return
-        manifest = Manifest.load(place)
-        for logger in trainer.loggers:
-            logger.log_metrics(manifest.measurements(), step=manifest.training.step)
-        if published:
-            for listener in self.listeners:
-                listener(artifact, manifest)
+    def _drain(self) -> str | None:
+        return self._publisher.drain(self._ranking) if self._publisher is not None else None
 
     def _conclude(self, failure: str | None) -> None:
         """Every rank agrees on what went wrong: stop here if it is meant to."""
@@ -457,28 +390,3 @@ class ReparameterizeOnSave(ModelCheckpoint):
 
 def _dry_run(trainer: Trainer) -> bool:
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-
-
-def _network_of(pl_module: LightningModule) -> nn.Module:
-    """The network that ships, without the wrapper of `torch.compile`."""
-    model = getattr(pl_module, "model", None)
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"{type(pl_module).__name__} must keep the network that ships in `self.model`"
-        )
-    return model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model
-
-
-def _spec_of(pl_module: LightningModule) -> ExportSpec:
-    spec = pl_module.export_spec
-    if not isinstance(spec, ExportSpec):
-        raise TypeError(f"`export_spec` must be an ExportSpec, not {type(spec).__name__}")
-    return spec
-
-
-def _pixels_of(batch: Any, spec: ExportSpec, count: int = 8) -> Tensor | None:
-    """The first 8-bit images of a batch (images, ...); None if they are not of the spec's size."""
-    images = batch[0] if isinstance(batch, (list, tuple)) and batch else None
-    if not isinstance(images, Tensor) or tuple(images.shape[1:]) != spec.input_size:
-        return None
-    return denormalise(images[:count], spec)

@@ -179,7 +179,7 @@ def test_training_goes_on_while_the_worker_works(make, tmp_path, folder, started
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if trainer.current_epoch == 1:
                 if batch_idx == tests.STEPS - 1:
-                    trainer.callbacks[-1]._exports._current[1]._process.wait()
+                    trainer.callbacks[-1]._publisher.exports._current[1]._process.wait()
                 seen.append((folder / "last").exists())
 
         def on_validation_start(self, trainer, pl_module):
