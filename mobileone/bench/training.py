@@ -137,9 +137,11 @@ class TrainingBenchmark:
                 places = [variants.index(row.variant) + i / (len(names) + 1) for row in rows]
                 values = [getattr(row, field) / unit for row in rows]
                 axes.bar(places, values, 0.9 / (len(names) + 1), align="edge", label=name)
-            axes.set_xticks([v + 0.45 for v in range(len(variants))], variants)
+            middle = 0.5 * len(names) / (len(names) + 1)
+            axes.set_xticks([v + middle for v in range(len(variants))], variants)
             axes.set_ylabel(label)
-        panels[0].legend(fontsize="small")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(names))
         figure.suptitle(f"{self.batch_size} × {self.image_size} px, {self.device}")
         figure.savefig(path, dpi=150)
 

@@ -4,7 +4,9 @@ The functions take and give what those of the same names in `native` do, for inp
 float16 or bfloat16. With `TRITON_INTERPRET=1` in the environment Triton runs them on a CPU.
 """
 
-# ruff: noqa: ANN001, ANN202 (Triton reads a kernel's annotations)
+# Triton reads a kernel's annotations
+# ruff: noqa: ANN001, ANN202
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 from typing import Any
 

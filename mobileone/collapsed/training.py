@@ -1,7 +1,7 @@
 """The training path of a block: pick an exact form, run it, move the running statistics."""
 
 # torch types every attribute of an nn.Module as `Tensor | Module`
-# mypy: disable-error-code="union-attr"
+# mypy: disable-error-code="union-attr,assignment"
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def plan_collapsed(block: MobileOneBlock, x: Tensor) -> Plan | None:
     if block.collapse == "never" or not _is_ordinary(x) or isinstance(block.drop_path, DropPath):
         return None
     geometry, kind = describe(block), x.device.type
-    own: torch.dtype = block.conv_kxk[0].conv.weight.dtype  # type: ignore[assignment]
+    own: torch.dtype = block.conv_kxk[0].conv.weight.dtype
     autocast = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
     height, width = geometry.output_size(*x.shape[2:])

@@ -120,7 +120,16 @@ def test_gradcheck(function, shape, relu, randomise, twin):
     assert torch.autograd.gradcheck(output, (x, *parameters(block)))
 
 
-@pytest.mark.parametrize("variant", ["mobileone_s0", "mobileone_s1", "mobileone_s4"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "mobileone_s0",
+        "mobileone_s1",
+        pytest.param("mobileone_s2", marks=pytest.mark.slow),
+        pytest.param("mobileone_s3", marks=pytest.mark.slow),
+        "mobileone_s4",
+    ],
+)
 def test_whole_networks_train_as_timms(variant, randomise, twin):
     theirs = randomise(getattr(byobnet, variant)(num_classes=5)).double()
     ours = timm.create_model(variant, num_classes=5).double()

@@ -92,6 +92,7 @@ def test_autocast_keeps_the_statistics_in_float32(shape, mode, dtype, twin):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast_blocks_behind_the_first_collapse_as_well(dtype):
     block = MobileOneBlock(16, 16, 1, num_conv_branches=4)
+    set_collapse(block, "always")
     x = torch.randn(16, 16, 14, 14, dtype=dtype)  # as the block before leaves it
     assert path_of(block, x) is Path.BRANCHES  # an error of the caller's
     with torch.autocast("cpu", dtype):
