@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
+
+from lightning_modules.answers import answer
 
 __all__ = [
     "compress",
@@ -28,7 +30,7 @@ def predict(name: str, argv: list[str]) -> None:
     del options[_ARTIFACT]
     from lightning_modules.predict import predict_folder
 
-    summary = _answer(name, predict_folder, options)
+    summary = answer(name, predict_folder, **options.as_dict())
     print(f"{summary.images} images -> {summary.output}")
     for path, reason in summary.unreadable:
         print(f"unreadable: {path}: {reason}", file=sys.stderr)
@@ -66,7 +68,7 @@ def export(name: str, argv: list[str]) -> None:
     options = export_parser(name).parse_args(argv)
     from mobileone.export.checkpoint import export_checkpoint
 
-    manifest = _answer(name, export_checkpoint, options)
+    manifest = answer(name, export_checkpoint, **options.as_dict())
     print(f"{', '.join(manifest.formats)} -> {Path(options.directory)}")
 
 
@@ -87,7 +89,7 @@ def inspect(name: str, argv: list[str]) -> None:
     options = inspect_parser(name).parse_args(argv)
     from mobileone.export.describe import describe_artifact
 
-    print(_answer(name, describe_artifact, options))
+    print(answer(name, describe_artifact, **options.as_dict()))
 
 
 def inspect_parser(name: str) -> ArgumentParser:
@@ -108,7 +110,7 @@ def compress(name: str, argv: list[str]) -> None:
     options = compress_parser(name).parse_args(argv)
     from lightning_modules.compress import compress_checkpoint, format_rows
 
-    print(format_rows(_answer(name, compress_checkpoint, options)))
+    print(format_rows(answer(name, compress_checkpoint, **options.as_dict())))
     print(f"-> {Path(options.directory)}")
 
 
@@ -129,14 +131,3 @@ def _parser_of(name: str, function: Callable[..., Any], description: str) -> Arg
     parser = ArgumentParser(prog=f"mobileone {name}", description=description)
     parser.add_function_arguments(function, as_positional=True, as_group=False)
     return parser
-
-
-def _answer(name: str, function: Callable[..., Any], options: Namespace) -> Any:
-    """Call a function whose errors are messages for the user."""
-    from mobileone.export import RejectedError
-
-    try:
-        return function(**options.as_dict())
-    except (ValueError, OSError, ImportError, RejectedError) as error:
-        print(f"mobileone {name}: error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -1,9 +1,10 @@
 """The subcommands about data sets: shards, benchmark data."""
 
-import sys
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
+
+from lightning_modules.answers import answer, fail, print_table
 
 __all__ = ["data_benchmark_parser", "print_data_benchmark", "shards", "shards_parser"]
 
@@ -19,16 +20,12 @@ def shards(name: str, argv: list[str]) -> None:
     silence_known_messages()
     arguments = options.as_dict()
     checked = arguments.pop("verify")
-    try:
-        if checked is not None:
-            manifest, place = verify_shards(checked), checked
-        elif arguments["source"] is None or arguments["destination"] is None:
-            raise ValueError("give SRC and DST, or --verify DST; --help says more.")
-        else:
-            manifest, place = make_shards(**arguments), arguments["destination"]
-    except (ValueError, OSError, ImportError) as error:
-        print(f"mobileone {name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    if checked is not None:
+        manifest, place = answer(name, verify_shards, root=checked), checked
+    elif arguments["source"] is None or arguments["destination"] is None:
+        fail(name, "give SRC and DST, or --verify DST; --help says more.")
+    else:
+        manifest, place = answer(name, make_shards, **arguments), arguments["destination"]
     for split in manifest.splits.values():
         print(
             f"{split.name}: {split.num_samples} images of {len(manifest.classes)} classes in "
@@ -56,19 +53,12 @@ def shards_parser(name: str) -> ArgumentParser:
 
 def print_data_benchmark(name: str, options: Namespace) -> None:
     """Run `mobileone benchmark data`."""
-    from rich.console import Console
-
     from lightning_modules.data_benchmark import benchmark_data
     from lightning_modules.quiet import silence_known_messages
 
     silence_known_messages()
-    try:
-        result = benchmark_data(**options.as_dict())
-    except (ValueError, OSError, ImportError) as error:
-        print(f"mobileone {name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    # a pipe has no width of its own, and names must not be cut
-    Console(width=None if sys.stdout.isatty() else 120).print(result.table())
+    result = answer(name, benchmark_data, **options.as_dict())
+    print_table(result.table())
     print(result.verdict)
     if options.directory is not None:
         print(Path(options.directory) / "data.json")

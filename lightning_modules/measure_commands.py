@@ -8,6 +8,8 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from lightning_modules.answers import answer, fail, print_table
+
 __all__ = ["benchmark", "benchmark_parser", "profile", "profile_parser"]
 
 
@@ -100,8 +102,8 @@ def benchmark_parser(name: str) -> ArgumentParser:
 def _training(name: str, options: Namespace) -> None:
     from mobileone.bench.training import benchmark_training
 
-    result = _answer(name, lambda: benchmark_training(**options.as_dict()))
-    _print(result.table())
+    result = answer(name, benchmark_training, **options.as_dict())
+    print_table(result.table())
     if options.directory is not None:
         print(f"{Path(options.directory)}/training.json, training.png")
 
@@ -112,10 +114,10 @@ def _latency(name: str, options: Namespace) -> None:
     from mobileone.bench.tables import change_table, latency_table
 
     against = options.pop("against")
-    before = _answer(name, lambda: Result.load(against)) if against else None
+    before = answer(name, lambda: Result.load(against)) if against else None
     result = _measure(name, measure_latency, options, latency_table)
     if before is not None:
-        _print(_answer(name, lambda: change_table(before, result)))
+        print_table(answer(name, lambda: change_table(before, result)))
 
 
 def _throughput(name: str, options: Namespace) -> None:
@@ -135,7 +137,7 @@ def _memory(name: str, options: Namespace) -> None:
 def _pareto(name: str, options: Namespace) -> None:
     from mobileone.bench.pareto import draw_pareto
 
-    paths = _answer(name, lambda: draw_pareto(**options.as_dict()))
+    paths = answer(name, draw_pareto, **options.as_dict())
     print(", ".join(map(str, paths)))
 
 
@@ -180,10 +182,10 @@ def _measure(
     """Call a measurement with the models that were named, print and save what it returns."""
     suite, output = options.pop("suite"), options.pop("output")
     if output is not None and Path(output).suffix != ".json":
-        _fail(name, f"`output` (={output!r}) must end in .json")
+        fail(name, f"`output` (={output!r}) must end in .json")
     named = options.pop("models")
     if not named and suite is None:
-        _fail(name, "name models, such as mobileone_s0, or a suite: --suite paper, --suite 2026")
+        fail(name, "name models, such as mobileone_s0, or a suite: --suite paper, --suite 2026")
 
     def run() -> Any:
         from mobileone.bench.suites import get_suite
@@ -196,8 +198,8 @@ def _measure(
         return result
 
     _show_progress()
-    result = _answer(name, run)
-    _print(table(result))
+    result = answer(name, run)
+    print_table(table(result))
     if output is not None:
         print(f"{result.save(output)}, {result.write_csv(Path(output).with_suffix('.csv'))}")
     return result
@@ -209,23 +211,3 @@ def _show_progress() -> None:
     if sys.stderr.isatty() and not logger.handlers:
         logger.addHandler(logging.StreamHandler())
         logger.setLevel(logging.INFO)
-
-
-def _print(table: Any) -> None:
-    from rich.console import Console
-
-    # a pipe has no width of its own, and names must not be cut
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
-
-
-def _answer(name: str, function: Callable[[], Any]) -> Any:
-    """Call a function whose errors are messages for the user."""
-    try:
-        return function()
-    except (ValueError, OSError, ImportError) as error:
-        return _fail(name, str(error))
-
-
-def _fail(name: str, message: str) -> Any:
-    print(f"mobileone {name}: error: {message}", file=sys.stderr)
-    sys.exit(2)

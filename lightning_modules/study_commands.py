@@ -1,11 +1,12 @@
 """The subcommands `study` and `report`."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
+
+from lightning_modules.answers import answer, print_table
 
 __all__ = ["report", "report_parser", "study", "study_parser"]
 
@@ -13,13 +14,10 @@ __all__ = ["report", "report_parser", "study", "study_parser"]
 def study(name: str, argv: list[str]) -> None:
     """Run `mobileone study`."""
     options = study_parser(name).parse_args(argv)
-    from rich.console import Console
-
     chosen = options.subcommand
     function, show = _study(chosen)
-    result = _answer(f"{name} {chosen}", function, options[chosen].as_dict())
-    # a pipe has no width of its own, and names must not be cut
-    Console(width=None if sys.stdout.isatty() else 140).print(show(result))
+    result = answer(f"{name} {chosen}", function, **options[chosen].as_dict())
+    print_table(show(result))
     directory = options[chosen].directory
     if directory is not None:
         print(f"{Path(directory)}/{chosen}.json, .csv, .png, .svg")
@@ -43,7 +41,7 @@ def report(name: str, argv: list[str]) -> None:
     options = report_parser(name).parse_args(argv)
     from lightning_modules.report import write_report
 
-    path = _answer(name, write_report, options.as_dict())
+    path = answer(name, write_report, **options.as_dict())
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
@@ -93,12 +91,3 @@ def _study(chosen: str) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
     from lightning_modules.ablation_report import ablation_table
 
     return study_ablation, ablation_table
-
-
-def _answer(name: str, function: Callable[..., Any], options: dict[str, Any]) -> Any:
-    """Call a function whose errors are messages for the user."""
-    try:
-        return function(**options)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"mobileone {name}: error: {error}", file=sys.stderr)
-        sys.exit(2)

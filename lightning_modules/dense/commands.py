@@ -8,6 +8,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from lightning_modules.answers import fail
 from lightning_modules.config_files import find_configs
 from lightning_modules.dense.data import DetectionData, SegmentationData
 from lightning_modules.dense.export import export_detector, export_segmenter
@@ -44,8 +45,7 @@ def run(name: str, argv: list[str]) -> None:
     except Exception as error:
         if (message := message_for_user(error)) is None:
             raise
-        print(f"mobileone {name}: error: {message}", file=sys.stderr)
-        sys.exit(2)
+        fail(name, message)
 
 
 class _DenseCLI(LightningCLI):
