@@ -96,8 +96,8 @@ def test_gradients_and_averages_are_those_of_the_joint_batch(name, make_folder, 
     for part in ("gradients", "weights", "average"):  # the same bits on both ranks
         pairs = zip(_flat(first[part]), _flat(second[part]), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs), part
-    for key, value in alone["average"].items():
-        torch.testing.assert_close(first["average"][key], value, rtol=1e-6, atol=1e-9)
+    for key, value in alone["average"].items():  # kept in float32
+        torch.testing.assert_close(first["average"][key], value, rtol=1e-4, atol=1e-6)
 
 
 def _flat(part):

@@ -102,6 +102,7 @@ def test_without_bad_steps_the_option_changes_nothing(pets, tmp_path):
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
 
 
+@pytest.mark.filterwarnings("ignore")  # not the tests' own rule should stop it
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(pets, monkeypatch):
     """Pillow's limit, lowered: between once and twice the limit Pillow itself only warns."""
     for factor in (1.5, 3.0):
