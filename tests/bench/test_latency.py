@@ -94,18 +94,23 @@ def test_a_converter_that_fails_is_named_beside_those_that_do_not(monkeypatch):
     assert "in torchscript: NotImplementedError" in text_of(latency_table(result))
 
 
-def test_inputs_are_allocated_before(monkeypatch):
+def test_a_contender_is_loaded_once_or_each_turn_on_the_same_input(monkeypatch):
     seen = []
 
     def load(path, x, threads):
         seen.append(x)
-        return contenders.RUNTIMES["torchscript"].load(path.with_name("torchscript"), x, threads)
+        return original.load(path, x, threads)
 
-    monkeypatch.setitem(RUNTIMES, "eager", dataclasses.replace(RUNTIMES["eager"], load=load))
-    measure_latency(
-        ["mobileone_mu0"], ["torchscript", "eager"], runs=2, batch_size=3, image_size=32
-    )
-    assert seen and all(x is seen[0] for x in seen) and seen[0].shape == (3, 3, 32, 32)
+    original = RUNTIMES["eager"]
+    monkeypatch.setitem(RUNTIMES, "eager", dataclasses.replace(original, load=load))
+    for protocol, loads in (("paper", 1), ("modelbench", 20)):
+        seen.clear()
+        (row,) = measure_latency(
+            ["mobileone_mu0"], ["eager"], protocol, runs=420, batch_size=3, image_size=32
+        ).rows
+        assert len(seen) == loads and all(x is seen[0] for x in seen)
+        assert seen[0].shape == (3, 3, 32, 32)
+        assert row["timed"] == (420 if protocol == "paper" else 20)
 
 
 def test_results_of_other_machines_and_settings_are_not_compared(result):
