@@ -47,26 +47,30 @@ def digits(count):
 
 @pytest.fixture(scope="module")
 def network():
-    """Trained for a moment, to tell bright from dark: random networks exceed half precision."""
+    """Fresh, on the statistics of the images, with a head that tells bright ones from dark ones.
+
+    The head is solved for, not trained: the first steps of a training are chaotic, and half
+    precision is good enough for only some of the networks that they lead to.
+    """
     torch.manual_seed(0)
     model = timm.create_model("mobileone_s0", num_classes=len(NAMES)).train()
     images = digits(128)
     inputs, classes = normalise(images, SPEC), images[:, 1].float().mean((1, 2)).argsort().argsort()
     classes = classes * len(NAMES) // len(images)  # by the brightness of the second channel
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    for _ in range(5):
-        for x, y in zip(inputs.split(16), classes.split(16), strict=True):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x), y).backward()
-            optimizer.step()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
             module.momentum = None  # the mean of all batches
     with torch.no_grad():
         for x in inputs.split(64):
             model(x)
-    return model.eval()
+        features = model.eval().forward_head(model.forward_features(inputs), pre_logits=True)
+        centred = (features - features.mean(0)).double()
+        wanted = F.one_hot(classes, len(NAMES)).double() * 10
+        gram = centred @ centred.T + 10 * centred.square().sum(1).mean() * torch.eye(128)
+        weight = (centred.T @ torch.linalg.solve(gram, wanted - wanted.mean(0))).T
+        model.head.fc.weight.copy_(weight)
+        model.head.fc.bias.copy_(wanted.mean(0) - weight @ features.mean(0).double())
+    return model
 
 
 @pytest.fixture(scope="module")
