@@ -24,24 +24,33 @@ def save_complete(trainer: Trainer, final: Path, weights_only: bool = False) -> 
 
     Raises:
         RuntimeError: rank 0 could not rename it.
-        OSError: it could not be written.
+        OSError: rank 0 could not write it; every rank raises.
     """
     with contextlib.ExitStack() as stack:
         place = ""
         if trainer.is_global_zero:
             place = str(stack.enter_context(staging(final.parent)))
         staged = Path(trainer.strategy.broadcast(place)) / final.name
-        try:
-            trainer.save_checkpoint(staged, weights_only)
-        except OSError as error:
-            raise OSError(
-                f"{final} could not be written ({error.strerror or error}); "
-                f"{shutil.disk_usage(final.parent).free / 1e6:.0f} MB are free there. The "
-                "checkpoints before it are whole: make room, then continue from the last"
-            ) from error
+        failure = trainer.strategy.broadcast(_write(trainer, staged, final, weights_only))
+        if failure:
+            raise OSError(failure)
         failure = on_rank_zero(trainer, lambda: publish_file(staged, final))
     if failure:
         raise RuntimeError(failure)
+
+
+def _write(trainer: Trainer, staged: Path, final: Path, weights_only: bool) -> str | None:
+    """Write, and come to where all ranks meet even if that fails; what went wrong, as a line."""
+    try:
+        trainer.save_checkpoint(staged, weights_only)
+    except OSError as error:
+        trainer.strategy.barrier("Trainer.save_checkpoint")  # the others are waiting there
+        return (
+            f"{final} could not be written ({error.strerror or error}); "
+            f"{shutil.disk_usage(final.parent).free / 1e6:.0f} MB are free there. The "
+            "checkpoints before it are whole: make room, then continue from the last"
+        )
+    return None
 
 
 def without_raising(work: Callable[[], str | None]) -> str | None:

@@ -38,32 +38,36 @@ class Continuation:
 
 
 def find_continuation(parent: Path, config: Mapping[str, Any]) -> Continuation:
-    """Look for the newest run with the same configuration.
+    """Look for the newest run with the same configuration that has something to go on with.
 
     Args:
         parent: folder of the runs of one name.
         config: the present configuration, as the run folder keeps it.
 
     Returns:
-        That run with its newest usable checkpoint; without such a run, a new one.
+        That run with its newest usable checkpoint. If none of the same configuration has a
+        checkpoint, the newest of them from its beginning; without such a run, a new one.
     """
-    runs = [RunFolder.read(path) for path in _newest_first(parent)]
-    differences = {}
-    for run in runs:
-        differences[run.path] = _differences(_read_config(run), config)
-        if not differences[run.path]:
-            checkpoint, notes = newest_usable(run.path)
-            begins = f"{checkpoint}" if checkpoint else "the beginning: it has no usable checkpoint"
-            return Continuation(
-                run, checkpoint, (*notes, f"resume: {run.path} goes on from {begins}")
-            )
+    runs, notes = _readable(_newest_first(parent))
+    differences = {run.path: _differences(_read_config(run), config) for run in runs}
+    same = [run for run in runs if not differences[run.path]]
+    for run in same:
+        checkpoint, passed_over = newest_usable(run.path)
+        notes += passed_over
+        if checkpoint is not None:
+            goes_on = f"resume: {run.path} goes on from {checkpoint}"
+            return Continuation(run, checkpoint, (*notes, goes_on))
+    if same:
+        begins = f"resume: {same[0].path} begins again: there is no usable checkpoint"
+        return Continuation(same[0], None, (*notes, begins))
     if not runs:
-        return Continuation(None, None, (f"resume: nothing in {parent} yet; a new run begins",))
+        nothing = f"resume: nothing in {parent} yet; a new run begins"
+        return Continuation(None, None, (*notes, nothing))
     newest = runs[0].path
     found = differences[newest]
     more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     note = f"resume: a new run begins, for {newest} has other options: {', '.join(found[:_SHOWN])}"
-    return Continuation(None, None, (note + more,))
+    return Continuation(None, None, (*notes, note + more))
 
 
 def newest_usable(run: Path) -> tuple[Path | None, list[str]]:
@@ -91,10 +95,10 @@ def why_unusable(checkpoint: Path) -> str | None:
             if (broken := archive.testzip()) is not None:
                 return f"it is damaged ({broken} is not as it was written)"
         contents = read_checkpoint(checkpoint)
-    except (zipfile.BadZipFile, OSError) as error:
-        return f"it is damaged or cut short ({error})"
     except ValueError as error:
         return str(error)
+    except Exception as error:  # whatever flipped bits make of an archive
+        return f"it is damaged or cut short ({error})"
     return None if "optimizer_states" in contents else "it holds weights only"
 
 
@@ -110,6 +114,18 @@ def _newest_first(parent: Path) -> list[Path]:
     ]
     # of the same second the suffix counts: …-2, …-10
     return sorted(found, key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)], reverse=True)
+
+
+def _readable(folders: list[Path]) -> tuple[list[RunFolder], list[str]]:
+    """The runs whose record can be read, and a line for each other one."""
+    runs: list[RunFolder] = []
+    notes: list[str] = []
+    for path in folders:
+        try:
+            runs.append(RunFolder.read(path))
+        except ValueError as error:
+            notes.append(f"resume: passed over {path}: {error}")
+    return runs, notes
 
 
 def _read_config(run: RunFolder) -> Mapping[str, Any]:

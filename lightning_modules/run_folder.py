@@ -28,7 +28,16 @@ class RunFolder:
 
     @staticmethod
     def parent(root: str, name: str) -> Path:
-        """Where all runs of a name are."""
+        """Where all runs of a name are.
+
+        Raises:
+            ValueError: The name leads out of the root.
+        """
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(
+                f"--run.name {name!r} leads out of --run.root {root!r}: give a name such as "
+                "`mine` or `pets/s1`, and another root if the runs belong elsewhere"
+            )
         return (Path(root).expanduser() / name).absolute()
 
     @classmethod
@@ -58,7 +67,9 @@ class RunFolder:
                 continue
             run = cls(path, f"{name.replace('/', '-')}-{path.name}-{secrets.token_hex(2)}")
             record = json.dumps({"wandb_id": run.wandb_id})
-            (path / _RECORD).write_text(record, encoding="utf-8")
+            beside = path / f"{_RECORD}.tmp"
+            beside.write_text(record, encoding="utf-8")
+            beside.replace(path / _RECORD)
             return run
         raise FileExistsError(f"{parent} has a thousand runs of this second")
 
@@ -78,7 +89,7 @@ class RunFolder:
         """
         try:
             return cls(path, json.loads((path / _RECORD).read_text(encoding="utf-8"))["wandb_id"])
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path / _RECORD} is damaged ({error}): put a JSON object with the key "
                 '"wandb_id" there, or move the checkpoint out of the run folder'

@@ -60,6 +60,11 @@ class Split:
     index: str
     index_sha256: str
 
+    def __post_init__(self) -> None:
+        for name in (*self.filenames, self.index):
+            if Path(name).name != name:
+                raise ValueError(f"{name!r} is no name of a shard: it must not lead elsewhere")
+
 
 @dataclass(frozen=True)
 class Manifest:

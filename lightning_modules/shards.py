@@ -124,7 +124,9 @@ def _digest_of(root: Path, names: list[str], shards: list[_Shard]) -> str:
     for shard in shards:
         running.update(f"{shard.filename}\n".encode())
         for file, label in shard.images:
-            running.update(f"{os.path.relpath(file, root)}\t{label}\n".encode(errors="replace"))
+            state = Path(file).stat()  # an image that was changed since is another one
+            entry = f"{os.path.relpath(file, root)}\t{label}\t{state.st_size}\t{state.st_mtime_ns}"
+            running.update(f"{entry}\n".encode(errors="replace"))
     return running.hexdigest()
 
 

@@ -167,6 +167,9 @@ def _check(dataset: str, known: tuple[str, ...], root: str | None, size: int, co
         raise ValueError(f"dataset={dataset!r} is unknown. Use one of {', '.join(known)}.")
     if dataset != "shapes" and root is None:
         raise ValueError(f"dataset={dataset!r} needs --data.root, the folder where it lies.")
+    if dataset == "shapes" and root is not None:
+        others = ", ".join(name for name in known if name != "shapes")
+        raise ValueError(f"--data.root is for dataset={others}; dataset='shapes' reads no files.")
     if size < 32 or size % 32 or count < 1:
         raise ValueError(f"size={size} must be a multiple of 32, and count={count} at least 1.")
 

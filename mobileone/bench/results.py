@@ -125,6 +125,15 @@ class Result:
             result = cls(**content)
         except (TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a whole result: {error}") from error
+        try:
+            zone = datetime.fromisoformat(result.date).tzinfo
+        except ValueError:
+            zone = None
+        if zone is None:
+            raise ValueError(
+                f"{path} is not a whole result: its `date` (={result.date!r}) must be ISO 8601 "
+                "with the offset of the zone"
+            )
         if "machine_id" not in result.machine:
             raise ValueError(f"{path} is not a whole result: its `machine` has no `machine_id`")
         return result

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -225,6 +227,49 @@ def test_a_full_disk_is_said_and_training_goes_on(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match=r"no snapshot at step 8: .*No space left.* MB are free"):
         fit(tmp_path, Snapshots(every_n_steps=4, every_minutes=0, keep=99))
     assert steps(tmp_path) == [4, 11, 15, 19, 23]
+
+
+TWO = """
+import sys
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from callbacks.snapshots import Snapshots
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+
+class Full(TorchCheckpointIO):
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        if "00000004" in str(path):
+            raise OSError(28, "No space left on device")
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+if __name__ == "__main__":
+    trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", plugins=[Full()], max_steps=8,
+                      callbacks=[Snapshots(every_n_steps=2, every_minutes=0, keep=9)], logger=False,
+                      limit_val_batches=0, enable_progress_bar=False, enable_model_summary=False,
+                      default_root_dir=sys.argv[1])
+    trainer.fit(BoringModel())
+    print("done", trainer.global_rank, trainer.global_step)
+"""
+
+
+@pytest.mark.slow  # starts two processes
+def test_a_full_disk_on_one_rank_leaves_the_others_in_step(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {"done 0 8", "done 1 8"} <= set(done.stdout.splitlines())
+    assert "no snapshot at step 4" in done.stderr
+    assert 4 not in steps(tmp_path) and {2, 6} <= set(steps(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def test_killed_in_the_middle(make_folder, tmp_path):
     script = (
         "import sys, time, lightning_modules.shards as s\n"
         "scan = s.scan_shard\n"
-        "s.scan_shard = lambda *a: (time.sleep(0.02), scan(*a))[1]\n"
+        "s.scan_shard = lambda *a: (time.sleep(0.1), scan(*a))[1]\n"
         "s.make_shards(*sys.argv[1:], images_per_shard=4)\n"
     )
     command = [sys.executable, "-c", script, str(root), str(killed)]
