@@ -124,10 +124,24 @@ def _find_results(folder: Path) -> _Found:
         if not isinstance(content, dict) or "kind" not in content or "rows" not in content:
             continue  # the record of a run, a manifest, …
         try:
-            results.append((path, Result.load(path)))
+            results.append((path, _whole(path, Result.load(path))))
         except ValueError as error:
             unreadable.append(str(error))
     return _Found(results, unreadable)
+
+
+# what the page itself reads of a row
+_COLUMNS = {
+    "profile": ("model", "level", "parameters", "macs"),
+    "latency": ("model", "runtime", "threads"),
+}
+
+
+def _whole(path: Path, result: Result) -> Result:
+    for row in result.rows:
+        if missing := [name for name in _COLUMNS.get(result.kind, ()) if name not in row]:
+            raise ValueError(f"{path} is not a whole result: a row has no {', '.join(missing)}")
+    return result
 
 
 def _head(folder: Path, run: Path | None) -> Iterator[Html]:

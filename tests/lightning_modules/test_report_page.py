@@ -174,7 +174,13 @@ def test_damaged_files_are_said(run, results):
     (run / "report" / "confusion_matrix.csv").write_text("true,a,b\na,1,2\n")
     (run / "report" / "worst_test.json").write_text("[")
     (run / "checkpoints" / "best" / "manifest.json").write_text("{}")
+    other = json.loads((results / "profile.json").read_text())
+    (results / "undated.json").write_text(json.dumps({**other, "date": "yesterday"}))
+    (results / "narrow.json").write_text(json.dumps({**other, "rows": [{"model": "x"}]}))
     text = Page(write_report(results, run).read_text()).text
+    assert "undated.json is not a whole result" in text
+    assert "(='yesterday') must be ISO 8601" in text
+    assert "narrow.json is not a whole result: a row has no level, parameters, macs" in text
     assert "confusion_matrix.csv cannot be read" in text
     assert "worst_test.json does not hold images" in text
     assert "is not a readable manifest" in text
