@@ -67,9 +67,7 @@ class RunFolder:
                 continue
             run = cls(path, f"{name.replace('/', '-')}-{path.name}-{secrets.token_hex(2)}")
             record = json.dumps({"wandb_id": run.wandb_id})
-            beside = path / f"{_RECORD}.tmp"
-            beside.write_text(record, encoding="utf-8")
-            beside.replace(path / _RECORD)
+            _write(path / _RECORD, record)
             return run
         raise FileExistsError(f"{parent} has a thousand runs of this second")
 
@@ -107,9 +105,7 @@ class RunFolder:
 
     def write_config(self, text: str) -> None:
         """Keep the configuration, in place of an older one."""
-        beside = self.config.with_suffix(".tmp")
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(self.config)
+        _write(self.config, text)
 
     def make_latest(self) -> None:
         """Let `latest` beside the folder link to it; not every file system has links."""
@@ -120,3 +116,10 @@ class RunFolder:
             link.replace(self.path.parent / "latest")
         except OSError:
             link.unlink(missing_ok=True)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write beside and rename: a kill leaves the old file or the new one."""
+    beside = path.with_suffix(".tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["describe_machine", "describe_versions"]
+__all__ = ["describe_machine", "describe_versions", "processor"]
 
 _PACKAGES = (
     "mobileone-lightning",
@@ -41,7 +41,7 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
     """
     cores = os.cpu_count()
     machine: dict[str, Any] = {
-        "cpu": _processor(),
+        "cpu": processor(),
         "cores": cores,
         "memory_gib": _memory_gib(),
         "os": f"{platform.system()} {platform.machine()}",
@@ -74,7 +74,8 @@ def describe_versions(device: str = "cpu") -> dict[str, str]:
 
 
 @cache
-def _processor() -> str:
+def processor() -> str:
+    """Model name of the CPU."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8").splitlines():
@@ -95,7 +96,7 @@ def _memory_gib() -> int | None:
 
 def _device_name(device: str) -> str:
     if not device.startswith("cuda"):
-        return _processor()
+        return processor()
     import torch
 
     return torch.cuda.get_device_name(device)

@@ -1,7 +1,6 @@
 """The cost of a training step: our blocks, timm's, and the plain net, side by side."""
 
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from mobileone.bench.contenders import CONTENDERS, build_contender
+from mobileone.bench.machine import processor
 from mobileone.bench.memory import kept_bytes, peak_bytes
 
 __all__ = ["TrainingBenchmark", "TrainingCost", "benchmark_training"]
@@ -206,7 +206,7 @@ def benchmark_training(
                     peak_bytes(steps[name], device) / batch_size,
                 )
             )
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else processor()
     result = TrainingBenchmark(
         tuple(costs),
         batch_size,
@@ -255,12 +255,3 @@ def _quartile_distance(values: list[float]) -> float:
         return 0.0
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
     return third - first
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
