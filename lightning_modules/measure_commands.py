@@ -52,15 +52,19 @@ def benchmark_parser(name: str) -> ArgumentParser:
     from mobileone.bench.latency import measure_latency
     from mobileone.bench.pareto import draw_pareto
     from mobileone.bench.throughput import measure_throughput
-    from mobileone.bench.training import benchmark_training
+    from mobileone.bench.training import measure_training
 
     parser = ArgumentParser(prog=f"mobileone {name}", description="Measure on this machine.")
     commands = parser.add_subcommands()
     training = ArgumentParser(
         description="Time and memory of a training step: timm's block, ours, the plain network. "
-        "Example: mobileone benchmark training --variants [mobileone_s0] --directory results"
+        "Example: mobileone benchmark training mobileone_s0 --directory results"
     )
-    training.add_function_arguments(benchmark_training, as_group=False)
+    training.add_argument(
+        "models", nargs="*", type=str, default=["mobileone_s0", "mobileone_s1"],
+        help="MobileOnes, by timm's names",
+    )  # fmt: skip
+    training.add_function_arguments(measure_training, skip={"models"}, as_group=False)
     commands.add_subcommand(
         "training", training, help="cost of a training step against timm and the plain network"
     )
@@ -100,12 +104,14 @@ def benchmark_parser(name: str) -> ArgumentParser:
 
 
 def _training(name: str, options: Namespace) -> None:
-    from mobileone.bench.training import benchmark_training
+    from mobileone.bench.training import measure_training
+    from mobileone.bench.training_report import training_table
 
-    result = answer(name, benchmark_training, **options.as_dict())
-    print_table(result.table())
+    _show_progress()
+    result = answer(name, measure_training, **options.as_dict())
+    print_table(training_table(result))
     if options.directory is not None:
-        print(f"{Path(options.directory)}/training.json, training.png")
+        print(f"{Path(options.directory)}/training.json, .csv, .png, .svg")
 
 
 def _latency(name: str, options: Namespace) -> None:

@@ -140,7 +140,12 @@ class MobileOneBlock(nn.Module):
             for _ in range(num_conv_branches)
         )
         self.conv_scale = None
+        # oneDNN's weight gradient of a strided 1×1 convolution of fewer than 16 channels writes
+        # past its buffer in channels-last, which compilers choose (oneDNN issue 6035): the stem's
+        # scale branch takes every `scale_step`-th pixel before a convolution of stride 1 instead
+        self.scale_step = stride if groups == 1 else 1
         if kernel_size > 1 if use_scale is None else use_scale:
+            shared["stride"] = stride // self.scale_step
             self.conv_scale = layers.conv_norm_act(in_chs, out_chs, kernel_size=1, **shared)
         for norm in self._norms():
             _check_norm(norm)
@@ -186,7 +191,8 @@ class MobileOneBlock(nn.Module):
         """Sum of all branches before attention and activation: (N, C_in, H, W) -> (N, C_out, …)."""
         y: Tensor | None = None
         if self.conv_scale is not None:
-            y = self.conv_scale(x)
+            step = self.scale_step
+            y = self.conv_scale(x if step == 1 else x[:, :, ::step, ::step])
         for branch in self.conv_kxk:
             z = branch(x)
             y = z if y is None else y.add_(z)

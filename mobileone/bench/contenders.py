@@ -10,12 +10,12 @@ from collections.abc import Callable
 import timm
 import torch
 from timm.models import byobnet
-from torch import nn
+from torch import Tensor, nn
 
 from mobileone.block import MobileOneBlock
 from mobileone.collapsed import CollapseMode, set_collapse
 
-__all__ = ["CONTENDERS", "build_contender", "plain_network"]
+__all__ = ["CONTENDERS", "build_contender", "check_contender", "plain_network"]
 
 
 def plain_network(model: nn.Module) -> nn.Module:
@@ -49,9 +49,31 @@ def _compiled(model: nn.Module) -> nn.Module:
     return model
 
 
+class _Subsample(nn.Module):
+    """Every `step`-th pixel of every `step`-th row."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :, :: self.step, :: self.step]
+
+
+def _spared(model: nn.Module) -> nn.Module:
+    """Take the stride out of the 1×1 branch of timm's stem, which computes the same without.
+
+    Compiled as it is, the network ends its process on a CPU: see `MobileOneBlock`.
+    """
+    branch = model.stem.conv_scale
+    (step, _), branch.conv.stride = branch.conv.stride, (1, 1)
+    model.stem.conv_scale = nn.Sequential(_Subsample(step), branch)
+    return model
+
+
 CONTENDERS: dict[str, Callable[[str], nn.Module]] = {
     "timm": lambda variant: getattr(byobnet, variant)(),
-    "timm compiled": lambda variant: _compiled(getattr(byobnet, variant)()),
+    "timm compiled": lambda variant: _compiled(_spared(getattr(byobnet, variant)())),
     "ours": _ours,
     "ours always": lambda variant: _ours(variant, "always"),
     "ours compiled": lambda variant: _compiled(_ours(variant)),
@@ -61,17 +83,26 @@ CONTENDERS: dict[str, Callable[[str], nn.Module]] = {
 """What each contender builds from a variant's name."""
 
 
+def check_contender(name: str, variant: str) -> None:
+    """Make sure that a contender can be built.
+
+    Raises:
+        ValueError: It is unknown, or timm has no such variant to compare with.
+    """
+    if name not in CONTENDERS:
+        raise ValueError(f"`contender` (={name!r}) must be one of {', '.join(CONTENDERS)}")
+    if not hasattr(byobnet, variant) or not variant.startswith("mobileone_"):
+        known = ", ".join(n for n in sorted(dir(byobnet)) if n.startswith("mobileone_s"))
+        raise ValueError(f"`model` (={variant!r}) is not one of timm's MobileOnes: {known}")
+
+
 def build_contender(name: str, variant: str, device: str) -> nn.Module:
     """Build a network in training mode from a fixed seed.
 
     Raises:
-        ValueError: The contender is unknown, or timm has no such variant to compare with.
+        ValueError: As `check_contender`.
     """
-    if name not in CONTENDERS:
-        raise ValueError(f"`contender` (={name!r}) must be one of {', '.join(CONTENDERS)}")
-    if not hasattr(byobnet, variant):
-        known = ", ".join(n for n in sorted(dir(byobnet)) if n.startswith("mobileone_s"))
-        raise ValueError(f"`variant` (={variant!r}) is not one of timm's: {known}")
+    check_contender(name, variant)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return CONTENDERS[name](variant).to(device).train()

@@ -1,6 +1,7 @@
 """The training benchmark: it measures what it names."""
 
-import json
+import os
+import signal
 
 import pytest
 import timm
@@ -10,7 +11,10 @@ from torch import nn
 from mobileone import MobileOneBlock
 from mobileone.bench.contenders import CONTENDERS, build_contender, plain_network
 from mobileone.bench.memory import kept_bytes, peak_bytes
-from mobileone.bench.training import benchmark_training
+from mobileone.bench.results import Result
+from mobileone.bench.trainee import Trainee, TraineeError, TrainingSetting, training_step
+from mobileone.bench.training import measure_training
+from mobileone.bench.training_report import training_figure, training_table
 
 EAGER = ["timm", "ours", "ours always", "plain"]
 
@@ -67,18 +71,76 @@ def test_collapsed_training_keeps_less_than_the_plain_net():
     assert an_image["ours always"] < 0.6 * an_image["plain"] < 0.25 * an_image["timm"]
 
 
-def test_the_report_holds_every_contender_and_is_saved(tmp_path):
-    result = benchmark_training(
-        ["mobileone_s0"], EAGER, batch_size=2, image_size=32, rounds=2, directory=tmp_path
-    )
-    assert [row.contender for row in result.costs] == EAGER
-    assert all(row.seconds > 0 and row.kept > 0 and row.peak > 0 for row in result.costs)
-    assert result.table().row_count == 4
-    saved = json.loads((tmp_path / "training.json").read_text())
-    assert saved["costs"][1]["seconds"] == result.cost("mobileone_s0", "ours").seconds
+def test_the_result_holds_every_contender_and_is_saved(tmp_path):
+    contenders = ["timm", "ours", "plain"]
+    result = measure_training(
+        ["mobileone_s0"], contenders, batch_size=2, image_size=32, rounds=3, threads=1,
+        directory=tmp_path,
+    )  # fmt: skip
+    rows = {row["contender"]: row for row in result.rows}
+    assert list(rows) == contenders
+    for row in result.rows:
+        assert row["failure"] is None
+        assert min(row["seconds"], row["cpu_seconds"], row["kept_mib"]) > 0
+        assert row["peak_mib"] >= row["kept_mib"]
+    assert rows["plain"]["to_plain"] == 1 == rows["timm"]["timm_to"]
+    assert rows["timm"]["to_plain"] == rows["plain"]["timm_to"] > 1
+    # the child measured the network that it names
+    kept = kept_bytes(build_contender("plain", "mobileone_s0", "cpu"), torch.randn(2, 3, 32, 32))
+    assert rows["plain"]["kept_mib"] == pytest.approx(kept / 2 / 2**20)
+    assert Result.load(tmp_path / "training.json") == result
+    assert (tmp_path / "training.csv").read_text().startswith("model,contender,seconds")
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="was not measured"):
-        result.cost("mobileone_s0", "plain compiled")
+    assert training_table(result).row_count == 3
+
+
+def test_a_contender_that_dies_leaves_the_others_measured(monkeypatch):
+    from mobileone.bench import training
+
+    class Mortal(Trainee):
+        def step(self):
+            if self._name == "timm":
+                os.kill(self._process.pid, signal.SIGSEGV)
+            return super().step()
+
+        def __init__(self, model, contender, setting):
+            super().__init__(model, contender, setting)
+            self._name = contender
+
+    monkeypatch.setattr(training, "Trainee", Mortal)
+    result = measure_training(["mobileone_s0"], ["timm", "plain"], 2, 32, rounds=2, threads=1)
+    dead, alive = result.rows
+    assert dead["failure"] == "its process ended by SIGSEGV"
+    assert "seconds" not in dead
+    assert alive["failure"] is None
+    assert alive["seconds"] > 0
+    assert alive["timm_to"] is None  # nothing to compare with
+    table = training_table(result)
+    assert table.row_count == 1
+    assert "mobileone_s0, timm: its process ended by SIGSEGV" in table.caption
+    texts = [text.get_text() for axes in training_figure(result).axes for text in axes.texts]
+    assert texts.count(" failed") == 2
+
+
+def test_an_error_in_the_process_is_told():
+    trainee = Trainee("mobileone_s0", "plain", TrainingSetting(1, 32))
+    try:  # one value a channel in the last layers
+        with pytest.raises(TraineeError, match="ValueError: Expected more than 1 value"):
+            trainee.prepare()
+    finally:
+        trainee.close()
+    assert not trainee._process.is_alive()
+
+
+def test_training_under_autocast_keeps_less():
+    x = torch.randn(8, 3, 96, 96)
+    model = build_contender("plain", "mobileone_s0", "cpu")
+    before = [p.clone() for p in model.parameters()]
+    training_step(model, x, amp=True)()
+    assert not all(map(torch.equal, before, model.parameters()))
+    with torch.autocast("cpu", torch.bfloat16):
+        halved = kept_bytes(model, x)
+    assert halved < 0.8 * kept_bytes(model, x)
 
 
 @pytest.mark.parametrize("name", EAGER)
@@ -87,9 +149,7 @@ def test_every_contender_takes_a_real_step(name):
     after = build_contender(name, "mobileone_s0", "cpu")
     torch.testing.assert_close(before.state_dict(), after.state_dict())  # the same seed
     assert after.training
-    from mobileone.bench.training import _training_step
-
-    _training_step(after, torch.randn(2, 3, 32, 32))()
+    training_step(after, torch.randn(2, 3, 32, 32))()
     changed = [
         not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)
     ]
@@ -102,8 +162,14 @@ def test_errors_name_the_choices():
     with pytest.raises(ValueError, match=r"'mobileone_mu0'.*mobileone_s4"):
         build_contender("timm", "mobileone_mu0", "cpu")
     with pytest.raises(ValueError, match=r"`rounds` \(=0\)"):
-        benchmark_training(rounds=0)
+        measure_training(rounds=0)
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="no CUDA device"):
-            benchmark_training(device="cuda")
+        with pytest.raises(ValueError, match=r"`device` \(='cuda'\) is not on this machine"):
+            measure_training(device="cuda")
+    with pytest.raises(ValueError, match=r"'mps'.*cpu or cuda"):
+        measure_training(device="mps")
+    with pytest.raises(ValueError, match=r"`threads` \(=4096\)"):
+        measure_training(threads=4096)
+    with pytest.raises(ValueError, match=r"'repvgg_a0'\) is not one of timm's MobileOnes"):
+        measure_training(["repvgg_a0"])
     assert set(EAGER) < set(CONTENDERS)

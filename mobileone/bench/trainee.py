@@ -1,0 +1,200 @@
+"""A network that trains in a process of its own, one step whenever it is told to."""
+
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mobileone.bench.contenders import build_contender
+from mobileone.bench.memory import kept_bytes, peak_bytes
+
+__all__ = ["Memory", "StepTime", "Trainee", "TraineeError", "TrainingSetting", "training_step"]
+
+_WARMUP = 2  # steps in which compilers run and libraries set themselves up
+
+
+@dataclass(frozen=True)
+class TrainingSetting:
+    """What all contenders of a measurement have in common.
+
+    Attributes:
+        batch_size: Images in a step.
+        image_size: Height and width in pixels.
+        threads: CPU threads of PyTorch.
+        device: Device of PyTorch.
+        channels_last: Memory format of models and images.
+        amp: Whether the forward pass runs under autocast in bfloat16.
+    """
+
+    batch_size: int = 16
+    image_size: int = 224
+    threads: int = 1
+    device: str = "cpu"
+    channels_last: bool = False
+    amp: bool = False
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """How long a step took.
+
+    Attributes:
+        seconds: By the clock.
+        cpu_seconds: Of all threads of the process together. Threads that wait for each other may
+            count, what other processes take does not.
+    """
+
+    seconds: float
+    cpu_seconds: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a step needs, in bytes for an image.
+
+    Attributes:
+        kept: What autograd keeps for the backward pass, every storage once.
+        peak: Most bytes of tensors alive at a time, beyond those alive between steps.
+    """
+
+    kept: float
+    peak: float
+
+
+class TraineeError(RuntimeError):
+    """A contender could not be trained; the message says why."""
+
+
+class Trainee:
+    """A contender in a process of its own: neither its end nor its state touches the others.
+
+    Args:
+        model: timm's name of the model.
+        contender: Which implementation, a name in `mobileone.bench.contenders.CONTENDERS`.
+        setting: How it is trained.
+    """
+
+    def __init__(self, model: str, contender: str, setting: TrainingSetting) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._connection, theirs = spawn.Pipe()
+        self._process = spawn.Process(target=_serve, args=(theirs, model, contender, setting))
+        self._process.start()
+        theirs.close()
+
+    def prepare(self) -> None:
+        """Build the network and take the first steps, in which compilers run.
+
+        Raises:
+            TraineeError: It failed, as in every method.
+        """
+        self._ask("prepare")
+
+    def step(self) -> StepTime:
+        """Take a step: forward, backward, SGD."""
+        taken: StepTime = self._ask("step")
+        return taken
+
+    def memory(self) -> Memory:
+        """Measure the memory of a step."""
+        needed: Memory = self._ask("memory")
+        return needed
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        self._connection.close()
+        self._process.terminate()
+        self._process.join()
+
+    def _ask(self, command: str) -> Any:
+        try:
+            self._connection.send(command)
+            failure, answer = self._connection.recv()
+        except (EOFError, OSError) as error:  # OSError: a broken pipe
+            self._process.join()
+            raise TraineeError(_ending(self._process.exitcode)) from error
+        if failure is not None:
+            raise TraineeError(failure)
+        return answer
+
+
+def training_step(model: nn.Module, x: Tensor, amp: bool = False) -> Callable[[], None]:
+    """A whole step on images (N, C, H, W): forward, cross-entropy, backward, SGD."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
+    targets = torch.arange(len(x), device=x.device)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with _autocast(x, amp):
+            loss = F.cross_entropy(model(x), targets)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+class _Training:
+    """What happens in the process."""
+
+    def __init__(self, model: str, contender: str, setting: TrainingSetting) -> None:
+        torch.set_num_threads(setting.threads)
+        form = torch.channels_last if setting.channels_last else torch.contiguous_format
+        self.setting = setting
+        self.model = build_contender(contender, model, setting.device).to(memory_format=form)
+        size = (setting.batch_size, 3, setting.image_size, setting.image_size)
+        self.x = torch.randn(size, device=setting.device).to(memory_format=form)
+        self._step = training_step(self.model, self.x, setting.amp)
+        for _ in range(_WARMUP):
+            self._step()
+
+    def step(self) -> StepTime:
+        self._synchronise()
+        started, cpu_started = time.perf_counter(), time.process_time()
+        self._step()
+        self._synchronise()
+        return StepTime(time.perf_counter() - started, time.process_time() - cpu_started)
+
+    def memory(self) -> Memory:
+        peak = peak_bytes(self._step, self.setting.device)
+        with _autocast(self.x, self.setting.amp):
+            kept = kept_bytes(self.model, self.x)
+        return Memory(kept / len(self.x), peak / len(self.x))
+
+    def _synchronise(self) -> None:
+        if self.x.is_cuda:
+            torch.cuda.synchronize(self.x.device)
+
+
+def _serve(connection: Connection, model: str, contender: str, setting: TrainingSetting) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
+    training: _Training | None = None
+    while True:
+        try:
+            command = connection.recv()
+        except EOFError:
+            return
+        try:
+            training = training or _Training(model, contender, setting)
+            answer = None if command == "prepare" else getattr(training, command)()
+        except Exception as error:  # whatever a compiler raises: the others are measured still
+            first = next(iter(str(error).splitlines()), "")
+            connection.send((f"{type(error).__name__}: {first}"[:200], None))
+        else:
+            connection.send((None, answer))
+
+
+def _autocast(x: Tensor, amp: bool) -> AbstractContextManager[Any]:
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=amp)
+
+
+def _ending(code: int | None) -> str:
+    if code is not None and code < 0:
+        return f"its process ended by {signal.Signals(-code).name}"
+    return f"its process ended with exit code {code}"
