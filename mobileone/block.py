@@ -162,17 +162,23 @@ class MobileOneBlock(nn.Module):
             y = self._sum_branches(x) if self.training else self._folded_conv(x)
         elif self._is_affine():
             y = self._folded_conv(x)
+        elif torch.compiler.is_compiling() and self._stays_in_graph():
+            y = self._sum_branches(x)
         else:
             return self._forward_training(x)
         return self.act(self.attn(y))
 
     @torch.jit.unused
+    @torch.compiler.disable(
+        reason="a MobileOne block trains in collapsed form, outside of the compiler's graph; "
+        "mobileone.collapsed.set_collapse(model, 'never') keeps its branches inside"
+    )
     def _forward_training(self, x: Tensor) -> Tensor:
         """Train in the cheapest exact form; running statistics stay while checkpointing recomputes.
 
         The collapsed forms rectify as well where a ReLU follows, so that it keeps no copy.
         """
-        recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        recomputing = torch._C._current_graph_task_id() != -1
         plan = plan_collapsed(self, x)
         if plan is None:
             with _shadowed_buffers(self._norms()) if recomputing else nullcontext():
@@ -180,6 +186,16 @@ class MobileOneBlock(nn.Module):
         relu = type(self.attn) is nn.Identity and type(self.act) is nn.ReLU
         y = run_collapsed(self, plan, x, relu=relu, update_statistics=not recomputing)
         return y if relu else self.act(self.attn(y))
+
+    @torch.jit.unused
+    def _stays_in_graph(self) -> bool:
+        """Whether a compiler gets the branches: it takes no break, or they would run anyway."""
+        return (
+            self.collapse == "never"
+            or torch.compiler.is_exporting()
+            or isinstance(self.drop_path, DropPath)
+            or isinstance(self.conv_kxk[0].bn, nn.SyncBatchNorm)
+        )
 
     def _folded_conv(self, x: Tensor) -> Tensor:
         conv = self.conv_kxk[0].conv
