@@ -1,7 +1,7 @@
 """The MobileOne block: linear branches in training, one convolution afterwards."""
 
 # torch types every attribute of an nn.Module as `Tensor | Module`
-# mypy: disable-error-code="arg-type,union-attr,index,call-overload,return-value"
+# mypy: disable-error-code="arg-type,union-attr,index,call-overload,return-value,untyped-decorator"
 
 import warnings
 from collections.abc import Iterator

@@ -66,8 +66,10 @@ def _spared(model: nn.Module) -> nn.Module:
     Compiled as it is, the network ends its process on a CPU: see `MobileOneBlock`.
     """
     branch = model.stem.conv_scale
-    (step, _), branch.conv.stride = branch.conv.stride, (1, 1)
-    model.stem.conv_scale = nn.Sequential(_Subsample(step), branch)
+    conv = branch.conv
+    assert isinstance(conv, nn.Conv2d)
+    model.stem.conv_scale = nn.Sequential(_Subsample(conv.stride[0]), branch)
+    conv.stride = (1, 1)
     return model
 
 

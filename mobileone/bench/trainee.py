@@ -1,10 +1,11 @@
 """A network that trains in a process of its own, one step whenever it is told to."""
 
 import multiprocessing
+import os
 import signal
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -19,6 +20,9 @@ from mobileone.bench.memory import kept_bytes, peak_bytes
 __all__ = ["Memory", "StepTime", "Trainee", "TraineeError", "TrainingSetting", "training_step"]
 
 _WARMUP = 2  # steps in which compilers run and libraries set themselves up
+_PATIENCE = 10.0  # seconds until a process that does not end is killed
+# the profiler, which measures memory, speaks of every start and of GPUs that are not there
+_QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "KINETO_LOG_LEVEL": "99"}
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,8 @@ class Trainee:
         spawn = multiprocessing.get_context("spawn")
         self._connection, theirs = spawn.Pipe()
         self._process = spawn.Process(target=_serve, args=(theirs, model, contender, setting))
-        self._process.start()
+        with _environment(_QUIET):
+            self._process.start()
         theirs.close()
 
     def prepare(self) -> None:
@@ -109,8 +114,9 @@ class Trainee:
 
     def close(self) -> None:
         """End the process, whatever it does."""
-        self._connection.close()
-        self._process.terminate()
+        self._connection.close()  # one that waits for orders ends by itself, and tidies up
+        self._process.join(_PATIENCE)
+        self._process.kill()
         self._process.join()
 
     def _ask(self, command: str) -> Any:
@@ -188,6 +194,18 @@ def _serve(connection: Connection, model: str, contender: str, setting: Training
             connection.send((f"{type(error).__name__}: {first}"[:200], None))
         else:
             connection.send((None, answer))
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Variables that a process which is started meanwhile has, unless they are set already."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 def _autocast(x: Tensor, amp: bool) -> AbstractContextManager[Any]:
