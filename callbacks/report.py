@@ -20,6 +20,7 @@ from callbacks.reparameterize import ReparameterizeOnSave
 from callbacks.worst import WorstImages, write_worst
 from mobileone.export.manifest import MANIFEST_NAME, Manifest
 from mobileone.export.spec import ExportSpec
+from mobileone.files import replacing
 
 __all__ = ["Report"]
 
@@ -180,11 +181,9 @@ def _publish(trainer: Trainer, name: str, figure: Figure) -> None:
     if _dry_run(trainer):
         return
     final = _folder(trainer) / f"{name}.png"
-    beside = final.with_suffix(".tmp")
-    with warnings.catch_warnings():  # class names in a script that the font lacks
-        warnings.filterwarnings("ignore", message=r"Glyph \d+")
+    with replacing(final) as beside, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph \d+")  # names in a script without font
         figure.savefig(beside, dpi=120, format="png")
-    beside.replace(final)
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_image(f"report/{name}", [str(final)], step=trainer.global_step)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from mobileone.files import replace_text
+
 __all__ = ["WorstImage", "WorstImages", "read_worst", "write_worst"]
 
 
@@ -109,9 +111,7 @@ def write_worst(
             strict=True,
         )
     ]
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps([asdict(image) for image in images]), encoding="utf-8")
-    beside.replace(path)
+    replace_text(path, json.dumps([asdict(image) for image in images]))
 
 
 def read_worst(path: Path) -> list[WorstImage]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import statistics
 import time
@@ -17,6 +16,7 @@ from lightning_modules.transforms import resolve_config
 from mobileone.bench.charts import save_figure
 from mobileone.bench.paper import paper_table
 from mobileone.bench.results import Result, Row
+from mobileone.files import replace_text
 from mobileone.variants import VARIANTS
 
 __all__ = ["PARTS", "Part", "Setting", "ablation_settings", "study_ablation"]
@@ -219,17 +219,13 @@ class _Cells:
         return content
 
     def write(self, setting: Setting, seed: int, metrics: Mapping[str, float]) -> None:
-        """Write the result, beside and renamed."""
-        final = self.path(setting, seed)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        beside = final.with_name(f".{final.name}.{os.getpid()}")
+        """Write the result."""
         content: dict[str, Any] = {
             "setting": setting.key(),
             "seed": seed,
             "identity": self.identity,
         } | dict(metrics)
-        beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        beside.replace(final)
+        replace_text(self.path(setting, seed), json.dumps(content, indent=2) + "\n")
 
 
 def _found(cells: _Cells, setting: Setting, seed: int) -> dict[str, Any]:

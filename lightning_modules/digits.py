@@ -4,11 +4,12 @@ import hashlib
 import io
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from mobileone.files import replace_text, replacing
 
 __all__ = ["cache_root", "digits_root", "write_digits"]
 
@@ -53,9 +54,10 @@ def write_digits(root: Path) -> None:
     for name, content in files.items():
         path = root / name
         if not path.is_file() or path.read_bytes() != content:
-            _replace(path, content)
+            with replacing(path) as beside:
+                beside.write_bytes(content)
     index = {"format": _FORMAT, "sha256": {name: _digest(data) for name, data in files.items()}}
-    _replace(root / _INDEX, json.dumps(index, indent=0).encode())  # last: it says "complete"
+    replace_text(root / _INDEX, json.dumps(index, indent=0))  # last: it says "complete"
 
 
 def _intact(root: Path) -> bool:
@@ -111,16 +113,3 @@ def _png(pixels: np.ndarray) -> bytes:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -1,7 +1,6 @@
 """One page of a folder of results and a run, to read without anything else and to send."""
 
 import json
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from lightning_modules.report_run import run_facts, run_sections
 from mobileone.bench.paper import UNVERIFIED, paper_table
 from mobileone.bench.pareto import draw_pareto
 from mobileone.bench.results import Result, Row
+from mobileone.files import replace_text
 
 __all__ = ["write_report"]
 
@@ -78,13 +78,7 @@ def write_report(
     if found.unreadable or not found.results:
         sections.append(section("Not shown", _not_shown(found)))
     final = Path(output).expanduser() if output else folder / "report.html"
-    final.parent.mkdir(parents=True, exist_ok=True)
-    beside = final.with_name(f".{final.name}.{os.getpid()}")
-    try:
-        beside.write_text(page(title, _head(folder, run), sections), encoding="utf-8")
-        beside.replace(final)
-    finally:
-        beside.unlink(missing_ok=True)
+    replace_text(final, page(title, _head(folder, run), sections))
     return final
 
 

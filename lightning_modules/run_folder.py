@@ -9,6 +9,8 @@ from pathlib import Path
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from mobileone.files import replace_text
+
 __all__ = ["RunFolder"]
 
 _RECORD = "run.json"
@@ -67,7 +69,7 @@ class RunFolder:
                 continue
             run = cls(path, f"{name.replace('/', '-')}-{path.name}-{secrets.token_hex(2)}")
             record = json.dumps({"wandb_id": run.wandb_id})
-            _write(path / _RECORD, record)
+            replace_text(path / _RECORD, record)
             return run
         raise FileExistsError(f"{parent} has a thousand runs of this second")
 
@@ -105,7 +107,7 @@ class RunFolder:
 
     def write_config(self, text: str) -> None:
         """Keep the configuration, in place of an older one."""
-        _write(self.config, text)
+        replace_text(self.config, text)
 
     def make_latest(self) -> None:
         """Let `latest` beside the folder link to it; not every file system has links."""
@@ -116,10 +118,3 @@ class RunFolder:
             link.replace(self.path.parent / "latest")
         except OSError:
             link.unlink(missing_ok=True)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write beside and rename: a kill leaves the old file or the new one."""
-    beside = path.with_suffix(".tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)

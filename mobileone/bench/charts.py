@@ -1,6 +1,5 @@
 """How charts of results look, and how they are written: PNG and SVG, beside and renamed."""
 
-import os
 import warnings
 from pathlib import Path
 
@@ -8,6 +7,8 @@ import matplotlib
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from mobileone.files import replacing
 
 __all__ = ["COLORS", "HATCHES", "MARKERS", "plain_ticks", "save_figure"]
 
@@ -36,19 +37,17 @@ def save_figure(figure: Figure, stem: str | Path) -> tuple[Path, Path]:
         The two files.
     """
     stem = Path(stem)
-    stem.parent.mkdir(parents=True, exist_ok=True)
     files = []
     for kind in ("png", "svg"):
         final = stem.with_name(f"{stem.name}.{kind}")
-        beside = stem.with_name(f".{stem.name}.{kind}.{os.getpid()}")
         # a date inside would make equal charts differ
         metadata = {"Date": None} if kind == "svg" else None
-        try:
-            with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": stem.name}):
-                warnings.filterwarnings("ignore", message=r"Glyph \d+")  # names in any script
-                figure.savefig(beside, format=kind, dpi=160, metadata=metadata)
-            beside.replace(final)
-        finally:
-            beside.unlink(missing_ok=True)
+        with (
+            replacing(final) as beside,
+            warnings.catch_warnings(),
+            matplotlib.rc_context({"svg.hashsalt": stem.name}),
+        ):
+            warnings.filterwarnings("ignore", message=r"Glyph \d+")  # names in any script
+            figure.savefig(beside, format=kind, dpi=160, metadata=metadata)
         files.append(final)
     return files[0], files[1]

@@ -2,14 +2,14 @@
 
 import csv
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from mobileone.bench.machine import describe_machine, describe_versions
+from mobileone.files import replace_text, replacing
 
 __all__ = ["KINDS", "Result", "Row", "compare_machines"]
 
@@ -102,7 +102,8 @@ class Result:
             ValueError: A number is NaN or infinite.
         """
         text = json.dumps({"format": _FORMAT} | asdict(self), indent=2, allow_nan=False)
-        return _write(Path(path), lambda file: file.write(text + "\n"))
+        replace_text(Path(path), text + "\n")
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Result":
@@ -148,13 +149,14 @@ class Result:
             "protocol": json.dumps(self.protocol),
         }
         columns = list(dict.fromkeys(column for row in self.rows for column in row))
-
-        def write(file: IO[str]) -> None:
+        with (
+            replacing(Path(path)) as beside,
+            beside.open("w", encoding="utf-8", newline="") as file,
+        ):
             writer = csv.DictWriter(file, [*columns, *origin], lineterminator="\n")
             writer.writeheader()
             writer.writerows(row | origin for row in self.rows)
-
-        return _write(Path(path), write)
+        return Path(path)
 
 
 def compare_machines(results: Sequence[Result]) -> str:
@@ -182,15 +184,3 @@ def _place(result: Result) -> str:
     fields = (result.machine.get(k) for k in ("cpu", "cores", "memory_gib", "os"))
     cpu, cores, memory, system = fields
     return f"{result.machine_id} ({cpu}, {cores} cores, {memory} GiB, {system}; {result.date})"
-
-
-def _write(path: Path, write: Callable[[IO[str]], object]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("w", encoding="utf-8", newline="") as file:
-            write(file)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path

@@ -20,6 +20,8 @@ try:
 except ImportError:
     fcntl = None  # type: ignore[assignment]
 
+from mobileone.files import flush
+
 __all__ = [
     "clean_stale",
     "discard",
@@ -94,23 +96,23 @@ def _locked(descriptor: int) -> bool:
 
 def publish_file(staged: Path, final: Path) -> None:
     """Flush `staged` and rename it to `final`, over an older file if there is one."""
-    _flush(staged)
+    flush(staged)
     staged.replace(final)
-    _flush(final.parent)
+    flush(final.parent)
 
 
 def publish_folder(staged: Path, final: Path) -> None:
     """Flush the folder `staged` and rename it to `final`, in place of an older one if there is."""
     _level_permissions(staged)
     for path in [*staged.rglob("*"), staged]:
-        _flush(path)
+        flush(path)
     if not os.path.lexists(final):
         staged.rename(final)
     elif _swap(staged, final):
         _remove(staged)  # now the older one
     else:
         _replace_in_two_steps(staged, final)
-    _flush(final.parent)
+    flush(final.parent)
 
 
 def discard(path: Path) -> None:
@@ -184,17 +186,6 @@ def _level_permissions(folder: Path) -> None:
     mode = folder.stat().st_mode & 0o777
     for path in folder.rglob("*"):
         path.chmod(mode if path.is_dir() else mode & 0o666)
-
-
-def _flush(path: Path) -> None:
-    """Push a file or folder to the disk, so that a power cut cannot reorder it with a rename."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

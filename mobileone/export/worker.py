@@ -27,6 +27,7 @@ from mobileone.export.manifest import TrainingState
 from mobileone.export.metadata import Metadata
 from mobileone.export.publish import clean_stale
 from mobileone.export.spec import ExportSpec
+from mobileone.files import replace_text
 
 __all__ = ["ExportJob", "Task", "can_travel"]
 
@@ -161,9 +162,7 @@ def _main(parent: int, folder: Path) -> None:
         _work(folder)
     except Exception:
         error = traceback.format_exc()
-    beside = folder / f"{_RESULT}.tmp"
-    beside.write_text(json.dumps({"error": error}), encoding="utf-8")
-    beside.replace(folder / _RESULT)
+    replace_text(folder / _RESULT, json.dumps({"error": error}))
 
 
 def _work(folder: Path) -> None:
