@@ -19,6 +19,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from mobileone.collapsed import CollapseMode, plan_collapsed, run_collapsed
 from mobileone.folding import batch_norm_affine, centre_pad, fold_conv_bn, identity_kernel
+from mobileone.strided import read_needed_pixels
 
 __all__ = ["FoldingNotice", "FusedMobileOneBlock", "MobileOneBlock", "check_norm_factory"]
 
@@ -140,13 +141,9 @@ class MobileOneBlock(nn.Module):
             for _ in range(num_conv_branches)
         )
         self.conv_scale = None
-        # oneDNN's weight gradient of a strided 1×1 convolution of fewer than 16 channels writes
-        # past its buffer in channels-last, which compilers choose (oneDNN issue 6035): the stem's
-        # scale branch takes every `scale_step`-th pixel before a convolution of stride 1 instead
-        self.scale_step = stride if groups == 1 else 1
         if kernel_size > 1 if use_scale is None else use_scale:
-            shared["stride"] = stride // self.scale_step
             self.conv_scale = layers.conv_norm_act(in_chs, out_chs, kernel_size=1, **shared)
+            read_needed_pixels(self.conv_scale.conv)
         for norm in self._norms():
             _check_norm(norm)
         drops = drop_path_rate > 0.0 and with_skip
@@ -207,8 +204,7 @@ class MobileOneBlock(nn.Module):
         """Sum of all branches before attention and activation: (N, C_in, H, W) -> (N, C_out, …)."""
         y: Tensor | None = None
         if self.conv_scale is not None:
-            step = self.scale_step
-            y = self.conv_scale(x if step == 1 else x[:, :, ::step, ::step])
+            y = self.conv_scale(x)
         for branch in self.conv_kxk:
             z = branch(x)
             y = z if y is None else y.add_(z)

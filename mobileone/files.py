@@ -1,6 +1,7 @@
 """Files that are whole or not there: written beside their place, and renamed when complete."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +20,10 @@ def replacing(path: Path) -> Iterator[Path]:
         path: The file's place.
 
     Returns:
-        A hidden name beside it with the same ending, of this process alone.
+        A hidden name beside it with the same ending, nobody else's.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{os.getpid()}-{path.name}")
+    beside = path.with_name(f".{secrets.token_hex(4)}-{path.name}")
     try:
         yield beside
         beside.replace(path)

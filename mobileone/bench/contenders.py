@@ -10,10 +10,11 @@ from collections.abc import Callable
 import timm
 import torch
 from timm.models import byobnet
-from torch import Tensor, nn
+from torch import nn
 
 from mobileone.block import MobileOneBlock
 from mobileone.collapsed import CollapseMode, set_collapse
+from mobileone.strided import read_needed_pixels
 
 __all__ = ["CONTENDERS", "build_contender", "check_contender", "plain_network"]
 
@@ -49,33 +50,16 @@ def _compiled(model: nn.Module) -> nn.Module:
     return model
 
 
-class _Subsample(nn.Module):
-    """Every `step`-th pixel of every `step`-th row."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__()
-        self.step = step
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x[:, :, :: self.step, :: self.step]
-
-
-def _spared(model: nn.Module) -> nn.Module:
-    """Take the stride out of the 1×1 branch of timm's stem, which computes the same without.
-
-    Compiled as it is, the network ends its process on a CPU: see `MobileOneBlock`.
-    """
-    branch = model.stem.conv_scale
-    conv = branch.conv
-    assert isinstance(conv, nn.Conv2d)
-    model.stem.conv_scale = nn.Sequential(_Subsample(conv.stride[0]), branch)
-    conv.stride = (1, 1)
-    return model
+def _compiled_timm(variant: str) -> nn.Module:
+    """timm's network compiled, after what a CPU needs to survive it: see `StridedPointwise`."""
+    model = getattr(byobnet, variant)()
+    read_needed_pixels(model.stem.conv_scale.conv)
+    return _compiled(model)
 
 
 CONTENDERS: dict[str, Callable[[str], nn.Module]] = {
     "timm": lambda variant: getattr(byobnet, variant)(),
-    "timm compiled": lambda variant: _compiled(_spared(getattr(byobnet, variant)())),
+    "timm compiled": _compiled_timm,
     "ours": _ours,
     "ours always": lambda variant: _ours(variant, "always"),
     "ours compiled": lambda variant: _compiled(_ours(variant)),

@@ -15,6 +15,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from mobileone.collapsed.algebra import Branches, BranchGrads
+from mobileone.strided import StridedPointwise
 
 if TYPE_CHECKING:
     from mobileone.block import MobileOneBlock
@@ -202,7 +203,7 @@ def _is_plain_branch(branch: nn.Module) -> bool:
 
 def _is_plain_conv(conv: nn.Module) -> bool:
     return (
-        type(conv) is nn.Conv2d
+        type(conv) in (nn.Conv2d, StridedPointwise)
         and conv.bias is None
         and conv.padding_mode == "zeros"
         and isinstance(conv.padding, tuple)

@@ -84,20 +84,20 @@ def test_damage_is_repaired_and_strangers_are_left_alone(copy, written, damage):
 
 
 def test_interrupted_write_is_completed(tmp_path, written, monkeypatch):
-    replace, calls = digits._replace, []
+    replacing, calls = digits.replacing, []
 
-    def fail_later(path, content):
+    def fail_later(path):
         calls.append(path)
         if len(calls) == 50:
             raise KeyboardInterrupt
-        replace(path, content)
+        return replacing(path)
 
     root = tmp_path / "digits"
     monkeypatch.setattr(digits, "digits_root", lambda: root)  # as the cache folder
-    monkeypatch.setattr(digits, "_replace", fail_later)
+    monkeypatch.setattr(digits, "replacing", fail_later)
     with pytest.raises(KeyboardInterrupt):
         write_digits(root)
-    monkeypatch.setattr(digits, "_replace", replace)
+    monkeypatch.setattr(digits, "replacing", replacing)
     write_digits(root)
     assert contents(root) == contents(written)
 

@@ -41,11 +41,13 @@ def batch_normalised(z, bn):
 
 
 def expected_training_output(block, x):
-    terms, stride = [], block.conv_kxk[0].conv.stride
+    terms = []
     for branch in [*block.conv_kxk, block.conv_scale]:
         if branch is not None:
             conv = branch.conv
-            z = F.conv2d(x, conv.weight, None, stride, conv.padding, conv.dilation, conv.groups)
+            z = F.conv2d(
+                x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups
+            )
             terms.append(batch_normalised(z, branch.bn))
     if block.identity is not None:
         terms.append(batch_normalised(x, block.identity))

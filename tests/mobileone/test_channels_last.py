@@ -3,6 +3,14 @@
 import subprocess
 import sys
 
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mobileone import MobileOneBlock
+from mobileone.strided import StridedPointwise
+
 # oneDNN's fault in strided 1×1 convolutions of few channels ends the process or hangs it, hence a
 # process of its own; at 16 images of 224 px it never went unnoticed
 _PROGRAM = """
@@ -29,3 +37,14 @@ def test_the_stem_trains_in_channels_last():
         [sys.executable, "-c", _PROGRAM], capture_output=True, text=True, timeout=120, check=False
     )
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("size", [(7, 7), (8, 5), (1, 1)])
+def test_the_scale_branch_is_the_strided_convolution(size):
+    block = MobileOneBlock(3, 8, stride=2).double()
+    conv = block.conv_scale.conv
+    assert (type(conv), conv.stride) == (StridedPointwise, (2, 2))
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    torch.testing.assert_close(conv(x), F.conv2d(x, conv.weight, stride=2))
+    assert type(MobileOneBlock(8, 8, stride=2, groups=8).conv_scale.conv) is nn.Conv2d
+    assert "StridedPointwise(3, 8, kernel_size=(1, 1), stride=(2, 2)" in repr(block)
