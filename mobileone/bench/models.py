@@ -36,8 +36,9 @@ def check_models(names: Iterable[str]) -> tuple[str, ...]:
     for name in chosen:
         if not has_model(name):
             known = [*timm.list_models(), *(TORCHVISION + n for n in _torchvision_names())]
-            close = ", ".join(get_close_matches(name, known)) or "see timm.list_models()"
-            raise ValueError(f"`models`: neither timm nor torchvision has {name!r}; close: {close}")
+            close = ", ".join(get_close_matches(name, known))
+            hint = f"did you mean {close}?" if close else "timm.list_models() has all names"
+            raise ValueError(f"`models`: neither timm nor torchvision has {name!r}; {hint}")
     return chosen
 
 

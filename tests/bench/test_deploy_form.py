@@ -84,7 +84,7 @@ def test_settled_norms_keep_activations_at_ordinary_size():
 
 def test_models_are_named_or_refused():
     assert check_models(["mobileone_s0", "mobileone_s0"]) == ("mobileone_s0",)
-    with pytest.raises(ValueError, match=r"'mobileone_s9'; close: .*mobileone_s"):
+    with pytest.raises(ValueError, match=r"'mobileone_s9'; did you mean .*mobileone_s"):
         check_models(["mobileone_s9"])
     with pytest.raises(ValueError, match="must be a list"):
         check_models("mobileone_s0")

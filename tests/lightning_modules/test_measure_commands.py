@@ -41,7 +41,7 @@ def test_latency_is_compared_with_an_earlier_result_of_this_machine_only(tmp_pat
     [
         (["profile"], "--suite paper"),
         (["profile", "mobileone_s0", "--output", "x.csv"], "must end in .json"),
-        (["profile", "mobileone_s7"], "close: "),
+        (["profile", "mobileone_s7"], "did you mean mobileone_s"),
         (["benchmark", "latency", "--suite", "2027"], "must be one of paper, 2026"),
         (["benchmark", "latency", "mobileone_s0", "--runtimes", "[x]"], "choose from eager"),
         (["benchmark", "latency", "mobileone_s0", "--against", "no.json"], "is not a file"),
