@@ -1,9 +1,10 @@
 """MobileOne for timm: importing this package registers the family with `timm.create_model`."""
 
 from mobileone import registration as _registration  # noqa: F401  (registers on import)
-from mobileone.block import FusedMobileOneBlock, MobileOneBlock
+from mobileone.block import MobileOneBlock
 from mobileone.deploy import reparameterize
 from mobileone.expansion import expand
+from mobileone.fused_block import FusedMobileOneBlock
 from mobileone.model import MobileOne
 
 __all__ = ["FusedMobileOneBlock", "MobileOne", "MobileOneBlock", "expand", "reparameterize"]

@@ -3,74 +3,29 @@
 # torch types every attribute of an nn.Module as `Tensor | Module`
 # mypy: disable-error-code="arg-type,union-attr,index,call-overload,return-value,untyped-decorator"
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, FrozenBatchNormAct2d
+from timm.layers import DropPath
 from timm.models.byobnet import LayerFn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.ops import FrozenBatchNorm2d
 
+from mobileone.block_checks import (
+    FoldingNotice,
+    check_block,
+    check_norm,
+    check_norm_factory,
+    check_statistics,
+)
 from mobileone.collapsed import CollapseMode, plan_collapsed, run_collapsed
 from mobileone.folding import batch_norm_affine, centre_pad, fold_conv_bn, identity_kernel
+from mobileone.fused_block import FusedMobileOneBlock
 from mobileone.strided import read_needed_pixels
 
-__all__ = ["FoldingNotice", "FusedMobileOneBlock", "MobileOneBlock", "check_norm_factory"]
-
-_FOLDABLE = (_BatchNorm, FrozenBatchNorm2d, FrozenBatchNormAct2d)
-
-
-class FoldingNotice:
-    """Says once a model, not once a block, that folding in training mode changes the function.
-
-    The blocks of a model share one notice; a deep copy of the model has a fresh start.
-    """
-
-    def __init__(self) -> None:
-        self.given = False
-
-    def give(self) -> None:
-        """Warn, unless this model's user was warned before."""
-        if self.given:
-            return
-        self.given = True
-        warnings.warn(
-            "folding a MobileOne in training mode: the folded network uses the running "
-            "statistics of BatchNorm, so its outputs differ from those of the training-mode "
-            "network; call model.eval() first if you compare the two",
-            UserWarning,
-            stacklevel=4,
-        )
-
-
-class FusedMobileOneBlock(nn.Module):
-    """The deployed form of a block: convolution with bias -> attention -> activation.
-
-    Args:
-        conv: The folded convolution; the input (N, C_in, H, W) goes through it first.
-        attn: Squeeze-and-excite or `nn.Identity`.
-        act: The activation.
-    """
-
-    def __init__(self, conv: nn.Conv2d, attn: nn.Module, act: nn.Module) -> None:
-        super().__init__()
-        self.reparam_conv = conv
-        self.attn = attn
-        self.act = act
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, C_in, H, W) to (N, C_out, H', W')."""
-        return self.act(self.attn(self.reparam_conv(x)))
-
-    def fuse(self) -> "FusedMobileOneBlock":
-        """Return the block itself: it is folded already."""
-        return self
+__all__ = ["MobileOneBlock"]
 
 
 class MobileOneBlock(nn.Module):
@@ -123,9 +78,9 @@ class MobileOneBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_arguments(in_chs, out_chs, kernel_size, stride, groups, num_conv_branches, use_skip)
-        if use_scale and kernel_size == 1:
-            raise ValueError("`use_scale` (=True) needs a `kernel_size` (=1) above 1")
+        check_block(
+            in_chs, out_chs, kernel_size, stride, groups, num_conv_branches, use_scale, use_skip
+        )
         layers = layers or LayerFn()
         check_norm_factory(layers.norm_act)
         dd = {"device": device, "dtype": dtype}
@@ -145,7 +100,7 @@ class MobileOneBlock(nn.Module):
             self.conv_scale = layers.conv_norm_act(in_chs, out_chs, kernel_size=1, **shared)
             read_needed_pixels(self.conv_scale.conv)
         for norm in self._norms():
-            _check_norm(norm)
+            check_norm(norm)
         drops = drop_path_rate > 0.0 and with_skip
         self.drop_path = DropPath(drop_path_rate) if drops else nn.Identity()
         self.attn = nn.Identity() if layers.attn is None else layers.attn(out_chs, **dd)
@@ -279,7 +234,7 @@ class MobileOneBlock(nn.Module):
         Raises:
             ValueError: A normalisation layer keeps no running statistics.
         """
-        _check_statistics(self._norms())
+        check_statistics(self._norms())
         if not self._is_affine():
             self.notice.give()
         with torch.no_grad():
@@ -313,34 +268,6 @@ class MobileOneBlock(nn.Module):
         return fused
 
 
-def check_norm_factory(factory: Any) -> None:
-    """Refuse a class of normalisation that never folds, before a layer of it is built.
-
-    Args:
-        factory: A layer class, also inside `functools.partial`; other callables pass.
-
-    Raises:
-        ValueError: It is not a BatchNorm's.
-    """
-    while isinstance(factory, partial):
-        factory = factory.func
-    if isinstance(factory, type) and not issubclass(factory, _FOLDABLE):
-        raise ValueError(_norm_rule(factory.__name__))
-
-
-def _check_norm(norm: nn.Module) -> None:
-    if not isinstance(norm, _FOLDABLE) or norm.running_mean is None:
-        raise ValueError(_norm_rule(str(norm)))
-
-
-def _norm_rule(norm: str) -> str:
-    return (
-        f"`norm_layer` (={norm}) must be a BatchNorm with running statistics, since only that "
-        "folds exactly into a convolution: for example 'batchnorm', torch.nn.BatchNorm2d, "
-        "timm.layers.BatchNormAct2d, or a SyncBatchNorm or frozen BatchNorm converted from one"
-    )
-
-
 @contextmanager
 def _shadowed_buffers(modules: list[nn.Module]) -> Iterator[None]:
     """Let the modules write to copies of their buffers; put the untouched originals back."""
@@ -353,42 +280,3 @@ def _shadowed_buffers(modules: list[nn.Module]) -> Iterator[None]:
     finally:
         for module, buffers in zip(modules, kept, strict=True):
             module._buffers.update(buffers)
-
-
-def _check_statistics(norms: list[nn.Module]) -> None:
-    for bn in norms:
-        if getattr(bn, "running_mean", None) is None or getattr(bn, "running_var", None) is None:
-            raise ValueError(
-                f"cannot fold {bn}: it keeps no running mean and variance; build the block with a "
-                "BatchNorm that has track_running_stats=True (the default)"
-            )
-
-
-def _check_arguments(
-    in_chs: int,
-    out_chs: int,
-    kernel_size: int,
-    stride: int,
-    groups: int,
-    num_conv_branches: int,
-    use_skip: bool | None,
-) -> None:
-    if num_conv_branches < 1:
-        raise ValueError(
-            f"`num_conv_branches` (={num_conv_branches}) must be at least 1: a block without "
-            "convolution branches has no weights to fold into"
-        )
-    if kernel_size % 2 == 0:
-        raise ValueError(
-            f"`kernel_size` (={kernel_size}) must be odd, so that the 1×1 and skip branches have "
-            "a centre to be folded into"
-        )
-    if in_chs % groups or out_chs % groups:
-        raise ValueError(
-            f"`groups` (={groups}) must divide `in_chs` (={in_chs}) and `out_chs` (={out_chs})"
-        )
-    if use_skip and (in_chs != out_chs or stride != 1):
-        raise ValueError(
-            f"a skip needs `in_chs` (={in_chs}) equal to `out_chs` (={out_chs}) and `stride` "
-            f"(={stride}) equal to 1; leave `use_skip` unset to add it only where it fits"
-        )

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mobileone.block import FusedMobileOneBlock, MobileOneBlock
+from mobileone.block import MobileOneBlock
+from mobileone.fused_block import FusedMobileOneBlock
 from mobileone.weights import WeightsInfo, convert_keys, identify
 
 __all__ = ["adapt_on_load", "check_strictly"]

@@ -10,7 +10,8 @@ from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg, LayerFn, get_
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mobileone.block import FoldingNotice, MobileOneBlock, check_norm_factory
+from mobileone.block import MobileOneBlock
+from mobileone.block_checks import FoldingNotice, check_norm_factory
 from mobileone.loading import adapt_on_load, check_strictly
 from mobileone.variants import Variant
 from mobileone.weights import convert_keys
