@@ -1,10 +1,6 @@
 """Progressive learning on two processes: every switch comes on the same step on all ranks."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -83,19 +79,10 @@ SCHEDULE = [
 
 
 @pytest.mark.slow
-def test_all_ranks_switch_size_and_strength_on_the_same_step(make_folder, tmp_path):
+def test_all_ranks_switch_size_and_strength_on_the_same_step(make_folder, tmp_path, two_processes):
     """Without workers, with persistent ones, and resumed: at a switch, after it, in a phase."""
     root = make_folder({"train": {"a": 12, "b": 12}, "val": {"a": 2, "b": 2}})
-    (tmp_path / "train.py").write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        + [str(tmp_path / "train.py"), str(root), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_processes(SCRIPT, tmp_path, root, tmp_path)
     starts = {"alone": 0, "persistent": 0, "from-6": 6, "from-7": 7, "from-10": 10}
     for name, start in starts.items():
         ranks = [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]

@@ -1,9 +1,6 @@
 """Shards read by two processes with two workers each: every image once, also after a resume."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -86,7 +83,7 @@ def write_images(root, count):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, two_processes):
     """What both ranks have seen: name -> [rank 0, rank 1]; and the folder."""
     out = tmp_path_factory.mktemp("two")
     for count in (24, 23):  # shards of 5 5 5 5 4 and 5 5 5 5 3 images, for four workers
@@ -94,16 +91,7 @@ def runs(tmp_path_factory):
         images, shards = str(out / f"images-{count}"), str(out / f"shards-{count}")
         main(["shards", images, shards, "--images_per_shard", "5"])
         assert len(list(Path(shards).glob("train-*.tar"))) == 5
-    (out / "train.py").write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        + [str(out / "train.py"), str(out)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_processes(SCRIPT, out, out)
     names = ("even", "odd", "rest", "later")
     return {
         name: [json.loads((out / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
