@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -223,4 +223,10 @@ def _log_artifact(trainer: Trainer, path: Path, manifest: Manifest, aliases: lis
             name, type="model", metadata=json.loads((path / MANIFEST_NAME).read_text())
         )
         artifact.add_dir(str(path))
-        logger.experiment.log_artifact(artifact, aliases=aliases)
+        try:
+            logger.experiment.log_artifact(artifact, aliases=aliases)
+        except Exception as error:  # online it asks the server, and fails without a connection
+            rank_zero_warn(
+                f"wandb did not take the artifact ({type(error).__name__}). To send it later: "
+                f"wandb artifact put --type model --name {logger.name}/{name} {path}"
+            )

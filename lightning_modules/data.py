@@ -258,7 +258,7 @@ class ImageDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to see the same batches."""
-        return {"seed": self.seed}
+        return {"seed": self.seed, "share": self._share()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the checkpoint's seed, unless one was given as an argument."""
@@ -268,6 +268,17 @@ class ImageDataModule(LightningDataModule):
                 f"data seed {self._seed} differs from the checkpoint's {self._restored_seed}: the "
                 "images will come in another order than in the run that is resumed."
             )
+        before, now = state_dict.get("share", self._share()), self._share()
+        if before != now:
+            rank_zero_warn(
+                f"the checkpoint was made with {_described(before)}, this run has "
+                f"{_described(now)}: if it was made within an epoch, some images of that epoch "
+                "come twice or are left out; later epochs are whole."
+            )
+
+    def _share(self) -> dict[str, int]:
+        """What says which images a step of an epoch takes, beside the seed."""
+        return {"processes": self._processes, "batch_size": self._batch_size}
 
     @property
     def _processes(self) -> int:
@@ -327,3 +338,7 @@ class ImageDataModule(LightningDataModule):
             return self._num_workers
         processes = self.trainer.num_devices if self.trainer else 1
         return min(8, suggested_max_num_workers(processes))
+
+
+def _described(share: dict[str, int]) -> str:
+    return f"{share['processes']} process(es) and batches of {share['batch_size']}"

@@ -32,7 +32,12 @@ from lightning_modules.resume import Continuation, find_continuation, newest_usa
 from lightning_modules.run_folder import RunFolder
 from lightning_modules.summary import fit_summary
 from lightning_modules.sync_norm import TimmSyncBatchNorm
-from lightning_modules.tracking import WandbOptions, check_tracking, make_loggers
+from lightning_modules.tracking import (
+    WandbOptions,
+    check_tracking,
+    finish_tracking,
+    make_loggers,
+)
 from mobileone import reparameterize
 from mobileone.export.checkpoint import read_checkpoint
 
@@ -246,6 +251,8 @@ class TrainingCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
+            for line in finish_tracking(self.trainer.loggers):
+                print(line)
         except SIGTERMException:
             self._say_how_to_continue()
             sys.exit(128 + signal.SIGTERM)

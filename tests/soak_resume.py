@@ -35,7 +35,7 @@ fit --resume auto --run.root {root} --run.name {name} --model.model test_byobnet
 --model.model_kwargs {{"drop_rate":0.3}} --model.lr 0.01 --data.dataset digits --data.batch_size 8
 --data.input_size 48 --data.num_workers {workers} --data.auto_augment rand-m9-mstd0.5
 --curriculum.phases [[0,32,0.3],[1,40,0.7],[2,48,1]] --curriculum.epochs 3 --ema.decay 0.9
---snapshots.every_n_steps 3 --checkpoint.formats [torchscript] --checkpoint.background false
+--snapshots.every_n_steps 3 --checkpoint.formats [torchscript] --checkpoint.background {background}
 --trainer.max_epochs 3 --trainer.limit_train_batches 10 --trainer.limit_val_batches 2
 --trainer.val_check_interval 5 --trainer.accelerator cpu --trainer.enable_progress_bar false
 --trainer.num_sanity_val_steps 0 --wandb.mode disabled --report.samples 0
@@ -46,6 +46,7 @@ PLACES = {
     "checkpoint": (callbacks.reparameterize, "save_complete"),
     "snapshot": (callbacks.snapshots, "save_complete"),
     "artifact": (callbacks.exports, "export_model"),
+    "worker": (callbacks.exports, "ExportJob"),  # of an export in background
     "links": (CheckpointFolder, "move_link"),
     "switch": (Curriculum, "on_train_batch_start"),
     "anywhere": None,
@@ -74,7 +75,7 @@ def lay_mine(place: str) -> None:
         if place != "switch" or (args[-1] == 0 and args[1].current_epoch > 0):
             visits[0] -= 1 if place != "switch" else visits[0]
             if visits[0] == 0:
-                kill_soon(0.03)
+                kill_soon(4.0 if place == "worker" else 0.03)  # that one goes on beside training
         return real(*args, **kwargs)
 
     setattr(owner, name, mined)
@@ -133,18 +134,21 @@ def differing(found: dict, expected: dict) -> list[str]:
     return wrong
 
 
-def soak(kills: int, seed: int, root: Path, workers: int = 0) -> Counter:
+def soak(kills: int, seed: int, root: Path, workers: int = 0, background: bool = False) -> Counter:
     """Kill `kills` times; returns how often in each place. Raises if a training ends otherwise."""
     log, draw, fell, trainings = root / "log.txt", random.Random(seed), Counter(), 0
 
     def command(name: str) -> list[str]:
-        return COMMAND.format(root=root, name=name, workers=workers).split()
+        asked = str(background).lower()
+        return COMMAND.format(root=root, name=name, workers=workers, background=asked).split()
+
+    places = [place for place in PLACES if place != ("artifact" if background else "worker")]
 
     assert attempt(command("whole"), log, None, 0) == 0, log.read_text()[-3000:]
     expected = result(root, "whole")
     while True:
         name = f"killed-{trainings}"
-        place = draw.choice(list(PLACES)) if fell.total() < kills else None
+        place = draw.choice(places) if fell.total() < kills else None
         started = time.monotonic()
         status = attempt(command(name), log, place, draw.randrange(2**31))
         if status == -signal.SIGKILL:
@@ -169,6 +173,7 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=0, help="data workers of the training")
+    parser.add_argument("--background", action="store_true", help="export in worker processes")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        soak(options.kills, options.seed, Path(folder), options.workers)
+        soak(options.kills, options.seed, Path(folder), options.workers, options.background)

@@ -1,10 +1,17 @@
-"""Folders of made-up images."""
+"""Folders of made-up images, a short training, and scripts on two processes."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from lightning.pytorch import Trainer
 from PIL import Image
+
+from callbacks.ema import EMA
+from lightning_modules.data import ImageDataModule
 
 
 @pytest.fixture
@@ -30,3 +37,52 @@ def make_folder(tmp_path):
 def pets(make_folder):
     """Ten training images of two classes, four for validation."""
     return make_folder({"train": {"cat": 6, "dog": 4}, "val": {"cat": 2, "dog": 2}})
+
+
+@pytest.fixture
+def train(pets, tmp_path):
+    """Fits a module on the pets, with averaged weights: train(module, batch_size=5) -> trainer."""
+
+    def run(module, batch_size: int, epochs: int, **options) -> Trainer:
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=epochs,
+            callbacks=[EMA(0.5)],
+            default_root_dir=tmp_path,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **options,
+        )
+        data = ImageDataModule(
+            str(pets), batch_size=batch_size, input_size=32, num_workers=0, seed=0
+        )
+        trainer.fit(module, data)
+        return trainer
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def two_processes():
+    """Runs a script as both ranks of a torchrun: two_processes(source, folder, *arguments)."""
+
+    def run(source: str, folder: Path, *arguments: object) -> None:
+        script = folder / "two_processes.py"
+        script.write_text(source)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        done = subprocess.run(
+            [*torchrun, "--nproc-per-node", "2", str(script), *map(str, arguments)],
+            env={
+                **os.environ,
+                "PYTHONPATH": str(Path(__file__).parents[2]),
+                "OMP_NUM_THREADS": "1",
+            },
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return run

@@ -70,6 +70,22 @@ def test_batch_is_compared_with_the_share_of_one_process(pets):
         on(module(pets, batch_size=6), 2).setup("fit")
 
 
+@pytest.mark.parametrize(
+    ("processes", "batch"), [(1, 2), (2, 3)], ids=["fewer processes", "larger batches"]
+)
+def test_other_shares_than_the_checkpoints_are_said(pets, processes, batch):
+    """Within an epoch a step is no longer a place in it."""
+    saved = on(module(pets), 2).state_dict()
+    on(module(pets), 2).load_state_dict(saved)  # the same: no warning
+    on(module(pets), 2).load_state_dict({"seed": saved["seed"]})  # of before shares were kept
+    with pytest.warns(
+        UserWarning,
+        match=r"made with 2 process\(es\) and batches of 2, this run has "
+        rf"{processes} process\(es\) and batches of {batch}: .*come twice or are left out",
+    ):
+        on(module(pets, batch_size=batch), processes).load_state_dict(saved)
+
+
 SCRIPT = """
 import json, sys, torch
 from lightning.pytorch import Trainer

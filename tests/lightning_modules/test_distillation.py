@@ -3,11 +3,8 @@
 import pytest
 import timm
 import torch
-from lightning.pytorch import Trainer
 
-from callbacks.ema import EMA
 from lightning_modules.classifier import ImageClassifier
-from lightning_modules.data import ImageDataModule
 from lightning_modules.distillation import Teacher, distillation_loss
 
 
@@ -45,47 +42,37 @@ def test_teacher_sees_its_own_normalisation(teacher_file):
     torch.testing.assert_close(teacher(normalised(mean, std)), expected)
 
 
-def fit(root, folder, **options):
+def student(**options):
     torch.manual_seed(1)
-    model = ImageClassifier("test_byobnet", num_classes=2, lr=0.05, **options)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=3,
-        callbacks=[EMA(0.5)],
-        default_root_dir=folder,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    data = ImageDataModule(str(root), batch_size=5, input_size=32, num_workers=0, seed=0)
-    trainer.fit(model, data)
-    return model, trainer
+    return ImageClassifier("test_byobnet", num_classes=2, lr=0.05, **options)
 
 
 def test_student_follows_the_teacher_and_the_checkpoint_holds_the_student_alone(
-    pets, tmp_path, teacher_file
+    train, tmp_path, teacher_file
 ):
     options = {"teacher": "test_byobnet", "teacher_weights": teacher_file}
-    model, trainer = fit(pets, tmp_path, **options)
+    model = student(**options)
+    trainer = train(model, batch_size=5, epochs=3)
     assert not any("teacher" in name for name in model.state_dict())
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     (tmp_path / "t.pth").unlink()
     ImageClassifier.load_from_checkpoint(tmp_path / "end.ckpt", weights_only=True)  # needs no file
 
 
-def test_weight_zero_is_training_without_a_teacher(pets, tmp_path, teacher_file):
+def test_weight_zero_is_training_without_a_teacher(train, teacher_file):
     options = {"teacher": "test_byobnet", "teacher_weights": teacher_file}
-    alone, _ = fit(pets, tmp_path)
-    unheard, _ = fit(pets, tmp_path, **options, distill_weight=0.0)
-    heard, _ = fit(pets, tmp_path, **options)
+    alone, unheard, heard = (
+        student(**more) for more in ({}, {**options, "distill_weight": 0.0}, options)
+    )
+    for model in (alone, unheard, heard):
+        train(model, batch_size=5, epochs=3)
     key = "model.head.fc.weight"
     assert torch.equal(alone.state_dict()[key], unheard.state_dict()[key])
     assert not torch.allclose(alone.state_dict()[key], heard.state_dict()[key])
 
 
-def test_a_teacher_of_other_classes_is_refused(pets, tmp_path, monkeypatch):
+def test_a_teacher_of_other_classes_is_refused(train, monkeypatch):
     real = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda n, pretrained=False, **o: real(n, **o))
     with pytest.raises(ValueError, match="knows 1000 classes, the data have 2"):
-        fit(pets, tmp_path, teacher="test_byobnet")
+        train(student(teacher="test_byobnet"), batch_size=5, epochs=3)

@@ -5,10 +5,8 @@ import signal
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from PIL import Image
 
-from callbacks.ema import EMA
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data import ImageDataModule
 from lightning_modules.images import UnreadableImageError, read_image
@@ -29,25 +27,19 @@ class Poisoned(ImageClassifier):
         return super().training_step((images, targets), batch_idx)
 
 
-def fit(root, folder, bad, limit, accumulate=1):
-    torch.manual_seed(1)
-    model = Poisoned("test_byobnet", num_classes=2, lr=0.05, skip_nonfinite=limit)
-    model.bad = bad
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=2,
-        callbacks=[EMA(0.5)],
-        default_root_dir=folder,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accumulate_grad_batches=accumulate,
-    )
-    data = ImageDataModule(str(root), batch_size=2, input_size=32, num_workers=0, seed=0)
-    trainer.fit(model, data)
-    trainer.save_checkpoint(folder / "end.ckpt")
-    return model, torch.load(folder / "end.ckpt", weights_only=True)
+@pytest.fixture
+def fit(train, tmp_path):
+    """Trains with bad batches: fit(bad=(1, 2), limit=2) -> checkpoint of the end."""
+
+    def run(bad, limit, accumulate=1, kind=Poisoned):
+        torch.manual_seed(1)
+        model = kind("test_byobnet", num_classes=2, lr=0.05, skip_nonfinite=limit)
+        model.bad = bad
+        trainer = train(model, batch_size=2, epochs=2, accumulate_grad_batches=accumulate)
+        trainer.save_checkpoint(tmp_path / "end.ckpt")
+        return torch.load(tmp_path / "end.ckpt", weights_only=True)
+
+    return run
 
 
 def finite(state):
@@ -56,9 +48,9 @@ def finite(state):
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_bad_steps_are_left_out_and_everything_stays_clean(pets, tmp_path, accumulate):
+def test_bad_steps_are_left_out_and_everything_stays_clean(fit, accumulate):
     with pytest.warns(UserWarning, match=LEFT_OUT) as caught:
-        _, saved = fit(pets, tmp_path, bad=(1, 2, 4), limit=2, accumulate=accumulate)
+        saved = fit(bad=(1, 2, 4), limit=2, accumulate=accumulate)
     assert sum("is left out" in str(w.message) for w in caught) == 3  # two in a row, and one
     for part in ("state_dict", "current_model_state"):
         assert finite(saved[part])  # running statistics too
@@ -67,11 +59,9 @@ def test_bad_steps_are_left_out_and_everything_stays_clean(pets, tmp_path, accum
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
-def test_a_step_that_is_left_out_moves_neither_weights_nor_statistics(pets, tmp_path):
+def test_a_step_that_is_left_out_moves_neither_weights_nor_statistics(fit):
     torch.manual_seed(1)
     before = ImageClassifier("test_byobnet", num_classes=2).state_dict()
-    with pytest.warns(UserWarning, match=LEFT_OUT), pytest.raises(FloatingPointError):
-        fit(pets, tmp_path, bad=range(5), limit=3)
     seen = {}
 
     class Look(Poisoned):
@@ -79,26 +69,22 @@ def test_a_step_that_is_left_out_moves_neither_weights_nor_statistics(pets, tmp_
             seen.update({k: v.clone() for k, v in self.state_dict().items()})
             return super().training_step(batch, batch_idx)
 
-    globals()["Poisoned"], kept = Look, Poisoned
-    try:
-        with pytest.warns(UserWarning, match=LEFT_OUT), pytest.raises(FloatingPointError):
-            fit(pets, tmp_path, bad=range(5), limit=3)
-    finally:
-        globals()["Poisoned"] = kept
+    with pytest.warns(UserWarning, match=LEFT_OUT), pytest.raises(FloatingPointError):
+        fit(bad=range(5), limit=3, kind=Look)
     assert all(torch.equal(seen[k], before[k]) for k in before)
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
-def test_more_in_a_row_than_allowed_stop_the_run(pets, tmp_path):
+def test_more_in_a_row_than_allowed_stop_the_run(fit):
     with (
         pytest.warns(UserWarning, match=LEFT_OUT),
         pytest.raises(FloatingPointError, match=r"loss is nan at step 3.*skip_nonfinite"),
     ):
-        fit(pets, tmp_path, bad=(1, 2, 3), limit=2)
+        fit(bad=(1, 2, 3), limit=2)
 
 
-def test_without_bad_steps_the_option_changes_nothing(pets, tmp_path):
-    ends = [fit(pets, tmp_path, bad=(), limit=limit)[1]["state_dict"] for limit in (0, 3)]
+def test_without_bad_steps_the_option_changes_nothing(fit):
+    ends = [fit(bad=(), limit=limit)["state_dict"] for limit in (0, 3)]
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
 
 
