@@ -1,6 +1,7 @@
 """The subcommands that run a Trainer: fit, validate and test, on LightningCLI."""
 
 import os
+import re
 import shlex
 import signal
 import sys
@@ -10,7 +11,7 @@ from typing import Any, Literal, NoReturn, cast
 
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -63,13 +64,14 @@ def run(name: str, argv: list[str], cli: "type[TrainingCLI] | None" = None) -> "
     """
     silence_known_messages()
     previous = sys.argv
+    chosen = cli or TrainingCLI
     try:
         argv = _with_config_of_the_run(find_configs(argv))
         # a distributed strategy starts its other processes with this command line
-        sys.argv = [previous[0], name, *argv]
-        return (cli or TrainingCLI)(
-            ImageClassifier,
-            ImageDataModule,
+        sys.argv = [*previous[:1], *chosen.program.split()[1:], name, *argv]
+        return chosen(
+            chosen.model_type,
+            chosen.data_type,
             save_config_callback=_Records,
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -80,13 +82,13 @@ def run(name: str, argv: list[str], cli: "type[TrainingCLI] | None" = None) -> "
                 "enable_model_summary": False,
                 "enable_progress_bar": sys.stdout.isatty(),
             },
-            parser_kwargs={"prog": "mobileone"},
+            parser_kwargs={"prog": chosen.program, "description": chosen.description},
             parser_class=_Parser,
         )
     except Exception as error:
         if (message := message_for_user(error)) is None:
             raise
-        print(f"mobileone {name}: error: {message}", file=sys.stderr)
+        print(f"{chosen.program} {name}: error: {message}", file=sys.stderr)
         sys.exit(2)
     finally:
         sys.argv = previous
@@ -97,9 +99,9 @@ class _Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and exit."""
-        name = self.prog.split()[-1]
-        print(f"mobileone {name}: error: {message}", file=sys.stderr)
-        print(f"`mobileone {name} --help` lists all options", file=sys.stderr)
+        name = re.sub(r" \[[^]]*\]", "", self.prog)
+        print(f"{name}: error: {message}", file=sys.stderr)
+        print(f"`{name} --help` lists all options", file=sys.stderr)
         sys.exit(2)
 
 
@@ -141,7 +143,18 @@ class TrainingCLI(LightningCLI):
     """LightningCLI with the template's model, data, run folder, loggers and callbacks.
 
     Precedence: explicit flag, configuration file, hyper-parameters of `--ckpt_path`, default.
+
+    Attributes:
+        model_type: What is trained; a subclass may train something else.
+        data_type: On what.
+        program: The words before the subcommand.
+        description: For the help.
     """
+
+    model_type: type[LightningModule] = ImageClassifier
+    data_type: type[LightningDataModule] = ImageDataModule
+    program = "mobileone"
+    description: str | None = None
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -151,11 +164,6 @@ class TrainingCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the sections of callbacks, run folder and wandb, and the links."""
-        parser.add_lightning_class_args(EMA, "ema")
-        parser.add_lightning_class_args(ReparameterizeOnSave, "checkpoint")
-        parser.add_lightning_class_args(Snapshots, "snapshots")
-        parser.add_lightning_class_args(Curriculum, "curriculum")
-        parser.add_lightning_class_args(Report, "report")
         parser.add_argument("--run.root", default="runs", help="folder of all runs")
         parser.add_argument(
             "--run.name",
@@ -171,9 +179,18 @@ class TrainingCLI(LightningCLI):
             "one, from its newest usable checkpoint; --ckpt_path goes before it",
         )
         parser.add_class_arguments(WandbOptions, "wandb")
+        parser.add_lightning_class_args(EMA, "ema")
+        self.add_task_arguments(parser)
+        parser.add_lightning_class_args(Snapshots, "snapshots")
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+
+    def add_task_arguments(self, parser: LightningArgumentParser) -> None:
+        """Add what is the task's own: a `checkpoint` section at least."""
+        parser.add_lightning_class_args(ReparameterizeOnSave, "checkpoint")
+        parser.add_lightning_class_args(Curriculum, "curriculum")
+        parser.add_lightning_class_args(Report, "report")
         parser.link_arguments("model.model", "data.model")
         parser.link_arguments("data.in_chans", "model.in_chans", apply_on="instantiate")
-        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, with the checkpoint's hyper-parameters as defaults of the model's arguments."""
@@ -182,8 +199,14 @@ class TrainingCLI(LightningCLI):
         checkpoint = option_value(sys.argv, "--ckpt_path")
         self.known = {} if checkpoint is None else _hyper_parameters(checkpoint)
         for subparser in self._subcommand_parsers.values():
-            subparser.set_defaults({f"model.{k}": v for k, v in self.known.items()})
-        super().parse_arguments(parser, args)
+            try:
+                subparser.set_defaults({f"model.{k}": v for k, v in self.known.items()})
+            except KeyError as error:  # jsonargparse knows no such argument
+                raise UsageError(
+                    f"the checkpoint {checkpoint} is not of `{self.program} fit`: {error}"
+                ) from error
+        # as LightningCLI does, less the program's own words
+        self.config = parser.parse_args(sys.argv[len(self.program.split()) :])
         self.continued = Continuation(None, None, ())
         config = self.config[self.config.subcommand]
         automatic = self.config.subcommand == "fit" and config.resume == "auto"
@@ -263,17 +286,20 @@ class TrainingCLI(LightningCLI):
     @rank_zero_only
     def before_fit(self) -> None:
         """Say what is trained, and where it goes."""
-        network, data = self.model.model, self.datamodule.data_config
+        network = self.model.model
         with warnings.catch_warnings():  # it is only counted, so its mode does not matter
             warnings.simplefilter("ignore")
             folded = reparameterize(network)
-        size = "×".join(str(n) for n in data["input_size"])
         print(
             f"{self.model.hparams['model']}: {_millions(network)} parameters in training, "
-            f"{_millions(folded)} deployed; {self.datamodule.num_classes} classes, {size} pixels"
+            f"{_millions(folded)} deployed; {self.datamodule.num_classes} classes, "
+            f"{self._input_size()} pixels"
         )
         if self.run is not None:
             print(f"run folder: {self.run.path}")
+
+    def _input_size(self) -> str:
+        return "×".join(str(n) for n in self.datamodule.data_config["input_size"])
 
     @rank_zero_only
     def after_fit(self) -> None:
@@ -287,7 +313,7 @@ class TrainingCLI(LightningCLI):
         last = None if self.run is None else newest_usable(self.run.path)[0]
         if self.subcommand == "fit" and last is not None:
             # a line of its own, wherever the progress bar was stopped
-            print(f"\nto continue: mobileone fit --ckpt_path {shlex.quote(str(last))}")
+            print(f"\nto continue: {self.program} fit --ckpt_path {shlex.quote(str(last))}")
 
     def _run_folder(self) -> RunFolder:
         config = self.config[self.subcommand]

@@ -7,21 +7,52 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from lightning_modules.checks import check_model_name
+from lightning_modules.checks import check_checkpoint_classes, check_model_name
+from lightning_modules.dense.sources import IGNORED
 from lightning_modules.optimizers import build_optimizer, total_steps
 from lightning_modules.schedules import CosineSchedule
 from mobileone.dense import segmenter, ssdlite
 
-__all__ = ["IGNORED", "Detector", "Segmenter"]
+__all__ = ["Detector", "Segmenter", "mean_average_precision"]
 
-IGNORED = 255
-"""Label of pixels that count neither for the loss nor for the score, as in VOC's masks."""
+_CLASSES = "class_names"  # in a checkpoint
 
 
 class _DenseModule(LightningModule):
-    """Optimizer and schedule of both: warm-up and cosine of the learning rate."""
+    """Optimizer, schedule and names of the classes of both.
+
+    Args:
+        num_classes: classes, background (0) included.
+        optimizer: timm's name.
+        lr: learning rate at the start of the cosine.
+        weight_decay: of weights; norms and biases do not decay.
+        warmup_steps: of the learning rate.
+
+    Attributes:
+        class_names: of the data, or of the checkpoint's data.
+    """
 
     model: nn.Module
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        optimizer: str = "adamw",
+        lr: float = 1e-3,
+        weight_decay: float = 1e-2,
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()  # those of the subclass, too
+        check_model_name(self.hparams["model"])
+        self.class_names = ("background", *(f"class {n}" for n in range(1, num_classes)))
+
+    def setup(self, stage: str) -> None:
+        """Take the names of the classes from the data."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None:
+            self.class_names = data.class_names
 
     def configure_optimizers(self) -> tuple[list[Any], list[Any]]:
         """Return the optimizer and the schedule of its learning rate."""
@@ -38,9 +69,29 @@ class _DenseModule(LightningModule):
         schedule = CosineSchedule(optimizer, "lr", steps, warmup_steps=warmup)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
+    def _log_step(self, loss: Tensor, images: int) -> Tensor:
+        """Log the loss and the learning rate; returns the loss."""
+        self.log("train/loss", loss, prog_bar=True, batch_size=images)
+        self.log("train/loss_epoch", loss, on_step=False, on_epoch=True, batch_size=images)
+        groups = self.trainer.optimizers[0].param_groups
+        self.log("lr", max(float(group["lr"]) for group in groups), batch_size=images)
+        return loss
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let the checkpoint rebuild the network without a download."""
+        """Let the checkpoint rebuild the network without a download, and name the classes."""
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["pretrained"] = False
+        checkpoint[_CLASSES] = list(self.class_names)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the names of the checkpoint's classes.
+
+        Raises:
+            ValueError: the data have others.
+        """
+        names = tuple(checkpoint.get(_CLASSES, self.class_names))
+        if self._trainer is not None:
+            check_checkpoint_classes(names, self.class_names)
+        self.class_names = names
 
 
 class Segmenter(_DenseModule):
@@ -51,13 +102,9 @@ class Segmenter(_DenseModule):
 
     Args:
         model: timm name of the backbone.
-        num_classes: classes, background included.
         architecture: one of `mobileone.dense.SEGMENTERS`.
         pretrained: start the backbone from timm's weights.
-        optimizer: timm's name.
-        lr: learning rate at the start of the cosine.
-        weight_decay: of weights; norms and biases do not decay.
-        warmup_steps: of the learning rate.
+        options: number of classes, optimizer and its schedule.
 
     Raises:
         ValueError: an unknown name, or a number out of range.
@@ -67,19 +114,14 @@ class Segmenter(_DenseModule):
         self,
         model: str = "mobileone_s0",
         *,
-        num_classes: int,
         architecture: str = "deeplabv3",
         pretrained: bool = False,
-        optimizer: str = "adamw",
-        lr: float = 1e-3,
-        weight_decay: float = 1e-2,
-        warmup_steps: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        check_model_name(model)
-        self.model = segmenter(architecture, model, num_classes, pretrained=pretrained)
-        self.iou = MulticlassJaccardIndex(num_classes, ignore_index=IGNORED)
+        super().__init__(**options)
+        classes = self.hparams["num_classes"]
+        self.model = segmenter(architecture, model, classes, pretrained=pretrained)
+        self.iou = MulticlassJaccardIndex(classes, ignore_index=IGNORED)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) -> logits (N, classes, H, W)."""
@@ -90,8 +132,7 @@ class Segmenter(_DenseModule):
         """Return the mean cross-entropy of the pixels."""
         images, masks = batch
         loss = F.cross_entropy(self(images).float(), masks, ignore_index=IGNORED)
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
+        return self._log_step(loss, len(images))
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Add a batch to the validation's loss and score."""
@@ -110,13 +151,9 @@ class Detector(_DenseModule):
 
     Args:
         model: timm name of the backbone.
-        num_classes: classes, background (0) included.
         size: side in pixels to which images are resized.
         pretrained: start the backbone from timm's weights.
-        optimizer: timm's name.
-        lr: learning rate at the start of the cosine.
-        weight_decay: of weights; norms and biases do not decay.
-        warmup_steps: of the learning rate.
+        options: number of classes, optimizer and its schedule.
 
     Raises:
         ValueError: an unknown name, or a number out of range.
@@ -127,26 +164,20 @@ class Detector(_DenseModule):
         self,
         model: str = "mobileone_s1",
         *,
-        num_classes: int,
         size: int = 320,
         pretrained: bool = False,
-        optimizer: str = "adamw",
-        lr: float = 1e-3,
-        weight_decay: float = 1e-2,
-        warmup_steps: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        check_model_name(model)
-        self.model = ssdlite(model, num_classes, size=size, pretrained=pretrained)
-        self.precision_metric = _mean_average_precision()
+        super().__init__(**options)
+        classes = self.hparams["num_classes"]
+        self.model = ssdlite(model, classes, size=size, pretrained=pretrained)
+        self.precision_metric = mean_average_precision()
 
     def training_step(self, batch: tuple[list[Tensor], list[Any]], batch_idx: int) -> Tensor:
         """Return the sum of the losses of boxes and classes."""
         losses = self.model(*batch)
         loss: Tensor = sum(losses.values())
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch[0]))
-        return loss
+        return self._log_step(loss, len(batch[0]))
 
     def validation_step(self, batch: tuple[list[Tensor], list[Any]], batch_idx: int) -> None:
         """Keep the detections of a batch."""
@@ -160,7 +191,12 @@ class Detector(_DenseModule):
         self.log_dict({f"val/{key}": scores[key] for key in ("map", "map_50")}, prog_bar=True)
 
 
-def _mean_average_precision() -> Any:
+def mean_average_precision() -> Any:
+    """COCO's metric as torchmetrics computes it by pycocotools.
+
+    Raises:
+        ImportError: pycocotools is not installed.
+    """
     from torchmetrics.detection import MeanAveragePrecision
 
     try:

@@ -2,82 +2,77 @@
 
 from typing import Any
 
-import numpy as np
-import timm
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
 
 from lightning_modules.dense.shapes import Picture
+from lightning_modules.dense.sources import Boxed, Masked
 
 __all__ = ["BoxTransform", "MaskTransform"]
 
 
 class MaskTransform:
-    """A generated picture, or VOC's image and mask -> image (3, S, S) and mask (S, S).
+    """A picture with its mask -> image (3, S, S), normalised, and mask (S, S).
 
     Args:
-        model: timm name, whose normalisation is used.
+        mean: subtracted from images scaled to 0..1, one a channel.
+        std: that the difference is divided by.
         size: side in pixels.
         augment: crop and mirror at random; else resize.
     """
 
-    def __init__(self, model: str, size: int, augment: bool) -> None:
+    def __init__(
+        self, mean: tuple[float, ...], std: tuple[float, ...], size: int, augment: bool
+    ) -> None:
         square = (size, size)
         place = (
             [v2.RandomResizedCrop(square, scale=(0.25, 1.0)), v2.RandomHorizontalFlip()]
             if augment
             else [v2.Resize(square)]
         )
-        config = timm.get_pretrained_cfg(model)
-        mean, std = (config.mean, config.std) if config else ((0.5,) * 3, (0.5,) * 3)
-        self._change = v2.Compose([*place, *_FLOAT, v2.Normalize(mean, std)])
+        self._change = v2.Compose([*place, *_FLOAT, v2.Normalize(list(mean), list(std))])
 
-    def __call__(self, sample: Any) -> tuple[Tensor, Tensor]:
-        if isinstance(sample, Picture):
-            pixels, classes = sample.image, sample.mask
-        else:  # VOC's palette images hold the classes; 255 is no class
-            pixels, classes = F.pil_to_tensor(sample[0]), torch.from_numpy(np.array(sample[1]))
-        image, mask = self._change(tv_tensors.Image(pixels), tv_tensors.Mask(classes[None]))
+    def __call__(self, sample: Picture | Masked) -> tuple[Tensor, Tensor]:
+        image, mask = self._change(
+            tv_tensors.Image(sample.image), tv_tensors.Mask(sample.mask[None])
+        )
         return image.as_subclass(Tensor), mask[0].as_subclass(Tensor).long()
 
 
 class BoxTransform:
-    """A generated picture, or COCO's image and annotations -> image (3, H, W) and target.
+    """A picture with its boxes -> image (3, H, W) in 0..1 and target.
 
-    The target has `boxes` (B, 4) as x1, y1, x2, y2 and `labels` (B,); crowds are left out.
+    The target has `boxes` (B, 4) as x1, y1, x2, y2, `labels` (B,) and `iscrowd` (B,).
 
     Args:
-        augment: crop around objects, as SSD does, and mirror at random.
+        augment: crop around objects, as SSD does, mirror at random, and leave out boxes of which
+            nothing remains; else change nothing.
     """
 
     def __init__(self, augment: bool) -> None:
-        place = [v2.RandomIoUCrop(), v2.RandomHorizontalFlip()] if augment else []
-        tidy = [
+        place = [
+            v2.RandomIoUCrop(),
+            v2.RandomHorizontalFlip(),
             v2.ClampBoundingBoxes(),
-            v2.ConvertBoundingBoxFormat(tv_tensors.BoundingBoxFormat.XYXY),
-            v2.SanitizeBoundingBoxes(),
+            v2.SanitizeBoundingBoxes(labels_getter=_beside_boxes),
         ]
-        self._change = v2.Compose([*place, *tidy, *_FLOAT])
+        self._change = v2.Compose([*(place if augment else []), *_FLOAT])
 
-    def __call__(self, sample: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        if isinstance(sample, Picture):
-            pixels, boxes, labels, form = sample.image, sample.boxes, sample.labels, "XYXY"
-        else:
-            kept = [note for note in sample[1] if not note.get("iscrowd")]
-            pixels, form = F.pil_to_tensor(sample[0].convert("RGB")), "XYWH"
-            boxes = torch.tensor([note["bbox"] for note in kept], dtype=torch.float32)
-            labels = torch.tensor([note["category_id"] for note in kept], dtype=torch.int64)
-        target = {
-            "boxes": tv_tensors.BoundingBoxes(
-                boxes.reshape(-1, 4), format=form, canvas_size=tuple(pixels.shape[-2:])
-            ),
-            "labels": labels,
-        }
-        image, target = self._change(tv_tensors.Image(pixels), target)
+    def __call__(self, sample: Picture | Boxed) -> tuple[Tensor, dict[str, Tensor]]:
+        crowds = sample.iscrowd if isinstance(sample, Boxed) else torch.zeros_like(sample.labels)
+        boxes = tv_tensors.BoundingBoxes(
+            sample.boxes, format="XYXY", canvas_size=tuple(sample.image.shape[-2:])
+        )
+        target = {"boxes": boxes, "labels": sample.labels, "iscrowd": crowds}
+        image, target = self._change(tv_tensors.Image(sample.image), target)
         return image.as_subclass(Tensor), {k: v.as_subclass(Tensor) for k, v in target.items()}
+
+
+def _beside_boxes(sample: Any) -> tuple[Tensor, Tensor]:
+    """What goes with a box when it is left out."""
+    return sample[1]["labels"], sample[1]["iscrowd"]
 
 
 _FLOAT = (v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),)

@@ -8,15 +8,17 @@ from functools import partial
 from typing import Any
 
 import timm
+import torch
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import Conv2dNormActivation
 
 import mobileone.registration  # noqa: F401  (registers the family with timm)
 
-__all__ = ["RawSSD", "SSDFeatures", "ssdlite"]
+__all__ = ["SSDBoxes", "SSDFeatures", "ssdlite"]
 
 _EXTRA = (512, 256, 256, 128)  # channels of the coarser maps, as in torchvision's SSDLite
 _NORM = partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)
@@ -46,22 +48,50 @@ class SSDFeatures(nn.Module):
         return {str(number): features for number, features in enumerate(maps)}
 
 
-class RawSSD(nn.Module):
-    """An SSD between its input transform and its boxes: what a phone runs as one graph.
+class SSDBoxes(nn.Module):
+    """An SSD from normalised images to boxes, before non-maximum suppression: what a phone runs.
+
+    Boxes are decoded as `torchvision.models.detection.ssd.SSD` does (Liu et al., arXiv 1512.02325,
+    section 2.2): an anchor's centre moves by parts of its sides, its sides grow by exponentials.
 
     Args:
-        network: An SSD of torchvision.
+        network: An SSD of torchvision, with images of one size.
     """
+
+    centres: Tensor
+    sides: Tensor
+    largest: Tensor
 
     def __init__(self, network: SSD) -> None:
         super().__init__()
-        self.backbone = network.backbone
-        self.head = network.head
+        self.backbone, self.head = network.backbone, network.head
+        width, height = network.transform.fixed_size
+        example = torch.zeros(1, 3, height, width, dtype=next(network.parameters()).dtype)
+        was_training = network.training
+        with torch.no_grad():
+            features = list(network.backbone.eval()(example).values())
+        network.train(was_training)
+        images = ImageList(example, [(height, width)])
+        anchors = network.anchor_generator(images, features)[0]  # (A, 4), corners in pixels
+        corners = anchors / torch.tensor([width, height, width, height])
+        self.register_buffer("centres", (corners[:, :2] + corners[:, 2:]) / 2)
+        self.register_buffer("sides", corners[:, 2:] - corners[:, :2])
+        self._move, _, self._growth, _ = network.box_coder.weights  # of x as of y
+        self.register_buffer("largest", torch.tensor(network.box_coder.bbox_xform_clip))
+        self.train(was_training)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (N, 3, S, S), normalised -> offsets (N, A, 4), logits (N, A, classes)."""
+        """Images (N, 3, H, W) -> boxes (N, A, 4), probabilities (N, A, classes).
+
+        Boxes are x1, y1, x2, y2 as parts of the image's width and height.
+        """
         answer = self.head(list(self.backbone(images).values()))
-        return answer["bbox_regression"], answer["cls_logits"]
+        offsets = answer["bbox_regression"]  # (N, A, 4)
+        centres = self.centres + offsets[..., :2] / self._move * self.sides
+        growth = torch.minimum(offsets[..., 2:] / self._growth, self.largest)
+        sides = growth.exp() * self.sides
+        boxes = torch.cat([centres - sides / 2, centres + sides / 2], dim=-1).clamp(0, 1)
+        return boxes, answer["cls_logits"].softmax(dim=-1)
 
 
 def ssdlite(model: str, num_classes: int, *, size: int = 320, pretrained: bool = False) -> SSD:

@@ -95,6 +95,8 @@ class MLProgram:
             from coremltools.models.utils import load_spec
 
             spec = load_spec(str(path))
+        if spec.WhichOneof("Type") == "pipeline":
+            spec, self._suppression = _network_and_suppression(spec, path)
         if spec.WhichOneof("Type") != "mlProgram" or len(spec.description.input) != 1:
             raise NotVerifiedError(f"{path} is not an ML program with one input")
         (self._input,) = spec.description.input
@@ -233,7 +235,19 @@ class MLProgram:
         return data.view(np.float16) if kind == "FLOAT16" else data
 
 
+def _network_and_suppression(spec: Any, path: Path) -> tuple[Any, Any]:
+    """The two models of a detector's pipeline."""
+    kinds = [model.WhichOneof("Type") for model in spec.pipeline.models]
+    if kinds != ["mlProgram", "nonMaximumSuppression"]:
+        raise NotVerifiedError(f"{path} is a pipeline of {kinds}")
+    network, suppression = spec.pipeline.models
+    return network, suppression.nonMaximumSuppression
+
+
 def _resolve(argument: Any, values: Mapping[str, Any]) -> Any:
+    """The value of a name, of each name in a list, or what is a value already."""
+    if isinstance(argument, list):
+        return [_resolve(part, values) for part in argument]
     return values[argument] if isinstance(argument, _Name) else argument
 
 

@@ -86,24 +86,76 @@ def _lut_to_dense(indices: Tensor, lut: Tensor, shape: list[int]) -> Tensor:
     return lut.reshape(-1)[positions].reshape(shape)
 
 
+def _concat(values: list[Tensor], axis: int, interleave: bool) -> Tensor:
+    if interleave:
+        raise NotImplementedError("interleave")
+    return torch.cat(values, axis)
+
+
+def _slice_by_index(
+    x: Tensor,
+    begin: list[int],
+    end: list[int],
+    begin_mask: list[bool] | None = None,
+    end_mask: list[bool] | None = None,
+    squeeze_mask: list[bool] | None = None,
+) -> Tensor:
+    """A masked bound is open; a squeezed axis is the one at its begin."""
+    ranges = zip(
+        begin,
+        end,
+        begin_mask or [False] * x.ndim,
+        end_mask or [False] * x.ndim,
+        squeeze_mask or [False] * x.ndim,
+        strict=True,
+    )
+    return x[
+        tuple(
+            low if squeezed else slice(None if from_start else low, None if to_end else high)
+            for low, high, from_start, to_end, squeezed in ranges
+        )
+    ]
+
+
+def _upsample(mode: str) -> Callable[..., Tensor]:
+    def upsample(
+        x: Tensor,
+        scale_factor_height: float,
+        scale_factor_width: float,
+        align_corners: bool | None = None,
+    ) -> Tensor:
+        size = [round(x.shape[-2] * scale_factor_height), round(x.shape[-1] * scale_factor_width)]
+        return F.interpolate(x, size, mode=mode, align_corners=align_corners)
+
+    return upsample
+
+
 KERNELS: dict[str, Callable[..., Any]] = {
     "add": lambda x, y: x + y,
     "batch_norm": _batch_norm,
     "cast": _cast,
+    "clip": lambda x, alpha, beta: x.clamp(alpha, beta),
+    "concat": _concat,
     "constexpr_affine_dequantize": _affine_dequantize,
     "constexpr_lut_to_dense": _lut_to_dense,
     "conv": _conv,
+    "exp": lambda x: x.exp(),
     "gelu": _gelu,
     "identity": lambda x: x,
     "linear": _linear,
     "matmul": _matmul,
+    "minimum": lambda x, y: torch.minimum(x, torch.as_tensor(y)),
     "mul": lambda x, y: x * y,
     "reduce_max": _reduce_max,
     "reduce_mean": _reduce_mean,
     "relu": lambda x: x.relu(),
     "reshape": lambda x, shape: x.reshape(shape),
     "sigmoid": lambda x: x.sigmoid(),
+    "slice_by_index": _slice_by_index,
     "softmax": lambda x, axis: x.softmax(dim=axis),
     "squeeze": lambda x, axes: x.squeeze(axes),
     "sub": lambda x, y: x - y,
+    "transpose": lambda x, perm: x.permute(perm),
+    "upsample_bilinear": _upsample("bilinear"),
+    "upsample_nearest_neighbor": _upsample("nearest"),
 }

@@ -4,6 +4,7 @@ Needs the extra `onnx`; its packages are imported by the functions that use them
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,13 @@ EXTRA = "mobileone-lightning[onnx]"
 _USE = "the `onnx` format"
 
 
-def write(model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata) -> dict[str, Any]:
+def write(
+    model: nn.Module,
+    spec: ExportSpec,
+    path: Path,
+    metadata: Metadata,
+    outputs: Sequence[str] = ("logits",),
+) -> dict[str, Any]:
     """Convert `model`, check the graph and save it to `path`; the batch size stays free.
 
     Args:
@@ -32,6 +39,7 @@ def write(model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata) ->
         spec: what the model expects; stored in the file's metadata as JSON, key `spec`.
         path: file to write.
         metadata: stored in the file's metadata.
+        outputs: names of what the model returns.
 
     Returns:
         Description of the input and the output for the manifest.
@@ -45,7 +53,7 @@ def write(model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata) ->
     program = torch.onnx.export(
         program_of(model, spec),
         input_names=["images"],
-        output_names=["logits"],
+        output_names=list(outputs),
         dynamo=True,
         verbose=False,
     )
@@ -62,7 +70,7 @@ def write(model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata) ->
     onnx.checker.check_model(proto, full_check=True)
     onnx.save(proto, path)
     interface = tensor_interface(spec)
-    interface["input"]["name"], interface["output"]["name"] = "images", "logits"
+    interface["input"]["name"], interface["output"]["name"] = "images", ", ".join(outputs)
     return {**interface, "opset": proto.opset_import[0].version}
 
 

@@ -17,6 +17,7 @@ _NOISE = re.compile(
     r"|Torch version .* has not been tested with coremltools"
     r"|TensorFlow version .* has not been tested with coremltools"
     r"|Failed to load _ML\w+"
+    r"|Tuple detected at graph output"
 )
 _PROGRESS = re.compile(
     r"(Converting PyTorch Frontend|Running MIL \w+ pipeline|Running compression pass)"

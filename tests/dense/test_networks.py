@@ -5,12 +5,13 @@ import copy
 import pytest
 import timm
 import torch
+from torch import nn
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
 from mobileone import reparameterize
 from mobileone.block import MobileOneBlock
-from mobileone.dense import SEGMENTERS, deeplabv3, segmenter, ssdlite
-from mobileone.dense.detection import RawSSD
+from mobileone.dense import SEGMENTERS, deeplabv3, fuse, segmenter, ssdlite
+from mobileone.dense.detection import SSDBoxes
 
 
 def smp_or_skip(architecture):
@@ -23,8 +24,8 @@ def test_fused_segmentation_is_exact(architecture, randomise):
     """Against the sum of the branches, in float64."""
     smp_or_skip(architecture)
     network = randomise(segmenter(architecture, "mobileone_s0", 3)).double().eval()
-    fused = reparameterize(network)
-    assert not any(isinstance(module, MobileOneBlock) for module in fused.modules())
+    fused = fuse(network)
+    assert not any(isinstance(m, MobileOneBlock | nn.BatchNorm2d) for m in fused.modules())
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
         expected = _by_branches(network)(images)
@@ -58,17 +59,57 @@ def _by_branches(network):
 def test_fused_detector_is_exact(randomise):
     network = ssdlite("mobileone_s0", 4, size=96).double().eval()
     randomise(network)
-    fused = reparameterize(network)
-    assert not any(isinstance(module, MobileOneBlock) for module in fused.modules())
+    fused = fuse(network)
+    assert not any(isinstance(m, MobileOneBlock | nn.BatchNorm2d) for m in fused.modules())
     images = torch.randn(2, 3, 96, 96, dtype=torch.float64)
     with torch.no_grad():
-        pairs = zip(RawSSD(fused)(images), RawSSD(_by_branches(network))(images), strict=True)
+        pairs = zip(SSDBoxes(fused)(images), SSDBoxes(_by_branches(network))(images), strict=True)
         for found, expected in pairs:
             assert (found - expected).abs().max() <= 1e-10 * expected.abs().max()
         answers = zip(fused(list(images)), network(list(images)), strict=True)
         for found, expected in answers:
             assert torch.equal(found["labels"], expected["labels"])
             assert torch.allclose(found["boxes"], expected["boxes"], atol=1e-8)
+
+
+def test_fusing_leaves_the_network_and_refuses_training_mode():
+    network = ssdlite("mobileone_mu0", 4, size=64)
+    with pytest.raises(ValueError, match="training mode"):
+        fuse(network)
+    before = {name: value.clone() for name, value in network.eval().state_dict().items()}
+    fuse(network)
+    after = network.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_boxes_are_those_that_torchvision_decodes():
+    """All of torchvision's detections, before suppression, against the graph's rows."""
+    network = ssdlite("mobileone_mu0", 4, size=96).double().eval()
+    network.score_thresh, network.nms_thresh = 0.0, 1.0
+    network.topk_candidates = network.detections_per_img = 10**6
+    for parameter in network.head.regression_head.parameters():
+        parameter.data *= 30  # boxes far from their anchors, some of them cut or at the limit
+    images = torch.rand(1, 3, 96, 96, dtype=torch.float64)
+    graph = SSDBoxes(network)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in network_statistics(network))
+    with torch.no_grad():
+        boxes, scores = graph((images - mean) / std)
+        (found,) = network(list(images))
+    anchors = boxes.shape[1]
+    assert len(found["boxes"]) == 3 * anchors
+    for label in (1, 2, 3):
+        mine = torch.cat([boxes[0] * 96, scores[0, :, label, None]], dim=1)
+        chosen = found["labels"] == label
+        theirs = torch.cat([found["boxes"][chosen], found["scores"][chosen, None]], dim=1)
+        # torchvision's are sorted; anchors come in float32, hence 1e-5
+        nearest = torch.cdist(theirs, mine).min(dim=1)
+        assert nearest.values.max() < 1e-4
+        assert len(set(nearest.indices.tolist())) == anchors
+
+
+def network_statistics(network):
+    return network.transform.image_mean, network.transform.image_std
 
 
 def test_deeplabv3_is_torchvisions_head_on_timms_features():
