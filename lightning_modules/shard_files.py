@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-import os
 import tarfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+
+from mobileone.files import flush, replacing
 
 __all__ = [
     "MANIFEST",
@@ -222,9 +223,6 @@ def digest(path: Path) -> str:
 
 def write_beside(path: Path, content: bytes) -> None:
     """Write a small file under another name, and rename it when it is on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with replacing(path) as beside:
+        beside.write_bytes(content)
+        flush(beside)
