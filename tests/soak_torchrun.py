@@ -34,6 +34,7 @@ COMMAND = """
 --trainer.enable_progress_bar false --trainer.num_sanity_val_steps 0 --wandb.mode disabled
 --report.samples 0
 """
+EPOCH = 10  # steps
 BEGUN = "All distributed processes registered"
 VICTIMS = ("all", "all", "rank 0", "rank 1")
 
@@ -116,6 +117,7 @@ def newest_step(root: Path, name: str) -> int:
 def soak(kills: int, seed: int, root: Path) -> None:
     """Kill `kills` times, then let it end. Raises if anything differs from a run without kills."""
     draw = random.Random(seed)
+    within = 0
     whole = Attempt(root, "whole")
     whole.wait_for(BEGUN)
     begun = time.monotonic()
@@ -125,7 +127,14 @@ def soak(kills: int, seed: int, root: Path) -> None:
         victim = VICTIMS[(number + seed) % len(VICTIMS)]
         attempt = Attempt(root, "killed")
         attempt.wait_for(BEGUN)
-        time.sleep(draw.uniform(0.2, 0.8) * duration / (1 + kills / 2))
+        before = newest_step(root, "killed")
+        if number == 0 or draw.random() < 0.5:  # early in an epoch, once something of it is saved
+            while (step := newest_step(root, "killed")) == before or step % EPOCH not in (3, 4, 5):
+                if attempt.process.poll() is not None:
+                    break
+                time.sleep(0.01)
+        else:
+            time.sleep(draw.uniform(0.2, 0.8) * duration / (1 + kills / 2))
         if attempt.process.poll() is not None:
             break  # it was done before its turn came
         attempt.kill(victim)
@@ -133,12 +142,14 @@ def soak(kills: int, seed: int, root: Path) -> None:
         assert status != 0
         if victim != "all":
             assert "exitcode: -9" in attempt.said(), attempt.said()[-3000:]
-        print(f"{number + 1:3}  {victim}, step {newest_step(root, 'killed')} is saved", flush=True)
+        saved = newest_step(root, "killed")
+        within += saved % EPOCH > 0
+        print(f"{number + 1:3}  {victim}, step {saved} is saved", flush=True)
     last = Attempt(root, "killed")
     assert last.end(240) == 0, last.said()[-3000:]
     wrong = differing(result(root, "killed"), result(root, "whole"))
     assert not wrong, f"differs in {wrong[:9]}"
-    print("ended with the weights of the one never killed")
+    print(f"ended with the weights of the one never killed, {within} times resumed in an epoch")
 
 
 if __name__ == "__main__":

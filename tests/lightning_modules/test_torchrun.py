@@ -22,3 +22,4 @@ def test_kills_leave_no_trace_and_one_rank_does_not_outlive_the_other():
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "1  all" in done.stdout and "2  rank 0" in done.stdout
+    assert "0 times resumed in an epoch" not in done.stdout
