@@ -108,6 +108,17 @@ def test_boxes_are_those_that_torchvision_decodes():
         assert len(set(nearest.indices.tolist())) == anchors
 
 
+def test_the_smallest_anchor_is_on_the_finest_map():
+    """Square ones of the side that was asked for, at every place of the map of stride 16."""
+    network = ssdlite("mobileone_mu0", 4, size=96, smallest_anchor=0.35).eval()
+    graph = SSDBoxes(network)
+    square = (graph.sides - 0.35).abs().amax(dim=1) < 1e-4
+    centres = graph.centres[square] * 6  # of the 6 x 6 places
+    assert len(centres) == 36 and len(centres.unique(dim=0)) == 36
+    assert torch.allclose(centres % 1, torch.tensor(0.5), atol=1e-3)
+    assert graph.sides.min() >= 0.35 / 3**0.5 - 1e-4 and graph.sides.max() <= 1
+
+
 def network_statistics(network):
     return network.transform.image_mean, network.transform.image_std
 
@@ -155,6 +166,7 @@ def test_other_backbones(model):
         (lambda: segmenter("unest", "mobileone_s0", 3), "unest.*deeplabv3, unet"),
         (lambda: ssdlite("mobileone_s0", 1), "num_classes.*background"),
         (lambda: ssdlite("mobileone_s0", 3, size=32), "size.*at least 64"),
+        (lambda: ssdlite("mobileone_s0", 3, smallest_anchor=1.0), r"smallest_anchor.*0\.95"),
     ],
 )
 def test_bad_arguments(call, message):
