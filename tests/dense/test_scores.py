@@ -160,6 +160,7 @@ def test_segmentation_learns_and_ships(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:SSD always returns:UserWarning")
 def test_detection_learns_and_ships(tmp_path):
     """0.986, 0.991 and 0.995 were measured with other seeds."""
     best, _ = fit("detect")
