@@ -152,6 +152,7 @@ class Detector(_DenseModule):
     Args:
         model: timm name of the backbone.
         size: side in pixels to which images are resized.
+        smallest_anchor: side of the finest map's anchors, as a part of the image's.
         pretrained: start the backbone from timm's weights.
         options: number of classes, optimizer and its schedule.
 
@@ -165,12 +166,15 @@ class Detector(_DenseModule):
         model: str = "mobileone_s1",
         *,
         size: int = 320,
+        smallest_anchor: float = 0.2,
         pretrained: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         classes = self.hparams["num_classes"]
-        self.model = ssdlite(model, classes, size=size, pretrained=pretrained)
+        self.model = ssdlite(
+            model, classes, size=size, smallest_anchor=smallest_anchor, pretrained=pretrained
+        )
         self.precision_metric = mean_average_precision()
 
     def training_step(self, batch: tuple[list[Tensor], list[Any]], batch_idx: int) -> Tensor:

@@ -21,6 +21,7 @@ import mobileone.registration  # noqa: F401  (registers the family with timm)
 __all__ = ["SSDBoxes", "SSDFeatures", "ssdlite"]
 
 _EXTRA = (512, 256, 256, 128)  # channels of the coarser maps, as in torchvision's SSDLite
+_LARGEST = 0.95  # side of the coarsest map's anchors, as a part of the image's
 _NORM = partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)
 
 
@@ -94,13 +95,23 @@ class SSDBoxes(nn.Module):
         return boxes, answer["cls_logits"].softmax(dim=-1)
 
 
-def ssdlite(model: str, num_classes: int, *, size: int = 320, pretrained: bool = False) -> SSD:
+def ssdlite(
+    model: str,
+    num_classes: int,
+    *,
+    size: int = 320,
+    smallest_anchor: float = 0.2,
+    pretrained: bool = False,
+) -> SSD:
     """SSDLite on a timm model, with torchvision's anchors, loss and non-maximum suppression.
 
     Args:
         model: timm name, for example `mobileone_s1`.
         num_classes: Classes, background (0) included.
         size: Side in pixels to which images are resized; at least 64.
+        smallest_anchor: Side of the square anchors on the finest map, as a part of the image's; the
+            others grow from it to 0.95. COCO has small objects, hence 0.2. Where objects are
+            larger, anchors of their size should lie on the finest map, which has the most places.
         pretrained: Start the backbone from timm's weights.
 
     Returns:
@@ -115,12 +126,16 @@ def ssdlite(model: str, num_classes: int, *, size: int = 320, pretrained: bool =
         raise ValueError(f"`num_classes` (={num_classes}) must be at least 2, background included")
     if size < 64:
         raise ValueError(f"`size` (={size}) must be at least 64: the coarsest map has stride 512")
+    if not 0 < smallest_anchor < _LARGEST:
+        raise ValueError(
+            f"`smallest_anchor` (={smallest_anchor}) must lie between 0 and {_LARGEST}, the largest"
+        )
     backbone: Any = timm.create_model(
         model, features_only=True, out_indices=(-2, -1), pretrained=pretrained
     )
     features = SSDFeatures(backbone, backbone.feature_info.channels()[-1])
     widths = [*backbone.feature_info.channels(), *_EXTRA]
-    anchors = DefaultBoxGenerator([[2, 3] for _ in widths], min_ratio=0.2, max_ratio=0.95)
+    anchors = DefaultBoxGenerator([[2, 3] for _ in widths], smallest_anchor, _LARGEST)
     counts = anchors.num_anchors_per_location()
     config = timm.get_pretrained_cfg(model)
     mean, std = (config.mean, config.std) if config else ((0.5,) * 3, (0.5,) * 3)

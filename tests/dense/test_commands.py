@@ -83,6 +83,16 @@ def test_real_layouts_train_and_validate(task, dataset, classes, request, capsys
     assert float(shown.group(1)) == pytest.approx(float(score), rel=1e-3, abs=1e-6)
 
 
+def test_other_classes_than_the_checkpoints_are_refused(coco, make_coco, capsys):
+    words = ["--data.dataset", "coco", *OWN["detect"], *TINY, "--data.batch_size", "2", *QUIET]
+    run("detect", "fit", *words, "--data.root", str(coco), "--trainer.max_epochs", "1")
+    checkpoint = "runs/detect/latest/checkpoints/last.ckpt"
+    with pytest.raises(SystemExit, match="2"):
+        other = str(make_coco("other", "fish"))
+        run("detect", "validate", "--ckpt_path", checkpoint, "--data.root", other)
+    assert "class 2 is 'bird' in the checkpoint and 'fish'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("task", ["segment", "detect"])
 def test_a_run_has_what_fit_gives(task, capsys):
     folder = fit(task, "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1")
