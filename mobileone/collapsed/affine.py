@@ -41,7 +41,7 @@ class AffineConvolution(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         kernel, gamma, beta = _split(tensors)
         x = x.contiguous()
-        z = F.conv2d(x, kernel)
+        z = F.conv2d(x, kernel).contiguous()  # kernels in channels-last make it so
         norms = [_normalise(z, gamma[0], geometry.eps[0])]
         if geometry.skip:
             norms.append(_normalise(x, gamma[1], geometry.eps[1]))
@@ -74,6 +74,7 @@ class AffineConvolution(torch.autograd.Function):
         dx, dkernel, _ = torch.ops.aten.convolution_backward(
             dz, x, kernel, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, wanted
         )
+        dx = None if dx is None else dx.contiguous()
         if dx is not None and geometry.skip:
             to_skip = _coefficients(norms[1], sums[0], sums[2], n, x.dtype)
             dx = passes.affine_grad(g, y, x, *to_skip, dx)
