@@ -3,8 +3,8 @@
 import logging
 import random
 import statistics
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -105,36 +105,35 @@ def _measure_model(
     with ExitStack() as stack:
         at_work: dict[str, Trainee] = {}
 
-        def failed(name: str, error: TraineeError) -> None:
-            _log.info("%s, %s: %s", model, name, error)
-            failures[name] = str(error)
-            at_work.pop(name, None)
+        @contextmanager
+        def survived(name: str) -> Iterator[None]:
+            """Note what ends a contender, and go on without it."""
+            try:
+                yield
+            except TraineeError as error:
+                _log.info("%s, %s: %s", model, name, error)
+                failures[name] = str(error)
+                at_work.pop(name, None)
 
         for i, name in enumerate(contenders):
             _log.info("%s, %s (%d of %d): prepare", model, name, i + 1, len(contenders))
             trainee = Trainee(model, name, setting)
             stack.callback(trainee.close)
-            try:
+            with survived(name):
                 trainee.prepare()
                 at_work[name] = trainee
-            except TraineeError as error:
-                failed(name, error)
         order = list(at_work)
         shuffle = random.Random(0).shuffle
         for turn in range(rounds):
             _log.info("%s: round %d of %d", model, turn + 1, rounds)
             shuffle(order)
             for name in [name for name in order if name in at_work]:
-                try:
+                with survived(name):
                     times[name].append(at_work[name].step())
-                except TraineeError as error:
-                    failed(name, error)
         for name in list(at_work):
-            try:
+            with survived(name):
                 memory = at_work[name].memory()
                 needs[name] = {"kept_mib": memory.kept / _MIB, "peak_mib": memory.peak / _MIB}
-            except TraineeError as error:
-                failed(name, error)
     return [
         {"model": model, "contender": name}
         | ({} if name in failures else _statistics(name, times, failures) | needs[name])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mobileone.deploy import reparameterize
 from mobileone.export.formats import DEFAULT_FORMATS, FORMATS, check_formats
 from mobileone.export.isolation import isolated
-from mobileone.export.manifest import Manifest, TrainingState, describe_files
+from mobileone.export.manifest import Manifest, TrainingState, describe_format
 from mobileone.export.metadata import Metadata
 from mobileone.export.parity import Parity, Reference, fixed_images
 from mobileone.export.preprocess import normalise
@@ -89,15 +89,7 @@ def export_model(
             checks = target.check(path, spec, checked)
             written = target.operations(path)
             problems += _problems(name, checks, count_kinds(written), expected)
-            files = describe_files(path)
-            entries[name] = {
-                "path": target.filename,
-                **interface,
-                "bytes": sum(file["bytes"] for file in files.values()),
-                "files": files,
-                "operations": dict(written.most_common()),
-                **{check: parity.to_dict() for check, parity in checks.items()},
-            }
+            entries[name] = describe_format(path, interface, written, checks)
         manifest = Manifest(
             spec=spec,
             training=run,

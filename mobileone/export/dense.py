@@ -14,7 +14,7 @@ from mobileone.export import onnx, torch_export, torchscript
 from mobileone.export.dense_coreml import LOGITS, DenseProgram, write_boxes, write_map
 from mobileone.export.formats import FLOAT16_TOLERANCE, FLOAT32_TOLERANCE, FORMATS
 from mobileone.export.isolation import isolated
-from mobileone.export.manifest import Manifest, TrainingState, describe_files
+from mobileone.export.manifest import Manifest, TrainingState, describe_format
 from mobileone.export.metadata import Metadata
 from mobileone.export.parity import Parity, fixed_images
 from mobileone.export.preprocess import normalise
@@ -122,15 +122,7 @@ def export_dense(
             written = FORMATS[name].operations(path)
             if problems := structure_problems(count_kinds(written), kinds):
                 raise ValueError(f"the {name} file is not the fused network: {'; '.join(problems)}")
-            files = describe_files(path)
-            entries[name] = {
-                "path": path.name,
-                **interface,
-                "bytes": sum(file["bytes"] for file in files.values()),
-                "files": files,
-                "operations": dict(written.most_common()),
-                "parity": parity.to_dict(),
-            }
+            entries[name] = describe_format(path, interface, written, {"parity": parity})
         if more is not None:
             more(staged)
         manifest = Manifest(

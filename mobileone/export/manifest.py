@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import platform
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
@@ -12,9 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from mobileone.export.metadata import Metadata
+from mobileone.export.parity import Parity
 from mobileone.export.spec import ExportSpec
 
-__all__ = ["MANIFEST_NAME", "SCHEMA_VERSION", "Manifest", "TrainingState", "describe_files"]
+__all__ = [
+    "MANIFEST_NAME",
+    "SCHEMA_VERSION",
+    "Manifest",
+    "TrainingState",
+    "describe_files",
+    "describe_format",
+]
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1
@@ -168,6 +177,28 @@ def describe_files(path: Path) -> dict[str, dict[str, Any]]:
         }
         for file in sorted(files)
         if file.is_file()
+    }
+
+
+def describe_format(
+    path: Path, interface: Mapping[str, Any], operations: Counter[str], checks: Mapping[str, Parity]
+) -> dict[str, Any]:
+    """What the manifest says of a format.
+
+    Args:
+        path: its file or folder.
+        interface: what it takes and returns.
+        operations: how often it has each operation.
+        checks: how it was compared, by the comparison's name.
+    """
+    files = describe_files(path)
+    return {
+        "path": path.name,
+        **interface,
+        "bytes": sum(file["bytes"] for file in files.values()),
+        "files": files,
+        "operations": dict(operations.most_common()),
+        **{name: parity.to_dict() for name, parity in checks.items()},
     }
 
 

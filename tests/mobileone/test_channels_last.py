@@ -1,5 +1,6 @@
 """Training in channels-last, the layout that compilers choose for convolutions."""
 
+import copy
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mobileone import MobileOneBlock
+from mobileone.collapsed import Path, path_of, set_collapse
 from mobileone.strided import StridedPointwise
 
 # oneDNN's fault in strided 1×1 convolutions of few channels ends the process or hangs it, hence a
@@ -48,3 +50,19 @@ def test_the_scale_branch_is_the_strided_convolution(size):
     torch.testing.assert_close(conv(x), F.conv2d(x, conv.weight, stride=2))
     assert type(MobileOneBlock(8, 8, stride=2, groups=8).conv_scale.conv) is nn.Conv2d
     assert "StridedPointwise(3, 8, kernel_size=(1, 1), stride=(2, 2)" in repr(block)
+
+
+def test_kernels_in_channels_last_give_the_same_gradients():
+    block = MobileOneBlock(192, 192, 1)
+    exact = copy.deepcopy(block).double()
+    set_collapse(exact, "never")
+    block.to(memory_format=torch.channels_last)
+    x, g = torch.randn(2, 8, 192, 28, 28)
+    assert path_of(block, x) is not Path.BRANCHES
+    inputs = [x.clone().requires_grad_(), x.double().requires_grad_()]
+    for one, image, gradient in zip((block, exact), inputs, (g, g.double()), strict=True):
+        one(image).backward(gradient)
+    error = (inputs[0].grad - inputs[1].grad).abs().max() / inputs[1].grad.abs().max()
+    assert error < 1e-5
+    for own, other in zip(block.parameters(), exact.parameters(), strict=True):
+        assert (own.grad - other.grad).abs().max() < 1e-4 * other.grad.abs().max()
