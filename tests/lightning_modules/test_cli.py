@@ -368,7 +368,7 @@ def test_tab_completion(line, expected, tmp_path):
 
 def test_benchmark_of_training_prints_a_table_and_saves_it(tmp_path, capsys):
     quick = "--contenders [ours,plain] --batch_size 2 --image_size 32 --rounds 1".split()
-    main(["benchmark", "training", "--variants", "[mobileone_s0]", *quick, "--directory", "out"])
+    main(["benchmark", "training", "mobileone_s0", *quick, "--directory", "out"])
     assert "mobileone_s0" in capsys.readouterr().out
     assert json.loads((tmp_path / "out/training.json").read_text())["rounds"] == 1
     assert (tmp_path / "out/training.png").is_file()
