@@ -20,7 +20,7 @@ from mobileone.block_checks import (
     check_norm_factory,
     check_statistics,
 )
-from mobileone.collapsed import CollapseMode, plan_collapsed, run_collapsed
+from mobileone.collapsed import CollapseMode, is_hooked, plan_collapsed, run_collapsed
 from mobileone.folding import batch_norm_affine, centre_pad, fold_conv_bn, identity_kernel
 from mobileone.fused_block import FusedMobileOneBlock
 from mobileone.strided import read_needed_pixels
@@ -136,6 +136,7 @@ class MobileOneBlock(nn.Module):
             with _shadowed_buffers(self._norms()) if recomputing else nullcontext():
                 return self.act(self.attn(self._sum_branches(x)))
         relu = type(self.attn) is nn.Identity and type(self.act) is nn.ReLU
+        relu = relu and not is_hooked(self.attn) and not is_hooked(self.act)
         y = run_collapsed(self, plan, x, relu=relu, update_statistics=not recomputing)
         return y if relu else self.act(self.attn(y))
 

@@ -29,7 +29,7 @@ class WindowStatistics(NamedTuple):
     """First and second moments of the windows that the convolution reads.
 
     Attributes:
-        mean: m, (G, J).
+        mean: m, (G, J), in float64.
         cov: C, the biased covariance, (G, J, J); symmetric.
         number: n, the number of windows: N · H' · W'.
     """
@@ -93,8 +93,8 @@ class BranchGrads(NamedTuple):
 
 
 def branch_means(branches: Branches, mean: Tensor) -> Tensor:
-    """μᵢ of every branch, the skip last, (B or B + 1, G, O), from m (G, J)."""
-    means = torch.matmul(branches.kernels, mean[:, :, None]).squeeze(-1)
+    """μᵢ of every branch, the skip last, (B or B + 1, G, O), from m (G, J), in m's dtype."""
+    means = torch.matmul(branches.kernels.to(mean.dtype), mean[:, :, None]).squeeze(-1)
     if branches.centre is None:
         return means
     return torch.cat((means, mean[None, :, branches.centre]))
@@ -119,7 +119,7 @@ def collapse(branches: Branches, mean: Tensor, var: Tensor) -> Collapsed:
     weight = (scale[: len(kernels), ..., None] * kernels).sum(0)
     if centre is not None:
         weight[:, torch.arange(len(centre), device=centre.device), centre] += scale[-1]
-    bias = branches.beta - torch.matmul(weight, mean[:, :, None]).squeeze(-1)
+    bias = branches.beta - torch.matmul(weight.to(mean.dtype), mean[:, :, None]).squeeze(-1)
     return Collapsed(weight, bias, var, scale)
 
 
@@ -132,7 +132,8 @@ def pull_back(
 ) -> BranchGrads:
     """Carry gradients back to the branches and the windows.
 
-    P = Σ g (x − m)ᵀ, (G, O, J), is ∂L/∂Ŵ with m's part in it, and q = Σ g, (G, O), is ∂L/∂b̂.
+    P = Σ g (x − m)ᵀ, (G, O, J), is ∂L/∂Ŵ with m's part in it; q = Σ g, (G, O), in float64, is
+    ∂L/∂b̂.
     ⟨P, Wᵢ⟩ = ∂L/∂aᵢ reaches γᵢ and vᵢ, and vᵢ reaches Wᵢ and C; ∂L/∂m = −Ŵᵀq.
     """
     kernels, centre, (m, cov, n) = branches.kernels, branches.centre, stats
@@ -153,5 +154,6 @@ def pull_back(
     ).div_(n)
     if centre is not None:
         slope[:, centre, centre] += 2.0 * dv[-1] / n
-    pulled = torch.matmul(bias_grad[:, None], folded.weight) / n + torch.matmul(m[:, None], slope)
+    pulled = torch.matmul(bias_grad[:, None], folded.weight.to(m.dtype)) / n
+    pulled += torch.matmul(m[:, None], slope.to(m.dtype))
     return BranchGrads(dw, da * inverse, bias_grad, slope, -pulled.squeeze(1))

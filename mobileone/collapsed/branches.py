@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from mobileone.collapsed.algebra import Branches, BranchGrads
 from mobileone.strided import StridedPointwise
@@ -25,6 +26,7 @@ __all__ = [
     "branch_gradients",
     "describe",
     "gather_branches",
+    "is_hooked",
     "is_plain",
     "parameters",
     "update_running_statistics",
@@ -101,13 +103,28 @@ def is_plain(block: MobileOneBlock) -> bool:
     """Whether a block's branches are what the algebra describes.
 
     That is: bias-free, zero-padded convolutions and plain BatchNorms on batch statistics with
-    affine terms and running averages, none of them hooked.
+    affine terms and running averages, and nobody watches them: what does not run calls no hook.
     """
-    branches = _conv_branches(block)
+    branches, norms = _conv_branches(block), block._norms()
+    parts = [*block.conv_kxk.modules(), block.drop_path]
+    for other in (block.conv_scale, block.identity):
+        parts += [] if other is None else other.modules()
     return (
-        all(map(_is_plain_branch, branches))
+        not _has_any_global_hook()
+        and not any(map(is_hooked, parts))
+        and all(isinstance(branch.aa, nn.Identity | None) for branch in branches)
         and all(_is_plain_conv(branch.conv) for branch in branches)
-        and all(map(_is_plain_norm, block._norms()))
+        and all(map(_is_plain_norm, norms))
+    )
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether anybody watches what a module takes, gives or passes back; its parts not asked."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )
 
 
@@ -197,17 +214,12 @@ def _from_rows(rows: Tensor, geometry: Geometry, like: Tensor) -> Tensor:
     return kernel.to(like.dtype, memory_format=torch.contiguous_format)
 
 
-def _is_plain_branch(branch: nn.Module) -> bool:
-    return not _is_hooked(branch) and isinstance(branch.aa, nn.Identity | None)
-
-
 def _is_plain_conv(conv: nn.Module) -> bool:
     return (
         type(conv) in (nn.Conv2d, StridedPointwise)
         and conv.bias is None
         and conv.padding_mode == "zeros"
         and isinstance(conv.padding, tuple)
-        and not _is_hooked(conv)
     )
 
 
@@ -219,9 +231,4 @@ def _is_plain_norm(norm: nn.Module) -> bool:
         and norm.running_mean is not None
         and norm.num_batches_tracked is not None
         and all(type(child) is nn.Identity for child in norm.children())
-        and not _is_hooked(norm)
     )
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)

@@ -65,8 +65,9 @@ class GramConvolution(torch.autograd.Function):
         )
         origin = stats.mean if shift is None else stats.mean + shift
         mean = branch_means(branches, origin).flatten(1)
+        var = var.flatten(1)
         ctx.mark_non_differentiable(mean, var)
-        return y, mean, var.flatten(1)
+        return y, mean, var
 
     @staticmethod
     @once_differentiable
@@ -76,25 +77,26 @@ class GramConvolution(torch.autograd.Function):
 
     @staticmethod
     def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, shift, m, cov, *rest = ctx.saved_tensors
-        folded, tensors = Collapsed(*rest[:4]), rest[4:]
+        x, y, shift, m, cov, *others = ctx.saved_tensors
+        folded, tensors = Collapsed(*others[:4]), others[4:]
         geometry = ctx.geometry
         if y is not None:
             g = torch.ops.aten.threshold_backward(g, y, 0)
-        if g.dtype == torch.float16:
-            g = g.float()  # S, of order 1/n, would underflow
-        windows, g = columns(x, geometry), rows(g, geometry)
+        # narrow gradients would lose P in cancellation, and S, of order 1/n, underflows in float16
+        wide = g.to(torch.promote_types(g.dtype, torch.float32))
+        g, total, rest = _centre(wide, in_place=y is not None or wide is not g)
+        windows, g, rest = columns(x, geometry), rows(g, geometry), rest.view(len(m), -1)
         left, right = g, windows.to(g.dtype)
         if shift is not None:  # care was needed: P in float64 as well
             left, right = g.double(), windows.double() - shift[..., None].double()
             windows = windows - shift[..., None]
         windows = windows.to(g.dtype)
-        bias_grad = g.sum(-1).sum(0, dtype=cov.dtype)  # (G, O)
         weight_grad = torch.matmul(left, right.transpose(-1, -2)).sum(0, dtype=cov.dtype)
-        weight_grad -= bias_grad[..., None] * m[:, None, :]  # about the mean, (G, O, J)
+        weight_grad -= rest[..., None] * m[:, None, :]  # about the mean, (G, O, J)
         branches = gather_branches(geometry, tensors, cov.dtype)
         stats = WindowStatistics(m, cov, ctx.number)
-        grads = pull_back(weight_grad, bias_grad, branches, stats, folded)
+        grads = pull_back(weight_grad, rest, branches, stats, folded)
+        grads = grads._replace(beta=total.view_as(rest))
         dx = None
         if ctx.needs_input_grad[0]:
             dwindows = torch.matmul(folded.weight.to(g.dtype).transpose(1, 2), g)
@@ -102,6 +104,20 @@ class GramConvolution(torch.autograd.Function):
             dwindows += grads.offset.to(g.dtype)[..., None]
             dx = uncolumns(dwindows, geometry, x.shape).to(x.dtype)
         return dx, None, None, None, *branch_gradients(geometry, grads, tensors)
+
+
+def _centre(g: Tensor, in_place: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """g − ḡ of g (N, C_out, H', W'), Σ g and Σ (g − ḡ), (C_out,) in float64.
+
+    BatchNorm passes nothing of ḡ on but to β, and products with it would only cancel. What is
+    left of the sum, since ḡ is rounded, is told as well.
+    """
+    total = g.sum((2, 3)).sum(0, dtype=torch.float64)
+    number = g.numel() // g.shape[1]
+    average = (total / number).to(g.dtype)
+    rest = total - number * average.double()
+    difference = torch.sub(g, average[:, None, None], out=g if in_place else None)
+    return difference, total, rest
 
 
 def _add_product(total: Tensor, slope: Tensor, windows: Tensor) -> None:

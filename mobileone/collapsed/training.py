@@ -85,7 +85,8 @@ def plan_collapsed(block: MobileOneBlock, x: Tensor) -> Plan | None:
         return None
     geometry, kind = describe(block), x.device.type
     own: torch.dtype = block.conv_kxk[0].conv.weight.dtype
-    autocast = torch.is_autocast_enabled(kind)
+    # float64 is left alone by autocast
+    autocast = torch.is_autocast_enabled(kind) and torch.float64 not in (own, x.dtype)
     dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
     height, width = geometry.output_size(*x.shape[2:])
     setting = Setting(kind, dtype, kernels=has_kernels(x, own, dtype))
@@ -141,8 +142,9 @@ def _is_ordinary(x: Tensor) -> bool:
         and not torch.jit.is_tracing()
         and x.ndim == 4
         and x.numel() > 0
-        and x.device.type != "meta"
+        and x.device.type in ("cpu", "cuda")  # the algebra needs float64
         and x.dtype.is_floating_point
+        and not x.is_neg()
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
     )

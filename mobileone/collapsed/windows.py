@@ -72,9 +72,12 @@ def uncolumns(matrix: Tensor, geometry: Geometry, shape: torch.Size) -> Tensor:
 
 
 def image(matrix: Tensor, shape: torch.Size) -> Tensor:
-    """Outputs (M, G, O, L), one pixel a column, as an image (N, G · O, H', W')."""
+    """Outputs (M, G, O, L), one pixel a column, as an image (N, G · O, H', W').
+
+    No view for autograd, so that what a block returns may be changed in place.
+    """
     if len(matrix) == shape[0]:
-        return matrix.reshape(shape)
+        return torch.ops.aten._unsafe_view(matrix, shape)
     joined = matrix.reshape(shape[1], shape[0], shape[2], shape[3])
     return joined.transpose(0, 1).contiguous()
 
@@ -92,9 +95,10 @@ def window_statistics(matrix: Tensor) -> WindowStatistics:
     wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     dtype = algebra_dtype(matrix.shape[2], matrix.dtype)
     count = wide.shape[0] * wide.shape[3]
-    mean = wide.sum(-1).sum(0, dtype=dtype).div_(count)  # (G, J)
+    mean = wide.sum(-1).sum(0, dtype=torch.float64).div_(count)  # (G, J)
     gram = _gram(wide, dtype).div_(count)
-    return WindowStatistics(mean, gram - mean[..., :, None] * mean[..., None, :], count)
+    square = mean[..., :, None] * mean[..., None, :]
+    return WindowStatistics(mean, gram - square.to(dtype), count)
 
 
 def careful_statistics(matrix: Tensor, rough: WindowStatistics) -> tuple[WindowStatistics, Tensor]:
@@ -102,7 +106,7 @@ def careful_statistics(matrix: Tensor, rough: WindowStatistics) -> tuple[WindowS
 
     The statistics are those of the columns less the shift, which is about their mean.
     """
-    shift = torch.nan_to_num(rough.mean).to(matrix.dtype)
+    shift = torch.nan_to_num(rough.mean.to(matrix.dtype))
     return window_statistics(matrix.double() - shift[..., None].double()), shift
 
 
@@ -121,7 +125,7 @@ def needs_care(stats: WindowStatistics, kernels: Tensor, product: Tensor) -> boo
         product: Wᵢ C, likewise.
     """
     variance = stats.cov.diagonal(dim1=-2, dim2=-1)
-    far = ~(stats.mean.square() <= _FAR * variance).all()  # also if not a number
+    far = ~(stats.mean.square() <= _FAR * variance).all() | ~stats.cov.isfinite().all()
     var = torch.linalg.vecdot(product, kernels)
     seen = kernels != 0  # a scale branch sees one pixel of the window
     total = torch.matmul(seen.to(variance.dtype), variance[..., None]).squeeze(-1)

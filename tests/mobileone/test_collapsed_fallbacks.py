@@ -139,8 +139,28 @@ def without_running_statistics(block):
     bn.track_running_stats = False
 
 
+def double(module, args, output):
+    return output * 2
+
+
 def hooked(block):
-    block.conv_kxk[0].conv.register_forward_hook(lambda module, args, output: output * 2)
+    block.conv_kxk[0].conv.register_forward_hook(double)
+
+
+def hooked_branch(block):
+    block.conv_scale.register_forward_hook(double)
+
+
+def hooked_skip(block):
+    block.identity.register_forward_hook(double)
+
+
+def hooked_stochastic_depth(block):
+    block.drop_path.register_forward_hook(double)
+
+
+def hooked_backwards(block):
+    block.conv_scale.conv.register_full_backward_pre_hook(lambda module, gradients: None)
 
 
 def parametrized(block):
@@ -166,6 +186,10 @@ def with_bias(block):
         without_affine,
         without_running_statistics,
         hooked,
+        hooked_branch,
+        hooked_skip,
+        hooked_stochastic_depth,
+        hooked_backwards,
         parametrized,
         reflecting,
         with_bias,
@@ -179,6 +203,81 @@ def test_blocks_that_are_not_plain_run_their_branches(change):
     change(block)
     assert path_of(block, x) is Path.BRANCHES
     torch.testing.assert_close(block(x), branches_of(block)(x))
+
+
+def test_whoever_watches_all_modules_sees_the_branches():
+    block = MobileOneBlock(6, 6, groups=6)
+    set_collapse(block, "always")
+    seen = []
+    watch = nn.modules.module.register_module_forward_hook(lambda *called: seen.append(called[0]))
+    try:
+        block(image(6))
+    finally:
+        watch.remove()
+    assert {block.identity, block.conv_scale.conv, block.conv_kxk[0].bn} <= set(seen)
+    assert path_of(block, image(6)) is not Path.BRANCHES
+
+
+@pytest.mark.parametrize("part", ["act", "attn"])
+def test_the_hooks_of_what_follows_the_sum_are_called(part):
+    block = MobileOneBlock(6, 6, groups=6)
+    set_collapse(block, "always")
+    expected, x = copy.deepcopy(block), image(6)
+    block.get_submodule(part).register_forward_hook(double)
+    assert path_of(block, x) is not Path.BRANCHES  # the sum itself nobody watches
+    torch.testing.assert_close(block(x), 2 * expected(x))
+
+
+@pytest.mark.parametrize("size", [(9, 8), (14, 14)], ids=str)  # images joined, and one by one
+@pytest.mark.parametrize("shape", BLOCKS, ids=str)
+def test_what_a_block_returns_may_be_changed_in_place(shape, size, twin):
+    block, _ = twin.build(shape)
+    block.act = nn.Identity()
+    set_collapse(block, "always")
+    x = torch.randn(4, shape["in_chs"], *size, dtype=torch.float64)
+    branches, inputs = branches_of(block), [x.clone().requires_grad_() for _ in range(2)]
+    assert path_of(block, x) is not Path.BRANCHES
+    for model, own in zip((block, branches), inputs, strict=True):
+        model(own).mul_(3).square().sum().backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-9, atol=1e-9)
+
+
+def test_inputs_whose_sign_is_only_noted_run_the_branches():
+    block = MobileOneBlock(6, 6, groups=6)
+    set_collapse(block, "always")
+    x = torch._neg_view(image(6))  # as of a conjugate's imaginary part: memory has other values
+    assert path_of(block, x.resolve_neg()) is not Path.BRANCHES
+    torch.testing.assert_close(block(x), branches_of(block)(x.resolve_neg()))
+
+
+def test_float64_is_left_alone_by_autocast():
+    block = MobileOneBlock(6, 8, 1, num_conv_branches=3, dtype=torch.float64)
+    set_collapse(block, "always")
+    x = image(6, torch.float64)
+    assert path_of(block, x) is Path.GRAM
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = block(x), branches_of(block)(x)
+    assert y.dtype == expected.dtype == torch.float64
+    torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_narrow_gradients_lose_nothing_in_cancellation(twin):
+    """A loss pushes whole channels; BatchNorm passes on what is left about the mean."""
+    block, _ = twin.build(BLOCKS[2], dtype=torch.float32)
+    block.act = nn.Identity()
+    set_collapse(block, "always")
+    x = torch.randn(16, 6, 14, 14)
+    exact, branches = branches_of(block).double(), branches_of(block)
+    g = (torch.randn(16, 8, 14, 14) + 30).bfloat16()
+    exact(x.double()).backward(g.double())
+    for model in (block, branches):
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x).backward(g)
+    for name, truth in exact.named_parameters():
+        error, allowed = (
+            (model.get_parameter(name).grad - truth.grad).norm() for model in (block, branches)
+        )
+        assert error <= 1.2 * allowed + 1e-3 * truth.grad.norm(), name
 
 
 def test_synchronised_batch_norm_runs_the_branches():

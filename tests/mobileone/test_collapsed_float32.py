@@ -23,6 +23,7 @@ POINTWISE = [
     {"in_chs": 16, "out_chs": 24, "kernel_size": 1},
     {"in_chs": 96, "out_chs": 96, "kernel_size": 1, "num_conv_branches": 4},
     {"in_chs": 16, "out_chs": 24, "kernel_size": 1, "num_conv_branches": 2},
+    {"in_chs": 160, "out_chs": 144, "kernel_size": 1, "num_conv_branches": 2},
 ]
 STEM = {"in_chs": 3, "out_chs": 8, "stride": 2}
 SIZES = [(2, 3, 3), (2, 3, 7), (4, 7, 7), (2, 18, 5), (2, 17, 34), (1, 40, 70)]
