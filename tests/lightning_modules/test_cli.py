@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,9 +59,21 @@ def read_table(path):
         return list(csv.DictReader(file))
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cache):
+    """Folder of one finished run, not to be changed."""
+    root = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setenv("MOBILEONE_CACHE", str(cache))
+        fit("--wandb.mode", "disabled", "--model.lr", "0.07")
+    return root / "runs"
+
+
 @pytest.fixture
-def trained(tmp_path):
-    fit("--wandb.mode", "disabled", "--model.lr", "0.07")
+def trained(finished, tmp_path):
+    """A finished run in the test's own folder."""
+    shutil.copytree(finished, tmp_path / "runs", symlinks=True)
     return (tmp_path / "runs/quickstart/latest").resolve()
 
 
@@ -159,8 +172,7 @@ def test_grey_images_need_no_second_option():
     main(["fit", *TINY, "--data.input_size", "[1,32,32]", "--trainer.fast_dev_run", "true"])
 
 
-def test_second_run_gets_a_folder_of_its_own(tmp_path):
-    fit("--wandb.mode", "disabled")
+def test_second_run_gets_a_folder_of_its_own(trained, tmp_path):
     fit("--wandb.mode", "disabled")
     runs = [p for p in (tmp_path / "runs/quickstart").iterdir() if not p.is_symlink()]
     assert len(runs) == 2
@@ -370,7 +382,7 @@ def test_benchmark_of_training_prints_a_table_and_saves_it(tmp_path, capsys):
     quick = "--contenders [ours,plain] --batch_size 2 --image_size 32 --rounds 1".split()
     main(["benchmark", "training", "mobileone_s0", *quick, "--directory", "out"])
     assert "mobileone_s0" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out/training.json").read_text())["rounds"] == 1
+    assert json.loads((tmp_path / "out/training.json").read_text())["protocol"]["rounds"] == 1
     assert (tmp_path / "out/training.png").is_file()
 
 
