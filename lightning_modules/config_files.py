@@ -1,11 +1,18 @@
 """Configuration files by path, or by name among those that come with the package."""
 
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-__all__ = ["find_configs", "option_value", "packaged_configs"]
+import yaml
+
+from lightning_modules.errors import UsageError
+
+__all__ = ["check_configs", "file_that_sets", "find_configs", "option_value", "packaged_configs"]
 
 _FLAGS = ("--config", "-c")
+_ABSENT = object()
 
 
 def packaged_configs() -> dict[str, Path]:
@@ -36,6 +43,33 @@ def find_configs(argv: list[str]) -> list[str]:
     return found
 
 
+def check_configs(argv: Sequence[str]) -> None:
+    """Read every configuration file of a command line, so that what is broken is told by its name.
+
+    Raises:
+        UsageError: A file is not YAML, or not of sections.
+    """
+    for path in _configs(argv):
+        content = _read(path)
+        if not isinstance(content, dict | None):
+            raise UsageError(
+                f"{path} holds a {type(content).__name__}: a configuration has sections, "
+                "such as `model:` with `lr: 0.1` below it"
+            )
+
+
+def file_that_sets(option: str, argv: Sequence[str]) -> Path | None:
+    """The last configuration file of a command line that sets an option, written with dots."""
+    found = None
+    for path in _configs(argv):
+        content = _read(path)
+        for key in option.split("."):
+            content = content.get(key, _ABSENT) if isinstance(content, dict) else _ABSENT
+        if content is not _ABSENT:
+            found = path
+    return found
+
+
 def option_value(argv: list[str], *flags: str) -> str | None:
     """The last value of an option on a command line, or None.
 
@@ -43,12 +77,30 @@ def option_value(argv: list[str], *flags: str) -> str | None:
         argv: Command-line arguments.
         *flags: Spellings of the option.
     """
-    value = None
+    *_, last = (None, *_values(argv, flags))
+    return last
+
+
+def _values(argv: Sequence[str], flags: Sequence[str]) -> Iterator[str | None]:
     for word, following in zip(argv, [*argv[1:], None], strict=False):
         flag, equals, attached = word.partition("=")
         if flag in flags:
-            value = attached if equals else following
-    return value
+            yield attached if equals else following
+
+
+def _configs(argv: Sequence[str]) -> list[Path]:
+    named = [Path(value) for value in _values(argv, _FLAGS) if value is not None]
+    return [path for path in named if path.is_file()]
+
+
+def _read(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
+        raise UsageError(f"{path}{line} is not YAML: {error.problem}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {error}") from error
 
 
 def _locate(value: str) -> str:

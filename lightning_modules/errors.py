@@ -12,6 +12,7 @@ _OURS = tuple(
     str(Path(__file__).parent.parent / name)
     for name in ("lightning_modules", "callbacks", "mobileone")
 )
+_CONNECTION = ("huggingface_hub.", "httpx.", "requests.", "urllib.error")
 
 
 class UsageError(Exception):
@@ -19,9 +20,10 @@ class UsageError(Exception):
 
 
 def message_for_user(error: Exception) -> str | None:
-    """The message of an error that this project raised on purpose, else None.
+    """The message of an error that was raised on purpose, by this project or over its options.
 
-    With MOBILEONE_TRACEBACK=1 in the environment every error keeps its traceback.
+    None: of any other, which needs its traceback. With MOBILEONE_TRACEBACK=1 in the environment
+    every error keeps it.
     """
     if os.environ.get("MOBILEONE_TRACEBACK") == "1":
         return None
@@ -30,10 +32,33 @@ def message_for_user(error: Exception) -> str | None:
         return str(error).rsplit("UnreadableImageError: ", 1)[-1].strip()
     if isinstance(error, UsageError) or _raised_here(error):
         return str(error)
-    return None
+    return _of_a_library(error)
 
 
 def _raised_here(error: Exception) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
     meant = isinstance(error, ValueError | OSError | FloatingPointError | RuntimeError)
     return meant and bool(frames) and frames[-1].filename.startswith(_OURS)
+
+
+def _of_a_library(error: Exception) -> str | None:
+    """What a library says of the options, of the connection or of a named file."""
+    kinds = type(error).__mro__
+    if any(f"{kind.__module__}.".startswith(_CONNECTION) for kind in kinds):
+        return (
+            f"nothing could be fetched from the network: {_first_line(error)}\nfor weights give "
+            "a file: --model.pretrained false --model.weights FILE (a teacher's: "
+            "--model.teacher_weights FILE)"
+        )
+    if any(kind.__name__ == "MisconfigurationException" for kind in kinds):
+        return str(error)
+    names = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    if "_instantiate_trainer" in names and isinstance(error, ValueError | TypeError):
+        return f"--trainer: {error}"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,11 @@ class RunFolder:
                 f"{path / _RECORD} is damaged ({error}): put a JSON object with the key "
                 '"wandb_id" there, or move the checkpoint out of the run folder'
             ) from error
+
+    def discard(self) -> None:
+        """Remove a folder that nothing was trained in; one with checkpoints stays."""
+        if not any(self.path.rglob("*.ckpt")):
+            shutil.rmtree(self.path, ignore_errors=True)
 
     @property
     def checkpoints(self) -> Path:

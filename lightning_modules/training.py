@@ -1,13 +1,12 @@
 """The subcommands that run a Trainer: fit, validate and test, on LightningCLI."""
 
 import os
-import re
 import shlex
 import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal, cast
 
 import yaml
 from jsonargparse import Namespace
@@ -25,9 +24,10 @@ from callbacks.reparameterize import ReparameterizeOnSave
 from callbacks.report import Report
 from callbacks.snapshots import Snapshots
 from lightning_modules.classifier import ImageClassifier
-from lightning_modules.config_files import find_configs, option_value
+from lightning_modules.config_files import check_configs, find_configs, option_value
 from lightning_modules.data import ImageDataModule
 from lightning_modules.errors import UsageError, message_for_user
+from lightning_modules.parser import Parser
 from lightning_modules.quiet import silence_known_messages
 from lightning_modules.resume import Continuation, find_continuation, newest_usable
 from lightning_modules.run_folder import RunFolder
@@ -67,6 +67,7 @@ def run(name: str, argv: list[str], cli: "type[TrainingCLI] | None" = None) -> "
     chosen = cli or TrainingCLI
     try:
         argv = _with_config_of_the_run(find_configs(argv))
+        check_configs(argv)
         # a distributed strategy starts its other processes with this command line
         sys.argv = [*previous[:1], *chosen.program.split()[1:], name, *argv]
         return chosen(
@@ -83,7 +84,7 @@ def run(name: str, argv: list[str], cli: "type[TrainingCLI] | None" = None) -> "
                 "enable_progress_bar": sys.stdout.isatty(),
             },
             parser_kwargs={"prog": chosen.program, "description": chosen.description},
-            parser_class=_Parser,
+            parser_class=Parser,
         )
     except Exception as error:
         if (message := message_for_user(error)) is None:
@@ -92,17 +93,6 @@ def run(name: str, argv: list[str], cli: "type[TrainingCLI] | None" = None) -> "
         sys.exit(2)
     finally:
         sys.argv = previous
-
-
-class _Parser(LightningArgumentParser):
-    """Says what is wrong, without pages of usage in front."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message and exit."""
-        name = re.sub(r" \[[^]]*\]", "", self.prog)
-        print(f"{name}: error: {message}", file=sys.stderr)
-        print(f"`{name} --help` lists all options", file=sys.stderr)
-        sys.exit(2)
 
 
 class _Records(SaveConfigCallback):
@@ -266,7 +256,12 @@ class TrainingCLI(LightningCLI):
             saver.dirpath = saver.dirpath or str(self.run.checkpoints)
             if "logger" in kwargs:
                 kwargs["logger"] = make_loggers(self.run, options)
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except Exception:
+            if self.run is not None and self.run != self.continued.run:
+                self.run.discard()
+            raise
         if self.subcommand == "fit":
             cast(Any, trainer).callbacks.insert(0, EpochLines())
         return trainer

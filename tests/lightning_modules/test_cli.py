@@ -29,6 +29,9 @@ TINY = (
 ).split()
 
 
+DIGITS = "--data.dataset digits --data.input_size 32 --wandb.mode disabled".split()
+
+
 class Stop(Exception):
     """Ends a run where a test wants it to."""
 
@@ -310,6 +313,10 @@ def test_explicit_flag_wins_over_the_checkpoint(trained, tmp_path, monkeypatch):
         (["fit", "--data.dataset", "digits", "--model.lrr", "1"], "lrr"),
         (["predict", "no.ckpt", ".", "out.csv"], "no images in"),
         (["export", "no.ckpt", "out"], "no.ckpt"),
+        (["fit", "--modell.lr", "1"], "there is no option 'modell.lr'; did you mean model.lr"),
+        (["fit", *DIGITS, "--trainer.accelerator", "tpu"], "tpu"),
+        (["fit", *DIGITS, "--trainer.strategy", "dpp"], "--trainer: You selected an invalid"),
+        (["fit", *DIGITS, "--run.root", "/dev/null"], "Not a directory: /dev/null"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -321,6 +328,34 @@ def test_bad_input_is_refused_in_a_line(argv, complaint, capsys, tmp_path):
     assert "Traceback" not in said
     assert stop.value.code == 2
     assert len(said.splitlines()) < 5
+    assert list(tmp_path.glob("runs/*/*")) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("modell:\n  lr: 1\n", "no option 'modell.lr' in own.yaml; did you mean model.lr"),
+        ("model:\n  lr: [1\n", "own.yaml, line 3 is not YAML: expected"),
+        ("- 1\n", "own.yaml holds a list: a configuration has sections"),
+    ],
+)
+def test_a_fault_in_a_configuration_is_told_with_its_file(text, complaint, tmp_path, capsys):
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "quickstart", "--config=own.yaml"])
+    said = capsys.readouterr().err
+    assert complaint in said
+    assert len(said.splitlines()) < 3
+
+
+def test_weights_that_the_hub_does_not_give_are_told_in_a_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(SystemExit):
+        main(["fit", *DIGITS, "--model.model", "test_byobnet", "--model.pretrained", "true"])
+    said = capsys.readouterr().err
+    assert "--model.pretrained false --model.weights FILE" in said
+    assert "Traceback" not in said
     assert not (tmp_path / "runs").exists()
 
 
