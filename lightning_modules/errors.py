@@ -53,7 +53,7 @@ def _of_a_library(error: Exception) -> str | None:
     if any(kind.__name__ == "MisconfigurationException" for kind in kinds):
         return str(error)
     names = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-    if "_instantiate_trainer" in names and isinstance(error, ValueError | TypeError):
+    if "_instantiate_trainer" in names and isinstance(error, ValueError | TypeError | ImportError):
         return f"--trainer: {error}"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
