@@ -314,7 +314,7 @@ def test_explicit_flag_wins_over_the_checkpoint(trained, tmp_path, monkeypatch):
         (["predict", "no.ckpt", ".", "out.csv"], "no images in"),
         (["export", "no.ckpt", "out"], "no.ckpt"),
         (["fit", "--modell.lr", "1"], "there is no option 'modell.lr'; did you mean model.lr"),
-        (["fit", *DIGITS, "--trainer.accelerator", "tpu"], "tpu"),
+        (["fit", *DIGITS, "--trainer.accelerator", "tpu"], "torch_xla"),
         (["fit", *DIGITS, "--trainer.strategy", "dpp"], "--trainer: You selected an invalid"),
         (["fit", *DIGITS, "--run.root", "/dev/null"], "Not a directory: /dev/null"),
     ],
