@@ -274,21 +274,20 @@ class ReparameterizeOnSave(ModelCheckpoint):
         return Ranking(self.last_model_path, list(self.best_k_models))
 
     def _score(self, metrics: dict[str, Tensor]) -> Tensor:
-        """The monitored value; NaN ranks behind everything."""
+        """The monitored value."""
         if self.monitor not in metrics:
             available = sorted(set(metrics) - {"epoch", "step"})
             raise ValueError(
                 f"`monitor` (={self.monitor!r}) was not logged by this validation; available: "
                 f"{available}. Set `monitor` to one of them, or log it in `validation_step`"
             )
-        value = float(metrics[self.monitor])
-        if math.isnan(value):
-            value = math.inf if self.mode == "min" else -math.inf
-        return torch.tensor(value)
+        return torch.tensor(float(metrics[self.monitor]))
 
     def _rank(self, path: str, score: Tensor) -> None:
-        """Enter a checkpoint; of equal ones the older stays ahead."""
-        scores = {p: s for p, s in self.best_k_models.items() if p != path} | {path: score}
+        """Enter a checkpoint, unless its value is NaN; of equal ones the older stays ahead."""
+        scores = {p: s for p, s in self.best_k_models.items() if p != path}
+        if not math.isnan(score):
+            scores[path] = score
         order = sorted(scores, key=lambda p: float(scores[p]), reverse=self.mode == "max")
         kept = order if self.save_top_k == -1 else order[: self.save_top_k]
         self.best_k_models = {p: scores[p] for p in kept}

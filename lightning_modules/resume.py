@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from callbacks.finite import not_finite_in
 from lightning_modules.run_folder import RunFolder
 from mobileone.export.checkpoint import read_checkpoint
 
@@ -99,7 +100,10 @@ def why_unusable(checkpoint: Path) -> str | None:
         return str(error)
     except Exception as error:  # whatever flipped bits make of an archive
         return f"it is damaged or cut short ({error})"
-    return None if "optimizer_states" in contents else "it holds weights only"
+    if "optimizer_states" not in contents:
+        return "it holds weights only"
+    wrong = not_finite_in(contents)
+    return None if wrong is None else f"it holds values that are not finite ({wrong})"
 
 
 def _files(folder: Path) -> Iterator[Path]:
