@@ -140,6 +140,19 @@ def test_the_newest_usable_checkpoint_counts_and_the_others_are_named(tmp_path):
     assert all("cut short" in why_unusable(path) for path in (cut, empty))
 
 
+@pytest.mark.parametrize("part", ["state_dict", "current_model_state", "optimizer_states"])
+def test_a_checkpoint_that_is_not_finite_is_passed_over_by_name(tmp_path, part):
+    run = make_run(tmp_path, "r")
+    mask = {"mask": torch.tensor([0, -torch.inf])}
+    good = write(run / "checkpoints/a.ckpt", 50, current_model_state=mask)
+    bad = {"w": torch.tensor([1, torch.nan])}
+    contents = [{"state": {0: bad}}] if part == "optimizer_states" else bad
+    poisoned = write(run / "snapshots/b.ckpt", 40, **{part: contents})
+    found, notes = newest_usable(run)
+    assert found == good
+    assert f"passed over {poisoned}: it holds values that are not finite ({part}/" in notes[0]
+
+
 @pytest.mark.filterwarnings("ignore:the checkpoint's schedule of")
 def test_same_command_twice_is_one_run_and_longer_goes_on(tmp_path, capsys):
     main(FIT)
@@ -199,6 +212,18 @@ def test_a_checkpoint_that_is_named_goes_before_auto(tmp_path, capsys):
     main(["fit", "--ckpt_path", str(snapshot)])
     assert "resume:" not in capsys.readouterr().out
     assert (run / "checkpoints/epoch=001-step=000008.ckpt").is_file()
+
+
+def test_weights_that_give_no_finite_loss_are_never_saved(tmp_path, capsys):
+    """All of them are finite, and too large."""
+    diverges = [*FIT, "--model.lr", "1e36", "--trainer.limit_train_batches", "1"]
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            main(diverges)
+        said = capsys.readouterr()
+        assert "validation's loss is nan after step 1 (epoch 0)" in said.err
+        assert "to continue" not in said.out
+    assert not list(tmp_path.glob("runs/r/*/*/*.ckpt"))
 
 
 def test_sigterm_exits_with_143_and_the_same_command_goes_on(tmp_path, cache):
