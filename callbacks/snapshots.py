@@ -160,7 +160,9 @@ class Snapshots(Checkpoint):
         if path.is_file():
             aside = path.with_name(f"{path.name}.diverged")
             path.replace(aside)
-            rank_zero_warn(f"{aside} is set aside: the step after it had no finite loss or gradient")
+            rank_zero_warn(
+                f"{aside} is set aside: the step after it had no finite loss or gradient"
+            )
 
 
 def _remove_older(folder: Path, keep: int) -> None:

@@ -1,7 +1,7 @@
 """Training of any timm classifier, with the recipe of the MobileOne paper as defaults."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import timm
@@ -230,17 +230,33 @@ class ImageClassifier(LightningModule):
         logits: Tensor = self.model(images)  # (N, C, H, W) -> (N, num_classes)
         return logits
 
-    def on_fit_start(self) -> None:
-        """Load the teacher, if there is one."""
+    def load_teacher(self, data_config: Mapping[str, Any]) -> None:
+        """Load the teacher, if there is one and it is not there yet.
+
+        Args:
+            data_config: timm's description of the images, with `input_size`, `mean` and `std`.
+
+        Raises:
+            ValueError: its weights do not fit it, or the classes.
+            OSError: they cannot be read.
+        """
         h = self.hparams
-        if h["teacher"] is not None:
+        if h["teacher"] is None or self._teacher is not None:
+            return
+        options = h["distill_weight"], h["distill_temperature"]
+        classes, channels = self.num_classes, data_config["input_size"][0]
+        like = data_config["mean"], data_config["std"], self.device
+        self._teacher = Teacher(
+            h["teacher"], classes, channels, h["teacher_weights"], *like, *options
+        )
+
+    def on_fit_start(self) -> None:
+        """Have the teacher, if there is one, where the student is."""
+        if self.hparams["teacher"] is not None:
             spec = self.export_spec
-            options = h["distill_weight"], h["distill_temperature"]
-            classes, channels = self.num_classes, spec.input_size[0]
-            like = spec.mean, spec.std, self.device
-            self._teacher = Teacher(
-                h["teacher"], classes, channels, h["teacher_weights"], *like, *options
-            )
+            self.load_teacher({"input_size": spec.input_size, "mean": spec.mean, "std": spec.std})
+            assert self._teacher is not None
+            self._teacher.to(self.device)
 
     def on_train_start(self) -> None:
         """Hold what is frozen; validation puts the modes back as it found them."""
