@@ -379,8 +379,8 @@ def _check_length(config: Namespace, checkpoint: Mapping[str, Any] | None) -> No
         )
     if epochs == -1 and steps == -1:
         raise UsageError(
-            "--trainer.max_epochs -1 and --trainer.max_steps -1 give no end, to which the schedules "
-            "of learning rate and weight decay could come: set one of them"
+            "--trainer.max_epochs -1 and --trainer.max_steps -1 give no end, to which the "
+            "schedules of learning rate and weight decay could come: set one of them"
         )
     if epochs and every and 0 < epochs < every:
         raise UsageError(

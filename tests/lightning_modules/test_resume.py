@@ -126,7 +126,7 @@ def test_an_unfinished_run_with_other_options_is_not_left_behind(tmp_path, epoch
     run = make_run(tmp_path, "20250101-000000")
     contents = {} if epoch is None else {"epoch": epoch}
     checkpoint = write(run / "checkpoints/a.ckpt", 50, **contents)
-    make_run(tmp_path, "20250102-000000", {**CONFIG, "model": {}})  # killed at its start
+    make_run(tmp_path, "20250102-000000", {"model": {"lr": 0.3}})  # killed at its start
     ways = rf"model\.lr 0\.1 -> 0\.2.*--run\.name.*--ckpt_path {re.escape(str(checkpoint))}"
     with pytest.raises(UsageError, match=ways):
         find_continuation(tmp_path, OTHER)
