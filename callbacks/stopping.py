@@ -107,7 +107,7 @@ class StopRequest:
 def interruptible() -> Iterator[None]:
     """Let Ctrl-C raise KeyboardInterrupt in this block, whatever it does outside."""
     try:
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        before = signal.signal(signal.SIGINT, signal.default_int_handler) or signal.SIG_DFL
     except ValueError:  # not in the main thread
         yield
         return

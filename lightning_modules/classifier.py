@@ -258,6 +258,10 @@ class ImageClassifier(LightningModule):
             assert self._teacher is not None
             self._teacher.to(self.device)
 
+    def on_fit_end(self) -> None:
+        """Let the teacher go: another fit may have other images."""
+        self._teacher = None
+
     def on_train_start(self) -> None:
         """Hold what is frozen; validation puts the modes back as it found them."""
         hold_frozen_statistics(self.model)

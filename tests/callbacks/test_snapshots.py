@@ -182,6 +182,23 @@ def test_a_second_interrupt_stops_at_once(tmp_path, capfd):
     signal.signal(signal.SIGINT, before)
 
 
+def test_a_forked_process_neither_speaks_nor_stops(tmp_path, capfd):
+    """The terminal sends Ctrl-C to a loader's workers too."""
+
+    class Forks(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 2:
+                child = os.fork()
+                if child == 0:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    os.kill(os.getpid(), signal.SIGINT)
+                    os._exit(0)
+                assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    fit(tmp_path, Snapshots(every_minutes=0), Forks())
+    assert "stopping after" not in capfd.readouterr().err
+
+
 def test_a_preempted_slurm_job_is_queued_again(tmp_path, monkeypatch):
     """SLURM's signal in a step: a snapshot, `scontrol requeue`, no checkpoint of Lightning's."""
     log = tmp_path / "requeued"

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from lightning_modules.classifier import ImageClassifier
 from lightning_modules.cli import main
 from lightning_modules.errors import UsageError
 from lightning_modules.resume import find_continuation, newest_usable, why_unusable
@@ -230,6 +231,7 @@ def test_same_command_twice_is_one_run_and_longer_goes_on(tmp_path, capsys):
     main(FIT)
     assert "goes on from" in capsys.readouterr().out
     assert sorted((run / "checkpoints").iterdir()) == before
+    assert RunFolder.read(run).finished
     main([*FIT, "--trainer.max_epochs", "3"])
     assert len([p for p in (tmp_path / "runs/r").iterdir() if not p.is_symlink()]) == 1
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 12
@@ -292,6 +294,85 @@ def test_weights_that_give_no_finite_loss_are_never_saved(tmp_path, capsys):
         assert "validation's loss is nan after step 1 (epoch 0)" in said.err
         assert "to continue" not in said.out
     assert not list(tmp_path.glob("runs/r/*/*/*.ckpt"))
+
+
+def test_what_is_refused_before_it_begins_is_not_offered_again(tmp_path, capsys, monkeypatch):
+    def refuse(*args):
+        raise ValueError("the checkpoint was trained on other classes")
+
+    main(FIT)
+    monkeypatch.setattr(ImageClassifier, "on_load_checkpoint", refuse)
+    with pytest.raises(ValueError, match="other classes"):
+        main([*FIT, "--trainer.max_epochs", "3"])
+    assert "to continue" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ("--trainer.max_epochs 0", "--trainer.max_epochs 0 trains nothing"),
+        ("--trainer.max_steps 0", "--trainer.max_steps 0 trains nothing"),
+        ("--trainer.max_epochs -1", "max_epochs -1 and --trainer.max_steps -1 give no end"),
+        ("--trainer.max_epochs -1 --curriculum.phases [[0,32,1]]", "curriculum scales its phases"),
+        (
+            "--model.teacher test_byobnet --model.teacher_weights none.pth",
+            "none.pth",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_without_a_folder(tmp_path, capsys, options, complaint):
+    with pytest.raises(SystemExit) as stop:
+        main([*FIT, *options.split()])
+    assert stop.value.code == 2
+    assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_is_further_than_its_end_is_refused_in_a_sentence(tmp_path, capsys):
+    at = {"loops": {"fit_loop": {"epoch_progress": {"current": {"processed": 8}}}}}
+    checkpoint = write(tmp_path / "a.ckpt", 0, **at)
+    with pytest.raises(SystemExit):
+        main([*FIT, "--ckpt_path", str(checkpoint), "--trainer.max_epochs", "1"])
+    assert "a.ckpt was written after 8 epochs, more than --trainer.max" in capsys.readouterr().err
+
+
+def test_a_metric_that_is_not_logged_is_refused_before_the_first_epoch(capsys, monkeypatch):
+    monkeypatch.setattr(ImageClassifier, "training_step", None)
+    with pytest.raises(SystemExit):
+        main([*FIT, "--checkpoint.monitor", "val/accuracy"])
+    said = capsys.readouterr().err
+    assert "`monitor` (='val/accuracy') was not logged by this validation" in said
+    assert "val/acc1" in said
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_of_two_processes_rank_0_ends_last(tmp_path, number):
+    """It waits for the export; SIGTERM reaches one process, Ctrl-C all of them."""
+    two = "--trainer.devices 2 --trainer.strategy ddp --trainer.max_epochs 100".split()
+    background = ["--checkpoint.background", "true", "--data.num_workers", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mobileone", *FIT, *two, *background],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        text=True,
+    )
+    end = time.monotonic() + 200
+    while not list(tmp_path.glob("runs/r/*/checkpoints/*.ckpt")) and time.monotonic() < end:
+        time.sleep(0.1)
+    if number == signal.SIGTERM:
+        process.send_signal(number)
+    else:
+        os.killpg(process.pid, number)
+    said, _ = process.communicate(timeout=200)  # the pipe's end: rank 1 has ended, too
+    assert process.returncode == 128 + number, said
+    assert said.count("to continue: mobileone fit --ckpt_path") == 1
+    assert said.count("stopping after this step") == (number == signal.SIGINT)
+    (artifact,) = tmp_path.glob("runs/r/*/checkpoints/last/manifest.json")
+    assert not list(tmp_path.glob("runs/r/*/checkpoints/*error*"))
 
 
 def test_sigterm_exits_with_143_and_the_same_command_goes_on(tmp_path, cache):
