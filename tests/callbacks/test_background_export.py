@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from lightning.pytorch import Callback
 
 from callbacks.checkpoint_folder import CheckpointFolder
 from callbacks.reparameterize import ReparameterizeOnSave
+from callbacks.stopping import Interrupted, StopAtOnce
 from mobileone.export import Manifest, load_torchscript_artifact, worker
 
 _SPEC = importlib.util.spec_from_file_location(
@@ -171,6 +174,29 @@ def test_an_exception_in_training_lets_the_export_end(make, tmp_path, folder, st
     assert tests.contents(folder) == tests.expected(0)
 
 
+@pytest.mark.parametrize("stop", [StopAtOnce, Interrupted])
+def test_ctrl_c_ends_an_export_that_would_take_minutes(
+    make, tmp_path, folder, started, monkeypatch, stop
+):
+    """At once, or while the run waits for it."""
+
+    class Stops(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                if stop is Interrupted:
+                    threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+                raise stop
+
+    replace_worker(monkeypatch, "import time; time.sleep(100)")
+    before, clock = signal.getsignal(signal.SIGINT), time.monotonic()
+    with warnings.catch_warnings(record=True) as caught, pytest.raises(SystemExit):
+        tests.fit(tests.Classifier([0.5]), make(), tmp_path, max_epochs=2, callbacks=[Stops()])
+    signal.signal(signal.SIGINT, before)  # Lightning ignores further Ctrl-C after StopAtOnce
+    assert time.monotonic() - clock < 50
+    assert (folder / f"{tests.name(0)}.ckpt").is_file()
+    assert not any("Training goes on" in str(warning.message) for warning in caught)
+
+
 def test_training_goes_on_while_the_worker_works(make, tmp_path, folder, started, monkeypatch):
     """The links move during the next epoch, at the first batch after the worker's end."""
     seen = []
@@ -194,7 +220,11 @@ def test_two_runs_do_not_write_to_one_folder(make, tmp_path, folder):
     class Second(Callback):
         def on_train_start(self, trainer, pl_module):
             with pytest.raises(RuntimeError, match="another run writes to"):
-                tests.fit(tests.Classifier(), make(), tmp_path)
+                tests.fit(tests.Classifier(), make(), tmp_path, callbacks=[Never()])
+
+    class Never(Callback):
+        def on_fit_start(self, trainer, pl_module):
+            raise AssertionError("it is refused before a checkpoint is restored")
 
     tests.fit(tests.Classifier(), make(background=False), tmp_path, callbacks=[Second()])
     assert tests.contents(folder) == tests.expected(0)

@@ -182,6 +182,23 @@ def test_a_second_interrupt_stops_at_once(tmp_path, capfd):
     signal.signal(signal.SIGINT, before)
 
 
+def test_a_forked_process_neither_speaks_nor_stops(tmp_path, capfd):
+    """The terminal sends Ctrl-C to a loader's workers too."""
+
+    class Forks(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 2:
+                child = os.fork()
+                if child == 0:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    os.kill(os.getpid(), signal.SIGINT)
+                    os._exit(0)
+                assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    fit(tmp_path, Snapshots(every_minutes=0), Forks())
+    assert "stopping after" not in capfd.readouterr().err
+
+
 def test_a_preempted_slurm_job_is_queued_again(tmp_path, monkeypatch):
     """SLURM's signal in a step: a snapshot, `scontrol requeue`, no checkpoint of Lightning's."""
     log = tmp_path / "requeued"
@@ -227,6 +244,39 @@ def test_a_full_disk_is_said_and_training_goes_on(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match=r"no snapshot at step 8: .*No space left.* MB are free"):
         fit(tmp_path, Snapshots(every_n_steps=4, every_minutes=0, keep=99))
     assert steps(tmp_path) == [4, 11, 15, 19, 23]
+
+
+@pytest.mark.parametrize("spoilt", ["weight", "momentum"])
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path, spoilt):
+    class Diverge(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 6:
+                weight = pl_module.layer.weight
+                momentum = trainer.optimizers[0].state[weight]["momentum_buffer"]
+                (weight if spoilt == "weight" else momentum).data.fill_(torch.inf)
+
+    with pytest.raises(FloatingPointError, match=rf"step=00000006.*{spoilt}.* not finite after s"):
+        fit(tmp_path, Snapshots(every_n_steps=2, every_minutes=0, keep=1), Diverge())
+    assert steps(tmp_path) == [4]
+
+
+def test_a_snapshot_that_leads_to_no_finite_loss_is_set_aside(tmp_path):
+    """Its weights may be finite, and too large."""
+
+    class Refuse(Callback):
+        def on_before_optimizer_step(self, trainer, *args):
+            if trainer.global_step == 6:
+                raise FloatingPointError("the loss is nan")
+
+    with (
+        pytest.warns(UserWarning, match=r"step=00000006.ckpt.diverged is set aside"),
+        pytest.raises(FloatingPointError),
+    ):
+        fit(tmp_path, Snapshots(every_n_steps=2, every_minutes=0), Refuse())
+    assert [p.name for p in sorted((tmp_path / "snapshots").iterdir())] == [
+        "step=00000004.ckpt",
+        "step=00000006.ckpt.diverged",
+    ]
 
 
 TWO = """

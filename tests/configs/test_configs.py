@@ -9,6 +9,7 @@ import torch
 import yaml
 from PIL import Image
 
+from callbacks.curriculum import Curriculum
 from lightning_modules.cli import main
 from lightning_modules.config_files import find_configs, option_value, packaged_configs
 
@@ -79,14 +80,46 @@ def test_imagenet_recipe_is_the_papers():
     assert recipe["ema"]["decay"] == 0.9995
     assert data["batch_size"] * 8 == 256
     assert data["input_size"] == 224
+    assert recipe["ema"]["warmup"] is False
+    assert (model["warmup_epochs"], model["no_decay_norm_bias"]) == (0, False)
+
+
+def test_image_size_and_augmentation_rise_as_in_the_reproductions():
+    """Epochs 0-38, 39-113 and 114-299; as the callback reads them."""
+    curriculum = Curriculum(**paper_recipe()["curriculum"])
+    phases = curriculum.scaled(300)
+    assert phases == [(0, 160, 0.3), (39, 192, 0.7), (114, 224, 1.0)]
+    assert curriculum.epochs == 300
+
+
+def test_fast_is_a_third_with_a_scaled_and_warmed_up_learning_rate():
+    fast = yaml.safe_load((ROOT / "imagenet/fast.yaml").read_text())
+    assert fast["trainer"] == {"max_epochs": 100}
+    model = {"lr": 0.1, "lr_reference_batch": 256, "warmup_epochs": 5}
+    assert (fast["model"], fast["data"]) == (model, {"batch_size": 128})
+    scaled = Curriculum(**paper_recipe()["curriculum"]).scaled(100)
+    assert [start for start, _, _ in scaled] == [0, 13, 38]
+
+
+def test_distillation_is_meal_v2s():
+    """arXiv 2009.08453: the teacher's probabilities alone, at temperature 1."""
+    distill = yaml.safe_load((ROOT / "imagenet/distill.yaml").read_text())
+    model = distill.pop("model")
+    assert distill == {}
+    assert (model["distill_weight"], model["distill_temperature"]) == (1.0, 1.0)
+    assert timm.is_model(model["teacher"].partition(".")[0])
+    assert model["teacher_weights"] is None
 
 
 @pytest.mark.parametrize("name", ["s0", "s1", "s2", "s3", "s4"])
 def test_imagenet_variants_differ_where_the_paper_does(name):
-    recipe = {**yaml.safe_load((ROOT / f"imagenet/{name}.yaml").read_text())}
-    assert recipe["model"]["model"] == f"mobileone_{name}"
-    augmented = "auto_augment" in recipe["data"]
-    assert augmented == (name in ("s2", "s3", "s4"))
+    recipe = yaml.safe_load((ROOT / f"imagenet/{name}.yaml").read_text())
+    assert recipe["model"] == {"model": f"mobileone_{name}"}
+    expected = {"crop_pct": 0.875 if name == "s0" else 0.9}  # of the published weights, in timm
+    if name in ("s2", "s3", "s4"):
+        expected["auto_augment"] = "original"
+    assert recipe["data"] == expected
+    assert timm.get_pretrained_cfg(f"mobileone_{name}.apple_in1k").crop_pct == expected["crop_pct"]
 
 
 def test_packaged_recipe_is_found_by_name(tmp_path, monkeypatch):
