@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mobileone import MobileOne, expand
+from mobileone.pickles import explain_refusal
 from mobileone.weights import convert_keys, identify
 
 __all__ = ["freeze", "hold_frozen_statistics", "load_start"]
@@ -39,9 +40,7 @@ def load_start(model: nn.Module, file: str, expand_fused: bool) -> None:
     try:
         weights = _network(read_weights(file, weights_only=True))
     except Exception as error:
-        raise ValueError(
-            f"{file} cannot be read as weights, tensors and nothing else: {error}"
-        ) from error
+        raise explain_refusal(Path(file), file, error) from None
     weights, dropped = _without_other_head(model, weights)
     try:
         if isinstance(model, MobileOne):
