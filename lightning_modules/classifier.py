@@ -20,8 +20,8 @@ from lightning_modules.checks import (
     check_targets,
 )
 from lightning_modules.distillation import Teacher, check_distillation
+from lightning_modules.finetuning import calibrate_start, hold_frozen_statistics, load_start
 from lightning_modules.finetuning import freeze as freeze_parts
-from lightning_modules.finetuning import hold_frozen_statistics, load_start
 from lightning_modules.nonfinite import LossGuard
 from lightning_modules.optimizers import (
     build_optimizer,
@@ -161,8 +161,8 @@ class ImageClassifier(LightningModule):
             num_classes=num_classes,
             **{"in_chans": in_chans, **(model_kwargs or {})},
         )
-        if weights is not None:
-            load_start(self.model, weights, expand_fused)
+        # what a checkpoint brings has its statistics; see `on_load_checkpoint`
+        self._to_calibrate = weights is not None and load_start(self.model, weights, expand_fused)
         freeze_parts(self.model, freeze, norms=freeze_bn)
         if collapse != "auto":
             set_collapse(self.model, collapse)
@@ -229,7 +229,10 @@ class ImageClassifier(LightningModule):
         return logits
 
     def on_fit_start(self) -> None:
-        """Load the teacher, if there is one."""
+        """Calibrate what was expanded; load the teacher, if there is one."""
+        if self._to_calibrate:
+            calibrate_start(self.model, self.trainer, self.device)
+            self._to_calibrate = False
         h = self.hparams
         if h["teacher"] is not None:
             spec = self.export_spec
@@ -253,12 +256,13 @@ class ImageClassifier(LightningModule):
         """Return the smoothed cross-entropy, a scalar; None to leave the step out.
 
         Raises:
-            ValueError: a label of an epoch's first batch is out of range.
+            ValueError: a label is out of range; on a GPU only an epoch's first batch is looked at
+                here (`ImageDataModule` looks at all, before they go there).
             FloatingPointError: the loss is not finite (see `skip_nonfinite`). The weights are still
                 those before the step.
         """
         images, targets = batch
-        if batch_idx == 0:
+        if batch_idx == 0 or targets.device.type == "cpu":  # elsewhere it would wait for the GPU
             check_targets(targets, self.num_classes)
         logits = self._logits(images)
         smoothing = self.hparams["label_smoothing"]
@@ -350,6 +354,7 @@ class ImageClassifier(LightningModule):
             ValueError: the data module's classes are others than the checkpoint's.
         """
         self._restored_seed = checkpoint.get("dropout_seed")
+        self._to_calibrate = False
         if "export_spec" not in checkpoint:
             return
         spec = ExportSpec.from_dict(checkpoint["export_spec"])
@@ -366,7 +371,7 @@ class ImageClassifier(LightningModule):
         self, batch: tuple[Tensor, Tensor], batch_idx: int, metrics: MetricCollection
     ) -> Tensor:
         images, targets = batch
-        if batch_idx == 0:
+        if batch_idx == 0 or targets.device.type == "cpu":  # elsewhere it would wait for the GPU
             check_targets(targets, self.num_classes)
         logits = self._logits(images)
         losses = F.cross_entropy(logits, targets, reduction="none")
