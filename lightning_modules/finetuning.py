@@ -80,7 +80,7 @@ def calibrate_start(model: nn.Module, trainer: Trainer, device: torch.device) ->
             "images from: set model.freeze_bn true, or call mobileone.calibrate before the fit"
         )
         return
-    seen = 0
+    seen, dtype = 0, next(model.parameters()).dtype
 
     def images() -> Iterator[Tensor]:
         nonlocal seen
@@ -88,7 +88,7 @@ def calibrate_start(model: nn.Module, trainer: Trainer, device: torch.device) ->
             if seen >= _CALIBRATION_IMAGES:
                 return
             seen += len(batch[0])
-            yield batch[0].to(device)
+            yield batch[0].to(device, dtype)
 
     strategy = trainer.strategy
     calibrate(model, images(), lambda total: strategy.reduce(total, reduce_op="mean"))

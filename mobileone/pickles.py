@@ -19,6 +19,7 @@ _FIX = (
     "Give a file of tensors and primitives: a state dict, .safetensors, or a checkpoint of "
     "`mobileone fit`; if you made this one, save its state_dict() alone"
 )
+_READ = 1 << 26
 _STRINGS = ("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "STRING", "BINSTRING")
 
 
@@ -50,7 +51,7 @@ def explain_refusal(
         return UnsafeFileError(
             f"{name} names {culprit!r}, and loading it would run code: refused. {fix}"
         )
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    first = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
     reason = "" if "weights_only" in first else f" ({first})"
     return ValueError(
         f"{name} cannot be read as tensors: it is damaged, cut short, or another kind of file"
@@ -60,20 +61,21 @@ def explain_refusal(
 
 def foreign_globals(source: Path | bytes) -> Iterator[str]:
     """Functions and classes beyond tensors that the pickles of a file name; none are imported."""
-    contents = source if isinstance(source, bytes) else source.read_bytes()
-    for stream in _pickles(contents):
+    for stream in _pickles(source):
         yield from (name for name in _globals(stream) if not _OF_TENSORS.fullmatch(name))
 
 
-def _pickles(contents: bytes) -> Iterator[bytes]:
-    """The pickles in a zip archive; else the file itself."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(contents)) as archive:
-            for name in archive.namelist():
-                if name.endswith(".pkl"):
-                    yield archive.read(name)
-    except (zipfile.BadZipFile, OSError, RuntimeError):
-        yield contents
+def _pickles(source: Path | bytes) -> Iterator[bytes]:
+    """The pickles in a zip archive; else the file itself, or the beginning of a large one."""
+    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                for name in archive.namelist():
+                    if name.endswith(".pkl"):
+                        yield archive.read(name)
+        except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError, EOFError):
+            file.seek(0)
+            yield file.read(_READ)
 
 
 def _globals(stream: bytes) -> Iterator[str]:

@@ -70,13 +70,19 @@ def load_program(path: Path) -> tuple[ExportedProgram, dict[str, str]]:
     records = {name: data for name, data in records.items() if not _OF_THE_WRITER.fullmatch(name)}
     if missing := [name for name in (_PROGRAM, _SAMPLES, *_CONFIGS) if name not in records]:
         raise ValueError(f"{path} is no .pt2 file that torch.export wrote: it lacks {missing[0]}")
-    contents = _archive(_checked(records, str(path)))
+    try:
+        contents = _archive(_checked(records, str(path)))
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error!r} in its description") from error
     extra = {n.removeprefix("extra/"): "" for n in records if n.startswith("extra/")}
     logger = logging.getLogger("torch.export")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         return torch.export.load(contents, extra_files=extra), extra
+    except Exception as error:  # whatever torch makes of a program that is not whole
+        first = (str(error) or repr(error)).splitlines()[0]
+        raise ValueError(f"{path} is damaged, or of another version of torch: {first}") from error
     finally:
         logger.setLevel(level)
 

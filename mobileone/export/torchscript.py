@@ -51,7 +51,7 @@ def load(path: Path) -> nn.Module:
 
     Raises:
         UnsafeFileError: the file calls functions that open files.
-        RuntimeError: it is damaged.
+        ValueError: it is damaged.
     """
     return _load(path).eval()
 
@@ -83,7 +83,11 @@ def operations(path: Path) -> Counter[str]:
 
 def _load(path: Path, extra: dict[str, Any] | None = None) -> Any:
     """Load a file of any origin: TorchScript runs no Python, but it has functions on files."""
-    reader = torch._C.PyTorchFileReader(str(path))
+    try:
+        reader = torch._C.PyTorchFileReader(str(path))
+    except RuntimeError as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"{path} is damaged, or no TorchScript file ({first})") from error
     for name in reader.get_all_records():
         if name.startswith("code/") and name.endswith(".py"):
             if found := _ON_FILES.search(reader.get_record(name).decode(errors="replace")):
