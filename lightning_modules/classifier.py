@@ -22,8 +22,8 @@ from lightning_modules.checks import (
     check_targets,
 )
 from lightning_modules.distillation import Teacher, check_distillation
+from lightning_modules.finetuning import calibrate_start, hold_frozen_statistics, load_start
 from lightning_modules.finetuning import freeze as freeze_parts
-from lightning_modules.finetuning import hold_frozen_statistics, load_start
 from lightning_modules.nonfinite import LossGuard, check_validation_loss
 from lightning_modules.optimizers import (
     build_optimizer,
@@ -163,8 +163,8 @@ class ImageClassifier(LightningModule):
             num_classes=num_classes,
             **{"in_chans": in_chans, **(model_kwargs or {})},
         )
-        if weights is not None:
-            load_start(self.model, weights, expand_fused)
+        # what a checkpoint brings has its statistics; see `on_load_checkpoint`
+        self._to_calibrate = weights is not None and load_start(self.model, weights, expand_fused)
         freeze_parts(self.model, freeze, norms=freeze_bn)
         if collapse != "auto":
             set_collapse(self.model, collapse)
@@ -251,7 +251,10 @@ class ImageClassifier(LightningModule):
         )
 
     def on_fit_start(self) -> None:
-        """Have the teacher, if there is one, where the student is."""
+        """Calibrate what was expanded; have the teacher, if there is one, where the student is."""
+        if self._to_calibrate:
+            calibrate_start(self.model, self.trainer, self.device)
+            self._to_calibrate = False
         if self.hparams["teacher"] is not None:
             spec = self.export_spec
             self.load_teacher({"input_size": spec.input_size, "mean": spec.mean, "std": spec.std})
@@ -276,10 +279,11 @@ class ImageClassifier(LightningModule):
         """Return the smoothed cross-entropy, a scalar.
 
         Raises:
-            ValueError: a label of an epoch's first batch is out of range.
+            ValueError: a label is out of range; on a GPU only an epoch's first batch is looked at
+                here (`ImageDataModule` looks at all, before they go there).
         """
         images, targets = batch
-        if batch_idx == 0:
+        if batch_idx == 0 or targets.device.type == "cpu":  # elsewhere it would wait for the GPU
             check_targets(targets, self.num_classes)
         logits = self._logits(images)
         smoothing = self.hparams["label_smoothing"]
@@ -386,6 +390,7 @@ class ImageClassifier(LightningModule):
             ValueError: the data module's classes are others than the checkpoint's.
         """
         self._restored_seed = checkpoint.get("dropout_seed")
+        self._to_calibrate = False
         if "export_spec" not in checkpoint:
             return
         spec = ExportSpec.from_dict(checkpoint["export_spec"])
@@ -402,7 +407,7 @@ class ImageClassifier(LightningModule):
         self, batch: tuple[Tensor, Tensor], batch_idx: int, metrics: MetricCollection
     ) -> Tensor:
         images, targets = batch
-        if batch_idx == 0:
+        if batch_idx == 0 or targets.device.type == "cpu":  # elsewhere it would wait for the GPU
             check_targets(targets, self.num_classes)
         logits = self._logits(images)
         losses = F.cross_entropy(logits, targets, reduction="none")

@@ -85,11 +85,20 @@ def export_parser(name: str) -> ArgumentParser:
 
 
 def inspect(name: str, argv: list[str]) -> None:
-    """Run `mobileone inspect`."""
+    """Run `mobileone inspect`; it exits with 1 if the files are not those that were written."""
     options = inspect_parser(name).parse_args(argv)
-    from mobileone.export.describe import describe_artifact
+    from mobileone.export.describe import NotAsWrittenError, describe_artifact
 
-    print(answer(name, describe_artifact, **options.as_dict()))
+    def describe(**arguments: Any) -> tuple[str, int]:
+        try:
+            return describe_artifact(**arguments), 0
+        except NotAsWrittenError as error:
+            return str(error), 1
+
+    text, code = answer(name, describe, **options.as_dict())
+    print(text)
+    if code:
+        sys.exit(code)
 
 
 def inspect_parser(name: str) -> ArgumentParser:

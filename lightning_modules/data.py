@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_modules.catalogue import Catalogue
+from lightning_modules.checks import check_targets
 from lightning_modules.curriculum import PhasedTransform, scale_strength
 from lightning_modules.digits import digits_root, write_digits
 from lightning_modules.images import color_mode
@@ -248,6 +249,15 @@ class ImageDataModule(LightningDataModule):
             batches_done=self._batches_done,
         )
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Check the labels of every batch, of streams too, before they are on a GPU.
+
+        Raises:
+            ValueError: one is no index of a class.
+        """
+        check_targets(batch[1], self.num_classes)
+        return batch
+
     def val_dataloader(self) -> DataLoader:
         """The validation images, each once and in order, with the evaluation transform."""
         return self._evaluation_loader("val")
@@ -320,7 +330,14 @@ class ImageDataModule(LightningDataModule):
         dataset = (
             ImageStream(source, transform, self.seed, workers)
             if isinstance(source, IterableDataset)
-            else ImageSamples(source, transform, self._mode, self.seed, self._skip_unreadable)
+            else ImageSamples(
+                source,
+                transform,
+                self._mode,
+                self.seed,
+                self._skip_unreadable,
+                num_classes=len(self._catalogue.class_index),
+            )
         )
         return image_loader(
             dataset,

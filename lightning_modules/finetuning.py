@@ -1,25 +1,29 @@
 """What fine-tuning adds: weights from a file, a new head, parts that do not train."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from timm.models import load_state_dict as read_weights
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mobileone import MobileOne, expand
+from mobileone import MobileOne, calibrate, expand
+from mobileone.pickles import explain_refusal
 from mobileone.weights import convert_keys, identify
 
-__all__ = ["freeze", "hold_frozen_statistics", "load_start"]
+__all__ = ["calibrate_start", "freeze", "hold_frozen_statistics", "load_start"]
 
+_CALIBRATION_IMAGES = 512
 _LOST = (
     "the weights are fused: the branches and BatchNorm's statistics of their training are lost. "
 )
 
 
-def load_start(model: nn.Module, file: str, expand_fused: bool) -> None:
+def load_start(model: nn.Module, file: str, expand_fused: bool) -> bool:
     """Start from a weight file: timm's, Apple's or our own, in training form or fused.
 
     A head of other classes stays as it was initialised. Nothing but tensors is read.
@@ -30,6 +34,9 @@ def load_start(model: nn.Module, file: str, expand_fused: bool) -> None:
         expand_fused: give fused weights of a MobileOne branches again (`mobileone.expand`);
             otherwise the model takes the fused form.
 
+    Returns:
+        Whether the weights were expanded, so that `calibrate_start` has to follow.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, holds other objects than tensors, or weights of another model.
@@ -39,13 +46,12 @@ def load_start(model: nn.Module, file: str, expand_fused: bool) -> None:
     try:
         weights = _network(read_weights(file, weights_only=True))
     except Exception as error:
-        raise ValueError(
-            f"{file} cannot be read as weights, tensors and nothing else: {error}"
-        ) from error
+        raise explain_refusal(Path(file), file, error) from None
     weights, dropped = _without_other_head(model, weights)
+    fused = isinstance(model, MobileOne) and _is_fused(weights, expand_fused)
     try:
-        if isinstance(model, MobileOne):
-            weights = _in_form(model, weights, expand_fused)
+        if isinstance(model, MobileOne) and fused and expand_fused:
+            weights = expand(model, weights)
         missing, unexpected = model.load_state_dict(weights, strict=not dropped)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"the weights of {file} do not fit: {error}") from error
@@ -56,6 +62,40 @@ def load_start(model: nn.Module, file: str, expand_fused: bool) -> None:
         )
     new = f"; the head ({', '.join(dropped)}) is new, for it has other classes" if dropped else ""
     rank_zero_info(f"starting from the weights of {file}{new}")
+    return fused and expand_fused
+
+
+def calibrate_start(model: nn.Module, trainer: Trainer, device: torch.device) -> None:
+    """Measure the BatchNorm statistics of expanded weights on the first training images.
+
+    Args:
+        model: what `load_start` has expanded.
+        trainer: of a fit; its data module gives the images, a share of them to each process.
+        device: where the model is.
+    """
+    data = getattr(trainer, "datamodule", None)
+    if data is None:
+        rank_zero_warn(
+            "the expanded weights were not calibrated, for the trainer has no data module to take "
+            "images from: set model.freeze_bn true, or call mobileone.calibrate before the fit"
+        )
+        return
+    seen, dtype = 0, next(model.parameters()).dtype
+
+    def images() -> Iterator[Tensor]:
+        nonlocal seen
+        for batch in data.train_dataloader():
+            if seen >= _CALIBRATION_IMAGES:
+                return
+            seen += len(batch[0])
+            yield batch[0].to(device, dtype)
+
+    strategy = trainer.strategy
+    calibrate(model, images(), lambda total: strategy.reduce(total, reduce_op="mean"))
+    rank_zero_info(
+        f"BatchNorm's statistics were measured on {seen} training images a process: the expanded "
+        "network trains from the function of the fused one"
+    )
 
 
 def freeze(model: nn.Module, parts: Sequence[str], norms: bool) -> None:
@@ -111,19 +151,16 @@ def _without_other_head(
     return {k: v for k, v in weights.items() if not k.startswith(f"{name}.")}, head
 
 
-def _in_form(model: MobileOne, weights: dict[str, Tensor], expand_fused: bool) -> dict[str, Tensor]:
+def _is_fused(weights: dict[str, Tensor], expand_fused: bool) -> bool:
+    """Whether they are fused; says what that means."""
     found = identify(weights)
     if found is None or not found.fused:
-        return weights
-    if expand_fused:
-        rank_zero_warn(
-            f"{_LOST}They were expanded into branches that compute the same in eval mode. In "
-            "training mode BatchNorm takes the batch's statistics, and the network first has to "
-            "find its way back: warm up, or set model.freeze_bn true to keep its function"
-        )
-        return expand(model, weights)
+        return False
     rank_zero_warn(
-        f"{_LOST}The network trains in fused form, without BatchNorm and over-parameterisation: "
-        "keep the learning rate low, or set model.expand_fused true"
+        f"{_LOST}They are expanded into branches that compute the same, and the statistics are "
+        "measured on training images when a fit begins"
+        if expand_fused
+        else f"{_LOST}The network trains in fused form, without BatchNorm and "
+        "over-parameterisation: keep the learning rate low, or set model.expand_fused true"
     )
-    return weights
+    return True

@@ -17,11 +17,12 @@ __all__ = [
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 """File names that count as images, compared in lower case."""
 
+_FLOATING = "its floating-point values"
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 class UnreadableImageError(ValueError):
-    """An image file is missing, truncated, or no image; the message names it."""
+    """An image file is missing, truncated, no image, or of no class; the message names it."""
 
 
 def color_mode(channels: int) -> str:
@@ -62,17 +63,36 @@ def why_unreadable(error: Exception) -> str:
         )
     if isinstance(error, OSError):  # the system's, or Pillow's "image file is truncated"
         return error.strerror or str(error)
+    if str(error).startswith(_FLOATING):
+        return str(error)
     return f"it is damaged: {error}" if str(error) else "it is damaged"
 
 
 def convert(image: Image.Image, mode: str) -> Image.Image:
     """``image`` in ``mode``, 8 bits a channel.
 
-    Pillow clips 16-bit grey at 255, which leaves a white image: here the range is scaled.
+    Pillow clips 16-bit grey at 255, which leaves a white image, and cuts fractions off, which
+    leaves a black one: here 16-bit grey is scaled, and so are floating-point values in 0..1.
+
+    Raises:
+        ValueError: floating-point values beyond 0..1, whose white nobody knows.
     """
+    if image.mode == "F":
+        image = Image.fromarray((_unit_range(image) * 255).round().astype(np.uint8))
     if image.mode.startswith("I"):  # 16-bit grey: "I;16", "I;16B" …; older Pillow says "I"
         grey = np.asarray(image, dtype=np.float64) / 257
         image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image if image.mode == mode else image.convert(mode)  # which would copy it
+
+
+def _unit_range(image: Image.Image) -> np.ndarray:
+    values = np.asarray(image, dtype=np.float64)
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= 1):  # NaN is not either
+        raise ValueError(
+            f"{_FLOATING} reach from {low:g} to {high:g}, and only 0 to 1 (black to "
+            "white) have a meaning here: save it with 8 or 16 bits, or scaled to 0..1"
+        )
+    return values

@@ -22,6 +22,7 @@ from mobileone.export.loading import FILE_SUFFIXES
 from mobileone.export.manifest import MANIFEST_NAME
 from mobileone.export.parity import Runner
 from mobileone.export.preprocess import denormalise
+from mobileone.pickles import UnsafeFileError
 
 __all__ = ["PredictionSummary", "find_images", "load_classifier", "predict_folder", "read_pixels"]
 
@@ -188,6 +189,8 @@ def _contents(path: Path) -> dict[str, Any]:
     """A checkpoint that can be predicted from."""
     try:
         contents = read_checkpoint(path)
+    except UnsafeFileError:
+        raise
     except ValueError as error:  # it tells what torch makes of the file
         raise ValueError(_no_checkpoint(path)) from error
     if "export_spec" not in contents:

@@ -45,6 +45,7 @@ class ImageSamples(Dataset[Sample]):
         skip_unreadable: let the next readable image of the split stand in for a broken one
             (usually of the same class, for folders are read in order) instead of raising.
         decode: file and mode -> what ``transform`` takes, see `DECODERS`.
+        num_classes: labels from 0 to one less are right; None for any.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class ImageSamples(Dataset[Sample]):
         seed: int,
         skip_unreadable: bool,
         decode: Decode = read_image,
+        num_classes: int | None = None,
     ) -> None:
         self.source = source
         self.transform = transform
@@ -62,6 +64,7 @@ class ImageSamples(Dataset[Sample]):
         self.seed = seed
         self.skip_unreadable = skip_unreadable
         self.decode = decode
+        self.num_classes = num_classes
 
     def __len__(self) -> int:
         return len(self.source)
@@ -71,7 +74,7 @@ class ImageSamples(Dataset[Sample]):
 
         Raises:
             UnreadableImageError: the file is broken and ``skip_unreadable`` is off, or no
-                file of the split can be read.
+                file of the split can be read; or it has a label that is no class.
         """
         epoch, index = key if isinstance(key, SampleKey) else SampleKey(0, key)
         image, target, skipped = self._first_readable(index)
@@ -83,7 +86,6 @@ class ImageSamples(Dataset[Sample]):
         for candidate in chain(range(index, len(self)), range(index)):
             try:
                 image, target = self._read(candidate)
-                return image, int(target), skipped
             except Exception as error:
                 name, reason = self.filename(candidate), why_unreadable(error)
                 if not self.skip_unreadable:
@@ -92,10 +94,20 @@ class ImageSamples(Dataset[Sample]):
                         "--data.skip_unreadable true to let another image stand in for it."
                     ) from error
                 skipped.append(Unreadable(name, reason))
+            else:
+                self._check_label(candidate, int(target))
+                return image, int(target), skipped
         raise UnreadableImageError(
             f"none of the {len(self)} images of this split can be read, for example "
             f"{skipped[0].name} ({skipped[0].reason})."
         )
+
+    def _check_label(self, index: int, target: int) -> None:
+        if self.num_classes is not None and not 0 <= target < self.num_classes:
+            raise UnreadableImageError(
+                f"image {self.filename(index)} has the label {target}, and the {self.num_classes} "
+                f"classes are numbered 0 to {self.num_classes - 1}. Mend the label in the data set."
+            )
 
     def _read(self, index: int) -> tuple[Image.Image | Tensor, Any]:
         if not isinstance(self.source, ImageDataset):  # torchvision decodes by itself

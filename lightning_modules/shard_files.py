@@ -18,6 +18,7 @@ __all__ = [
     "Split",
     "describe_split",
     "digest",
+    "faulty_files",
     "has_shards",
     "scan_shard",
     "verify_shards",
@@ -177,38 +178,50 @@ def verify_shards(root: str | Path) -> Manifest:
             f"{str(folder)!r} holds no shards with a manifest ({MANIFEST}) of `mobileone shards`."
         )
     manifest = Manifest.load(folder)
-    faults = [fault for split in manifest.splits.values() for fault in _faults(folder, split)]
+    faults = _all_faults(folder, manifest)
     if faults:
-        shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if faults[5:] else "")
+        said = [f"{name} {fault}" for name, fault in faults.items()]
+        shown = "; ".join(said[:5]) + (f"; and {len(said) - 5} more" if said[5:] else "")
         raise ValueError(
             f"{len(faults)} of the files in {str(folder)!r} are not as they were written: {shown}. "
-            "Delete the folder and write the shards again, or copy those files again."
+            "`mobileone shards SRC DST` with the arguments of then writes these files again, and "
+            "no others; or copy them again."
         )
     return manifest
 
 
-def _faults(root: Path, split: Split) -> list[str]:
-    faults = []
+def faulty_files(root: Path, manifest: Manifest) -> list[str]:
+    """Names of the files that are missing or not as they were written; reads all of them."""
+    return list(_all_faults(root, manifest))
+
+
+def _all_faults(root: Path, manifest: Manifest) -> dict[str, str]:
+    return {n: f for split in manifest.splits.values() for n, f in _faults(root, split).items()}
+
+
+def _faults(root: Path, split: Split) -> dict[str, str]:
+    """What is wrong, by file."""
+    faults = {}
     index = root / split.index
     if not index.is_file() or digest(index) != split.index_sha256:
-        faults.append(f"{split.index} is missing or damaged")
+        faults[split.index] = "is missing or damaged"
         rows = None
     else:
         rows = np.load(index)
         if len(rows) != split.num_samples:
-            faults.append(f"{split.index} has {len(rows)} images, not {split.num_samples}")
+            faults[split.index] = f"has {len(rows)} images, not {split.num_samples}"
     for number, name in enumerate(split.filenames):
         path = root / name
         if not path.is_file():
-            faults.append(f"{name} is missing")
+            faults[name] = "is missing"
         elif path.stat().st_size != split.bytes[number]:
-            faults.append(f"{name} has {path.stat().st_size} bytes, not {split.bytes[number]}")
+            faults[name] = f"has {path.stat().st_size} bytes, not {split.bytes[number]}"
         elif digest(path) != split.sha256[number]:
-            faults.append(f"{name} has another checksum")
+            faults[name] = "has another checksum"
         elif rows is not None:
             found = scan_shard(path, number)
             if not np.array_equal(found, rows[rows["shard"] == number]):
-                faults.append(f"{name} has other images than {split.index} says")
+                faults[name] = f"has other images than {split.index} says"
     return faults
 
 

@@ -26,7 +26,8 @@ class ShardReader(Reader):
 
     Raises:
         FileNotFoundError: a shard is missing.
-        ValueError: no such split, or a shard of another size than was written.
+        ValueError: no such split, a shard of another size than was written, or an index that names
+            a class, a shard or a place that there is not.
     """
 
     def __init__(self, root: Path, split: str, class_map: dict[str, int] | None = None) -> None:
@@ -57,6 +58,7 @@ class ShardReader(Reader):
                 f"{str(root / described.index)!r} lists {len(self._index)} images, not "
                 f"{described.num_samples}. Copy it there again."
             )
+        _check_index(self._index, root / described.index, len(self._targets), described.bytes)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -71,6 +73,26 @@ class ShardReader(Reader):
     def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         path = self._paths[int(self._index[index]["shard"])]
         return f"{index:09d} in {path.name if basename or not absolute else path}"
+
+
+def _check_index(index: np.ndarray, path: Path, classes: int, sizes: list[int]) -> None:
+    """Refuse rows that point elsewhere: -1 would be read as the last class without a word."""
+    shard, target = index["shard"], index["target"]
+    ends = np.asarray([*sizes, -1])[np.where((shard >= 0) & (shard < len(sizes)), shard, -1)]
+    wrong = {
+        "class": (target < 0) | (target >= classes),
+        "shard": ends < 0,
+        "place": (index["offset"] < 0) | (index["size"] < 0),
+    }
+    wrong["place"] |= (index["offset"] + index["size"] > ends) & ~wrong["shard"]
+    for what, rows in wrong.items():
+        if rows.any():
+            first = int(rows.argmax())
+            raise ValueError(
+                f"{str(path)!r} gives image {first} a {what} that there is not: {index[first]}, "
+                f"with {classes} classes and {len(sizes)} shards. Copy the file there again, or "
+                "let `mobileone shards SRC DST` mend the folder."
+            )
 
 
 _SYNONYMS = {

@@ -23,11 +23,13 @@ from lightning_modules.shard_files import (
     Split,
     describe_split,
     digest,
+    faulty_files,
     has_shards,
     scan_shard,
     write_beside,
 )
 from lightning_modules.splits import find_split
+from mobileone.files import flush
 
 __all__ = ["make_shards"]
 
@@ -58,11 +60,12 @@ def make_shards(
 
     The files are a function of the arguments and the images alone: a run that was killed and
     started again ends with the same bytes as one that was not. Each shard is written beside its
-    place, read back, and renamed; the manifest (`_info.json`) comes last.
+    place, read back, and renamed; the manifest (`_info.json`) comes last. What stands there already
+    is read and compared with its checksum, and written again from ``source`` where it differs.
 
     Args:
         source: folder with ``train/<class>/*``, ``val/<class>/*`` and, perhaps, ``test/<class>/*``.
-        destination: a new folder, or that of a run that was stopped.
+        destination: a new folder, that of a run that was stopped, or finished shards to repair.
         images_per_shard: the last shard of a split may have fewer. 2000 of ImageNet's are 220 MB.
         classes: text file, one class a line, that fixes names and indices.
         seed: of the order in which training images are dealt to the shards.
@@ -80,7 +83,9 @@ def make_shards(
     names, shards = _plan(root, classes, images_per_shard, seed)
     plan = _digest_of(root, names, shards)
     if (finished := _finished(target, plan)) is not None:
-        return finished
+        if not (faulty := faulty_files(target, finished)):
+            return finished
+        _reopen(target, plan, shards, faulty)
     _claim(target, plan)
     for shard in track(shards, f"{len(shards)} shards", disable=not sys.stdout.isatty()):
         if not _is_done(target, shard):
@@ -141,6 +146,17 @@ def _finished(target: Path, plan: str) -> Manifest | None:
     return manifest
 
 
+def _reopen(target: Path, plan: str, shards: list[_Shard], faulty: list[str]) -> None:
+    """Make finished shards those of a run that was stopped, so that what is faulty is written."""
+    print(f"written again, for they were not as they were written: {', '.join(faulty)}")
+    for shard in shards:
+        if shard.filename not in faulty:
+            write_beside(_record(target, shard), _described(target / shard.filename, shard))
+    (target / PARTS).mkdir(exist_ok=True)
+    write_beside(target / PARTS / "plan", plan.encode())
+    (target / MANIFEST).unlink()
+
+
 def _claim(target: Path, plan: str) -> None:
     """Note in the folder what is being written there, or find that noted."""
     note = target / PARTS / "plan"
@@ -171,7 +187,12 @@ def _is_done(target: Path, shard: _Shard) -> bool:
     record, tar = _record(target, shard), target / shard.filename
     if not record.is_file() or not tar.is_file():
         return False
-    return tar.stat().st_size == json.loads(record.read_bytes())["bytes"]
+    try:
+        noted = json.loads(record.read_bytes())
+        # after a power cut a file may have its size and not its contents
+        return tar.stat().st_size == noted["bytes"] and digest(tar) == noted["sha256"]
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _write(target: Path, shard: _Shard) -> None:
@@ -185,17 +206,19 @@ def _write(target: Path, shard: _Shard) -> None:
                 tar.write(_sample(number, Path(path), label))
         file.flush()
         os.fsync(file.fileno())
-    rows = scan_shard(partial, shard.number)
+    record = _described(partial, shard)
+    partial.replace(target / shard.filename)
+    flush(target)
+    write_beside(_record(target, shard), record)
+
+
+def _described(tar: Path, shard: _Shard) -> bytes:
+    rows = scan_shard(tar, shard.number)
     labels = [label for _, label in shard.images]
     if rows["target"].tolist() != labels:
-        raise OSError(f"{partial} holds {len(rows)} images, not the {len(labels)} written to it.")
-    record = {
-        "bytes": partial.stat().st_size,
-        "sha256": digest(partial),
-        "rows": rows.tolist(),
-    }
-    partial.replace(target / shard.filename)
-    write_beside(_record(target, shard), json.dumps(record).encode())
+        raise OSError(f"{tar} holds {len(rows)} images, not the {len(labels)} written to it.")
+    record = {"bytes": tar.stat().st_size, "sha256": digest(tar), "rows": rows.tolist()}
+    return json.dumps(record).encode()
 
 
 def _sample(number: int, path: Path, label: int) -> dict[str, str | bytes]:

@@ -53,17 +53,20 @@ def find_split(root: Path, split: str) -> Path | None:
     return None
 
 
+_OPTION = "--data.root, or SRC of `mobileone shards`"
+
+
 def missing_split(root: Path, split: str) -> FileNotFoundError:
     """The error that says what is there instead of ``split``."""
     if not root.exists():
         return FileNotFoundError(
-            f"data root {str(root)!r} does not exist. Set `root` to a folder that holds "
-            "train/<class>/*.png and val/<class>/*.png (jpg, webp … too)."
+            f"data root {str(root)!r} does not exist. Give a folder that holds train/<class>/*.png "
+            f"and val/<class>/*.png (jpg, webp … too): {_OPTION}."
         )
     if not root.is_dir():
         return FileNotFoundError(
-            f"data root {str(root)!r} is a file. Set `root` to the folder that holds the splits: "
-            "train/ and val/, or train.tar and val.tar."
+            f"data root {str(root)!r} is a file. Give the folder that holds the splits, train/ and "
+            f"val/, or train.tar and val.tar: {_OPTION}."
         )
     found = sorted(path.name + "/" * path.is_dir() for path in root.iterdir())
     names = next((s for s in _SYNONYMS if split in s), (split,))
@@ -71,7 +74,7 @@ def missing_split(root: Path, split: str) -> FileNotFoundError:
     return FileNotFoundError(
         f"no split {split!r} in {str(root)!r}: found {listing}. The images must lie in "
         f"{names[0]}/<class>/ (also accepted: {', '.join(names[1:]) or 'no other name'}). Move "
-        "the class folders there, or point `root` at the folder above the splits."
+        f"the class folders there, or give the folder above the splits: {_OPTION}."
     )
 
 

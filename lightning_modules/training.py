@@ -32,6 +32,7 @@ from lightning_modules.errors import UsageError, message_for_user
 from lightning_modules.parser import Parser
 from lightning_modules.quiet import silence_known_messages
 from lightning_modules.resume import Continuation, epochs_done, find_continuation, newest_usable
+from lightning_modules.run_config import check_run_config
 from lightning_modules.run_folder import RunFolder
 from lightning_modules.summary import fit_summary
 from lightning_modules.sync_norm import TimmSyncBatchNorm
@@ -403,6 +404,7 @@ def _with_config_of_the_run(argv: list[str]) -> list[str]:
     found = RunFolder.of_checkpoint(checkpoint)
     if found is None or not found.config.is_file():
         return argv
+    check_run_config(found.config)
     return ["--config", str(found.config), *argv]
 
 

@@ -1,5 +1,6 @@
 """timm's training and evaluation transforms, resolved from the model's configuration."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,10 @@ __all__ = ["Transform", "eval_transform", "resolve_config", "train_transform"]
 
 Transform = Callable[[Image.Image | Tensor], Tensor]
 
+_POLICY_PARTS = {
+    "rand": ("m", "n", "p", "mstd", "mmax", "inc"),
+    "augmix": ("m", "w", "d", "a", "b", "mstd"),
+}
 _CHOICES = {
     "interpolation": ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"),
     "crop_mode": ("center", "squash", "border"),
@@ -81,6 +86,8 @@ def train_transform(config: dict[str, Any], **augmentation: Any) -> Transform:
             f"auto_augment={policy!r} cannot be used with 4 input channels: Pillow's colour "
             "operations do not support RGBA. Set auto_augment to null, or use 3 channels."
         )
+    if policy:
+        _check_parts(policy)
     try:
         return create_transform(**config, is_training=True, **augmentation)
     except (AssertionError, KeyError, ValueError) as error:
@@ -90,6 +97,21 @@ def train_transform(config: dict[str, Any], **augmentation: Any) -> Transform:
             f"auto_augment={policy!r} is no augmentation that timm knows ({error}). Examples: "
             "'original-mstd0.5', 'v0', '3a', 'rand-m9-mstd0.5', 'augmix-m3'; null for none."
         ) from error
+
+
+def _check_parts(policy: str) -> None:
+    """Refuse the parts of a policy that timm would pass over: those without a number."""
+    name, *parts = policy.split("-")
+    known = _POLICY_PARTS.get(name, ("mstd",))
+    for part in parts:
+        tagged = name == "rand" and part.startswith("t") and len(part) > 1
+        if not tagged and not re.fullmatch(rf"({'|'.join(known)})(\d.*)", part):
+            raise ValueError(
+                f"auto_augment={policy!r} has the part {part!r}. {name!r} knows "
+                f"{', '.join(f'{key}<number>' for key in known)}"
+                f"{', t<name of a set>' if name == 'rand' else ''}, for example "
+                "'rand-m9-mstd0.5', 'original-mstd0.5' or 'augmix-m3'."
+            )
 
 
 def _pretrained_cfg(model: str) -> dict[str, Any]:

@@ -3,8 +3,15 @@
 from mobileone import registration as _registration  # noqa: F401  (registers on import)
 from mobileone.block import MobileOneBlock
 from mobileone.deploy import reparameterize
-from mobileone.expansion import expand
+from mobileone.expansion import calibrate, expand
 from mobileone.fused_block import FusedMobileOneBlock
 from mobileone.model import MobileOne
 
-__all__ = ["FusedMobileOneBlock", "MobileOne", "MobileOneBlock", "expand", "reparameterize"]
+__all__ = [
+    "FusedMobileOneBlock",
+    "MobileOne",
+    "MobileOneBlock",
+    "calibrate",
+    "expand",
+    "reparameterize",
+]

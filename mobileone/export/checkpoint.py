@@ -13,6 +13,7 @@ from mobileone.export.formats import DEFAULT_FORMATS
 from mobileone.export.manifest import Manifest, TrainingState
 from mobileone.export.metadata import Metadata
 from mobileone.export.spec import ExportSpec
+from mobileone.pickles import explain_refusal
 
 __all__ = ["IMAGES_KEY", "export_checkpoint", "load_model", "model_weights", "read_checkpoint"]
 
@@ -69,18 +70,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, holds objects other than tensors and primitives, or is not a
-            Lightning checkpoint.
+        UnsafeFileError: it holds objects other than tensors and primitives.
+        ValueError: it is damaged, or is not a Lightning checkpoint.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint of tensors and primitives (damaged, cut "
-            f"short, or with objects among its hyper-parameters?): {error}"
-        ) from error
+        raise explain_refusal(path, str(path), error) from None
     if not isinstance(contents, dict) or not isinstance(contents.get("state_dict"), Mapping):
         raise ValueError(f"{path} is not a Lightning checkpoint: it has no `state_dict`")
     return contents

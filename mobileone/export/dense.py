@@ -19,6 +19,7 @@ from mobileone.export.metadata import Metadata
 from mobileone.export.parity import Parity, fixed_images
 from mobileone.export.preprocess import normalise
 from mobileone.export.publish import publish_folder, staging
+from mobileone.export.safe_program import load_program
 from mobileone.export.spec import ExportSpec
 from mobileone.export.structure import count_kinds, fused_kinds, structure_problems, unfused_layers
 
@@ -168,7 +169,7 @@ def _run(name: str, path: Path, spec: ExportSpec, kind: DenseKind, images: Tenso
         return tuple(torch.from_numpy(value) for value in session.run(list(kind.outputs), given))
     if name == "torchscript":
         return _answers(torchscript.load(path)(inputs))
-    program: Any = torch.export.load(path).module()
+    program: Any = load_program(path)[0].module()
     return _answers(program(inputs))
 
 

@@ -10,9 +10,13 @@ from mobileone.export.manifest import MANIFEST_NAME, Manifest, describe_files
 from mobileone.export.spec import ExportSpec
 from mobileone.export.structure import count_kinds
 
-__all__ = ["describe_artifact"]
+__all__ = ["NotAsWrittenError", "describe_artifact"]
 
 _NAMES_SHOWN = 8
+
+
+class NotAsWrittenError(ValueError):
+    """The files of an artifact are not those of its manifest; the text describes it."""
 
 
 def describe_artifact(path: str | Path) -> str:
@@ -24,6 +28,7 @@ def describe_artifact(path: str | Path) -> str:
 
     Raises:
         FileNotFoundError: it is not an artifact folder.
+        NotAsWrittenError: files differ from the manifest; its text is the description so far.
         ValueError: the manifest cannot be read, or the file says nothing of itself.
         ImportError: a file needs a package that is not installed.
     """
@@ -36,7 +41,9 @@ def describe_artifact(path: str | Path) -> str:
         manifest.verify(path)
         lines.append(_row("files", "as they were written (sizes and SHA-256)"))
     except ValueError as error:
-        return "\n".join([*lines, _row("files", f"NOT AS WRITTEN: {error}")])
+        raise NotAsWrittenError(
+            "\n".join([*lines, _row("files", f"NOT AS WRITTEN: {error}")])
+        ) from error
     for name, entry in manifest.formats.items():
         lines += ["", f"{name}: {entry['path']}", *_format(path, name, entry)]
     return "\n".join(lines)

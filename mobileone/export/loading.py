@@ -10,6 +10,7 @@ from mobileone.export.formats import FORMATS
 from mobileone.export.manifest import MANIFEST_NAME, Manifest
 from mobileone.export.parity import NotVerifiedError, Runner
 from mobileone.export.spec import ExportSpec
+from mobileone.pickles import UnsafeFileError
 
 __all__ = ["FILE_SUFFIXES", "Loaded", "format_of", "load_runner", "load_torchscript_artifact"]
 
@@ -96,7 +97,7 @@ def _load_file(path: Path, name: str | None) -> Loaded:
     try:
         spec = manifest.spec if manifest and found else FORMATS[chosen].spec(path)
         return Loaded(FORMATS[chosen].runner(path, spec), chosen, spec, path)
-    except ImportError:
+    except (ImportError, UnsafeFileError):
         raise
     except Exception as error:  # whatever a reader makes of a damaged file
         raise ValueError(f"{path} cannot be run as {chosen!r}: {error}") from error

@@ -13,6 +13,7 @@ from mobileone.export.interface import tensor_interface
 from mobileone.export.metadata import Metadata
 from mobileone.export.parity import Runner
 from mobileone.export.preprocess import normalise
+from mobileone.export.safe_program import load_program
 from mobileone.export.spec import ExportSpec
 
 __all__ = ["operations", "program_of", "runner", "spec", "write"]
@@ -48,14 +49,12 @@ def write(model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata) ->
 
 def spec(path: Path) -> ExportSpec:
     """What the file says of itself."""
-    extra = {_SPEC: ""}
-    torch.export.load(path, extra_files=extra)
-    return ExportSpec.from_json(extra[_SPEC])
+    return ExportSpec.from_json(load_program(path)[1].get(_SPEC, ""))
 
 
 def runner(path: Path, spec: ExportSpec) -> Runner:
     """The file as a function: 8-bit images (N, C, H, W) -> logits (N, classes)."""
-    module = torch.export.load(path).module()
+    module = load_program(path)[0].module()
 
     @torch.no_grad()
     def run(images: Tensor) -> Tensor:
@@ -66,5 +65,5 @@ def runner(path: Path, spec: ExportSpec) -> Runner:
 
 def operations(path: Path) -> Counter[str]:
     """How often each operation stands in the file."""
-    nodes = torch.export.load(path).graph.nodes
+    nodes = load_program(path)[0].graph.nodes
     return Counter(str(node.target) for node in nodes if node.op == "call_function")

@@ -1,6 +1,7 @@
 """TorchScript: a traced module that maps normalised images to logits."""
 
 import io
+import re
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -14,10 +15,12 @@ from mobileone.export.metadata import Metadata
 from mobileone.export.parity import Runner
 from mobileone.export.preprocess import normalise
 from mobileone.export.spec import ExportSpec
+from mobileone.pickles import UnsafeFileError
 
 __all__ = ["load", "operations", "runner", "spec", "write"]
 
 _SPEC = "spec.json"
+_ON_FILES = re.compile(r"\b(save|from_file)\s*\(")
 
 
 def write(model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata) -> dict[str, Any]:
@@ -44,18 +47,19 @@ def write(model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata) ->
 
 
 def load(path: Path) -> nn.Module:
-    """Load what `write` saved, on the CPU, in eval mode."""
-    with warnings.catch_warnings():
-        _ignore_deprecation()
-        return torch.jit.load(path, map_location="cpu").eval()
+    """Load what `write` saved, on the CPU, in eval mode.
+
+    Raises:
+        UnsafeFileError: the file calls functions that open files.
+        ValueError: it is damaged.
+    """
+    return _load(path).eval()
 
 
 def spec(path: Path) -> ExportSpec:
     """What the file says of itself."""
     extra = {_SPEC: ""}
-    with warnings.catch_warnings():
-        _ignore_deprecation()
-        torch.jit.load(path, map_location="cpu", _extra_files=extra)
+    _load(path, extra)
     return ExportSpec.from_json(extra[_SPEC])
 
 
@@ -75,6 +79,25 @@ def operations(path: Path) -> Counter[str]:
     graph: Any = load(path).inlined_graph  # torch._C.Graph, which is not typed
     nodes = graph.nodes()
     return Counter(node.kind() for node in nodes if not node.kind().startswith("prim::"))
+
+
+def _load(path: Path, extra: dict[str, Any] | None = None) -> Any:
+    """Load a file of any origin: TorchScript runs no Python, but it has functions on files."""
+    try:
+        reader = torch._C.PyTorchFileReader(str(path))
+    except RuntimeError as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"{path} is damaged, or no TorchScript file ({first})") from error
+    for name in reader.get_all_records():
+        if name.startswith("code/") and name.endswith(".py"):
+            if found := _ON_FILES.search(reader.get_record(name).decode(errors="replace")):
+                raise UnsafeFileError(
+                    f"{path} calls {found[1]!r}, a function that opens files: refused. Export the "
+                    "checkpoint again: mobileone export CHECKPOINT FOLDER"
+                )
+    with warnings.catch_warnings():
+        _ignore_deprecation()
+        return torch.jit.load(path, map_location="cpu", _extra_files=extra)
 
 
 def _ignore_deprecation() -> None:

@@ -487,6 +487,13 @@ def test_wrong_labels_are_named(tmp_path, run, labels, message):
         getattr(make_trainer(tmp_path), run)(classifier(), Images(labels=labels))
 
 
+@pytest.mark.parametrize("run", ["fit", "validate"])
+def test_a_wrong_label_of_a_later_batch_is_named(tmp_path, run):
+    labels = [*[0] * 8, 7]
+    with pytest.raises(ValueError, match=r"label \(=7\) is outside 0\.\.6"):
+        getattr(make_trainer(tmp_path), run)(classifier(), Images(labels=labels))
+
+
 def test_loss_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path):
     data, model = Images(), classifier()
     data.images[9] = torch.nan  # in the third batch

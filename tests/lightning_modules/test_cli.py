@@ -267,7 +267,8 @@ def test_every_file_of_an_artifact_predicts_and_is_described(trained, cache, tmp
     assert "27 convolutions, 0 norms, 0 additions" in described
     assert "10: '0', '1'" in described
     (Path("shipped") / "model.onnx").write_bytes(b"")
-    main(["inspect", "shipped"])
+    with pytest.raises(SystemExit, match="1"):
+        main(["inspect", "shipped"])
     assert "NOT AS WRITTEN: shipped does not match" in capsys.readouterr().out
 
 

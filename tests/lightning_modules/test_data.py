@@ -216,6 +216,8 @@ def test_batch_larger_than_the_data(pets):
         ({"model": "mobileone_s9"}, r"mobileone_s9.*mobileone_s0"),
         ({"dataset": "imagenett"}, "dataset='imagenett' is unknown"),
         ({"dataset": "torch/nothing"}, "Unknown torchvision dataset nothing"),
+        ({"auto_augment": "rand-m9-q"}, r"has the part 'q'. 'rand' knows m<number>, n<number>"),
+        ({"auto_augment": "original-m9"}, r"has the part 'm9'. 'original' knows mstd<number>"),
         ({"auto_augment": "nope"}, "auto_augment='nope'.*rand-m9"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"num_workers": -1}, "num_workers=-1"),
@@ -329,6 +331,35 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
         assert np.asarray(read_image(file, "L")).tolist() == [[0, 100, 255]]
     with (tmp_path / "deep.png").open("rb") as file:
         assert np.asarray(read_image(file, "RGB")).tolist() == [[[0] * 3, [100] * 3, [255] * 3]]
+
+
+def test_floating_point_images_are_scaled_or_refused(make_folder):
+    root = make_folder({"train": {"a": 1}, "val": {"a": 1}}, size=(3, 1))
+    path = root / "train/a/x.tiff"
+    Image.fromarray(np.array([[0, 0.4, 1]], dtype=np.float32)).save(path)
+    with path.open("rb") as file:
+        assert np.asarray(read_image(file, "L")).tolist() == [[0, 102, 255]]
+    for values in ([0, 1, 200], [-1, 0, 1], [0, float("nan"), 1]):
+        Image.fromarray(np.array([values], dtype=np.float32)).save(path)
+        data = ready(root, batch_size=2, num_workers=0)
+        with pytest.raises(
+            UnreadableImageError, match=r"x\.tiff \(its floating-point values reach"
+        ):
+            list(data.train_dataloader())
+
+
+def test_a_label_that_is_no_class_is_named(pets, monkeypatch):
+    """In any batch, and whether or not unreadable images are skipped."""
+    data = ready(pets, batch_size=2, num_workers=0, skip_unreadable=True)
+    samples = data._catalogue.source("train").reader.samples
+    samples[7] = (samples[7][0], 5)
+    with pytest.raises(
+        UnreadableImageError, match=r"dog/.*\.png has the label 5, and the 2 classes"
+    ):
+        list(data.train_dataloader())
+    data.on_before_batch_transfer((None, torch.tensor([0, 1])), 0)
+    with pytest.raises(ValueError, match=r"outside 0\.\.1"):
+        data.on_before_batch_transfer((None, torch.tensor([0, 2])), 0)
 
 
 def _cmyk(path):

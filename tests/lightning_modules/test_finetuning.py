@@ -1,12 +1,13 @@
 """Fine-tuning: weights of every origin, a new head, layer-wise learning rates, frozen parts."""
 
+import copy
 import re
 from itertools import pairwise
 
 import pytest
 import timm
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 import mobileone
 from callbacks.ema import EMA
@@ -38,19 +39,19 @@ def as_apple(weights):
     return renamed
 
 
-def fit(root, folder, epochs=1, **options):
+def fit(root, folder, epochs=1, callbacks=(), ckpt_path=None, **options):
     model = ImageClassifier(NAME, num_classes=2, **{"lr": 0.01, **options})
     data = ImageDataModule(str(root), batch_size=2, input_size=32, num_workers=0)
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=epochs,
-        callbacks=[EMA(0.9)],
+        callbacks=[EMA(0.9), *callbacks],
         default_root_dir=folder,
         enable_checkpointing=False,
         **quiet,
     )
-    trainer.fit(model, data)
+    trainer.fit(model, data, ckpt_path=ckpt_path, weights_only=True)
     return model, trainer
 
 
@@ -165,8 +166,8 @@ def _other(path):
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (_evil, "cannot be read as weights, tensors and nothing else"),
-        (_cut, "cannot be read as weights"),
+        (_evil, r"names .builtins.print., and loading it would run code: refused"),
+        (_cut, r"w.pth cannot be read as tensors: it is damaged"),
         (_other, r"do not fit: the weights look like mobileone_mu2"),
     ],
 )
@@ -207,3 +208,38 @@ def test_timms_routes_run_no_code_either(tmp_path, route, capsys, monkeypatch):
 def test_wrong_options_are_named(options, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         ImageClassifier(NAME, num_classes=2, **options)
+
+
+class Start(Callback):
+    """What a training begins with."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.network = copy.deepcopy(pl_module.model)
+
+
+def test_fused_weights_train_from_their_function(source, pets, tmp_path, caplog):
+    """A training begins with measured statistics and the file's function; a resumed one as it was.
+
+    That training mode then computes the same is tested with `mobileone.calibrate`.
+    """
+    fused = mobileone.reparameterize(source.eval())
+    torch.save(fused.state_dict(), tmp_path / "fused.pth")
+    options, start = {"weights": str(tmp_path / "fused.pth"), "lr": 1e-9}, Start()
+    with pytest.warns(UserWarning, match="are lost"), caplog.at_level("INFO"):
+        _, trainer = fit(pets, tmp_path, callbacks=[start], **options)
+    assert "measured on 10 training images" in caplog.text
+    norms = [m for m in start.network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert all((norm.running_mean != 0).any() for norm in norms)
+    images = torch.randn(2, 3, 32, 32)
+    expected = fused.forward_head(fused.forward_features(images), pre_logits=True)
+    features = start.network.eval().forward_features(images)
+    error = start.network.forward_head(features, pre_logits=True) - expected
+    assert error.abs().max() < 1e-3 * expected.abs().max()
+
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    averaged = torch.load(tmp_path / "end.ckpt", weights_only=True)["current_model_state"]
+    with pytest.warns(UserWarning) as warned:  # of the longer schedule, too
+        fit(pets, tmp_path, 2, [start], str(tmp_path / "end.ckpt"), **options)
+    assert any("are lost" in str(warning.message) for warning in warned)
+    resumed = start.network.state_dict()
+    assert all(torch.equal(resumed[k], averaged[f"model.{k}"]) for k in resumed)

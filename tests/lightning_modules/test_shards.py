@@ -176,6 +176,73 @@ def test_finished_shards_are_left_alone(folder, shards):
     assert {p.name: p.stat().st_mtime_ns for p in shards.iterdir()} == before
 
 
+def _flip(path):
+    content = bytearray(path.read_bytes())
+    content[700] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "flipped": ("train-000001.tar", _flip),
+    "short": ("validation-000000.tar", lambda path: path.write_bytes(path.read_bytes()[:-512])),
+    "missing": ("train-000002.tar", Path.unlink),
+    "index": ("train.index.npy", lambda path: path.write_bytes(b"")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_files_are_written_again_and_no_others(
+    folder, shards, tmp_path, monkeypatch, damage, capsys
+):
+    before, written = files_of(shards), []
+    write = shards_module._write
+    monkeypatch.setattr(
+        shards_module, "_write", lambda t, shard: [written.append(shard.filename), write(t, shard)]
+    )
+    name, harm = DAMAGES[damage]
+    harm(shards / name)
+    make_shards(folder, shards, images_per_shard=5)
+    assert files_of(shards) == before
+    assert written == [name] * name.endswith(".tar")
+    assert f"not as they were written: {name}" in capsys.readouterr().out
+    verify_shards(shards)
+
+
+def test_a_shard_of_the_right_size_is_not_done(folder, shards, tmp_path, monkeypatch):
+    """After a power cut a file may have its size and not its contents."""
+    expected, save = files_of(shards), shards_module.Manifest.save
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shards_module.Manifest, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make_shards(folder, tmp_path / "again", images_per_shard=5)
+    monkeypatch.setattr(shards_module.Manifest, "save", save)
+    tar = tmp_path / "again/train-000000.tar"
+    tar.write_bytes(bytes(tar.stat().st_size))
+    (tmp_path / "again/.parts/train-000001.tar.json").write_bytes(b"")
+    make_shards(folder, tmp_path / "again", images_per_shard=5)
+    assert files_of(tmp_path / "again") == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "what"),
+    [
+        ("target", 7, "class"),
+        ("target", -1, "class"),
+        ("shard", 9, "shard"),
+        ("size", 9999, "place"),
+    ],
+)
+def test_an_index_that_points_elsewhere_is_refused(shards, field, value, what):
+    index = np.load(shards / "train.index.npy")
+    index[field][3] = value
+    np.save(shards / "train.index.npy", index)
+    with pytest.raises(ValueError, match=f"gives image 3 a {what} that there is not"):
+        module(shards)
+
+
 @pytest.mark.parametrize("options", [{"images_per_shard": 6}, {"seed": 1}])
 def test_other_shards_are_not_mixed(folder, shards, options):
     with pytest.raises(FileExistsError, match="holds shards of other images"):

@@ -1,5 +1,7 @@
 """Fused weights come back as branches that compute the same, in float64."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -40,6 +42,44 @@ def test_the_other_branches_can_learn(randomise, shapes):
     assert not torch.equal(kernels[0], kernels[1])
     for branch in [*block.conv_kxk, block.conv_scale]:
         assert branch.bn.weight.grad.abs().max() > 0
+
+
+def test_calibrated_weights_compute_the_same_in_training_mode():
+    """Exactly on the batch that they were calibrated on, so in expectation on others."""
+    torch.manual_seed(3)
+    images = torch.randn(2, 4, 3, 32, 32, dtype=torch.float64)
+    source = timm.create_model("mobileone_mu1", num_classes=5).double()
+    with torch.no_grad():
+        source(images[0])  # statistics that are not a fresh layer's
+    fused = mobileone.reparameterize(source.eval())
+    model = timm.create_model("mobileone_mu1", num_classes=5).double()
+    model.load_state_dict(mobileone.expand(model, fused.state_dict()))
+    expected = fused(images[0])
+
+    def error(training):
+        copied = copy.deepcopy(model).train(training)
+        return float((copied(images[0]) - expected).norm().detach() / expected.norm().detach())
+
+    assert error(training=True) > 0.5
+    mobileone.calibrate(model, iter(images))
+    assert error(training=False) < 1e-6
+    mobileone.calibrate(model, iter(images[:1]))
+    assert model.training
+    assert error(training=False) < 1e-6
+    assert error(training=True) < 1e-6
+    block = model.stages[1][2]
+    model(images[0]).square().mean().backward()
+    assert all(branch.bn.weight.grad.abs().max() > 0 for branch in block.conv_kxk)
+
+
+def test_calibrating_needs_images_and_leaves_frozen_norms():
+    model = timm.create_model("mobileone_mu0")
+    with pytest.raises(ValueError, match="no images to calibrate on"):
+        mobileone.calibrate(model, [])
+    model.stem.requires_grad_(False)
+    mobileone.calibrate(model, [torch.randn(2, 3, 32, 32)])
+    assert (model.stem.conv_kxk[0].bn.running_mean == 0).all()
+    assert (model.stages[0][0].conv_kxk[0].bn.running_mean != 0).any()
 
 
 def test_weights_of_another_model_are_refused():

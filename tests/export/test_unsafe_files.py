@@ -1,0 +1,156 @@
+"""Files that would run code are refused by name of what they call, and run nothing."""
+
+import io
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mobileone.export import load_runner, torch_export, torchscript
+from mobileone.export.checkpoint import read_checkpoint
+from mobileone.export.metadata import Metadata
+from mobileone.pickles import UnsafeFileError
+
+PROGRAM = "models/model.json"
+WEIGHTS = "data/weights/model_weights_config.json"
+CONSTANTS = "data/constants/model_constants_config.json"
+
+
+class Evil:
+    def __init__(self, touched: Path) -> None:
+        self.touched = touched
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.touched}",))
+
+
+def pickled(value: object, **options: object) -> bytes:
+    contents = io.BytesIO()
+    torch.save(value, contents, **options)
+    return contents.getvalue()
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory, make_model, make_spec):
+    """What a sound .pt2 file holds."""
+    path = tmp_path_factory.mktemp("sound") / "model.pt2"
+    torch_export.write(make_model(), make_spec(), path, Metadata())
+    assert len(torch_export.operations(path)) > 3
+    reader = torch._C.PyTorchFileReader(str(path))
+    names = [n for n in reader.get_all_records() if n != "version" and ".data/" not in n]
+    return {name: reader.get_record(name) for name in names}
+
+
+def edited(name, edit):
+    def change(records, touched):
+        values = json.loads(records[name])
+        edit(values, f"touch {touched}")
+        return {name: json.dumps(values).encode()}
+
+    return change
+
+
+def first_node(values):
+    return values["graph_module"]["graph"]["nodes"][0]
+
+
+def set_shape(values, command):
+    graph = values["graph_module"]["graph"]
+    shapes = [value["sizes"] for value in graph["tensor_values"].values()]
+    free = next(sizes[0] for sizes in shapes if sizes and "as_expr" in sizes[0])
+    free["as_expr"]["expr_str"] = f"__import__('os').system('{command}')"
+
+
+def set_tree(values, command):
+    context = {"default_factory_module": "os", "default_factory_name": "abort", "dict_context": []}
+    tree = {"type": "collections.defaultdict", "context": json.dumps(context), "children_spec": []}
+    signature = values["graph_module"]["module_call_graph"][0]["signature"]
+    signature["in_spec"] = json.dumps([1, tree])
+
+
+def set_signature(values, command):
+    signature = values["graph_module"]["module_call_graph"][0]["signature"]
+    signature["forward_arg_names"] = [f"x=__import__('os').system('{command}')"]
+
+
+def use_pickle(values, command):
+    next(iter(values["config"].values()))["use_pickle"] = True
+
+
+def opaque(values, command):
+    values["config"]["x"] = {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": True}
+
+
+ROUTES = {
+    "sample inputs": lambda r, t: {"data/sample_inputs/model.pt": pickled(Evil(t))},
+    "weights": lambda r, t: {
+        **edited(WEIGHTS, use_pickle)(r, t),
+        "data/weights/weight_0": pickled(Evil(t)),
+    },
+    "old weights": lambda r, t: {"data/weights/model.pt": pickled(Evil(t))},
+    "old constants": lambda r, t: {"data/constants/model.pt": pickled(Evil(t))},
+    "an object": edited(CONSTANTS, opaque),
+    "a library": lambda r, t: {"data/aotinductor/model/model.so": b"\x7fELF"},
+    "a target": edited(PROGRAM, lambda v, c: first_node(v).update(target="torch.os.system")),
+    "a file operation": edited(
+        PROGRAM, lambda v, c: first_node(v).update(target="torch.ops.aten.from_file.default")
+    ),
+    "a shape": edited(PROGRAM, set_shape),
+    "a signature": edited(PROGRAM, set_tree),
+    "an argument": edited(PROGRAM, set_signature),
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_program_that_could_run_code_is_refused(route, records, tmp_path, caplog):
+    path, touched = tmp_path / "model.pt2", tmp_path / "touched"
+    writer = torch._C.PyTorchFileWriter(str(path))
+    for name, data in {**records, **ROUTES[route](records, touched)}.items():
+        writer.write_record(name, data, len(data))
+    writer.write_end_of_file()
+    for read in (load_runner, torch_export.operations, torch_export.spec):
+        with pytest.raises(UnsafeFileError, match=r"(could|would) run code") as caught:
+            read(path)
+        assert "weights_only" not in str(caught.value) + caplog.text
+    assert not touched.exists()
+
+
+def test_a_damaged_program_is_called_damaged(records, tmp_path):
+    path = tmp_path / "model.pt2"
+    path.write_bytes(b"PK\x03\x04 and so on")
+    with pytest.raises(ValueError, match=r"model\.pt2 is damaged") as caught:
+        torch_export.spec(path)
+    assert not isinstance(caught.value, UnsafeFileError)
+
+
+class Saves(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch.save(x, "stolen")
+        return x
+
+
+def test_a_script_that_opens_files_is_refused(tmp_path):
+    torch.jit.script(Saves()).save(tmp_path / "model.torchscript.pt")
+    with pytest.raises(UnsafeFileError, match="calls 'save', a function that opens files"):
+        torchscript.load(tmp_path / "model.torchscript.pt")
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_checkpoint_of_code_is_told_from_a_damaged_one(protocol, zipped, tmp_path):
+    options = {"pickle_protocol": protocol, "_use_new_zipfile_serialization": zipped}
+    path = tmp_path / "x.ckpt"
+    path.write_bytes(pickled({"state_dict": Evil(tmp_path / "touched")}, **options))
+    with pytest.raises(UnsafeFileError, match=r"x\.ckpt names 'posix\.system', .*: refused") as e:
+        read_checkpoint(path)
+    assert "weights_only" not in str(e.value)
+    assert not (tmp_path / "touched").exists()
+
+    path.write_bytes(pickled({"state_dict": {"a": torch.zeros(999)}})[:-900])
+    with pytest.raises(ValueError, match="damaged, cut short") as e:
+        read_checkpoint(path)
+    assert not isinstance(e.value, UnsafeFileError)
+    assert "weights_only" not in str(e.value)

@@ -1,0 +1,57 @@
+"""The configuration that came with a checkpoint imports nothing of its sender's choice."""
+
+import pytest
+import torch
+import yaml
+
+from lightning_modules.cli import main
+from lightning_modules.run_config import check_run_config
+
+EVIL = {"class_path": "evil.Callback"}
+LAMBDA = {
+    "class_path": "lightning.pytorch.callbacks.LambdaCallback",
+    "init_args": {"on_fit_start": "os.abort"},
+}
+GOOD = {
+    "class_path": "lightning.pytorch.callbacks.Timer",
+    "init_args": {"duration": "00:12:00:00", "interval": "step"},
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"trainer": {"callbacks": [GOOD, EVIL]}}, "evil.Callback"),
+        ({"trainer": {"callbacks": LAMBDA}}, "os.abort"),
+        ({"trainer": {"callbacks": "callbacks.yaml"}}, "callbacks.yaml"),
+        ({"trainer": {"logger": "evil.Logger"}}, "evil.Logger"),
+        ({"trainer": {"strategy": {"class_path": "evil.S"}}}, "evil.S"),
+        ({"trainer": "other.yaml"}, "other.yaml"),
+        ({"config": "other.yaml"}, "other.yaml"),
+    ],
+)
+def test_foreign_classes_are_refused(tmp_path, values, named):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(ValueError, match=rf"names '{named}' to be .* --config .*config\.yaml"):
+        check_run_config(path)
+
+
+def test_values_and_lightnings_classes_are_taken(tmp_path):
+    path = tmp_path / "config.yaml"
+    trainer = {"callbacks": [GOOD], "strategy": "ddp", "logger": None, "max_epochs": 3}
+    path.write_text(yaml.safe_dump({"trainer": trainer, "data": {"root": "a/b.c"}}))
+    check_run_config(path)
+    path.write_text("a: [")
+    with pytest.raises(ValueError, match="cannot be read"):
+        check_run_config(path)
+
+
+def test_the_command_asks_for_the_configuration(tmp_path, capsys):
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    torch.save({"state_dict": {}}, tmp_path / "run/checkpoints/x.ckpt")
+    (tmp_path / "run/run.json").write_text('{"wandb_id": "x"}')
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [EVIL]}}))
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--ckpt_path", str(tmp_path / "run/checkpoints/x.ckpt")])
+    assert "names 'evil.Callback' to be imported and run: refused" in capsys.readouterr().err
