@@ -1,7 +1,6 @@
 """Which of the exact forms a block trains in: a small cost model, and the override."""
 
 import functools
-import logging
 import math
 from enum import Enum
 from typing import Literal, NamedTuple
@@ -11,8 +10,6 @@ import torch
 from mobileone.collapsed.branches import Geometry
 
 __all__ = ["CollapseMode", "Path", "Setting", "choose", "costs"]
-
-log = logging.getLogger(__name__)
 
 CollapseMode = Literal["auto", "always", "never"]
 """`auto`: the cheapest form; `always`: the one that keeps least memory; `never`: the branches."""
@@ -94,21 +91,13 @@ def costs(geometry: Geometry, windows: int, width: int, setting: Setting) -> dic
 def choose(
     geometry: Geometry, windows: int, width: int, setting: Setting, mode: CollapseMode
 ) -> Path:
-    """Pick a block's form, and say once in the log which one it is."""
-    table = costs(geometry, windows, width, setting)
+    """Pick a block's form."""
     if mode == "never" or windows < 2:
-        path = Path.BRANCHES  # of one value a channel there is no variance: BatchNorm says so
-    elif mode == "always":
-        path = Path.DEPTHWISE if Path.DEPTHWISE in table else Path.GRAM
-    else:
-        path = min(table, key=table.__getitem__)
-    log.info(
-        "collapse=%s: %d→%d, %d×%d, stride %d, %d groups, %d branches, %d windows on %s (%s): %s",
-        *(mode, geometry.in_chs, geometry.out_chs, geometry.kernel_size, geometry.kernel_size),
-        *(geometry.stride, geometry.groups, geometry.branches, windows),
-        *(setting.device, str(setting.dtype).removeprefix("torch."), path.value),
-    )
-    return path
+        return Path.BRANCHES  # of one value a channel there is no variance: BatchNorm says so
+    table = costs(geometry, windows, width, setting)
+    if mode == "always":
+        return Path.DEPTHWISE if Path.DEPTHWISE in table else Path.GRAM
+    return min(table, key=table.__getitem__)
 
 
 def _is_plain_depthwise(geometry: Geometry) -> bool:
