@@ -78,12 +78,14 @@ class Plan(NamedTuple):
         geometry: The block's shape.
         dtype: Of the convolution.
         tensors: Its `parameters`.
+        turns_back: Whether the output, which the forms make in planes, goes back to channels-last.
     """
 
     path: Path
     geometry: Geometry
     dtype: torch.dtype
     tensors: list[Tensor]
+    turns_back: bool
 
 
 def plan_collapsed(block: MobileOneBlock, x: Tensor) -> Plan | None:
@@ -123,9 +125,13 @@ def _plan(block: MobileOneBlock, x: Tensor) -> Plan | str:
     dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
     geometry = describe(block)
     height, width = geometry.output_size(*x.shape[2:])
-    setting = Setting(kind, dtype, kernels=has_kernels(x, own, dtype))
+    setting = Setting(kind, dtype, has_kernels(x, own, dtype), _is_channels_last(x))
     path = choose(geometry, x.shape[0] * height * width, width, setting, block.collapse)
-    return "the cheapest" if path is Path.BRANCHES else Plan(path, geometry, dtype, tensors)
+    if path is Path.BRANCHES:
+        return "the cheapest"
+    # with kernels all of a network collapses, and stays in planes; else its depthwise blocks do not
+    turns_back = setting.channels_last and not setting.kernels
+    return Plan(path, geometry, dtype, tensors, turns_back)
 
 
 def _tell(block: MobileOneBlock, x: Tensor, plan: Plan | str) -> None:
@@ -169,7 +175,7 @@ def run_collapsed(
     if update_statistics:
         with torch.no_grad():
             update_running_statistics(block, mean, var, y.numel() // y.shape[1])
-    return y
+    return y.contiguous(memory_format=torch.channels_last) if plan.turns_back else y
 
 
 def _is_ordinary(x: Tensor) -> bool:
@@ -186,6 +192,13 @@ def _is_ordinary(x: Tensor) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
     )
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """Whether x lies in channels-last on a CPU, and not in both layouts, as one channel does."""
+    if x.device.type != "cpu" or x.is_contiguous():
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _is_plain_data(tensor: Tensor) -> bool:
