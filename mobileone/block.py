@@ -61,6 +61,11 @@ class MobileOneBlock(nn.Module):
         >>> fused = block.fuse()  # one depthwise convolution and a ReLU
     """
 
+    # of the training run, so no buffer, and of the class, so that blocks pickled whole by versions
+    # without it have it; see set_collapse
+    collapse: CollapseMode = "auto"
+    __jit_ignored_attributes__ = ("collapse",)
+
     def __init__(
         self,
         in_chs: int,
@@ -106,7 +111,6 @@ class MobileOneBlock(nn.Module):
         self.attn = nn.Identity() if layers.attn is None else layers.attn(out_chs, **dd)
         self.act = layers.act(inplace=True)
         self.notice = FoldingNotice()
-        self.collapse: CollapseMode = "auto"  # of the training run, so no buffer; see set_collapse
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C_in, H, W) to (N, C_out, H', W')."""
@@ -137,6 +141,7 @@ class MobileOneBlock(nn.Module):
                 return self.act(self.attn(self._sum_branches(x)))
         relu = type(self.attn) is nn.Identity and type(self.act) is nn.ReLU
         relu = relu and not is_hooked(self.attn) and not is_hooked(self.act)
+        relu = relu and not plan.turns_back  # it keeps what the next block keeps: the turned output
         y = run_collapsed(self, plan, x, relu=relu, update_statistics=not recomputing)
         return y if relu else self.act(self.attn(y))
 
@@ -146,7 +151,7 @@ class MobileOneBlock(nn.Module):
         return (
             self.collapse == "never"
             or torch.compiler.is_exporting()
-            or isinstance(self.drop_path, DropPath)
+            or type(self.drop_path) is not nn.Identity
             or isinstance(self.conv_kxk[0].bn, nn.SyncBatchNorm)
         )
 
@@ -182,7 +187,7 @@ class MobileOneBlock(nn.Module):
     @torch.jit.unused
     def _is_affine(self) -> bool:
         """Whether the block is one fixed affine map: no batch statistics, no stochastic depth."""
-        if self.training and isinstance(self.drop_path, DropPath):
+        if self.training and type(self.drop_path) is not nn.Identity:
             return False
         return not any(
             isinstance(bn, _BatchNorm) and (bn.training or bn.running_mean is None)

@@ -16,7 +16,7 @@ from mobileone.block import MobileOneBlock
 from mobileone.collapsed import CollapseMode, set_collapse
 from mobileone.strided import read_needed_pixels
 
-__all__ = ["CONTENDERS", "build_contender", "check_contender", "plain_network"]
+__all__ = ["CONTENDERS", "build_contender", "change_of", "check_contender", "plain_network"]
 
 
 def plain_network(model: nn.Module) -> nn.Module:
@@ -50,16 +50,9 @@ def _compiled(model: nn.Module) -> nn.Module:
     return model
 
 
-def _compiled_timm(variant: str) -> nn.Module:
-    """timm's network compiled, after what a CPU needs to survive it: see `StridedPointwise`."""
-    model = getattr(byobnet, variant)()
-    read_needed_pixels(model.stem.conv_scale.conv)
-    return _compiled(model)
-
-
 CONTENDERS: dict[str, Callable[[str], nn.Module]] = {
     "timm": lambda variant: getattr(byobnet, variant)(),
-    "timm compiled": _compiled_timm,
+    "timm compiled": lambda variant: _compiled(getattr(byobnet, variant)()),
     "ours": _ours,
     "ours always": lambda variant: _ours(variant, "always"),
     "ours compiled": lambda variant: _compiled(_ours(variant)),
@@ -82,8 +75,25 @@ def check_contender(name: str, variant: str) -> None:
         raise ValueError(f"`model` (={variant!r}) is not one of timm's MobileOnes: {known}")
 
 
-def build_contender(name: str, variant: str, device: str) -> nn.Module:
-    """Build a network in training mode from a fixed seed.
+def change_of(name: str, device: str, channels_last: bool) -> str | None:
+    """What is changed in a contender, so that it survives, and why; None: nothing.
+
+    It concerns timm's stem on a CPU in channels-last, which compilers choose by themselves.
+    """
+    in_danger = name == "timm compiled" or (name == "timm" and channels_last)
+    if in_danger and device.startswith("cpu"):
+        return "the stem's 1×1 branch takes every second pixel first, for oneDNN's issue 6035"
+    return None
+
+
+def build_contender(name: str, variant: str, device: str, channels_last: bool = False) -> nn.Module:
+    """Build a network in training mode from a fixed seed, changed as `change_of` says.
+
+    Args:
+        name: One of `CONTENDERS`.
+        variant: timm's name of the model.
+        device: Where it goes.
+        channels_last: Memory format of its kernels.
 
     Raises:
         ValueError: As `check_contender`.
@@ -91,4 +101,8 @@ def build_contender(name: str, variant: str, device: str) -> nn.Module:
     check_contender(name, variant)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return CONTENDERS[name](variant).to(device).train()
+        model = CONTENDERS[name](variant)
+    if change_of(name, device, channels_last) is not None:
+        read_needed_pixels(model.stem.conv_scale.conv)
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    return model.to(device).to(memory_format=form).train()

@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mobileone.bench.contenders import build_contender
+from mobileone.bench.images import ImageKind, sample_images
 from mobileone.bench.memory import kept_bytes, peak_bytes
 
 __all__ = ["Memory", "StepTime", "Trainee", "TraineeError", "TrainingSetting", "training_step"]
 
 _WARMUP = 2  # steps in which compilers run and libraries set themselves up
+_LIMIT = 1800.0  # seconds for an answer: compilers take minutes, a hung process for ever
 _PATIENCE = 10.0  # seconds until a process that does not end is killed
 # the profiler, which measures memory, speaks of every start and of GPUs that are not there
 _QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "KINETO_LOG_LEVEL": "99"}
@@ -36,6 +38,7 @@ class TrainingSetting:
         device: Device of PyTorch.
         channels_last: Memory format of models and images.
         amp: Whether the forward pass runs under autocast in bfloat16.
+        images: What is trained on: crops of photographs, or noise.
     """
 
     batch_size: int = 16
@@ -44,6 +47,7 @@ class TrainingSetting:
     device: str = "cpu"
     channels_last: bool = False
     amp: bool = False
+    images: ImageKind = "photos"
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,9 @@ class Trainee:
     def _ask(self, command: str) -> Any:
         try:
             self._connection.send(command)
+            if not self._connection.poll(_LIMIT):
+                self._process.kill()
+                raise TraineeError(f"no answer to {command!r} in {_LIMIT:g} seconds")
             failure, answer = self._connection.recv()
         except (EOFError, OSError) as error:  # OSError: a broken pipe
             self._process.join()
@@ -153,9 +160,9 @@ class _Training:
         torch.set_num_threads(setting.threads)
         form = torch.channels_last if setting.channels_last else torch.contiguous_format
         self.setting = setting
-        self.model = build_contender(contender, model, setting.device).to(memory_format=form)
-        size = (setting.batch_size, 3, setting.image_size, setting.image_size)
-        self.x = torch.randn(size, device=setting.device).to(memory_format=form)
+        self.model = build_contender(contender, model, setting.device, setting.channels_last)
+        images = sample_images(setting.images, setting.batch_size, setting.image_size)
+        self.x = images.to(setting.device, memory_format=form)
         self._step = training_step(self.model, self.x, setting.amp)
         for _ in range(_WARMUP):
             self._step()

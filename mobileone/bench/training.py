@@ -7,11 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from mobileone.bench.charts import save_figure
-from mobileone.bench.contenders import CONTENDERS, check_contender
+from mobileone.bench.contenders import CONTENDERS, change_of, check_contender
+from mobileone.bench.images import ImageKind
 from mobileone.bench.latency import check_device
 from mobileone.bench.results import Result, Row
 from mobileone.bench.threads import check_threads
@@ -34,6 +36,7 @@ def measure_training(
     device: str = "cpu",
     channels_last: bool = False,
     amp: bool = False,
+    images: ImageKind = "photos",
     directory: str | Path | None = None,
 ) -> Result:
     """Measure training steps of several implementations, each in a process of its own, in turn.
@@ -51,8 +54,10 @@ def measure_training(
         rounds: Timed steps of each.
         threads: CPU threads; None: PyTorch's choice for this process.
         device: "cpu" or "cuda".
-        channels_last: Memory format of models and images; worth it on CUDA only.
+        channels_last: Memory format of models and images.
         amp: Run the forward pass under autocast in bfloat16.
+        images: "photos", crops of two photographs, on which the stem takes its statistics with
+            more care than on "noise".
         directory: Where to save training.json, .csv, .png and .svg; None: nowhere.
 
     Returns:
@@ -60,7 +65,8 @@ def measure_training(
         step), `spread_seconds` (distance of the quartiles), `cpu_seconds` (median CPU time of all
         threads), `to_plain` (median over the rounds of its time divided by the plain net's),
         `timm_to` (of timm's block's divided by its own), `kept_mib` and `peak_mib` (memory for an
-        image: kept by autograd, and most alive at a time), `failure`.
+        image: kept by autograd, and most alive at a time), `change` (what the
+        contender needed to survive, see `change_of`), `failure`.
 
     Raises:
         ValueError: A name or a number is out of range, or there is no such device.
@@ -72,13 +78,15 @@ def measure_training(
         )
     if device.partition(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"`device` (={device!r}) must be cpu or cuda: memory is known there only")
+    if images not in get_args(ImageKind):
+        raise ValueError(f"`images` (={images!r}) must be one of {', '.join(get_args(ImageKind))}")
     check_device(device)
     threads = torch.get_num_threads() if threads is None else threads
     check_threads(threads)
     for model in models:
         for contender in contenders:
             check_contender(contender, model)
-    setting = TrainingSetting(batch_size, image_size, threads, device, channels_last, amp)
+    setting = TrainingSetting(batch_size, image_size, threads, device, channels_last, amp, images)
     rows: list[Row] = []
     for model in models:
         rows += _measure_model(model, contenders, setting, rounds)
@@ -137,7 +145,10 @@ def _measure_model(
     return [
         {"model": model, "contender": name}
         | ({} if name in failures else _statistics(name, times, failures) | needs[name])
-        | {"failure": failures.get(name)}
+        | {
+            "change": change_of(name, setting.device, setting.channels_last),
+            "failure": failures.get(name),
+        }
         for name in contenders
     ]
 

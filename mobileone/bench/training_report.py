@@ -30,8 +30,12 @@ def training_table(result: Result) -> Table:
             _number(row["kept_mib"], ".1f"),
             _number(row["peak_mib"], ".1f"),
         )
-    failures = [row for row in result.rows if row["failure"] is not None]
-    notes = [f"{row['model']}, {row['contender']}: {row['failure']}" for row in failures]
+    notes = [
+        f"{row['model']}, {row['contender']}: {row[column]}"
+        for column in ("failure", "change")
+        for row in result.rows
+        if row.get(column) is not None
+    ]
     table.caption = "\n".join(notes) or None
     table.caption_justify = "left"
     return table
@@ -73,8 +77,10 @@ def training_figure(result: Result) -> Figure:
 def _setting(result: Result) -> str:
     how, machine = result.protocol, result.machine
     autocast = ", autocast to bfloat16" if how["amp"] else ""
+    layout = ", channels-last" if how["channels_last"] else ""
+    kind = "photographs" if how.get("images") == "photos" else "noise images"  # as older results
     return (
-        f"{how['batch_size']} images of {how['image_size']} px{autocast}, "
+        f"{how['batch_size']} {kind} of {how['image_size']} px{layout}{autocast}, "
         f"{machine['device_name']} ({machine['device']}), "
         f"{how['threads']} of {machine['cores']} threads"
     )

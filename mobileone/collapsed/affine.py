@@ -40,8 +40,9 @@ class AffineConvolution(torch.autograd.Function):
         ctx: Any, x: Tensor, geometry: Geometry, relu: bool, *tensors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         kernel, gamma, beta = _split(tensors)
+        kernel = _in_rows(kernel)
         x = x.contiguous()
-        z = F.conv2d(x, kernel).contiguous()  # kernels in channels-last make it so
+        z = F.conv2d(x, kernel)
         norms = [_normalise(z, gamma[0], geometry.eps[0])]
         if geometry.skip:
             norms.append(_normalise(x, gamma[1], geometry.eps[1]))
@@ -74,7 +75,6 @@ class AffineConvolution(torch.autograd.Function):
         dx, dkernel, _ = torch.ops.aten.convolution_backward(
             dz, x, kernel, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, wanted
         )
-        dx = None if dx is None else dx.contiguous()
         if dx is not None and geometry.skip:
             to_skip = _coefficients(norms[1], sums[0], sums[2], n, x.dtype)
             dx = passes.affine_grad(g, y, x, *to_skip, dx)
@@ -86,6 +86,11 @@ class AffineConvolution(torch.autograd.Function):
 def _split(tensors: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     norms = len(tensors) // 2
     return tensors[0], tensors[1 : 1 + norms], tensors[1 + norms :]
+
+
+def _in_rows(kernel: Tensor) -> Tensor:
+    """A 1×1 kernel with the strides of contiguous ones: in channels-last, outputs would be so."""
+    return kernel.reshape(kernel.shape[:2])[..., None, None]
 
 
 def _normalise(z: Tensor, gamma: Tensor, eps: float) -> _Norm:

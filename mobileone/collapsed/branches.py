@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, ConvNormAct
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -27,7 +27,7 @@ __all__ = [
     "describe",
     "gather_branches",
     "is_hooked",
-    "is_plain",
+    "obstacle",
     "parameters",
     "update_running_statistics",
 ]
@@ -83,7 +83,7 @@ class Geometry:
 
 
 def describe(block: MobileOneBlock) -> Geometry:
-    """Read a block's geometry; it means something where `is_plain` holds."""
+    """Read a block's geometry; it means something where there is no `obstacle`."""
     first, norms = block.conv_kxk[0].conv, block._norms()
     return Geometry(
         in_chs=first.in_channels,
@@ -99,32 +99,36 @@ def describe(block: MobileOneBlock) -> Geometry:
     )
 
 
-def is_plain(block: MobileOneBlock) -> bool:
-    """Whether a block's branches are what the algebra describes.
+def obstacle(block: MobileOneBlock) -> str | None:
+    """Why a block's branches are not what the algebra describes; None: they are.
 
-    That is: bias-free, zero-padded convolutions and plain BatchNorms on batch statistics with
-    affine terms and running averages, and nobody watches them: what does not run calls no hook.
+    It describes bias-free, zero-padded convolutions and plain BatchNorms on batch statistics with
+    affine terms and running averages, which nobody watches: what does not run calls no hook.
     """
-    branches, norms = _conv_branches(block), block._norms()
-    parts = [*block.conv_kxk.modules(), block.drop_path]
-    for other in (block.conv_scale, block.identity):
-        parts += [] if other is None else other.modules()
-    return (
-        not _has_any_global_hook()
-        and not any(map(is_hooked, parts))
-        and all(isinstance(branch.aa, nn.Identity | None) for branch in branches)
-        and all(_is_plain_conv(branch.conv) for branch in branches)
-        and all(map(_is_plain_norm, norms))
-    )
+    if type(block.drop_path) is not nn.Identity:
+        return "stochastic depth on the branches"
+    like = block.conv_kxk[0].conv
+    if not all(map(_is_plain_branch, _conv_branches(block))) or not all(
+        _walks_as(branch.conv, like) for branch in block.conv_kxk
+    ):
+        return "a branch that is not a plain convolution and a BatchNorm, or unlike the others"
+    if not all(map(_is_plain_norm, block._norms())):
+        return "a BatchNorm that is synchronised, frozen, or without affine or running terms"
+    names = ("conv_kxk", "conv_scale", "drop_path", "identity")
+    parts = _with_parts([block._modules.get(name) for name in names])
+    if _has_any_global_hook() or any(map(is_hooked, parts)):
+        return "a layer with a hook or a forward of its own"
+    return None
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether anybody watches what a module takes, gives or passes back; its parts not asked."""
+    """Whether anybody watches or replaces what a module does; its parts not asked."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or "forward" in module.__dict__
     )
 
 
@@ -199,6 +203,17 @@ def _conv_branches(block: MobileOneBlock) -> list[nn.Module]:
     return [*block.conv_kxk, *scale]
 
 
+def _with_parts(modules: list[nn.Module | None]) -> list[nn.Module]:
+    """The modules and all inside; `modules()`, which looks for doubles, takes thrice the time."""
+    found: list[nn.Module] = []
+    while modules:
+        module = modules.pop()
+        if module is not None:
+            found.append(module)
+            modules += module._modules.values()
+    return found
+
+
 def _as_rows(kernel: Tensor, geometry: Geometry) -> Tensor:
     """(C_out, C_in/G, K, K), or the 1×1 kernel of a scale branch, as (G, O, J)."""
     if kernel.shape[-1] < geometry.kernel_size:
@@ -214,6 +229,14 @@ def _from_rows(rows: Tensor, geometry: Geometry, like: Tensor) -> Tensor:
     return kernel.to(like.dtype, memory_format=torch.contiguous_format)
 
 
+def _is_plain_branch(branch: nn.Module) -> bool:
+    return (
+        type(branch).forward is ConvNormAct.forward
+        and type(branch.aa) in (nn.Identity, type(None))
+        and _is_plain_conv(branch.conv)
+    )
+
+
 def _is_plain_conv(conv: nn.Module) -> bool:
     return (
         type(conv) in (nn.Conv2d, StridedPointwise)
@@ -223,10 +246,19 @@ def _is_plain_conv(conv: nn.Module) -> bool:
     )
 
 
+def _walks_as(conv: nn.Module, other: nn.Module) -> bool:
+    """Whether two convolutions take the same windows."""
+    return all(
+        getattr(conv, name) == getattr(other, name)
+        for name in ("kernel_size", "stride", "padding", "dilation", "groups")
+    )
+
+
 def _is_plain_norm(norm: nn.Module) -> bool:
-    return (
+    return bool(
         type(norm) in (nn.BatchNorm2d, BatchNormAct2d)
         and norm.training
+        and norm.track_running_stats
         and norm.weight is not None
         and norm.running_mean is not None
         and norm.num_batches_tracked is not None

@@ -1,22 +1,17 @@
-"""The CPU kernels: compiled once a machine with the compiler at hand, called through ctypes.
+"""The CPU kernels, called through ctypes: nothing reaches C that it was not made for.
 
 Nothing needs them. Without a compiler, or with `MOBILEONE_NATIVE=0` in the environment, `library()`
-is None and the paths that want it are not chosen. The build takes a few seconds, happens at the
-first training step, and stays in `$XDG_CACHE_HOME/mobileone` (default `~/.cache/mobileone`).
+is None and the paths that want it are not chosen.
 """
 
 import ctypes
 import functools
-import hashlib
-import logging
 import os
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from mobileone.collapsed.build import load
 
 __all__ = [
     "affine",
@@ -31,54 +26,33 @@ __all__ = [
     "library",
 ]
 
-log = logging.getLogger(__name__)
-
-_SOURCES = ("depthwise.cpp", "pointwise.cpp")
-_HEADERS = ("planes.h", "moments.h", "input_gradient.h")
-# sums may be reordered to use vectors; NaN and infinity keep their meaning
-_FLAGS = (
-    *("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=c++17"),
-    *("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"),
-)
+# What the kernels take after the number of threads: integers, float32 and float64 tensors, which
+# may be absent where the letter is large
+_SIGNATURES = {
+    "depthwise_moments": "iiiiifdd",
+    "depthwise_forward": "iiiiiffddif",
+    "depthwise_weight_grad": "iiiiifFfddd",
+    "depthwise_input_grad": "iiiiifFfdddf",
+    "channel_moments": "iiifdd",
+    "affine": "iiifFfFfif",
+    "gradient_sums": "iiifFfFfFd",
+    "affine_grad": "iiifFffffif",
+}
+_DTYPES = {"f": torch.float32, "d": torch.float64}
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """Build or find the kernels; None where that is impossible or unwanted."""
-    compiler = next(
-        filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "c++"))), None
-    )
-    if os.environ.get("MOBILEONE_NATIVE", "1") == "0" or compiler is None:
+    if os.environ.get("MOBILEONE_NATIVE", "1") == "0":
         return None
-    try:
-        return ctypes.CDLL(str(_build(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
-        log.info("no native kernels for collapsed training: %s", error)
-        return None
-
-
-def _build(compiler: str) -> Path:
-    sources = [Path(__file__).with_name(name) for name in _SOURCES]
-    headers = [Path(__file__).with_name(name) for name in _HEADERS]
-    # the compiler's own macros tell its version and what this processor can do
-    probe = (compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull)
-    macros = subprocess.run(probe, check=True, capture_output=True, timeout=60).stdout
-    parts = [
-        macros,
-        " ".join(_FLAGS).encode(),
-        *(path.read_bytes() for path in (*sources, *headers)),
-    ]
-    digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mobileone"
-    built = cache / f"collapsed-{digest}.so"
-    if not built.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            fresh = Path(folder) / built.name
-            command = [compiler, *_FLAGS, *map(str, sources), "-o", str(fresh)]
-            subprocess.run(command, check=True, capture_output=True, timeout=300)
-            fresh.replace(built)  # whole, also when several processes build at once
-    return built
+    kernels = load()
+    if kernels is not None:
+        for name, signature in _SIGNATURES.items():
+            kinds = [ctypes.c_int64 if kind == "i" else ctypes.c_void_p for kind in signature]
+            function = getattr(kernels, name)  # which is kept, unlike kernels[name]
+            function.argtypes, function.restype = [ctypes.c_int, *kinds], None
+    return kernels
 
 
 def fits(x: Tensor) -> bool:
@@ -90,8 +64,8 @@ def fits(x: Tensor) -> bool:
 def depthwise_moments(x: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     """Mean (C, 9) and biased covariance (C, 9, 9), float64, of the 3×3 windows of x."""
     channels = x.shape[1]
-    mean = torch.empty(channels, 9, dtype=torch.float64)
-    cov = torch.empty(channels, 9, 9, dtype=torch.float64)
+    mean = torch.empty(channels, 9, dtype=torch.float64, device=x.device)
+    cov = torch.empty(channels, 9, 9, dtype=torch.float64, device=x.device)
     _call("depthwise_moments", *x.shape, stride, x, mean, cov)
     return mean, cov
 
@@ -116,8 +90,8 @@ def depthwise_weight_grad(
 
     g counts where the rectifier let it through, y > 0; y is None where there is no rectifier.
     """
-    weight_grad = torch.empty(x.shape[1], 9, dtype=torch.float64)
-    bias_grad = torch.empty(x.shape[1], dtype=torch.float64)
+    weight_grad = torch.empty(x.shape[1], 9, dtype=torch.float64, device=x.device)
+    bias_grad = torch.empty(x.shape[1], dtype=torch.float64, device=x.device)
     _call("depthwise_weight_grad", *x.shape, stride, g, y, x, mean, weight_grad, bias_grad)
     return weight_grad, bias_grad
 
@@ -139,7 +113,7 @@ def depthwise_input_grad(
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (C) and biased variance (C), float64, of x (N, C, H, W)."""
-    mean = torch.empty(x.shape[1], dtype=torch.float64)
+    mean = torch.empty(x.shape[1], dtype=torch.float64, device=x.device)
     var = torch.empty_like(mean)
     _call("channel_moments", *_planes(x), x, mean, var)
     return mean, var
@@ -156,7 +130,7 @@ def gradient_sums(
     g: Tensor, y: Tensor | None, z: Tensor, x: Tensor | None, mean_z: Tensor, mean_x: Tensor | None
 ) -> Tensor:
     """Σ g, Σ g (z − μ_z), Σ g (x − μ_x) a channel, (3, C) in float64, behind the rectifier."""
-    sums = torch.empty(3, z.shape[1], dtype=torch.float64)
+    sums = torch.empty(3, z.shape[1], dtype=torch.float64, device=z.device)
     _call("gradient_sums", *_planes(z), g, y, z, x, mean_z, mean_x, sums)
     return sums
 
@@ -180,13 +154,30 @@ def _planes(x: Tensor) -> tuple[int, int, int]:
 
 
 def _call(name: str, *arguments: Tensor | int | None) -> None:
-    """Call a kernel on contiguous tensors, with PyTorch's number of threads."""
+    """Call a kernel, with PyTorch's number of threads.
+
+    Raises:
+        TypeError: An argument is not what the kernel reads: C would not notice.
+    """
     kernels = library()
     assert kernels is not None
     converted = [
-        ctypes.c_int64(argument)
-        if isinstance(argument, int)
-        else ctypes.c_void_p(None if argument is None else argument.data_ptr())
-        for argument in arguments
+        argument if isinstance(argument, int) else _address(name, argument, kind)
+        for argument, kind in zip(arguments, _SIGNATURES[name], strict=True)
     ]
-    kernels[name](ctypes.c_int(torch.get_num_threads()), *converted)
+    getattr(kernels, name)(torch.get_num_threads(), *converted)
+
+
+def _address(name: str, tensor: Tensor | None, kind: str) -> int | None:
+    if tensor is None and kind.isupper():
+        return None
+    if (
+        tensor is None
+        or tensor.dtype is not _DTYPES.get(kind.lower())
+        or tensor.device.type != "cpu"
+        or not tensor.is_contiguous()
+        or (tensor.numel() > 0 and tensor.data_ptr() == 0)  # a wrapper's, whose data lie elsewhere
+    ):
+        what = "None" if tensor is None else f"{tensor.dtype} on {tensor.device}"
+        raise TypeError(f"the kernel {name} takes no {what} of this layout as {kind!r}")
+    return tensor.data_ptr()

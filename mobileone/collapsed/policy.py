@@ -1,7 +1,6 @@
 """Which of the exact forms a block trains in: a small cost model, and the override."""
 
 import functools
-import logging
 import math
 from enum import Enum
 from typing import Literal, NamedTuple
@@ -12,17 +11,12 @@ from mobileone.collapsed.branches import Geometry
 
 __all__ = ["CollapseMode", "Path", "Setting", "choose", "costs"]
 
-log = logging.getLogger(__name__)
-
 CollapseMode = Literal["auto", "always", "never"]
 """`auto`: the cheapest form; `always`: the one that keeps least memory; `never`: the branches."""
 
 # Costs are counted in multiply-adds of a matrix product, forward and backward together. Measured
 # on a core of an AMD EPYC (Zen 4), where a product runs at 45 GFMA/s: 45 are a nanosecond. On CUDA
 # nothing was measured: there the same table compares what goes through memory.
-_NORM = 200  # an element through a BatchNorm of PyTorch and the sum of the branches
-_PLANE = 120  # an input through a depthwise convolution of PyTorch
-_GROUP = 1.5e5  # a channel of PyTorch's 1×1 depthwise convolution with stride 1
 _PASS = 8  # an element through a pointwise operation or a kernel of ours
 _UNFOLD = 60  # an element of a window matrix, written and summed back
 _THIN = 600  # the same where every channel has its own, and the products are thin
@@ -31,6 +25,31 @@ _CHANNEL = 4.2e5  # a channel's share in the depthwise kernels' preparations
 _ENTRY = 60  # an element of the branches' kernels in the small algebra
 _CALL = {"norm": 7e6, "affine": 9e7, "statistics": 1.2e8}  # overhead of a branch, and of our forms
 _LANES = 16  # of a vector in our kernels
+_TURN = 100  # an element from channels-last to planes, or back
+_CASTS = 1.3  # times the Gram form's cost in bfloat16, where statistics and gradients are float32
+
+
+class _Rates(NamedTuple):
+    """What the branches cost in PyTorch.
+
+    Attributes:
+        product: A multiply-add of a product.
+        norm: An element through a BatchNorm and the sum of the branches.
+        plane: An input through a depthwise convolution.
+        group: A channel of the 1×1 depthwise convolution with stride 1.
+    """
+
+    product: float
+    norm: float
+    plane: float
+    group: float
+
+
+_PLANES, _CHANNELS_LAST = _Rates(1.0, 200, 120, 1.5e5), _Rates(1.0, 112, 78, 0)
+# on processors with bfloat16 products
+_PLANES_BF16, _CHANNELS_LAST_BF16 = _Rates(0.6, 120, 80, 1.5e5), _Rates(0.6, 65, 75, 0)
+# a strided depthwise convolution in bfloat16 leaves oneDNN's fast paths: an input, and a plane
+_STRIDED_BF16, _STRIDED_PLANE_BF16 = 450, 1.2e5
 
 
 class Path(Enum):
@@ -49,11 +68,13 @@ class Setting(NamedTuple):
         device: Device type.
         dtype: Dtype of the convolution.
         kernels: Whether there are kernels of ours for this device and dtype.
+        channels_last: Whether the input lies in channels-last on a CPU, where it matters.
     """
 
     device: str
     dtype: torch.dtype
     kernels: bool
+    channels_last: bool = False
 
 
 def costs(geometry: Geometry, windows: int, width: int, setting: Setting) -> dict[Path, float]:
@@ -69,17 +90,26 @@ def costs(geometry: Geometry, windows: int, width: int, setting: Setting) -> dic
     outputs, norms = geometry.out_chs, geometry.branches + geometry.skip
     inputs = n * geometry.in_chs * geometry.stride**2
     product = 3.0 * n * outputs * window  # one convolution
-    convolution = inputs * _PLANE if geometry.depthwise else product
-    table = {Path.BRANCHES: branches * convolution + norms * (n * outputs * _NORM + _CALL["norm"])}
+    narrow = setting.device == "cpu" and setting.dtype == torch.bfloat16 and _multiplies_bf16()
+    rates = _rates(setting.channels_last, narrow)
+    convolution = rates.product * product
+    if geometry.depthwise:
+        an_input = rates.plane
+        if narrow and geometry.stride > 1:
+            an_input = _STRIDED_BF16 + _STRIDED_PLANE_BF16 / (geometry.stride * width) ** 2
+        convolution = inputs * an_input
+    norm = n * outputs * rates.norm + _CALL["norm"]
+    table = {Path.BRANCHES: branches * convolution + norms * norm}
 
     entries = n * geometry.groups * window  # of the window matrix
     small = branches * outputs * window * (4 * window + _ENTRY)
     table[Path.GRAM] = product + 2.0 * entries * window + small + n * outputs * 4 * _PASS
     table[Path.GRAM] += _CALL["statistics"]
     if geometry.depthwise and geometry.stride == 1:
-        table[Path.BRANCHES] += outputs * _GROUP
+        table[Path.BRANCHES] += outputs * rates.group
     if not geometry.pointwise:
         table[Path.GRAM] += entries * (_THIN if geometry.depthwise else _UNFOLD)
+    table[Path.GRAM] *= _CASTS if narrow else 1
     if setting.kernels and _is_plain_depthwise(geometry):
         filled = (1 + math.ceil(width / _LANES) * _LANES / width) / 2
         table[Path.DEPTHWISE] = inputs * filled * _MOMENTS + outputs * _CHANNEL
@@ -87,6 +117,9 @@ def costs(geometry: Geometry, windows: int, width: int, setting: Setting) -> dic
     # one pass takes kernels, of which there are none on CUDA
     if setting.kernels and setting.device == "cpu" and geometry.pointwise and branches == 1:
         table[Path.AFFINE] = product + norms * n * outputs * 4 * _PASS + _CALL["affine"]
+    if setting.channels_last:  # the forms turn input and output to planes, and gradients back
+        turns = 2 * _TURN * (inputs + n * outputs)
+        table = {path: cost + turns * (path is not Path.BRANCHES) for path, cost in table.items()}
     return table
 
 
@@ -94,21 +127,26 @@ def costs(geometry: Geometry, windows: int, width: int, setting: Setting) -> dic
 def choose(
     geometry: Geometry, windows: int, width: int, setting: Setting, mode: CollapseMode
 ) -> Path:
-    """Pick a block's form, and say once in the log which one it is."""
-    table = costs(geometry, windows, width, setting)
+    """Pick a block's form."""
     if mode == "never" or windows < 2:
-        path = Path.BRANCHES  # of one value a channel there is no variance: BatchNorm says so
-    elif mode == "always":
-        path = Path.DEPTHWISE if Path.DEPTHWISE in table else Path.GRAM
-    else:
-        path = min(table, key=table.__getitem__)
-    log.info(
-        "collapse=%s: %d→%d, %d×%d, stride %d, %d groups, %d branches, %d windows on %s (%s): %s",
-        *(mode, geometry.in_chs, geometry.out_chs, geometry.kernel_size, geometry.kernel_size),
-        *(geometry.stride, geometry.groups, geometry.branches, windows),
-        *(setting.device, str(setting.dtype).removeprefix("torch."), path.value),
-    )
-    return path
+        return Path.BRANCHES  # of one value a channel there is no variance: BatchNorm says so
+    table = costs(geometry, windows, width, setting)
+    if mode == "always":
+        return Path.DEPTHWISE if Path.DEPTHWISE in table else Path.GRAM
+    return min(table, key=table.__getitem__)
+
+
+def _rates(channels_last: bool, narrow: bool) -> _Rates:
+    if narrow:
+        return _CHANNELS_LAST_BF16 if channels_last else _PLANES_BF16
+    return _CHANNELS_LAST if channels_last else _PLANES
+
+
+@functools.cache
+def _multiplies_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 at all; others take float32 for it, slower."""
+    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return asked is not None and bool(asked())
 
 
 def _is_plain_depthwise(geometry: Geometry) -> bool:

@@ -1,21 +1,23 @@
 """The training path of a block: pick an exact form, run it, move the running statistics."""
 
 # torch types every attribute of an nn.Module as `Tensor | Module`
-# mypy: disable-error-code="union-attr,assignment"
+# mypy: disable-error-code="union-attr,assignment,arg-type"
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import torch
-from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from mobileone.collapsed.affine import AffineConvolution
 from mobileone.collapsed.branches import (
     Geometry,
     describe,
-    is_plain,
+    obstacle,
     parameters,
     update_running_statistics,
 )
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
     from mobileone.block import MobileOneBlock
 
 __all__ = ["Plan", "path_of", "plan_collapsed", "run_collapsed", "set_collapse"]
+
+log = logging.getLogger(__name__)
+
+_STRANGE = "an input that is recorded, transformed, or no plain data of four dimensions"
 
 _KERNEL_FORMS = {
     Path.DEPTHWISE: DepthwiseConvolution,
@@ -61,6 +67,7 @@ def set_collapse(model: nn.Module, mode: CollapseMode) -> None:
         )
     for block in blocks:
         block.collapse = mode
+    _say.cache_clear()  # a new run: its log is told again
 
 
 class Plan(NamedTuple):
@@ -71,40 +78,77 @@ class Plan(NamedTuple):
         geometry: The block's shape.
         dtype: Of the convolution.
         tensors: Its `parameters`.
+        turns_back: Whether the output, which the forms make in planes, goes back to channels-last.
     """
 
     path: Path
     geometry: Geometry
     dtype: torch.dtype
     tensors: list[Tensor]
+    turns_back: bool
 
 
 def plan_collapsed(block: MobileOneBlock, x: Tensor) -> Plan | None:
-    """How the block is to train on x now; None: in its branches."""
-    if block.collapse == "never" or not _is_ordinary(x) or isinstance(block.drop_path, DropPath):
-        return None
-    geometry, kind = describe(block), x.device.type
-    own: torch.dtype = block.conv_kxk[0].conv.weight.dtype
-    # float64 is left alone by autocast
-    autocast = torch.is_autocast_enabled(kind) and torch.float64 not in (own, x.dtype)
-    dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
-    height, width = geometry.output_size(*x.shape[2:])
-    setting = Setting(kind, dtype, kernels=has_kernels(x, own, dtype))
-    path = choose(geometry, x.shape[0] * height * width, width, setting, block.collapse)
-    if path is Path.BRANCHES or not is_plain(block):
-        return None
-    tensors = parameters(block)
-    if any(tensor.device != x.device or tensor.dtype != own for tensor in tensors):
-        return None
-    if own != x.dtype and not autocast:
-        return None  # an error of the caller's, which the branches report
-    return Plan(path, geometry, dtype, tensors)
+    """How the block is to train on x now; None: in its branches. The log is told once a shape."""
+    plan = _plan(block, x)
+    if log.isEnabledFor(logging.INFO):
+        _tell(block, x, plan)
+    return plan if isinstance(plan, Plan) else None
 
 
 def path_of(block: MobileOneBlock, x: Tensor) -> Path:
     """The form in which the block would train on x now."""
-    plan = plan_collapsed(block, x)
-    return Path.BRANCHES if plan is None else plan.path
+    plan = _plan(block, x)
+    return plan.path if isinstance(plan, Plan) else Path.BRANCHES
+
+
+def _plan(block: MobileOneBlock, x: Tensor) -> Plan | str:
+    """The block's plan for x, or why it has none."""
+    if not _is_ordinary(x):
+        return _STRANGE
+    if block.collapse == "never":
+        return "as set"
+    reason = obstacle(block)
+    if reason is not None:
+        return reason
+    tensors = parameters(block)
+    own, kind = tensors[0].dtype, x.device.type
+    buffers = (b for norm in block._norms() for b in (norm.running_mean, norm.running_var))
+    if not all(map(_is_plain_data, (*tensors, *buffers))):
+        return "parameters or buffers that are no plain tensors"
+    if any(tensor.device != x.device or tensor.dtype != own for tensor in tensors):
+        return "parameters of several dtypes, or on another device"
+    # float64 is left alone by autocast
+    autocast = torch.is_autocast_enabled(kind) and torch.float64 not in (own, x.dtype)
+    if own != x.dtype and not autocast:
+        return "an input of another dtype"  # an error of the caller's, which the branches report
+    dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
+    geometry = describe(block)
+    height, width = geometry.output_size(*x.shape[2:])
+    setting = Setting(kind, dtype, has_kernels(x, own, dtype), _is_channels_last(x))
+    path = choose(geometry, x.shape[0] * height * width, width, setting, block.collapse)
+    if path is Path.BRANCHES:
+        return "the cheapest"
+    # with kernels all of a network collapses, and stays in planes; else its depthwise blocks do not
+    turns_back = setting.channels_last and not setting.kernels
+    return Plan(path, geometry, dtype, tensors, turns_back)
+
+
+def _tell(block: MobileOneBlock, x: Tensor, plan: Plan | str) -> None:
+    conv = block.conv_kxk[0].conv
+    shape = f"{len(block.conv_kxk)} × {type(conv).__name__}({conv.extra_repr()})"
+    form = plan.path.value if isinstance(plan, Plan) else f"{Path.BRANCHES.value} ({plan})"
+    if plan is not _STRANGE:  # whose size may be a symbol
+        dtype = plan.dtype if isinstance(plan, Plan) else x.dtype
+        size = "×".join(map(str, x.shape))
+        shape += f" on {size}, {x.device.type}, {str(dtype).removeprefix('torch.')}"
+    _say(block.collapse, shape, form)
+
+
+@functools.lru_cache(maxsize=4096)
+def _say(mode: CollapseMode, shape: str, form: str) -> None:
+    """Log a decision, if it is new."""
+    log.info("collapse=%s: %s: %s", mode, shape, form)
 
 
 def run_collapsed(
@@ -131,20 +175,32 @@ def run_collapsed(
     if update_statistics:
         with torch.no_grad():
             update_running_statistics(block, mean, var, y.numel() // y.shape[1])
-    return y
+    return y.contiguous(memory_format=torch.channels_last) if plan.turns_back else y
 
 
 def _is_ordinary(x: Tensor) -> bool:
     """Whether x is data in memory, and nobody records or transforms what is done to it."""
     return (
-        type(x) in (Tensor, nn.Parameter)
+        _is_plain_data(x)
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and x.ndim == 4
         and x.numel() > 0
         and x.device.type in ("cpu", "cuda")  # the algebra needs float64
         and x.dtype.is_floating_point
-        and not x.is_neg()
+        and forward_ad._current_level < 0  # forward-mode derivatives know the branches only
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
     )
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """Whether x lies in channels-last on a CPU, and not in both layouts, as one channel does."""
+    if x.device.type != "cpu" or x.is_contiguous():
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _is_plain_data(tensor: Tensor) -> bool:
+    """Whether memory has the values: no subclass, whose data lie elsewhere, nor a noted sign."""
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_neg()

@@ -9,12 +9,15 @@ import torch
 from torch import nn
 
 from mobileone import MobileOneBlock
-from mobileone.bench.contenders import CONTENDERS, build_contender, plain_network
+from mobileone.bench import trainee as trainee_module
+from mobileone.bench.contenders import CONTENDERS, build_contender, change_of, plain_network
+from mobileone.bench.images import sample_images
 from mobileone.bench.memory import kept_bytes, peak_bytes
 from mobileone.bench.results import Result
 from mobileone.bench.trainee import Trainee, TraineeError, TrainingSetting, training_step
 from mobileone.bench.training import measure_training
 from mobileone.bench.training_report import training_figure, training_table
+from mobileone.strided import StridedPointwise
 
 EAGER = ["timm", "ours", "ours always", "plain"]
 
@@ -91,7 +94,50 @@ def test_the_result_holds_every_contender_and_is_saved(tmp_path):
     assert Result.load(tmp_path / "training.json") == result
     assert (tmp_path / "training.csv").read_text().startswith("model,contender,seconds")
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
-    assert training_table(result).row_count == 3
+    table = training_table(result)
+    assert table.row_count == 3
+    assert "2 photographs of 32 px, " in table.title
+    assert result.protocol["images"] == "photos"
+    assert {row["change"] for row in result.rows} == {None}
+
+
+def test_photographs_are_smooth_and_noise_is_not():
+    photos, noise = (sample_images(kind, 4, 64) for kind in ("photos", "noise"))
+    for images, low, high in ((photos, 0.8, 1), (noise, -0.05, 0.05)):
+        assert images.shape == (4, 3, 64, 64)
+        pairs = torch.stack((images[..., 1:].flatten(), images[..., :-1].flatten()))
+        assert low < torch.corrcoef(pairs)[0, 1] < high
+        assert 0.5 < images.std() < 2
+        assert not torch.equal(images[0], images[2])
+    assert torch.equal(sample_images("photos", 2, 64), photos[:2])
+
+
+def test_timms_stem_is_made_safe_where_it_would_die_and_the_result_says_so():
+    for name, channels_last, changed in (
+        ("timm", True, True),
+        ("timm", False, False),
+        ("timm compiled", False, True),
+        ("ours", True, False),
+    ):
+        model = build_contender(name, "mobileone_s0", "cpu", channels_last)
+        kernel = model.stem.conv_kxk[0].conv.weight
+        assert kernel.is_contiguous(memory_format=torch.channels_last) == channels_last
+        assert (change_of(name, "cpu", channels_last) is not None) == changed
+        if changed:
+            assert isinstance(model.stem.conv_scale.conv, StridedPointwise)
+        elif name == "timm":
+            assert type(model.stem.conv_scale.conv) is nn.Conv2d
+        assert change_of(name, "cuda", channels_last) is None
+
+
+def test_a_contender_that_hangs_is_ended(monkeypatch):
+    monkeypatch.setattr(trainee_module, "_LIMIT", 0.2)
+    trainee = Trainee("mobileone_s0", "plain", TrainingSetting(2, 32))
+    os.kill(trainee._process.pid, signal.SIGSTOP)
+    with pytest.raises(TraineeError, match=r"no answer to 'prepare' in 0\.2 seconds"):
+        trainee.prepare()
+    trainee.close()
+    assert not trainee._process.is_alive()
 
 
 def test_a_contender_that_dies_leaves_the_others_measured(monkeypatch):
@@ -108,22 +154,27 @@ def test_a_contender_that_dies_leaves_the_others_measured(monkeypatch):
             self._name = contender
 
     monkeypatch.setattr(training, "Trainee", Mortal)
-    result = measure_training(["mobileone_s0"], ["timm", "plain"], 2, 32, rounds=2, threads=1)
+    result = measure_training(
+        ["mobileone_s0"], ["timm", "plain"], 2, 32, rounds=2, threads=1,
+        channels_last=True, images="noise",
+    )  # fmt: skip
     dead, alive = result.rows
     assert dead["failure"] == "its process ended by SIGSEGV"
     assert "seconds" not in dead
-    assert alive["failure"] is None
+    assert "oneDNN" in dead["change"]
+    assert alive["failure"] is alive["change"] is None
     assert alive["seconds"] > 0
     assert alive["timm_to"] is None  # nothing to compare with
     table = training_table(result)
     assert table.row_count == 1
     assert "mobileone_s0, timm: its process ended by SIGSEGV" in table.caption
+    assert "2 noise images of 32 px, channels-last, " in table.title
     texts = [text.get_text() for axes in training_figure(result).axes for text in axes.texts]
     assert texts.count(" failed") == 2
 
 
 def test_an_error_in_the_process_is_told():
-    trainee = Trainee("mobileone_s0", "plain", TrainingSetting(1, 32))
+    trainee = Trainee("mobileone_s0", "plain", TrainingSetting(1, 32, images="noise"))
     try:  # one value a channel in the last layers
         with pytest.raises(TraineeError, match="ValueError: Expected more than 1 value"):
             trainee.prepare()
@@ -166,6 +217,8 @@ def test_errors_name_the_choices():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match=r"`device` \(='cuda'\) is not on this machine"):
             measure_training(device="cuda")
+    with pytest.raises(ValueError, match=r"`images` \(='cats'\) must be one of photos, noise"):
+        measure_training(images="cats")
     with pytest.raises(ValueError, match=r"'mps'.*cpu or cuda"):
         measure_training(device="mps")
     with pytest.raises(ValueError, match=r"`threads` \(=4096\)"):

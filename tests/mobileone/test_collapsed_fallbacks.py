@@ -2,12 +2,14 @@
 
 import copy
 import logging
+import pickle
 
 import pytest
 import timm
 import torch
 from timm.layers import convert_sync_batchnorm
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 from mobileone import MobileOneBlock
@@ -143,6 +145,40 @@ def double(module, args, output):
     return output * 2
 
 
+def batch_statistics_only(block):  # as virtual adversarial training does for a pass
+    for norm in (block.identity, block.conv_scale.bn, block.conv_kxk[0].bn):
+        norm.track_running_stats = False
+
+
+def with_dropout_of_branches(block):
+    block.drop_path = nn.Dropout2d(1 - 1e-9)
+
+
+def patched(block):
+    conv = block.conv_kxk[0].conv
+    forward = conv.forward
+    conv.forward = lambda x: 2 * forward(x)
+
+
+def patched_norm(block):
+    norm = block.identity
+    forward = norm.forward
+    norm.forward = lambda x: 2 * forward(x)
+
+
+def another_kind_of_branch(block):
+    class Twice(type(block.conv_scale)):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    block.conv_scale.__class__ = Twice
+
+
+def dilated_differently(block):
+    conv = block.conv_kxk[1].conv
+    conv.dilation = conv.padding = (2, 2)
+
+
 def hooked(block):
     block.conv_kxk[0].conv.register_forward_hook(double)
 
@@ -185,6 +221,12 @@ def with_bias(block):
         frozen,
         without_affine,
         without_running_statistics,
+        batch_statistics_only,
+        with_dropout_of_branches,
+        patched,
+        patched_norm,
+        another_kind_of_branch,
+        dilated_differently,
         hooked,
         hooked_branch,
         hooked_skip,
@@ -196,13 +238,44 @@ def with_bias(block):
     ],
 )
 def test_blocks_that_are_not_plain_run_their_branches(change):
-    block = MobileOneBlock(6, 6, groups=6)
+    block = MobileOneBlock(6, 6, groups=6, num_conv_branches=2)
     set_collapse(block, "always")
     x = image(6)
     assert path_of(block, x) is not Path.BRANCHES
     change(block)
     assert path_of(block, x) is Path.BRANCHES
     torch.testing.assert_close(block(x), branches_of(block)(x))
+
+
+def test_statistics_that_are_not_tracked_do_not_move():
+    block = MobileOneBlock(6, 6, groups=6)
+    set_collapse(block, "always")
+    batch_statistics_only(block)
+    before = [b.clone() for b in block.buffers()]
+    block(image(6))
+    assert all(map(torch.equal, before, block.buffers()))
+
+
+@pytest.mark.parametrize("name", ["weight", "running_mean"])
+def test_wrapped_parameters_and_buffers_run_the_branches(name):
+    """Their own memory is empty: kernels of ours would read at address 0."""
+    block, x = MobileOneBlock(6, 6, groups=6), image(6)
+    set_collapse(block, "always")
+    expected = block(x)
+    norm = block.conv_scale.bn
+    wrapped = TwoTensor(*(getattr(norm, name).detach().clone() for _ in range(2)))
+    setattr(norm, name, nn.Parameter(wrapped) if name == "weight" else wrapped)
+    assert path_of(block, x) is Path.BRANCHES
+    torch.testing.assert_close(getattr(block(x), "a", block(x)), expected)
+
+
+def test_a_frozen_block_drops_its_branches_all_the_same():
+    block = MobileOneBlock(6, 6, groups=6)
+    with_dropout_of_branches(block)
+    for norm in (block.identity, block.conv_scale.bn, block.conv_kxk[0].bn):
+        norm.eval()
+    x = image(6)
+    torch.testing.assert_close(block(x), block.identity(x).relu())
 
 
 def test_whoever_watches_all_modules_sees_the_branches():
@@ -226,6 +299,29 @@ def test_the_hooks_of_what_follows_the_sum_are_called(part):
     block.get_submodule(part).register_forward_hook(double)
     assert path_of(block, x) is not Path.BRANCHES  # the sum itself nobody watches
     torch.testing.assert_close(block(x), 2 * expected(x))
+
+
+@pytest.mark.parametrize("part", ["act", "attn"])
+def test_a_replaced_forward_of_what_follows_the_sum_is_called(part):
+    block = MobileOneBlock(6, 6, groups=6)
+    set_collapse(block, "always")
+    expected, x = copy.deepcopy(block), image(6)
+    module = block.get_submodule(part)
+    forward = module.forward
+    module.forward = lambda x: 2 * forward(x)
+    torch.testing.assert_close(block(x), 2 * expected(x))
+
+
+def test_forward_derivatives_are_those_of_the_branches():
+    block = MobileOneBlock(6, 8, 1, num_conv_branches=3).double()
+    set_collapse(block, "always")
+    x, t = torch.randn(2, 4, 6, 9, 8, dtype=torch.float64)
+    with torch.autograd.forward_ad.dual_level():
+        y = block(torch.autograd.forward_ad.make_dual(x, t))
+        slope = torch.autograd.forward_ad.unpack_dual(y).tangent
+    difference = (block(x + 1e-6 * t) - block(x - 1e-6 * t)) / 2e-6
+    assert (slope - difference).abs().quantile(0.99) < 1e-5  # but where ReLU turns
+    assert path_of(block, x) is Path.GRAM
 
 
 @pytest.mark.parametrize("size", [(9, 8), (14, 14)], ids=str)  # images joined, and one by one
@@ -392,14 +488,42 @@ def test_the_mode_is_of_the_run_and_not_of_the_checkpoint():
     assert path_of(blocks[0], torch.randn(2, 3, 32, 32)) is Path.BRANCHES
 
 
-def test_the_log_says_once_what_was_chosen(caplog):
-    block = MobileOneBlock(10, 14, 1, num_conv_branches=3)
+def test_the_log_says_once_what_runs_and_why(caplog):
+    block, x = MobileOneBlock(10, 14, 1, num_conv_branches=3), torch.randn(2, 10, 23, 21)
+    block(x)  # before anybody listens
     set_collapse(block, "always")
-    with caplog.at_level(logging.INFO, "mobileone.collapsed"):
+
+    def heard():
+        caplog.clear()
         for _ in range(2):
-            block(torch.randn(2, 10, 23, 21))
-    (record,) = [r for r in caplog.records if "10→14" in r.getMessage()]
-    assert "3 branches" in record.getMessage() and "Gram" in record.getMessage()
+            block(x)
+        return [record.getMessage() for record in caplog.records]
+
+    with caplog.at_level(logging.INFO, "mobileone.collapsed"):
+        (line,) = heard()
+        assert "3 × Conv2d(10, 14," in line and "2×10×23×21, cpu, float32" in line
+        assert Path.GRAM.value in line
+        assert heard() == []
+        hook = block.conv_kxk[0].register_forward_hook(lambda *called: None)
+        (line,) = heard()
+        assert f"{Path.BRANCHES.value} (a layer with a hook" in line
+        hook.remove()
+        assert heard() == []
+        set_collapse(block, "never")
+        (line,) = heard()
+        assert "collapse=never" in line and f"{Path.BRANCHES.value} (as set)" in line
+        set_collapse(block, "never")  # of another run in this process
+        assert len(heard()) == 1
+        convert_sync_batchnorm(block)
+        assert path_of(block, x) is Path.BRANCHES
+
+
+def test_blocks_pickled_by_versions_without_a_mode_train():
+    block = MobileOneBlock(6, 6, groups=6)
+    assert "collapse" not in vars(block)  # a default of the class
+    set_collapse(block, "always")
+    assert "collapse" in vars(pickle.loads(pickle.dumps(block)))
+    torch.jit.script(block)
 
 
 def test_channels_last_inputs_are_taken():
