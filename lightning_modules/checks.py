@@ -41,9 +41,9 @@ def check_loss(loss: Tensor, *, step: int, epoch: int, lr: float) -> None:
     if not torch.isfinite(loss):
         raise FloatingPointError(
             f"the loss is {loss.item()} at step {step} (epoch {epoch}, learning rate {lr:g}): "
-            "lower `lr`, set `warmup_epochs`, or train with precision bf16-mixed in place of "
-            "16-mixed, or leave a few such steps out with `skip_nonfinite`; then continue from the "
-            "last checkpoint"
+            "lower `lr`, warm it up (`warmup_epochs`; `warmup_steps` of segment and detect), or "
+            "train with precision bf16-mixed in place of 16-mixed, or leave a few such steps out "
+            "with `skip_nonfinite`; then continue from the last checkpoint"
         )
 
 
