@@ -14,6 +14,8 @@ from mobileone.export.publish import clean_stale, publish_file, sole_writer, sta
 
 __all__ = ["CompleteCheckpoint", "SoleRun"]
 
+_PATIENCE = 15.0  # seconds for which the data workers of a killed run may keep its folder
+
 
 class CompleteCheckpoint(ModelCheckpoint):
     """Lightning's, but a file appears complete or not at all, and always after a validation.
@@ -75,8 +77,7 @@ class SoleRun(Callback):
     def _take(self, resumed: object) -> str | None:
         try:
             for folder in self.folders:
-                # for some seconds a killed run's data workers keep its folder
-                self._hold.enter_context(sole_writer(folder, 15.0 if resumed else 0.0))
+                self._hold.enter_context(sole_writer(folder, _PATIENCE if resumed else 0.0))
                 clean_stale(folder)
         except FileExistsError as error:
             return str(error)
