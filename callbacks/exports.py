@@ -81,6 +81,11 @@ class Exports:
         self._current: tuple[Request, ExportJob] | None = None
         self._ended: list[Outcome] = []
 
+    @property
+    def under_way(self) -> bool:
+        """Whether a worker runs."""
+        return self._current is not None and self._current[1].running()
+
     def submit(self, request: Request) -> None:
         """Export a checkpoint, now or after those before it."""
         self._record(request, "the export has not ended")

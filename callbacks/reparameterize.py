@@ -3,7 +3,7 @@
 import inspect
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from callbacks.checkpoint_folder import CheckpointFolder
@@ -22,11 +22,15 @@ from callbacks.publisher import Listener, Publisher, Ranking
 from callbacks.recovery import training_state
 from callbacks.saving import on_rank_zero, save_complete, without_raising
 from callbacks.shipped import network_of, pixels_of, spec_of
+from callbacks.stopping import StopAtOnce, interruptible
 from mobileone.export import Metadata, TrainingState
 from mobileone.export.checkpoint import IMAGES_KEY
 from mobileone.export.formats import DEFAULT_FORMATS, check_formats
 
 __all__ = ["ReparameterizeOnSave"]
+
+_GOES_ON = "Training goes on; the next validation tries again."
+_STOPS = "The checkpoint is whole; the run tries again when it is continued."
 
 
 class ReparameterizeOnSave(ModelCheckpoint):
@@ -142,14 +146,17 @@ class ReparameterizeOnSave(ModelCheckpoint):
         with warnings.catch_warnings():  # said better, and not on resuming, by on_fit_start
             warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
             super().setup(trainer, pl_module, stage)
+        if stage != "fit" or _dry_run(trainer):
+            return
+        # before a checkpoint is restored, which takes time and tells nothing of it
+        failure = on_rank_zero(trainer, lambda: self._take_folder(trainer))
+        if failure:
+            raise RuntimeError(failure)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         network_of(pl_module), spec_of(pl_module)  # better now than after an epoch
         if _dry_run(trainer):
             return
-        failure = on_rank_zero(trainer, lambda: self._take_folder(trainer))
-        if failure:
-            raise RuntimeError(failure)
         if trainer.ckpt_path is not None:
             self._report(on_rank_zero(trainer, lambda: self._recover(pl_module)))
 
@@ -164,6 +171,18 @@ class ReparameterizeOnSave(ModelCheckpoint):
         """Keep the first images of the fit to compare the files on."""
         if self._images is None and batch_idx == 0 and trainer.is_global_zero:
             self._images = pixels_of(batch, spec_of(pl_module))
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the monitored metric's name, before an epoch is spent.
+
+        Raises:
+            ValueError: it has the prefix of this validation's metrics, and is none of them.
+        """
+        known = set(trainer.callback_metrics)
+        prefixes = {name.partition("/")[0] for name in known if "/" in name}
+        monitored = str(self.monitor)
+        if monitored.partition("/")[0] in prefixes and monitored not in known:
+            raise ValueError(self._not_logged(known))
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -193,14 +212,15 @@ class ReparameterizeOnSave(ModelCheckpoint):
         if _dry_run(trainer):
             return
         failure = on_rank_zero(trainer, self._drain)
-        self._conclude(failure)
+        self._conclude(failure, _STOPS)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Let an export end that was under way."""
+        """Let an export end that was under way, unless Ctrl-C says, again, that it need not."""
         super().on_exception(trainer, pl_module, exception)
-        self._report(without_raising(self._drain))
+        if not isinstance(exception, StopAtOnce):
+            self._report(self._drain_patiently(), _STOPS)
         self._leave()  # after Ctrl-C Lightning does not tear callbacks down
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -274,21 +294,23 @@ class ReparameterizeOnSave(ModelCheckpoint):
         return Ranking(self.last_model_path, list(self.best_k_models))
 
     def _score(self, metrics: dict[str, Tensor]) -> Tensor:
-        """The monitored value; NaN ranks behind everything."""
+        """The monitored value."""
         if self.monitor not in metrics:
-            available = sorted(set(metrics) - {"epoch", "step"})
-            raise ValueError(
-                f"`monitor` (={self.monitor!r}) was not logged by this validation; available: "
-                f"{available}. Set `monitor` to one of them, or log it in `validation_step`"
-            )
-        value = float(metrics[self.monitor])
-        if math.isnan(value):
-            value = math.inf if self.mode == "min" else -math.inf
-        return torch.tensor(value)
+            raise ValueError(self._not_logged(metrics))
+        return torch.tensor(float(metrics[self.monitor]))
+
+    def _not_logged(self, metrics: Collection[str]) -> str:
+        available = sorted(set(metrics) - {"epoch", "step"})
+        return (
+            f"`monitor` (={self.monitor!r}) was not logged by this validation; available: "
+            f"{available}. Set `monitor` to one of them, or log it in `validation_step`"
+        )
 
     def _rank(self, path: str, score: Tensor) -> None:
-        """Enter a checkpoint; of equal ones the older stays ahead."""
-        scores = {p: s for p, s in self.best_k_models.items() if p != path} | {path: score}
+        """Enter a checkpoint, unless its value is NaN; of equal ones the older stays ahead."""
+        scores = {p: s for p, s in self.best_k_models.items() if p != path}
+        if not math.isnan(score):
+            scores[path] = score
         order = sorted(scores, key=lambda p: float(scores[p]), reverse=self.mode == "max")
         kept = order if self.save_top_k == -1 else order[: self.save_top_k]
         self.best_k_models = {p: scores[p] for p in kept}
@@ -374,18 +396,28 @@ class ReparameterizeOnSave(ModelCheckpoint):
     def _drain(self) -> str | None:
         return self._publisher.drain(self._ranking) if self._publisher is not None else None
 
-    def _conclude(self, failure: str | None) -> None:
+    def _drain_patiently(self) -> str | None:
+        """Wait for exports of a run that stops; Ctrl-C ends them and the wait."""
+        if self._publisher is not None and self._publisher.exports.under_way:
+            rank_zero_info("waiting for the export of the last checkpoint; Ctrl-C leaves it out")
+        try:
+            with interruptible():
+                return without_raising(self._drain)
+        except KeyboardInterrupt:
+            return "the export of the last checkpoint was left out"
+
+    def _conclude(self, failure: str | None, then: str = _GOES_ON) -> None:
         """Every rank agrees on what went wrong: stop here if it is meant to."""
         if failure and self.strict:
             self.last_error = failure
             raise RuntimeError(failure)
-        self._report(failure)
+        self._report(failure, then)
 
-    def _report(self, failure: str | None) -> None:
+    def _report(self, failure: str | None, then: str = _GOES_ON) -> None:
         if failure is not None:
             self.last_error = failure or None
         if failure:
-            rank_zero_warn(f"{failure}\nTraining goes on; the next validation tries again.")
+            rank_zero_warn(f"{failure}\n{then}")
 
 
 def _dry_run(trainer: Trainer) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 
+from callbacks.finite import not_finite_in_file
 from mobileone.export.publish import publish_file, staging
 
 __all__ = ["on_rank_zero", "save_complete", "without_raising"]
@@ -15,7 +16,8 @@ __all__ = ["on_rank_zero", "save_complete", "without_raising"]
 def save_complete(trainer: Trainer, final: Path, weights_only: bool = False) -> None:
     """Write a checkpoint beside its place and rename it: Lightning's own move may copy.
 
-    All ranks must call it.
+    All ranks must call it. What was written is looked through first: a checkpoint that nobody can
+    go on with must not take the place of one before it.
 
     Args:
         trainer: its strategy writes the file.
@@ -25,6 +27,7 @@ def save_complete(trainer: Trainer, final: Path, weights_only: bool = False) -> 
     Raises:
         RuntimeError: rank 0 could not rename it.
         OSError: rank 0 could not write it; every rank raises.
+        FloatingPointError: a weight, statistic or momentum is not finite; every rank raises.
     """
     with contextlib.ExitStack() as stack:
         place = ""
@@ -34,6 +37,13 @@ def save_complete(trainer: Trainer, final: Path, weights_only: bool = False) -> 
         failure = trainer.strategy.broadcast(_write(trainer, staged, final, weights_only))
         if failure:
             raise OSError(failure)
+        wrong = on_rank_zero(trainer, lambda: not_finite_in_file(staged))
+        if wrong:
+            raise FloatingPointError(
+                f"{final} is not written, for {wrong} is not finite after step "
+                f"{trainer.global_step}: the training has diverged; lower the learning rate or "
+                "warm it up, and continue from the last checkpoint"
+            )
         failure = on_rank_zero(trainer, lambda: publish_file(staged, final))
     if failure:
         raise RuntimeError(failure)

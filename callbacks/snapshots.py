@@ -14,6 +14,8 @@ from mobileone.export.publish import clean_stale, discard
 
 __all__ = ["Snapshots"]
 
+_NAME = "step={:08d}.ckpt"
+
 
 class Snapshots(Checkpoint):
     """Save the whole state of training within epochs, however long they are.
@@ -26,6 +28,9 @@ class Snapshots(Checkpoint):
     follows it, for the resumed run would leave the validation out; there is one from the step
     before. A signal in a validation ends the run at once; one that reaches several processes there
     is obeyed after the next step.
+
+    Weights that are not finite are not saved: the run stops, and older snapshots stay. If it stops
+    for a loss or gradient that is not, the snapshot of that very step becomes `….ckpt.diverged`.
 
     Args:
         every_n_steps: optimizer steps between two snapshots; 0 for no such rule.
@@ -112,8 +117,10 @@ class Snapshots(Checkpoint):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Give the signals back."""
+        """Give the signals back; set a snapshot aside from which no step was possible."""
         self._stop.release()
+        if isinstance(exception, FloatingPointError) and trainer.is_global_zero:
+            self._set_aside(trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the signals back, before Lightning gives back those that it has taken."""
@@ -130,16 +137,32 @@ class Snapshots(Checkpoint):
         return either, either and trainer.strategy.reduce_boolean_decision(stop, all=False)
 
     def _save(self, trainer: Trainer, folder: Path) -> None:
-        """Write a snapshot and remove older ones; a full disk does not end the training."""
+        """Write a snapshot and remove older ones; a full disk does not end the training.
+
+        Raises:
+            FloatingPointError: the weights are not finite; nothing is written.
+        """
         self._saved_at = (trainer.global_step, time.monotonic())
         try:
-            save_complete(trainer, folder / f"step={trainer.global_step:08d}.ckpt")
+            save_complete(trainer, folder / _NAME.format(trainer.global_step))
         except (OSError, RuntimeError) as error:
             rank_zero_warn(f"no snapshot at step {trainer.global_step}: {error}")
             return
         failure = on_rank_zero(trainer, lambda: _remove_older(folder, self.keep))
         if failure:
             rank_zero_warn(f"old snapshots stay in {folder}: {failure}")
+
+    def _set_aside(self, step: int) -> None:
+        """Weights of 1e36 are finite, and give no finite loss: resuming from them would not end."""
+        if self._folder is None:
+            return
+        path = self._folder / _NAME.format(step)
+        if path.is_file():
+            aside = path.with_name(f"{path.name}.diverged")
+            path.replace(aside)
+            rank_zero_warn(
+                f"{aside} is set aside: the step after it had no finite loss or gradient"
+            )
 
 
 def _remove_older(folder: Path, keep: int) -> None:

@@ -4,7 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -13,14 +14,29 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-__all__ = ["StopRequest"]
+__all__ = ["Interrupted", "StopAtOnce", "StopRequest", "interruptible"]
+
+
+class Interrupted(SIGTERMException):
+    """A run ended by Ctrl-C, after the step that was under way.
+
+    Not KeyboardInterrupt, on which Lightning kills the other processes, notices that they were
+    killed, and kills this one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGINT)
+
+
+class StopAtOnce(KeyboardInterrupt):
+    """A second Ctrl-C: nothing is waited for."""
 
 
 class StopRequest:
     """Listens for SIGINT, SIGTERM and, in a SLURM job, for the signal before preemption.
 
     Lightning's own handlers would save in the middle of a step (SLURM), or break one off (SIGINT).
-    A second Ctrl-C does so still.
+    A second Ctrl-C does so still. Processes forked from this one, as a loader's, do not listen.
 
     Attributes:
         received: the first signal, or None.
@@ -30,10 +46,13 @@ class StopRequest:
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._requeue = False
+        self._listener = os.getpid()
+        self._speaks = True
 
     def listen(self, trainer: Trainer) -> None:
         """Take the signals over; only the main thread can."""
         self.received = None
+        self._listener, self._speaks = os.getpid(), trainer.is_global_zero
         wanted: dict[signal.Signals, Callable[[int, FrameType | None], None]] = {
             signal.SIGINT: self._on_interrupt,
             signal.SIGTERM: self._on_signal,
@@ -59,11 +78,11 @@ class StopRequest:
         """End the fit. A preempted SLURM job is queued again first.
 
         Raises:
-            KeyboardInterrupt: on SIGINT.
+            Interrupted: on SIGINT.
             SIGTERMException: on any other signal, or one that another rank received.
         """
         if self.received is signal.SIGINT:
-            raise KeyboardInterrupt
+            raise Interrupted
         if self._requeue and self.received not in (None, signal.SIGTERM):
             if trainer.is_global_zero:
                 _requeue()
@@ -73,11 +92,29 @@ class StopRequest:
         self.received = self.received or signal.Signals(number)
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._listener:  # the terminal tells a loader's workers too
+            return
         if self.received is not None:
-            raise KeyboardInterrupt
+            raise StopAtOnce
         self.received = signal.SIGINT
-        # print() may be what was interrupted
-        os.write(sys.stderr.fileno(), b"\nstopping after this step; Ctrl-C again stops at once\n")
+        if self._speaks:  # print() may be what was interrupted
+            os.write(
+                sys.stderr.fileno(), b"\nstopping after this step; Ctrl-C again stops at once\n"
+            )
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt in this block, whatever it does outside."""
+    try:
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _requeue() -> None:

@@ -1,4 +1,4 @@
-"""Errors that say what is wrong with a name, a label, a class list or a loss."""
+"""Errors that say what is wrong with a name, a label or a class list."""
 
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import Tensor
 
-__all__ = ["check_checkpoint_classes", "check_loss", "check_model_name", "check_targets"]
+__all__ = ["check_checkpoint_classes", "check_model_name", "check_targets"]
 
 
 def check_model_name(name: str) -> None:
@@ -33,17 +33,6 @@ def check_targets(targets: Tensor, num_classes: int) -> None:
             f"a label (={low if low < 0 else high}) is outside 0..{num_classes - 1}, the classes "
             f"of `num_classes` (={num_classes}): set num_classes to the number of classes in the "
             "data, and number the labels from 0"
-        )
-
-
-def check_loss(loss: Tensor, *, step: int, epoch: int, lr: float) -> None:
-    """Raise FloatingPointError if the loss is not finite, before it reaches the weights."""
-    if not torch.isfinite(loss):
-        raise FloatingPointError(
-            f"the loss is {loss.item()} at step {step} (epoch {epoch}, learning rate {lr:g}): "
-            "lower `lr`, warm it up (`warmup_epochs`; `warmup_steps` of segment and detect), or "
-            "train with precision bf16-mixed in place of 16-mixed, or leave a few such steps out "
-            "with `skip_nonfinite`; then continue from the last checkpoint"
         )
 
 

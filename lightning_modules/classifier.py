@@ -1,14 +1,16 @@
 """Training of any timm classifier, with the recipe of the MobileOne paper as defaults."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import timm
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim import Optimizer
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
@@ -21,7 +23,7 @@ from lightning_modules.checks import (
 from lightning_modules.distillation import Teacher, check_distillation
 from lightning_modules.finetuning import freeze as freeze_parts
 from lightning_modules.finetuning import hold_frozen_statistics, load_start
-from lightning_modules.nonfinite import LossGuard
+from lightning_modules.nonfinite import LossGuard, check_validation_loss
 from lightning_modules.optimizers import (
     build_optimizer,
     effective_batch_size,
@@ -93,8 +95,8 @@ class ImageClassifier(LightningModule):
         collapse: how MobileOne's blocks train: `auto` in the cheapest of the exact forms, `always`
             in the one that keeps least memory, `never` branch by branch. All give the same numbers
             up to rounding, so any checkpoint goes on with any; other networks have `auto` only.
-        skip_nonfinite: how many steps in a row may be left out because their loss is NaN or
-            infinite; 0 stops at the first.
+        skip_nonfinite: how many steps in a row may be left out because their loss or a gradient is
+            NaN or infinite; 0 stops at the first.
         seed: of dropout; None for the checkpoint's, else that of `seed_everything`, else 0.
 
     Attributes:
@@ -224,17 +226,33 @@ class ImageClassifier(LightningModule):
         logits: Tensor = self.model(images)  # (N, C, H, W) -> (N, num_classes)
         return logits
 
-    def on_fit_start(self) -> None:
-        """Load the teacher, if there is one."""
+    def load_teacher(self, data_config: Mapping[str, Any]) -> None:
+        """Load the teacher, if there is one and it is not there yet.
+
+        Args:
+            data_config: timm's description of the images, with `input_size`, `mean` and `std`.
+
+        Raises:
+            ValueError: its weights do not fit it, or the classes.
+            OSError: they cannot be read.
+        """
         h = self.hparams
-        if h["teacher"] is not None:
+        if h["teacher"] is None or self._teacher is not None:
+            return
+        options = h["distill_weight"], h["distill_temperature"]
+        classes, channels = self.num_classes, data_config["input_size"][0]
+        like = data_config["mean"], data_config["std"], self.device
+        self._teacher = Teacher(
+            h["teacher"], classes, channels, h["teacher_weights"], *like, *options
+        )
+
+    def on_fit_start(self) -> None:
+        """Have the teacher, if there is one, where the student is."""
+        if self.hparams["teacher"] is not None:
             spec = self.export_spec
-            options = h["distill_weight"], h["distill_temperature"]
-            classes, channels = self.num_classes, spec.input_size[0]
-            like = spec.mean, spec.std, self.device
-            self._teacher = Teacher(
-                h["teacher"], classes, channels, h["teacher_weights"], *like, *options
-            )
+            self.load_teacher({"input_size": spec.input_size, "mean": spec.mean, "std": spec.std})
+            assert self._teacher is not None
+            self._teacher.to(self.device)
 
     def on_train_start(self) -> None:
         """Hold what is frozen; validation puts the modes back as it found them."""
@@ -243,15 +261,14 @@ class ImageClassifier(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make the randomness of this batch independent of what was drawn before."""
         torch.manual_seed(derive_seed(self.seed, self.global_rank, self.current_epoch, batch_idx))
-        self._guard.remember(self.model)
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._guard.remember(self.model)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
-        """Return the smoothed cross-entropy, a scalar; None to leave the step out.
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the smoothed cross-entropy, a scalar.
 
         Raises:
             ValueError: a label of an epoch's first batch is out of range.
-            FloatingPointError: the loss is not finite (see `skip_nonfinite`). The weights are still
-                those before the step.
         """
         images, targets = batch
         if batch_idx == 0:
@@ -261,22 +278,37 @@ class ImageClassifier(LightningModule):
         losses = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")
         if self._teacher is not None:
             losses = self._teacher.mix(losses, logits, images)
-        loss = losses.mean()
-        groups = self.trainer.optimizers[0].param_groups
-        lr = max(float(group["lr"]) for group in groups)
-        step, epoch = self.global_step, self.current_epoch
-        if self._guard.skips(loss, self.trainer.strategy, step=step, epoch=epoch, lr=lr):
-            return None
-        self.log("train/loss", loss, prog_bar=True)
-        self.train_loss.update(losses.detach())
+        loss = self._guard.watch(losses.mean())
+        if self._guard.loss_is_finite:
+            self.log("train/loss", loss, prog_bar=True)
+            self.train_loss.update(losses.detach())
         self.log("train/loss_epoch", self.train_loss, on_step=False, on_epoch=True)
-        self.log("lr", lr)
+        groups = self.trainer.optimizers[0].param_groups
+        self.log("lr", max(float(group["lr"]) for group in groups))
         self.log("weight_decay", max(float(group["weight_decay"]) for group in groups))
         return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Leave the step out if its loss or a gradient is not finite, or stop.
+
+        Raises:
+            FloatingPointError: it is not (see `skip_nonfinite`). The weights are still those before
+                the step.
+        """
+        self._guard.check(self, optimizer)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Add a batch to `val/loss`, `val/acc1` and `val/acc5`; return the logits."""
         return self._evaluate(batch, batch_idx, self.val_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        """Stop a training whose weights give no finite loss, before they are saved.
+
+        Raises:
+            FloatingPointError: they do not; on all ranks.
+        """
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            check_validation_loss(self, float(self.val_metrics["loss"].compute()))
 
     def on_test_epoch_start(self) -> None:
         """Start a confusion matrix; it takes num_classes² numbers, so it exists in tests only."""

@@ -85,6 +85,11 @@ class Teacher:
         self._scale = own_std / its_std
         self._shift = (own_mean - its_mean) / its_std
 
+    def to(self, device: torch.device) -> None:
+        """Move to where the student trains."""
+        self.model.to(device)
+        self._scale, self._shift = self._scale.to(device), self._shift.to(device)
+
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W), normalised for the student, -> the teacher's logits (N, classes)."""

@@ -1,20 +1,36 @@
-"""What happens when a loss is not a number: stop, or leave the step out a few times in a row."""
+"""What happens when a loss or a gradient is not a number: stop, or leave the step out."""
+
+import math
 
 import torch
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from lightning_modules.checks import check_loss
+__all__ = ["LossGuard", "check_validation_loss"]
 
-__all__ = ["LossGuard"]
+_LOWER = "lower `lr`, set `warmup_epochs`, or train with precision bf16-mixed in place of 16-mixed"
+_ADVICE = (
+    f"{_LOWER}, or leave a few such steps out with `skip_nonfinite`; then continue from the last "
+    "checkpoint"
+)
 
 
 class LossGuard:
     """Keeps NaN and infinity out of weights, running statistics and averages.
 
+    A module calls `remember` before the first batch of an optimizer step, hands each loss through
+    `watch`, and calls `check` in `on_before_optimizer_step`. A loss that is not finite gets
+    gradients that are not, so that where the processes add up their gradients all of them learn
+    of it, and all stop or all leave the step out, without a question of their own.
+
     Args:
         limit: how many steps in a row may be left out; 0 stops at the first.
+
+    Attributes:
+        loss_is_finite: whether the loss that `watch` saw last was.
 
     Raises:
         ValueError: `limit` is negative.
@@ -24,11 +40,14 @@ class LossGuard:
         if limit < 0:
             raise ValueError(f"`skip_nonfinite` (={limit}) must be at least 0")
         self.limit = limit
+        self.loss_is_finite = True
+        self._lost: float | None = None  # a loss of this step, of this rank
         self._in_a_row = 0
         self._kept: list[tuple[Tensor, Tensor]] = []
 
     def remember(self, model: nn.Module) -> None:
-        """Keep the buffers as they are before a batch: its forward pass updates statistics."""
+        """Keep the buffers as they are before a step: its forward passes update statistics."""
+        self._lost = None
         if not self.limit:
             return
         buffers = list(model.buffers())
@@ -37,34 +56,85 @@ class LossGuard:
         for buffer, copy in self._kept:
             copy.copy_(buffer)
 
-    def skips(self, loss: Tensor, strategy: Strategy, *, step: int, epoch: int, lr: float) -> bool:
-        """Whether to leave this step out, on all ranks alike; the buffers are put back then.
+    def watch(self, loss: Tensor) -> Tensor:
+        """Note whether a loss is finite; its gradients are NaN if it is not.
+
+        An infinite loss can have finite gradients, which would hide it from the other ranks.
+        """
+        self.loss_is_finite = bool(torch.isfinite(loss))
+        if self.loss_is_finite:
+            return loss
+        self._lost = float(loss.detach())
+        return loss * torch.nan
+
+    def check(self, module: LightningModule, optimizer: Optimizer) -> None:
+        """Look at the gradients of a step, and drop them if one is not finite.
+
+        An optimizer leaves parameters without gradient as they are, and the buffers are put back:
+        nothing of the step remains. With a gradient scaler, infinite gradients of a finite loss are
+        its business as long as it can lower its scale: it leaves such steps out itself.
 
         Args:
-            loss: of this rank, a scalar.
-            strategy: asks the other ranks.
-            step: optimizer steps so far, for the message.
-            epoch: for the message.
-            lr: for the message.
+            module: under training; asked for its trainer.
+            optimizer: whose gradients are complete, unscaled and not yet clipped.
 
         Raises:
-            FloatingPointError: the loss is not finite, and the limit is reached.
+            FloatingPointError: a gradient is not finite, and the limit is reached; on all ranks.
         """
-        if not self.limit:
-            check_loss(loss, step=step, epoch=epoch, lr=lr)
-            return False
-        finite = bool(torch.isfinite(loss))
-        if strategy.reduce_boolean_decision(finite, all=True):
+        strategy, distributed = module.trainer.strategy, module.trainer.world_size > 1
+        finite = _finite(optimizer)
+        if distributed and not isinstance(strategy, DDPStrategy):  # DDP's gradients are the same
+            finite = strategy.reduce_boolean_decision(finite, all=True)
+        if finite:
             self._in_a_row = 0
-            return False
+            return
+        lost = strategy.reduce_boolean_decision(self._lost is not None, all=False)
+        scaler = getattr(module.trainer.precision_plugin, "scaler", None)
+        if not lost and scaler is not None and scaler.get_scale() > 1:
+            return
         self._in_a_row += 1
+        found = self._found(lost)
+        if self._in_a_row > self.limit:
+            lr = max(float(group["lr"]) for group in optimizer.param_groups)
+            raise FloatingPointError(
+                f"{found[0]} at step {module.global_step} (epoch {module.current_epoch}, learning "
+                f"rate {lr:g}): {_ADVICE}"
+            )
+        optimizer.zero_grad(set_to_none=True)
         for buffer, copy in self._kept:
             buffer.copy_(copy)
-        if self._in_a_row > self.limit:
-            check_loss(loss, step=step, epoch=epoch, lr=lr)
-            raise FloatingPointError(f"the loss of another rank is not finite at step {step}")
         rank_zero_warn(
-            f"step {step} (epoch {epoch}) is left out: its loss is not finite "
-            f"({self._in_a_row} in a row, at most {self.limit} are)"
+            f"step {module.global_step} (epoch {module.current_epoch}) is left out: {found[1]} "
+            f"not finite ({self._in_a_row} in a row, at most {self.limit} are)"
         )
+
+    def _found(self, lost: bool) -> tuple[str, str]:
+        """What is wrong: for the end of a run, and for a step that is left out."""
+        if self._lost is not None:
+            return f"the loss is {self._lost}", "its loss is"
+        if lost:
+            return "the loss of another rank is not finite", "its loss, on another rank, is"
+        return "the loss is finite, but its gradients are not", "its gradients are"
+
+
+def check_validation_loss(module: LightningModule, loss: float) -> None:
+    """Raise FloatingPointError if the loss of a validation during training is not finite."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the validation's loss is {loss} after step {module.global_step} (epoch "
+            f"{module.current_epoch}): the weights have diverged, and are not saved; {_LOWER}, and "
+            "continue from the last checkpoint"
+        )
+
+
+def _finite(optimizer: Optimizer) -> bool:
+    """Whether all gradients are; waits for the device once."""
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    gradients = [p.grad for p in parameters if p.grad is not None and not p.grad.is_sparse]
+    if not gradients:
         return True
+    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)  # sums in float16 overflow soon
+    if bool(torch.stack(norms).isfinite().all()):
+        return True
+    # the squares overflow before the gradients do; the exact question takes 20 times as long
+    return all(bool(gradient.isfinite().all()) for gradient in gradients)

@@ -9,15 +9,21 @@ from typing import Any
 
 import yaml
 
+from callbacks.finite import not_finite_in
+from lightning_modules.errors import UsageError
 from lightning_modules.run_folder import RunFolder
 from mobileone.export.checkpoint import read_checkpoint
 
 __all__ = ["Continuation", "find_continuation", "newest_usable", "why_unusable"]
 
-# what a run may change without becoming another: its length, how it is watched and saved
+# what changes nothing in what is trained: length, place, machines, and how it is watched and saved
 _FREE = re.compile(
-    r"ckpt_path|weights_only|resume|config$|wandb\.|report\.|snapshots\.|data\.num_workers|"
-    r"data\.persistent_workers|trainer\.(max_|enable_|log_every|logger|profiler|default_root)"
+    r"(ckpt_path|weights_only|resume|config|model\.(collapse|channels_last|skip_nonfinite)|"
+    r"data\.(num_workers|persistent_workers|download)|checkpoint\.(?!monitor|mode)\w+|"
+    r"trainer\.(max_\w+|min_\w+|enable_\w+|log_every\w+|logger|profiler|default_root_dir|"
+    r"devices|num_nodes|strategy|accelerator|num_sanity\w+|limit_(val|test|predict)_batches|"
+    r"val_check_interval|check_val_every_n_epoch|detect_anomaly|barebones|inference_mode|benchmark|"
+    r"deterministic|fast_dev_run))$|(run|wandb|report|snapshots)\."
 )
 _SHOWN = 4
 
@@ -37,19 +43,28 @@ class Continuation:
     notes: tuple[str, ...]
 
 
-def find_continuation(parent: Path, config: Mapping[str, Any]) -> Continuation:
-    """Look for the newest run with the same configuration that has something to go on with.
+def find_continuation(
+    parent: Path, config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> Continuation:
+    """Look for the newest run that trains the same and has something to go on with.
 
     Args:
         parent: folder of the runs of one name.
         config: the present configuration, as the run folder keeps it.
+        defaults: all options' values where nothing is said: those of a run whose code did not know
+            an option yet.
 
     Returns:
-        That run with its newest usable checkpoint. If none of the same configuration has a
-        checkpoint, the newest of them from its beginning; without such a run, a new one.
+        That run with its newest usable checkpoint. If none that trains the same has a checkpoint,
+        the newest of them from its beginning; without such a run, a new one.
+
+    Raises:
+        UsageError: the newest run with a checkpoint trains something else, and is not finished.
     """
     runs, notes = _readable(_newest_first(parent))
-    differences = {run.path: _differences(_read_config(run), config) for run in runs}
+    differences = {
+        run.path: _differences(_read_config(run), config, defaults or config) for run in runs
+    }
     same = [run for run in runs if not differences[run.path]]
     for run in same:
         checkpoint, passed_over = newest_usable(run.path)
@@ -63,11 +78,25 @@ def find_continuation(parent: Path, config: Mapping[str, Any]) -> Continuation:
     if not runs:
         nothing = f"resume: nothing in {parent} yet; a new run begins"
         return Continuation(None, None, (*notes, nothing))
+    for run in runs:
+        checkpoint, _ = newest_usable(run.path)
+        if checkpoint is not None:
+            if not _is_finished(run, checkpoint):
+                raise UsageError(_refusal(run.path, checkpoint, differences[run.path]))
+            break
     newest = runs[0].path
-    found = differences[newest]
-    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    note = f"resume: a new run begins, for {newest} has other options: {', '.join(found[:_SHOWN])}"
-    return Continuation(None, None, (*notes, note + more))
+    note = (
+        f"resume: a new run begins, for {newest} has other options: {_listed(differences[newest])}"
+    )
+    return Continuation(None, None, (*notes, note))
+
+
+def epochs_done(checkpoint: Mapping[str, Any]) -> int:
+    """The epochs that a training had behind it when it wrote a checkpoint's contents."""
+    try:
+        return int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
+    except (KeyError, TypeError):
+        return 0
 
 
 def newest_usable(run: Path) -> tuple[Path | None, list[str]]:
@@ -99,7 +128,10 @@ def why_unusable(checkpoint: Path) -> str | None:
         return str(error)
     except Exception as error:  # whatever flipped bits make of an archive
         return f"it is damaged or cut short ({error})"
-    return None if "optimizer_states" in contents else "it holds weights only"
+    if "optimizer_states" not in contents:
+        return "it holds weights only"
+    wrong = not_finite_in(contents)
+    return None if wrong is None else f"it holds values that are not finite ({wrong})"
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -138,16 +170,59 @@ def _read_config(run: RunFolder) -> Mapping[str, Any]:
     return read if isinstance(read, Mapping) else {"config.yaml": "unreadable"}
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    old, new = dict(_flat(before)), dict(_flat(now))
-    names = [name for name in sorted({*old, *new}) if not _FREE.match(name)]
-    pairs = {name: (old.get(name), new.get(name)) for name in names}
-    return [f"{name} {was!r} -> {is_!r}" for name, (was, is_) in pairs.items() if was != is_]
+def _is_finished(run: RunFolder, checkpoint: Path) -> bool:
+    """Whether a run's training came to its end; of a run that does not say, by its last epoch."""
+    if run.finished is not None:
+        return run.finished
+    trainer = _read_config(run).get("trainer")
+    epochs = trainer.get("max_epochs") if isinstance(trainer, Mapping) else None
+    return isinstance(epochs, int) and read_checkpoint(checkpoint).get("epoch", 0) + 1 >= epochs
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
+def _refusal(run: Path, checkpoint: Path, found: list[str]) -> str:
+    return (
+        f"--resume auto: {run} is not finished, and trains with other options: {_listed(found)}. "
+        "Give the run's options to go on with it, another --run.name for a new run beside it, or "
+        f"--ckpt_path {checkpoint} to go on from there with the new options"
+    )
+
+
+def _listed(found: list[str]) -> str:
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return ", ".join(found[:_SHOWN]) + more
+
+
+def _differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> list[str]:
+    """The options that train something else, as `name was -> is`."""
+    old, new, usual = (dict(_options(values)) for values in (before, now, defaults))
+    if not old.keys() & new.keys():
+        return list(old) or ["config.yaml: empty"]
+    pairs = {  # options that only older code had are nothing that can be given now
+        name: (old.get(name, usual.get(name)), value)
+        for name, value in sorted(new.items())
+        if not _FREE.match(name)
+    }
+    return [
+        f"{name} {was!r} -> {is_!r}" for name, (was, is_) in pairs.items() if not _same(was, is_)
+    ]
+
+
+def _options(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Options by name, `section.option`; a value may be a mapping, and counts as a whole."""
+    for section, value in values.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{section}.{name}", option) for name, option in value.items())
         else:
-            yield f"{prefix}{name}", value
+            yield section, value
+
+
+def _same(was: Any, is_: Any) -> bool:
+    """Equal, or two spellings of one place that exists."""
+    if was == is_:
+        return True
+    if not (isinstance(was, str) and isinstance(is_, str)):
+        return False
+    place = Path(is_).expanduser()
+    return place.exists() and Path(was).expanduser().resolve() == place.resolve()

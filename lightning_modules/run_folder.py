@@ -23,10 +23,12 @@ class RunFolder:
     Attributes:
         path: `<root>/<name>/<time>`; `<root>/<name>/latest` links to the newest with a result.
         wandb_id: Kept over resumes, so that the curves go on.
+        finished: Whether its training came to its end; None if its record does not say.
     """
 
     path: Path
     wandb_id: str
+    finished: bool | None = None
 
     @staticmethod
     def parent(root: str, name: str) -> Path:
@@ -68,8 +70,7 @@ class RunFolder:
             except FileExistsError:
                 continue
             run = cls(path, f"{name.replace('/', '-')}-{path.name}-{secrets.token_hex(2)}")
-            record = json.dumps({"wandb_id": run.wandb_id})
-            replace_text(path / _RECORD, record)
+            run.mark(finished=False)
             return run
         raise FileExistsError(f"{parent} has a thousand runs of this second")
 
@@ -88,8 +89,9 @@ class RunFolder:
             ValueError: The record is not readable.
         """
         try:
-            return cls(path, json.loads((path / _RECORD).read_text(encoding="utf-8"))["wandb_id"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            record = json.loads((path / _RECORD).read_text(encoding="utf-8"))
+            return cls(path, record["wandb_id"], record.get("finished"))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path / _RECORD} is damaged ({error}): put a JSON object with the key "
                 '"wandb_id" there, or move the checkpoint out of the run folder'
@@ -108,6 +110,11 @@ class RunFolder:
     def write_config(self, text: str) -> None:
         """Keep the configuration, in place of an older one."""
         replace_text(self.config, text)
+
+    def mark(self, finished: bool) -> None:
+        """Write the record, with whether the training came to its end."""
+        record = {"wandb_id": self.wandb_id, "finished": finished}
+        replace_text(self.path / _RECORD, json.dumps(record))
 
     def make_latest(self) -> None:
         """Let `latest` beside the folder link to it; not every file system has links."""

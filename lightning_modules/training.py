@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
@@ -27,9 +28,10 @@ from callbacks.snapshots import Snapshots
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.config_files import find_configs, option_value
 from lightning_modules.data import ImageDataModule
+from lightning_modules.ending import end_after_rank_zero
 from lightning_modules.errors import UsageError, message_for_user
 from lightning_modules.quiet import silence_known_messages
-from lightning_modules.resume import Continuation, find_continuation, newest_usable
+from lightning_modules.resume import Continuation, epochs_done, find_continuation, newest_usable
 from lightning_modules.run_folder import RunFolder
 from lightning_modules.summary import fit_summary
 from lightning_modules.sync_norm import TimmSyncBatchNorm
@@ -108,6 +110,8 @@ class _Parser(LightningArgumentParser):
 class _Records(SaveConfigCallback):
     """Keep a fit's configuration, once nothing can go wrong with it, and point `latest` to it."""
 
+    began = False  # training, after all that can be refused
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that all ranks resume from one file.
 
@@ -122,6 +126,7 @@ class _Records(SaveConfigCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the configuration to `<run>/config.yaml` and to the loggers."""
+        self.began = True
         # an epoch shorter than the interval would leave no learning rate in the logs
         interval = cast(Any, trainer)
         batches = int(min(trainer.num_training_batches, interval.log_every_n_steps))
@@ -130,8 +135,14 @@ class _Records(SaveConfigCallback):
             return
         run = RunFolder.read(Path(trainer.default_root_dir))
         run.write_config(self.parser.dump(self.config, skip_none=False))
+        run.mark(finished=False)
         for logger in trainer.loggers:
             logger.log_hyperparams(self.config.as_dict())
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that nothing is left to do: a run of this name with other options may begin."""
+        if trainer.is_global_zero:
+            RunFolder.read(Path(trainer.default_root_dir)).mark(finished=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Now there is a result: let `latest` link to this run."""
@@ -175,8 +186,8 @@ class TrainingCLI(LightningCLI):
             "--resume",
             type=Literal["auto", "never"],
             default="never",
-            help="auto: fit continues the newest run of this name and configuration, if there is "
-            "one, from its newest usable checkpoint; --ckpt_path goes before it",
+            help="auto: fit continues the newest run of this name that trains the same, if there "
+            "is one, from its newest usable checkpoint; --ckpt_path goes before it",
         )
         parser.add_class_arguments(WandbOptions, "wandb")
         parser.add_lightning_class_args(EMA, "ema")
@@ -216,7 +227,10 @@ class TrainingCLI(LightningCLI):
     def _resume(self, config: Namespace) -> None:
         """Decide what to go on with, and tell the processes that are started with our command."""
         parent = RunFolder.parent(config.run.root, config.run.name or config.model.model)
-        self.continued = find_continuation(parent, yaml.safe_load(self._dump(config)))
+        defaults = self._subcommand_parsers["fit"].get_defaults(skip_validation=True)
+        self.continued = find_continuation(
+            parent, yaml.safe_load(self._dump(config)), yaml.safe_load(self._dump(defaults))
+        )
         rank_zero_only(print)(*self.continued.notes, sep="\n")
         sys.argv += ["--resume", "never"]
         if self.continued.checkpoint is not None:
@@ -224,7 +238,8 @@ class TrainingCLI(LightningCLI):
             sys.argv += ["--ckpt_path", config.ckpt_path]
 
     def _dump(self, config: Namespace) -> str:
-        return self._subcommand_parsers["fit"].dump(config, skip_none=False)
+        parser = self._subcommand_parsers["fit"]
+        return parser.dump(config, skip_none=False, skip_validation=True)
 
     def _parse_ckpt_path(self) -> None:
         """Not as LightningCLI does, which lets the checkpoint override explicit flags."""
@@ -244,7 +259,9 @@ class TrainingCLI(LightningCLI):
                 f"the checkpoint {config.ckpt_path} holds a {trained}, not a {config.model.model}: "
                 f"leave --model.model out or set it to {trained}"
             )
-        _check_validations(config.trainer)
+        if self.subcommand == "fit":
+            contents = None if config.ckpt_path is None else _read(config.ckpt_path)
+            _check_length(config, contents)
         config.weights_only = True  # a checkpoint holds tensors and primitives, nothing to run
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -260,6 +277,8 @@ class TrainingCLI(LightningCLI):
         if not config.trainer.fast_dev_run:
             options = self._get(self.config_init, "wandb")
             check_tracking(options)
+            if self.subcommand == "fit" and isinstance(self.model, ImageClassifier):
+                self.model.load_teacher(self.datamodule.data_config)  # or a folder is made for none
             self.run = self._run_folder()
             kwargs["default_root_dir"] = str(self.run.path)
             saver = self._get(self.config_init, "checkpoint")
@@ -276,9 +295,14 @@ class TrainingCLI(LightningCLI):
             super()._run_subcommand(subcommand)
             for line in finish_tracking(self.trainer.loggers):
                 print(line)
-        except SIGTERMException:
+        except SIGTERMException as stop:  # all processes obey it after the same step
             self._say_how_to_continue()
-            sys.exit(128 + signal.SIGTERM)
+            end_after_rank_zero(self.trainer)
+            sys.exit(stop.code or 128 + signal.SIGTERM)
+        except FloatingPointError:  # on all ranks, see LossGuard
+            self._say_how_to_continue()
+            end_after_rank_zero(self.trainer)
+            raise
         except BaseException:
             self._say_how_to_continue()
             raise
@@ -310,8 +334,11 @@ class TrainingCLI(LightningCLI):
 
     @rank_zero_only
     def _say_how_to_continue(self) -> None:
-        last = None if self.run is None else newest_usable(self.run.path)[0]
-        if self.subcommand == "fit" and last is not None:
+        """Unless it was refused before it began: the same would happen again."""
+        records = cast(Any, self.trainer).callbacks
+        began = any(isinstance(record, _Records) and record.began for record in records)
+        last = newest_usable(self.run.path)[0] if self.run is not None and began else None
+        if last is not None:
             # a line of its own, wherever the progress bar was stopped
             print(f"\nto continue: {self.program} fit --ckpt_path {shlex.quote(str(last))}")
 
@@ -333,14 +360,40 @@ def _listed(plugins: Any) -> list[Any]:
     return list(plugins) if isinstance(plugins, (list, tuple)) else [plugins] if plugins else []
 
 
-def _check_validations(trainer: Namespace) -> None:
-    """Refuse a training that would end with nothing validated, and so with nothing saved."""
-    epochs, every = trainer.max_epochs, trainer.check_val_every_n_epoch
-    if not trainer.fast_dev_run and epochs and every and 0 < epochs < every:
+def _check_length(config: Namespace, checkpoint: Mapping[str, Any] | None) -> None:
+    """Refuse a training without end, without a step, or without a validation, to save after."""
+    trainer = config.trainer
+    epochs, steps, every = trainer.max_epochs, trainer.max_steps, trainer.check_val_every_n_epoch
+    if trainer.fast_dev_run:
+        return
+    if 0 in (epochs, steps):
+        name = "max_epochs" if epochs == 0 else "max_steps"
+        raise UsageError(
+            f"--trainer.{name} 0 trains nothing: give at least 1, or measure a checkpoint with "
+            "`validate`"
+        )
+    if epochs == -1 and config.get("curriculum.phases"):
+        raise UsageError(
+            "a curriculum scales its phases to --trainer.max_epochs, which is -1 (no end): set it, "
+            "or --curriculum.phases []"
+        )
+    if epochs == -1 and steps == -1:
+        raise UsageError(
+            "--trainer.max_epochs -1 and --trainer.max_steps -1 give no end, to which the "
+            "schedules of learning rate and weight decay could come: set one of them"
+        )
+    if epochs and every and 0 < epochs < every:
         raise UsageError(
             f"the training ends at --trainer.max_epochs {epochs}, before the first validation at "
             f"--trainer.check_val_every_n_epoch {every}: nothing would be saved; set the latter to "
             f"{epochs} or less"
+        )
+    done = 0 if checkpoint is None else epochs_done(checkpoint)
+    if epochs and 0 < epochs < done:
+        raise UsageError(
+            f"{config.ckpt_path} was written after {done} epochs, more than --trainer.max_epochs "
+            f"{epochs}: there is nothing to go on with; give at least {done}, or begin a new run "
+            "with another --run.name"
         )
 
 
@@ -363,11 +416,15 @@ _OF_THE_DATA = ("num_classes", "in_chans", "pretrained", "weights", "_instantiat
 
 
 def _hyper_parameters(checkpoint: str) -> dict[str, Any]:
+    known = _read(checkpoint).get("hyper_parameters", {})
+    return {k: v for k, v in known.items() if k not in _OF_THE_DATA}
+
+
+def _read(checkpoint: str) -> dict[str, Any]:
     try:
-        known = read_checkpoint(Path(checkpoint)).get("hyper_parameters", {})
+        return read_checkpoint(Path(checkpoint))
     except ValueError as error:
         raise UsageError(_with_another(error, checkpoint)) from error
-    return {k: v for k, v in known.items() if k not in _OF_THE_DATA}
 
 
 def _with_another(error: ValueError, checkpoint: str) -> str:

@@ -229,6 +229,39 @@ def test_a_full_disk_is_said_and_training_goes_on(tmp_path, monkeypatch):
     assert steps(tmp_path) == [4, 11, 15, 19, 23]
 
 
+@pytest.mark.parametrize("spoilt", ["weight", "momentum"])
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path, spoilt):
+    class Diverge(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 6:
+                weight = pl_module.layer.weight
+                momentum = trainer.optimizers[0].state[weight]["momentum_buffer"]
+                (weight if spoilt == "weight" else momentum).data.fill_(torch.inf)
+
+    with pytest.raises(FloatingPointError, match=rf"step=00000006.*{spoilt}.* not finite after s"):
+        fit(tmp_path, Snapshots(every_n_steps=2, every_minutes=0, keep=1), Diverge())
+    assert steps(tmp_path) == [4]
+
+
+def test_a_snapshot_that_leads_to_no_finite_loss_is_set_aside(tmp_path):
+    """Its weights may be finite, and too large."""
+
+    class Refuse(Callback):
+        def on_before_optimizer_step(self, trainer, *args):
+            if trainer.global_step == 6:
+                raise FloatingPointError("the loss is nan")
+
+    with (
+        pytest.warns(UserWarning, match=r"step=00000006.ckpt.diverged is set aside"),
+        pytest.raises(FloatingPointError),
+    ):
+        fit(tmp_path, Snapshots(every_n_steps=2, every_minutes=0), Refuse())
+    assert [p.name for p in sorted((tmp_path / "snapshots").iterdir())] == [
+        "step=00000004.ckpt",
+        "step=00000006.ckpt.diverged",
+    ]
+
+
 TWO = """
 import sys
 from lightning.pytorch import Trainer

@@ -11,8 +11,9 @@ from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data import ImageDataModule
 from lightning_modules.images import UnreadableImageError, read_image
 from lightning_modules.loading import DataWorkerError
+from lightning_modules.nonfinite import LossGuard, _finite
 
-LEFT_OUT = r"step \d+ \(epoch 0\) is left out: its loss is not finite"
+LEFT_OUT = r"step \d+ \(epoch 0\) is left out: its (loss is|gradients are) not finite"
 
 
 class Poisoned(ImageClassifier):
@@ -46,19 +47,31 @@ def finite(state):
     return all(value.isfinite().all() for value in state.values())
 
 
-@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_bad_steps_are_left_out_and_everything_stays_clean(fit, accumulate):
+class PoisonedGradient(ImageClassifier):
+    """Its gradients are NaN in some steps of the first epoch, its losses are finite."""
+
+    bad = ()
+
+    def on_before_optimizer_step(self, optimizer):
+        if self.current_epoch == 0 and self.global_step in self.bad:
+            next(self.model.parameters()).grad[0] = torch.nan
+        super().on_before_optimizer_step(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("kind", "accumulate", "bad", "left_out"),
+    [(Poisoned, 1, (1, 2, 4), 3), (Poisoned, 2, (1, 2), 2), (PoisonedGradient, 1, (1, 2, 4), 3)],
+)
+def test_bad_steps_are_left_out_and_everything_stays_clean(fit, kind, accumulate, bad, left_out):
     with pytest.warns(UserWarning, match=LEFT_OUT) as caught:
-        saved = fit(bad=(1, 2, 4), limit=2, accumulate=accumulate)
-    assert sum("is left out" in str(w.message) for w in caught) == 3  # two in a row, and one
+        saved = fit(bad, limit=2, accumulate=accumulate, kind=kind)
+    assert sum("is left out" in str(w.message) for w in caught) == left_out  # two in a row, and one
     for part in ("state_dict", "current_model_state"):
         assert finite(saved[part])  # running statistics too
     momenta = saved["optimizer_states"][0]["state"].values()
     assert all(state["momentum_buffer"].isfinite().all() for state in momenta)
 
 
-@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_a_step_that_is_left_out_moves_neither_weights_nor_statistics(fit):
     torch.manual_seed(1)
     before = ImageClassifier("test_byobnet", num_classes=2).state_dict()
@@ -74,13 +87,79 @@ def test_a_step_that_is_left_out_moves_neither_weights_nor_statistics(fit):
     assert all(torch.equal(seen[k], before[k]) for k in before)
 
 
-@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_more_in_a_row_than_allowed_stop_the_run(fit):
     with (
         pytest.warns(UserWarning, match=LEFT_OUT),
         pytest.raises(FloatingPointError, match=r"loss is nan at step 3.*skip_nonfinite"),
     ):
         fit(bad=(1, 2, 3), limit=2)
+
+
+def test_a_gradient_that_is_no_number_stops_before_it_reaches_the_weights(fit):
+    with pytest.raises(FloatingPointError, match=r"loss is finite, but its gradients .* step 3"):
+        fit(bad=(3,), limit=0, kind=PoisonedGradient)
+
+
+def test_gradients_so_large_that_their_squares_overflow_are_finite():
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    for value, finite in [(1.0, True), (1e38, True), (torch.inf, False), (torch.nan, False)]:
+        weight.grad = torch.tensor([value, 1.0])
+        assert _finite(optimizer) == finite
+
+
+def test_an_infinite_loss_spoils_its_gradients_for_the_other_ranks_to_see():
+    guard = LossGuard(1)
+    weight = torch.ones(1, requires_grad=True)
+    guard.watch(weight.sum() + torch.inf).backward()
+    assert weight.grad.isnan().all() and not guard.loss_is_finite
+
+
+TWO = """
+import sys, torch
+from lightning.pytorch import Trainer
+from callbacks.ema import EMA
+from lightning_modules.classifier import ImageClassifier
+from lightning_modules.data import ImageDataModule
+
+
+class OneRank(ImageClassifier):
+    def training_step(self, batch, batch_idx):
+        images, targets = batch
+        if self.global_rank == 1 and self.current_epoch == 0 and batch_idx in (0, 1):
+            images = images * torch.nan
+        return super().training_step((images, targets), batch_idx)
+
+
+root, out = sys.argv[1:]
+for limit in (2, 0):
+    torch.manual_seed(1)
+    model, ema = OneRank("test_byobnet", num_classes=2, lr=0.01, skip_nonfinite=limit), EMA(0.5)
+    data = ImageDataModule(root, batch_size=2, input_size=32, num_workers=0, seed=0)
+    trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, callbacks=[ema],
+                      logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                      enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=out)
+    try:
+        trainer.fit(model, data)
+        said, average = "", ema._average_model.module.state_dict()
+    except FloatingPointError as error:
+        said, average = str(error), {}
+    state = {"weights": dict(model.named_parameters()), "average": average, "said": said,
+             "step": trainer.global_step}
+    torch.save(state, f"{out}/{limit}-{trainer.global_rank}.pt")
+"""
+
+
+def test_of_two_processes_both_leave_a_step_out_or_both_stop(pets, tmp_path, two_processes):
+    """One has the bad batch; the other's loss is finite."""
+    two_processes(TWO, tmp_path, pets, tmp_path)
+    ends = {p.stem: torch.load(p, weights_only=False) for p in tmp_path.glob("*.pt")}
+    for part in ("weights", "average"):
+        assert finite(ends["2-0"][part]) and len(ends["2-0"][part])
+    assert all(torch.equal(v, ends["2-1"]["weights"][k]) for k, v in ends["2-0"]["weights"].items())
+    assert [ends[end]["step"] for end in ("2-0", "2-1", "0-0", "0-1")] == [4, 4, 0, 0]
+    assert "loss of another rank is not finite at step 0" in ends["0-0"]["said"]
+    assert "loss is nan at step 0" in ends["0-1"]["said"]
 
 
 def test_without_bad_steps_the_option_changes_nothing(fit):

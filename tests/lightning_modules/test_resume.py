@@ -1,6 +1,7 @@
 """`--resume auto`: which run goes on, from which checkpoint, and that kills leave no trace."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 import yaml
 
 from lightning_modules.cli import main
+from lightning_modules.errors import UsageError
 from lightning_modules.resume import find_continuation, newest_usable, why_unusable
 from lightning_modules.run_folder import RunFolder
 
@@ -107,11 +109,77 @@ def test_a_name_stays_below_the_root(tmp_path):
             RunFolder.parent(str(tmp_path), name)
 
 
+OTHER = {**CONFIG, "model": {"lr": 0.2, "model": "x"}}
+
+
 def test_other_options_are_named(tmp_path):
+    """Of a run without a checkpoint: nothing is lost."""
     make_run(tmp_path, "20250101-000000")
-    found = find_continuation(tmp_path, {**CONFIG, "model": {"lr": 0.2, "model": "x"}})
+    found = find_continuation(tmp_path, OTHER)
     assert found.run is None
     assert "has other options: model.lr 0.1 -> 0.2" in found.notes[0]
+
+
+@pytest.mark.parametrize("epoch", [1, None])
+def test_an_unfinished_run_with_other_options_is_not_left_behind(tmp_path, epoch):
+    """`None`: the record of an older version says nothing, the checkpoint's epoch does."""
+    run = make_run(tmp_path, "20250101-000000")
+    contents = {} if epoch is None else {"epoch": epoch}
+    checkpoint = write(run / "checkpoints/a.ckpt", 50, **contents)
+    make_run(tmp_path, "20250102-000000", {"model": {"lr": 0.3}})  # killed at its start
+    ways = rf"model\.lr 0\.1 -> 0\.2.*--run\.name.*--ckpt_path {re.escape(str(checkpoint))}"
+    with pytest.raises(UsageError, match=ways):
+        find_continuation(tmp_path, OTHER)
+    if epoch is None:
+        RunFolder.read(run).mark(finished=True)
+    else:
+        write(run / "checkpoints/a.ckpt", 50, epoch=2)
+    assert find_continuation(tmp_path, OTHER).run is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"trainer": {"max_epochs": 3, "devices": 2, "strategy": "ddp", "num_nodes": 4}},
+        {"trainer": {"max_epochs": 3, "accelerator": "gpu", "limit_val_batches": 9}},
+        {"model": {"lr": 0.1, "model": "x", "collapse": "never", "skip_nonfinite": 3}},
+        {"model": {"lr": 0.1, "model": "x", "invented_since": None}},
+        {"data": {"num_workers": 7}, "checkpoint": {"formats": [], "timeout": 1}},
+    ],
+)
+def test_what_does_not_change_the_training_goes_on(tmp_path, options):
+    run = make_run(tmp_path, "20250101-000000")
+    defaults = {"model": {"lr": 0.1, "invented_since": None}, "trainer": {"devices": "auto"}}
+    assert find_continuation(tmp_path, {**CONFIG, **options}, defaults).run.path == run
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model": {"lr": 0.1, "model": "x", "invented_since": True}},
+        {"model": {"lr": 0.1, "model": "x", "model_kwargs": {"drop_rate": 0.3}}},
+        {"trainer": {"precision": "16-mixed"}},
+        {"checkpoint": {"monitor": "val/acc1"}},
+    ],
+)
+def test_what_changes_the_training_does_not(tmp_path, options):
+    run = make_run(tmp_path, "20250101-000000")
+    write(run / "checkpoints/a.ckpt", 50)
+    defaults = {"model": {"lr": 0.1, "model_kwargs": None}, "checkpoint": {"monitor": "val/loss"}}
+    with pytest.raises(UsageError, match="is not finished"):
+        find_continuation(tmp_path, {**CONFIG, **options}, defaults)
+
+
+def test_one_place_may_be_spelt_in_two_ways(tmp_path, monkeypatch):
+    (tmp_path / "d3").mkdir()
+    monkeypatch.chdir(tmp_path)
+    runs = tmp_path / "runs"
+    run = make_run(runs, "20250101-000000", {**CONFIG, "data": {"root": "d3"}})
+    write(run / "checkpoints/a.ckpt", 50)
+    for root in (str(tmp_path / "d3"), "./d3/", f"../{tmp_path.name}/d3"):
+        assert find_continuation(runs, {**CONFIG, "data": {"root": root}}).run.path == run
+    with pytest.raises(UsageError, match=r"data\.root 'd3' -> 'd4'"):
+        find_continuation(runs, {**CONFIG, "data": {"root": "d4"}})
 
 
 def test_the_newest_usable_checkpoint_counts_and_the_others_are_named(tmp_path):
@@ -138,6 +206,19 @@ def test_the_newest_usable_checkpoint_counts_and_the_others_are_named(tmp_path):
     assert "holds weights only" in why_unusable(weights)
     assert "not as it was written" in why_unusable(flipped)
     assert all("cut short" in why_unusable(path) for path in (cut, empty))
+
+
+@pytest.mark.parametrize("part", ["state_dict", "current_model_state", "optimizer_states"])
+def test_a_checkpoint_that_is_not_finite_is_passed_over_by_name(tmp_path, part):
+    run = make_run(tmp_path, "r")
+    mask = {"mask": torch.tensor([0, -torch.inf])}
+    good = write(run / "checkpoints/a.ckpt", 50, current_model_state=mask)
+    bad = {"w": torch.tensor([1, torch.nan])}
+    contents = [{"state": {0: bad}}] if part == "optimizer_states" else bad
+    poisoned = write(run / "snapshots/b.ckpt", 40, **{part: contents})
+    found, notes = newest_usable(run)
+    assert found == good
+    assert f"passed over {poisoned}: it holds values that are not finite ({part}/" in notes[0]
 
 
 @pytest.mark.filterwarnings("ignore:the checkpoint's schedule of")
@@ -199,6 +280,18 @@ def test_a_checkpoint_that_is_named_goes_before_auto(tmp_path, capsys):
     main(["fit", "--ckpt_path", str(snapshot)])
     assert "resume:" not in capsys.readouterr().out
     assert (run / "checkpoints/epoch=001-step=000008.ckpt").is_file()
+
+
+def test_weights_that_give_no_finite_loss_are_never_saved(tmp_path, capsys):
+    """All of them are finite, and too large."""
+    diverges = [*FIT, "--model.lr", "1e36", "--trainer.limit_train_batches", "1"]
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            main(diverges)
+        said = capsys.readouterr()
+        assert "validation's loss is nan after step 1 (epoch 0)" in said.err
+        assert "to continue" not in said.out
+    assert not list(tmp_path.glob("runs/r/*/*/*.ckpt"))
 
 
 def test_sigterm_exits_with_143_and_the_same_command_goes_on(tmp_path, cache):
