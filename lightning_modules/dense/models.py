@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from lightning_modules.checks import check_checkpoint_classes, check_model_name
@@ -30,8 +31,8 @@ class _DenseModule(LightningModule):
         lr: learning rate at the start of the cosine.
         weight_decay: of weights; norms and biases do not decay.
         warmup_steps: of the learning rate.
-        skip_nonfinite: how many steps in a row may be left out because their loss is NaN or
-            infinite; 0 stops at the first.
+        skip_nonfinite: how many steps in a row may be left out because their loss or a gradient is
+            NaN or infinite; 0 stops at the first.
         seed: of dropout; None for the checkpoint's, else that of `seed_everything`, else 0.
 
     Attributes:
@@ -87,24 +88,27 @@ class _DenseModule(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make the randomness of this batch independent of what was drawn before."""
         torch.manual_seed(derive_seed(self.seed, self.global_rank, self.current_epoch, batch_idx))
-        self._guard.remember(self.model)
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._guard.remember(self.model)
 
-    def _step(self, loss: Tensor, images: int) -> Tensor | None:
-        """Log the loss and the learning rate; returns the loss, or None to leave the step out.
+    def _step(self, loss: Tensor, images: int) -> Tensor:
+        """Log a scalar loss, if it is finite, and the learning rate; returns what to minimise."""
+        loss = self._guard.watch(loss)
+        if self._guard.loss_is_finite:
+            self.log("train/loss", loss, prog_bar=True, batch_size=images)
+            self.log("train/loss_epoch", loss, on_step=False, on_epoch=True, batch_size=images)
+        groups = self.trainer.optimizers[0].param_groups
+        self.log("lr", max(float(group["lr"]) for group in groups), batch_size=images)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Leave the step out if its loss or a gradient is not finite, or stop.
 
         Raises:
-            FloatingPointError: the loss is not finite (see `skip_nonfinite`). The weights are still
-                those before the step.
+            FloatingPointError: it is not (see `skip_nonfinite`). The weights are still those before
+                the step.
         """
-        groups = self.trainer.optimizers[0].param_groups
-        lr = max(float(group["lr"]) for group in groups)
-        step, epoch = self.global_step, self.current_epoch
-        if self._guard.skips(loss, self.trainer.strategy, step=step, epoch=epoch, lr=lr):
-            return None
-        self.log("train/loss", loss, prog_bar=True, batch_size=images)
-        self.log("train/loss_epoch", loss, on_step=False, on_epoch=True, batch_size=images)
-        self.log("lr", lr, batch_size=images)
-        return loss
+        self._guard.check(self, optimizer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let the checkpoint rebuild the network without a download, and name the classes."""
@@ -159,8 +163,8 @@ class Segmenter(_DenseModule):
         logits: Tensor = self.model(images)
         return logits
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
-        """Return the mean cross-entropy of the pixels; None to leave the step out."""
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the mean cross-entropy of the pixels."""
         images, masks = batch
         loss = F.cross_entropy(self(images).float(), masks, ignore_index=IGNORED)
         return self._step(loss, len(images))
@@ -208,8 +212,8 @@ class Detector(_DenseModule):
         )
         self.precision_metric = mean_average_precision()
 
-    def training_step(self, batch: tuple[list[Tensor], list[Any]], batch_idx: int) -> Tensor | None:
-        """Return the sum of the losses of boxes and classes; None to leave the step out."""
+    def training_step(self, batch: tuple[list[Tensor], list[Any]], batch_idx: int) -> Tensor:
+        """Return the sum of the losses of boxes and classes."""
         losses = self.model(*batch)
         loss: Tensor = sum(losses.values())
         return self._step(loss, len(batch[0]))

@@ -20,6 +20,7 @@ pytest.importorskip("pycocotools", reason="needs the extra `dense`")
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:You're resuming from a checkpoint that ended before the epoch ended",
+    "ignore:the checkpoint's schedule of `lr` has 2 steps, this run's has 6",
 )
 
 # two steps an epoch on four images, which are augmented; DeepLabV3's head has dropout
@@ -112,7 +113,9 @@ def test_a_killed_run_ends_as_one_that_was_never_killed(task, dataset, kind, req
     """Killed within an epoch, and again between the end's two checkpoints."""
     root = request.getfixturevalue(dataset)
     command = words(task, root, "--run.root", "killed")
-    killed = subprocess.run([sys.executable, "-c", KILLED, *command], capture_output=True, text=True)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, *command], capture_output=True, text=True
+    )
     assert killed.returncode == 0, killed.stderr
     assert "snapshots/step=00000003.ckpt" in killed.stdout
     folder = fit(task, root, "--run.root", "killed").parents[2] / f"../killed/{task}/latest"
@@ -150,20 +153,11 @@ def test_a_loss_of_nan_stops_the_run(task, dataset, kind, request, capsys, monke
     assert all(map(finite, files))
 
 
-def test_a_few_such_steps_may_be_left_out(voc, monkeypatch):
-    visits = []
-
-    def poison(self, batch, batch_idx):
-        self._guard.remember(self.model)
-        visits.append(batch_idx)
-        if len(visits) == 4:
-            batch[0].fill_(torch.nan)
-
-    monkeypatch.setattr(Segmenter, "on_train_batch_start", poison)
-    with pytest.warns(UserWarning, match=r"step 3 \(epoch 1\) is left out"):
-        folder = fit("segment", voc, "--model.skip_nonfinite", "1")
+def test_such_a_step_may_be_left_out(voc, monkeypatch):
+    poisoned(Segmenter, monkeypatch, step=3)
+    with pytest.warns(UserWarning, match=r"step 3 \(epoch 1\) is left out: its loss is"):
+        folder = fit("segment", voc, "--model.skip_nonfinite", "1", "--trainer.max_epochs", "2")
     assert finite(folder / "last.ckpt")
-    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 5
 
 
 def test_a_second_run_in_the_same_folder_is_refused(voc, capsys, monkeypatch):
