@@ -1,6 +1,5 @@
 """Training of any timm classifier, with the recipe of the MobileOne paper as defaults."""
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -31,7 +30,7 @@ from lightning_modules.optimizers import (
     steps_per_epoch,
     total_steps,
 )
-from lightning_modules.randomness import derive_seed
+from lightning_modules.randomness import derive_seed, seed_in_force
 from lightning_modules.schedules import CosineSchedule
 from mobileone.collapsed import CollapseMode, set_collapse
 from mobileone.export.spec import ExportSpec
@@ -197,10 +196,7 @@ class ImageClassifier(LightningModule):
     @property
     def seed(self) -> int:
         """The seed in force: the argument, else the checkpoint's, else the run's, else 0."""
-        for seed in (self.hparams["seed"], self._restored_seed):
-            if seed is not None:
-                return seed
-        return int(os.environ.get("PL_GLOBAL_SEED", 0))
+        return seed_in_force(self.hparams["seed"], self._restored_seed)
 
     def setup(self, stage: str) -> None:
         """Take the class names and the transform from the data module, and check the classes.

@@ -1,15 +1,12 @@
 """The data module: any image data set that timm reads, with timm's transforms for the model."""
 
 import math
-import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.data import suggested_max_num_workers
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_modules.catalogue import Catalogue
@@ -18,6 +15,7 @@ from lightning_modules.curriculum import PhasedTransform, scale_strength
 from lightning_modules.digits import digits_root, write_digits
 from lightning_modules.images import color_mode
 from lightning_modules.loading import image_loader
+from lightning_modules.resumable_data import ResumableData
 from lightning_modules.samples import ImageSamples
 from lightning_modules.sampling import EpochSampler, EvaluationSampler, ShardSampler
 from lightning_modules.shard_reader import shard_lengths
@@ -28,7 +26,7 @@ from lightning_modules.transforms import eval_transform, resolve_config, train_t
 __all__ = ["ImageDataModule"]
 
 
-class ImageDataModule(LightningDataModule):
+class ImageDataModule(ResumableData):
     """Images of classes, from folders (``root/train/<class>/*``, ``root/val/<class>/*``) or timm.
 
     Every training batch is a function of (seed, epoch, position): the same for any number of
@@ -108,7 +106,7 @@ class ImageDataModule(LightningDataModule):
         skip_unreadable: bool = False,
         seed: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, seed)
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1 (images per device).")
         if num_workers is not None and num_workers < 0:
@@ -154,13 +152,10 @@ class ImageDataModule(LightningDataModule):
             input_img_mode=self._mode,
         )
         self._download = download
-        self._batch_size = batch_size
         self._num_workers = num_workers
         self._persistent_workers = persistent_workers
         self._drop_last = drop_last
         self._skip_unreadable = skip_unreadable
-        self._seed = seed
-        self._restored_seed: int | None = None
 
     @cached_property
     def class_names(self) -> list[str]:
@@ -182,14 +177,6 @@ class ImageDataModule(LightningDataModule):
         """How many channels the images have, and the model must take."""
         channels: int = self.data_config["input_size"][0]
         return channels
-
-    @property
-    def seed(self) -> int:
-        """The seed in force: the argument, else the checkpoint's, else the run's, else 0."""
-        for seed in (self._seed, self._restored_seed):
-            if seed is not None:
-                return seed
-        return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
     def set_curriculum(self, phases: Sequence[tuple[int, int, float]]) -> None:
         """Let image size and augmentation strength of the training change with the epoch.
@@ -266,44 +253,6 @@ class ImageDataModule(LightningDataModule):
         """The test images (validation images if there are none), each once and in order."""
         return self._evaluation_loader("test")
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to see the same batches."""
-        return {"seed": self.seed, "share": self._share()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the checkpoint's seed, unless one was given as an argument."""
-        self._restored_seed = int(state_dict["seed"])
-        if self._seed is not None and self._seed != self._restored_seed:
-            rank_zero_warn(
-                f"data seed {self._seed} differs from the checkpoint's {self._restored_seed}: the "
-                "images will come in another order than in the run that is resumed."
-            )
-        before, now = state_dict.get("share", self._share()), self._share()
-        if before != now:
-            rank_zero_warn(
-                f"the checkpoint was made with {_described(before)}, this run has "
-                f"{_described(now)}: if it was made within an epoch, some images of that epoch "
-                "come twice or are left out; later epochs are whole."
-            )
-
-    def _share(self) -> dict[str, int]:
-        """What says which images a step of an epoch takes, beside the seed."""
-        return {"processes": self._processes, "batch_size": self._batch_size}
-
-    @property
-    def _processes(self) -> int:
-        return self.trainer.world_size if self.trainer else 1
-
-    @property
-    def _rank(self) -> int:
-        return self.trainer.global_rank if self.trainer else 0
-
-    def _batches_done(self) -> int:
-        """How many batches of the present epoch lie before the checkpoint that is resumed."""
-        if self.trainer is None or not self.trainer.fit_loop.is_resuming:
-            return 0
-        return self.trainer.fit_loop.batch_idx + 1
-
     def _check_count(self, images: int, split: str) -> None:
         share = math.ceil(images / self._processes)
         if split == "train" and self._drop_last and share < self._batch_size:
@@ -355,7 +304,3 @@ class ImageDataModule(LightningDataModule):
             return self._num_workers
         processes = self.trainer.num_devices if self.trainer else 1
         return min(8, suggested_max_num_workers(processes))
-
-
-def _described(share: dict[str, int]) -> str:
-    return f"{share['processes']} process(es) and batches of {share['batch_size']}"

@@ -11,7 +11,10 @@ from torch.optim import Optimizer
 
 __all__ = ["LossGuard", "check_validation_loss"]
 
-_LOWER = "lower `lr`, set `warmup_epochs`, or train with precision bf16-mixed in place of 16-mixed"
+_LOWER = (
+    "lower `lr`, warm it up (`warmup_epochs`; `warmup_steps` of segment and detect), or train with "
+    "precision bf16-mixed in place of 16-mixed"
+)
 _ADVICE = (
     f"{_LOWER}, or leave a few such steps out with `skip_nonfinite`; then continue from the last "
     "checkpoint"

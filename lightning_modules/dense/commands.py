@@ -1,6 +1,5 @@
 """`mobileone segment` and `mobileone detect`: fit, validate, and export of a checkpoint."""
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,10 @@ from lightning_modules.answers import answer
 from lightning_modules.dense.data import DetectionData, SegmentationData
 from lightning_modules.dense.export import export_detector, export_segmenter
 from lightning_modules.dense.models import Detector, Segmenter
+from lightning_modules.dense.saving import CompleteCheckpoint, SoleRun
 from mobileone.export.manifest import Manifest
 
 __all__ = ["run"]
-
-# a resumed run goes on in its folder
-_EXPECTED = r"Checkpoint directory .* exists and is not empty"
 
 _EXPORT = "`mobileone {} export CHECKPOINT FOLDER` writes a checkpoint's fused network."
 
@@ -39,7 +36,7 @@ class _DenseCLI(training.TrainingCLI):
 
     def add_task_arguments(self, parser: LightningArgumentParser) -> None:
         """Add the best checkpoint's section; the run is called after the task."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(CompleteCheckpoint, "checkpoint")
         parser.set_defaults(
             {
                 "checkpoint.monitor": self.monitor,
@@ -51,11 +48,14 @@ class _DenseCLI(training.TrainingCLI):
         )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Beside the best checkpoint, keep the last."""
+        """Beside the best checkpoint, keep the last, in a folder that nobody else writes to."""
         trainer = super().instantiate_trainer(**kwargs)
-        if self.run is not None:
-            last = ModelCheckpoint(str(self.run.checkpoints), "last", enable_version_counter=False)
-            trainer.callbacks.append(last)  # type: ignore[attr-defined]
+        if self.run is not None and self.subcommand == "fit":
+            here = self.run.checkpoints  # where resuming looks
+            last = CompleteCheckpoint(str(here), "last", enable_version_counter=False)
+            best = Path(self._get(self.config_init, "checkpoint").dirpath)
+            # the last is saved after the best, and knows of it
+            trainer.callbacks += [last, SoleRun(here, best)]  # type: ignore[attr-defined]
         return trainer
 
     def _input_size(self) -> str:
@@ -102,9 +102,7 @@ def run(name: str, argv: list[str]) -> None:
     cli, export = _TASKS[name]
     subcommand, *rest = argv or ["--help"]
     if subcommand != "export":
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=_EXPECTED)
-            training.run(subcommand, rest, cli)
+        training.run(subcommand, rest, cli)
         return
     parser = ArgumentParser(
         prog=f"mobileone {name} export",

@@ -1,10 +1,11 @@
 """The data modules of segmentation and detection: generated shapes, Pascal VOC, COCO."""
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -12,13 +13,20 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_modules.dense.shapes import CLASSES, Shapes
 from lightning_modules.dense.sources import VOC_CLASSES, CocoBoxes, VocMasks, coco_classes
 from lightning_modules.dense.transforms import BoxTransform, MaskTransform
+from lightning_modules.loading import image_loader
+from lightning_modules.randomness import derive_seed, isolated_rng
+from lightning_modules.resumable_data import ResumableData
+from lightning_modules.sampling import EpochSampler, EvaluationSampler, SampleKey
 from lightning_modules.transforms import resolve_config
 
 __all__ = ["DetectionData", "SegmentationData"]
 
 
-class _DenseData(LightningDataModule):
+class _DenseData(ResumableData):
     """Loaders of a data set's two splits; subclasses read them.
+
+    Every training batch is a function of (seed, epoch, position): the same for any number of
+    workers, and the same in a run that was resumed, within an epoch too.
 
     Args:
         dataset: "shapes" (generated), or the subclass's name for real images.
@@ -27,6 +35,8 @@ class _DenseData(LightningDataModule):
         count: generated training images; a quarter as many for validation.
         batch_size: images a batch and device.
         num_workers: processes a loader.
+        seed: of order and augmentation; None for the one of the checkpoint that is resumed, else
+            the run's (`seed_everything`), else 0.
 
     Attributes:
         class_names: of the labels, `background` first.
@@ -47,8 +57,9 @@ class _DenseData(LightningDataModule):
         count: int = 512,
         batch_size: int = 16,
         num_workers: int = 4,
+        seed: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, seed)
         if batch_size < 1 or num_workers < 0:
             raise ValueError(
                 f"batch_size={batch_size} must be at least 1, num_workers={num_workers} at least 0."
@@ -63,8 +74,8 @@ class _DenseData(LightningDataModule):
             raise ValueError(f"dataset={dataset!r} needs --data.root, the folder where it lies.")
         self._root = None if root is None else str(root)
         self.size, self._count = size, count
-        self._batch_size, self._num_workers = batch_size, num_workers
-        self._splits: dict[bool, Dataset] = {}
+        self._num_workers = num_workers
+        self._sources: dict[bool, Any] = {}
         self.class_names = CLASSES if root is None else self._real_classes(self._root or "")
 
     @property
@@ -75,44 +86,56 @@ class _DenseData(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read what the stage needs, and check it."""
         for train in (True, False) if stage == "fit" else (False,):
-            self.split(train)
+            self._check_count(len(self.split(train)), train)
 
-    def split(self, train: bool) -> Dataset:
+    def split(self, train: bool) -> "_Samples":
         """The training or the validation images with their targets."""
-        if train not in self._splits:
+        if train not in self._sources:
             count = self._count if train else max(1, self._count // 4)
-            source: Any = (
+            self._sources[train] = (
                 Shapes(count, self.size, seed=int(train))
                 if self._root is None
                 else self._read(self._root, train)
             )
-            if train and len(source) < self._batch_size:
-                raise ValueError(
-                    f"batch_size={self._batch_size} is larger than the {len(source)} training "
-                    "images: nothing would be trained. Lower --data.batch_size."
-                )
-            augment = train and self._root is not None
-            self._splits[train] = _Mapped(source, self._transform(augment))
-        return self._splits[train]
+        augment = train and self._root is not None
+        return _Samples(self._sources[train], self._transform(augment), self.seed)
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches, without an incomplete last one."""
-        return self._loader(True)
+        sampler = EpochSampler(self.split(True), self.seed, self._processes, self._rank)
+        done = self._batches_done
+        return self._loader(True, sampler=sampler, drop_last=True, batches_done=done)
 
     def val_dataloader(self) -> DataLoader:
         """Every validation image, in order."""
-        return self._loader(False)
+        if self._processes == 1:
+            return self._loader(False)
+        sampler = EvaluationSampler(self.split(False), self._processes, self._rank)
+        return self._loader(False, sampler=sampler)
 
-    def _loader(self, train: bool) -> DataLoader:
-        return DataLoader(
+    def _loader(self, train: bool, **options: Any) -> DataLoader:
+        return image_loader(
             self.split(train),
-            self._batch_size,
-            shuffle=train,
-            drop_last=train,
-            num_workers=self._num_workers,
-            persistent_workers=self._num_workers > 0,
-            collate_fn=self._collate,
+            self.seed,
+            self._num_workers,
+            persistent_workers=True,
+            batch_size=self._batch_size,
+            collate_fn=partial(_batch, self._collate),
+            **options,
         )
+
+    def _check_count(self, images: int, train: bool) -> None:
+        share = math.ceil(images / self._processes)
+        if train and share < self._batch_size:
+            raise ValueError(
+                f"batch_size={self._batch_size} is larger than the {share} training images of one "
+                "process: nothing would be trained. Lower --data.batch_size."
+            )
+        if images < self._processes:
+            raise ValueError(
+                f"{images} validation images are too few for {self._processes} processes, each of "
+                "which needs one. Add images, or lower --trainer.devices."
+            )
 
     def _real_classes(self, root: str) -> tuple[str, ...]:
         raise NotImplementedError
@@ -212,14 +235,26 @@ class DetectionData(_DenseData):
         return list(images), list(targets)
 
 
-class _Mapped(Dataset):
-    """A data set with a function applied to every sample."""
+class _Samples(Dataset):
+    """A split whose samples are a function of (seed, epoch, index)."""
 
-    def __init__(self, source: Any, function: Callable[[Any], Any]) -> None:
-        self.source, self.function = source, function
+    def __init__(self, source: Any, transform: Callable[[Any], Any], seed: int) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> Any:
-        return self.function(self.source[index])
+    def __getitem__(self, key: SampleKey | int) -> Any:
+        """The sample of a `SampleKey`; a plain index means epoch 0."""
+        epoch, index = key if isinstance(key, SampleKey) else SampleKey(0, key)
+        sample = self.source[index]
+        with isolated_rng(derive_seed(self.seed, epoch, index)):
+            return self.transform(sample)
+
+
+def _batch(
+    collate: Callable[[list[Any]], tuple[Any, Any]], samples: list[Any]
+) -> tuple[Any, Any, list[Any]]:
+    """Images and targets; the loader asks for replaced images too, and here are none."""
+    images, targets = collate(samples)
+    return images, targets, []

@@ -2,20 +2,24 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from lightning_modules.checks import check_checkpoint_classes, check_model_name
 from lightning_modules.dense.sources import IGNORED
+from lightning_modules.nonfinite import LossGuard
 from lightning_modules.optimizers import build_optimizer, total_steps
+from lightning_modules.randomness import derive_seed, seed_in_force
 from lightning_modules.schedules import CosineSchedule
 from mobileone.dense import segmenter, ssdlite
 
 __all__ = ["Detector", "Segmenter", "mean_average_precision"]
 
-_CLASSES = "class_names"  # in a checkpoint
+_CLASSES, _SEED = "class_names", "dropout_seed"  # in a checkpoint
 
 
 class _DenseModule(LightningModule):
@@ -27,6 +31,9 @@ class _DenseModule(LightningModule):
         lr: learning rate at the start of the cosine.
         weight_decay: of weights; norms and biases do not decay.
         warmup_steps: of the learning rate.
+        skip_nonfinite: how many steps in a row may be left out because their loss or a gradient is
+            NaN or infinite; 0 stops at the first.
+        seed: of dropout; None for the checkpoint's, else that of `seed_everything`, else 0.
 
     Attributes:
         class_names: of the data, or of the checkpoint's data.
@@ -42,11 +49,20 @@ class _DenseModule(LightningModule):
         lr: float = 1e-3,
         weight_decay: float = 1e-2,
         warmup_steps: int = 0,
+        skip_nonfinite: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()  # those of the subclass, too
         check_model_name(self.hparams["model"])
         self.class_names = ("background", *(f"class {n}" for n in range(1, num_classes)))
+        self._guard = LossGuard(skip_nonfinite)
+        self._restored_seed: int | None = None
+
+    @property
+    def seed(self) -> int:
+        """The seed in force: the argument, else the checkpoint's, else the run's, else 0."""
+        return seed_in_force(self.hparams["seed"], self._restored_seed)
 
     def setup(self, stage: str) -> None:
         """Take the names of the classes from the data."""
@@ -69,21 +85,39 @@ class _DenseModule(LightningModule):
         schedule = CosineSchedule(optimizer, "lr", steps, warmup_steps=warmup)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
-    def _log_step(self, loss: Tensor, images: int) -> Tensor:
-        """Log the loss and the learning rate; returns the loss."""
-        self.log("train/loss", loss, prog_bar=True, batch_size=images)
-        self.log("train/loss_epoch", loss, on_step=False, on_epoch=True, batch_size=images)
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Make the randomness of this batch independent of what was drawn before."""
+        torch.manual_seed(derive_seed(self.seed, self.global_rank, self.current_epoch, batch_idx))
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._guard.remember(self.model)
+
+    def _step(self, loss: Tensor, images: int) -> Tensor:
+        """Log a scalar loss, if it is finite, and the learning rate; returns what to minimise."""
+        loss = self._guard.watch(loss)
+        if self._guard.loss_is_finite:
+            self.log("train/loss", loss, prog_bar=True, batch_size=images)
+            self.log("train/loss_epoch", loss, on_step=False, on_epoch=True, batch_size=images)
         groups = self.trainer.optimizers[0].param_groups
         self.log("lr", max(float(group["lr"]) for group in groups), batch_size=images)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Leave the step out if its loss or a gradient is not finite, or stop.
+
+        Raises:
+            FloatingPointError: it is not (see `skip_nonfinite`). The weights are still those before
+                the step.
+        """
+        self._guard.check(self, optimizer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let the checkpoint rebuild the network without a download, and name the classes."""
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["pretrained"] = False
         checkpoint[_CLASSES] = list(self.class_names)
+        checkpoint[_SEED] = self.seed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the names of the checkpoint's classes.
+        """Keep the seed and the names of the checkpoint's classes.
 
         Raises:
             ValueError: the data have others.
@@ -92,6 +126,7 @@ class _DenseModule(LightningModule):
         if self._trainer is not None:
             check_checkpoint_classes(names, self.class_names)
         self.class_names = names
+        self._restored_seed = checkpoint.get(_SEED)
 
 
 class Segmenter(_DenseModule):
@@ -132,7 +167,7 @@ class Segmenter(_DenseModule):
         """Return the mean cross-entropy of the pixels."""
         images, masks = batch
         loss = F.cross_entropy(self(images).float(), masks, ignore_index=IGNORED)
-        return self._log_step(loss, len(images))
+        return self._step(loss, len(images))
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Add a batch to the validation's loss and score."""
@@ -181,7 +216,7 @@ class Detector(_DenseModule):
         """Return the sum of the losses of boxes and classes."""
         losses = self.model(*batch)
         loss: Tensor = sum(losses.values())
-        return self._log_step(loss, len(batch[0]))
+        return self._step(loss, len(batch[0]))
 
     def validation_step(self, batch: tuple[list[Tensor], list[Any]], batch_idx: int) -> None:
         """Keep the detections of a batch."""

@@ -1,0 +1,97 @@
+"""Checkpoints of one file each that appear complete, in a folder that one run at a time holds."""
+
+import contextlib
+import shutil
+import warnings
+from pathlib import Path
+from weakref import proxy
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from callbacks.saving import on_rank_zero, save_complete
+from mobileone.export.publish import clean_stale, publish_file, sole_writer, staging
+
+__all__ = ["CompleteCheckpoint", "SoleRun"]
+
+_PATIENCE = 15.0  # seconds for which the data workers of a killed run may keep its folder
+
+
+class CompleteCheckpoint(ModelCheckpoint):
+    """Lightning's, but a file appears complete or not at all, and always after a validation.
+
+    Lightning's own way writes elsewhere and moves, which across file systems is a copy: a kill or
+    a full disk leaves half a file in place of the one before.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """As Lightning does; a run that is resumed has checkpoints already, which is no news."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+            super().setup(trainer, pl_module, stage)
+
+    def _should_save_on_train_epoch_end(self, trainer: Trainer) -> bool:
+        # after a validation is where `mobileone fit` saves, and where resuming is tested
+        return not trainer.enable_validation
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        save_complete(trainer, Path(filepath), self.save_weights_only)
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = filepath
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(proxy(self))
+
+
+class SoleRun(Callback):
+    """Hold the folders of checkpoints for this run while it trains, also against a crash.
+
+    Args:
+        folder: of `last.ckpt`.
+        more: of others; the same, or a further one.
+
+    Raises:
+        RuntimeError: when training begins, if another run holds one.
+    """
+
+    def __init__(self, folder: Path, *more: Path) -> None:
+        self.folder = folder
+        self.folders = {path.expanduser().resolve() for path in (folder, *more)}
+        self._hold = contextlib.ExitStack()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the folders, and make up for what a killed run has not come to."""
+        if failure := on_rank_zero(trainer, lambda: self._take(trainer.ckpt_path)):
+            raise RuntimeError(failure)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Let go: after Ctrl-C Lightning does not tear callbacks down."""
+        self._hold.close()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go."""
+        self._hold.close()
+
+    def _take(self, resumed: object) -> str | None:
+        try:
+            for folder in self.folders:
+                self._hold.enter_context(sole_writer(folder, _PATIENCE if resumed else 0.0))
+                clean_stale(folder)
+        except FileExistsError as error:
+            return str(error)
+        if resumed is not None:
+            _catch_up(Path(str(resumed)), self.folder / "last.ckpt")
+        return None
+
+
+def _catch_up(resumed: Path, last: Path) -> None:
+    """Let the newest checkpoint be the last too: a run may be killed between the two."""
+    if resumed.absolute().parent != last.parent.absolute() or not last.is_file():
+        return
+    if resumed.stat().st_mtime_ns <= last.stat().st_mtime_ns:
+        return
+    with staging(last.parent) as folder:
+        shutil.copy2(resumed, folder / last.name)
+        publish_file(folder / last.name, last)

@@ -1,0 +1,72 @@
+"""What a data module needs so that a resumed run sees the batches that it would have seen."""
+
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_modules.randomness import seed_in_force
+
+__all__ = ["ResumableData"]
+
+
+class ResumableData(LightningDataModule):
+    """A seed that is kept in checkpoints, and the place within the epoch that is resumed.
+
+    Args:
+        batch_size: images a batch and device.
+        seed: of order and augmentation; None for the checkpoint's, else the run's, else 0.
+    """
+
+    def __init__(self, batch_size: int, seed: int | None) -> None:
+        super().__init__()
+        self._batch_size = batch_size
+        self._seed = seed
+        self._restored_seed: int | None = None
+
+    @property
+    def seed(self) -> int:
+        """The seed in force: the argument, else the checkpoint's, else the run's, else 0."""
+        return seed_in_force(self._seed, self._restored_seed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to see the same batches."""
+        return {"seed": self.seed, "share": self._share()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the checkpoint's seed, unless one was given as an argument."""
+        self._restored_seed = int(state_dict["seed"])
+        if self._seed is not None and self._seed != self._restored_seed:
+            rank_zero_warn(
+                f"data seed {self._seed} differs from the checkpoint's {self._restored_seed}: the "
+                "images will come in another order than in the run that is resumed."
+            )
+        before, now = state_dict.get("share", self._share()), self._share()
+        if before != now:
+            rank_zero_warn(
+                f"the checkpoint was made with {_described(before)}, this run has "
+                f"{_described(now)}: if it was made within an epoch, some images of that epoch "
+                "come twice or are left out; later epochs are whole."
+            )
+
+    def _share(self) -> dict[str, int]:
+        """What says which images a step of an epoch takes, beside the seed."""
+        return {"processes": self._processes, "batch_size": self._batch_size}
+
+    @property
+    def _processes(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
+
+    def _batches_done(self) -> int:
+        """How many batches of the present epoch lie before the checkpoint that is resumed."""
+        if self.trainer is None or not self.trainer.fit_loop.is_resuming:
+            return 0
+        return self.trainer.fit_loop.batch_idx + 1
+
+
+def _described(share: dict[str, int]) -> str:
+    return f"{share['processes']} process(es) and batches of {share['batch_size']}"

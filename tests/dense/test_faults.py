@@ -1,0 +1,192 @@
+"""A dense run that is killed, meets NaN or a full disk, or finds its folder taken."""
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import wandb
+from lightning.pytorch import Trainer
+
+from lightning_modules.cli import main
+from lightning_modules.dense import saving
+from lightning_modules.dense.models import Detector, Segmenter
+from mobileone.export.publish import sole_writer
+
+pytest.importorskip("segmentation_models_pytorch", reason="needs the extra `dense`")
+pytest.importorskip("pycocotools", reason="needs the extra `dense`")
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:You're resuming from a checkpoint that ended before the epoch ended",
+    "ignore:the checkpoint's schedule of `lr` has 2 steps, this run's has 6",
+)
+
+# two steps an epoch on four images, which are augmented; DeepLabV3's head has dropout
+COMMON = """
+--model.model mobileone_mu0 --data.batch_size 2 --data.num_workers 0 --trainer.max_epochs 3
+--trainer.accelerator cpu --trainer.enable_progress_bar false --trainer.num_sanity_val_steps 0
+--wandb.mode disabled --snapshots.every_n_steps 1 --resume auto --checkpoint.monitor epoch
+""".split()
+OWN = {
+    "segment": ["--data.dataset", "voc", "--data.size", "32"],
+    "detect": ["--data.dataset", "coco", "--model.size", "64"],
+}
+TASKS = [("segment", "voc", Segmenter), ("detect", "coco", Detector)]
+
+# its parent computes nothing, so that the forked children may use torch's threads
+KILLED = """
+import os, sys
+from lightning_modules.cli import main
+from lightning_modules.dense import models, saving
+
+def kill_at_step_three():
+    real = models._DenseModule.on_train_batch_start
+    def mined(self, *args):
+        if self.global_step == 3:
+            os.kill(os.getpid(), 9)
+        real(self, *args)
+    models._DenseModule.on_train_batch_start = mined
+
+def kill_between_best_and_last_of_the_end():
+    real = saving.save_complete
+    def mined(trainer, final, weights_only):
+        if final.name == "last.ckpt" and trainer.current_epoch == 2:
+            os.kill(os.getpid(), 9)
+        real(trainer, final, weights_only)
+    saving.save_complete = mined
+
+command = sys.argv[1:]
+for lay_mine in (kill_at_step_three, kill_between_best_and_last_of_the_end):
+    if (pid := os.fork()) == 0:
+        lay_mine()
+        try:
+            main(command)
+        finally:
+            sys.stdout.flush()
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -9
+"""
+
+
+def words(task, root, *more):
+    return [task, "fit", *COMMON, *OWN[task], "--data.root", str(root), *more]
+
+
+def fit(task, root, *more):
+    """A run in this process; its folder of checkpoints."""
+    try:
+        main(words(task, root, *more))
+    finally:
+        wandb.finish()
+    return Path(f"runs/{task}/latest/checkpoints")
+
+
+def differing(found, expected):
+    """Names of what is not the same bit for bit in two checkpoints."""
+    wrong = [
+        f"{part}/{name}"
+        for part in ("state_dict", "current_model_state")
+        for name, value in expected[part].items()
+        if not torch.equal(value, found[part][name])
+    ]
+    moments = [end["optimizer_states"][0]["state"] for end in (found, expected)]
+    wrong += [
+        f"{name} {index}"
+        for index, state in moments[1].items()
+        for name, value in state.items()
+        if not torch.equal(value, moments[0][index][name])
+    ]
+    return wrong + [k for k in ("lr_schedulers", "global_step", "epoch") if found[k] != expected[k]]
+
+
+def finite(checkpoint):
+    weights = torch.load(checkpoint, weights_only=True)
+    both = *weights["state_dict"].values(), *weights["current_model_state"].values()
+    return all(bool(tensor.isfinite().all()) for tensor in both)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
+@pytest.mark.parametrize(("task", "dataset", "kind"), TASKS)
+def test_a_killed_run_ends_as_one_that_was_never_killed(task, dataset, kind, request, capsys):
+    """Killed within an epoch, and again between the end's two checkpoints."""
+    root = request.getfixturevalue(dataset)
+    command = words(task, root, "--run.root", "killed")
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, *command], capture_output=True, text=True
+    )
+    assert killed.returncode == 0, killed.stderr
+    assert "snapshots/step=00000003.ckpt" in killed.stdout
+    folder = fit(task, root, "--run.root", "killed").parents[2] / f"../killed/{task}/latest"
+    assert "goes on from" in capsys.readouterr().out
+    expected = torch.load(fit(task, root) / "last.ckpt", weights_only=True)
+    assert expected["global_step"] == 6
+    for name in ("last", "best"):
+        found = torch.load(folder / f"checkpoints/{name}.ckpt", weights_only=True)
+        assert not differing(found, expected)
+
+
+def poisoned(kind, monkeypatch, step):
+    """Let the images of one step be NaN."""
+    real = kind.on_train_batch_start
+
+    def poison(self, batch, batch_idx):
+        real(self, batch, batch_idx)
+        for image in batch[0] if self.global_step == step else ():
+            image.fill_(torch.nan)
+
+    monkeypatch.setattr(kind, "on_train_batch_start", poison)
+
+
+@pytest.mark.parametrize(("task", "dataset", "kind"), TASKS)
+def test_a_loss_of_nan_stops_the_run(task, dataset, kind, request, capsys, monkeypatch):
+    poisoned(kind, monkeypatch, step=3)
+    with pytest.raises(SystemExit, match="2"):
+        fit(task, request.getfixturevalue(dataset))
+    said = capsys.readouterr()
+    assert "the loss is nan at step 3 (epoch 1, learning rate" in said.err
+    assert f"to continue: mobileone {task} fit --ckpt_path" in said.out
+    assert "to ship it" not in said.out
+    files = list(Path(f"runs/{task}/latest").resolve().rglob("*.ckpt"))
+    assert {"best.ckpt", "last.ckpt", "step=00000003.ckpt"} <= {path.name for path in files}
+    assert all(map(finite, files))
+
+
+def test_such_a_step_may_be_left_out(voc, monkeypatch):
+    poisoned(Segmenter, monkeypatch, step=3)
+    with pytest.warns(UserWarning, match=r"step 3 \(epoch 1\) is left out: its loss is"):
+        folder = fit("segment", voc, "--model.skip_nonfinite", "1", "--trainer.max_epochs", "2")
+    assert finite(folder / "last.ckpt")
+
+
+def test_a_second_run_in_the_same_folder_is_refused(voc, capsys, monkeypatch):
+    monkeypatch.setattr(saving, "_PATIENCE", 0.1)
+    folder = fit("segment", voc, "--trainer.max_epochs", "1").resolve()
+    before = {path: path.read_bytes() for path in folder.parent.rglob("*.ckpt")}
+    with sole_writer(folder), pytest.raises(SystemExit, match="2"):
+        fit("segment", voc)
+    assert f"another run writes to {folder}" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in folder.parent.rglob("*.ckpt")}
+    fit("segment", voc)  # the folder is free again, and was left so
+    assert torch.load(folder / "last.ckpt", weights_only=True)["epoch"] == 2
+
+
+@pytest.mark.parametrize("name", ["best.ckpt", "last.ckpt"])
+def test_a_full_disk_leaves_the_checkpoints_before_it_whole(voc, name, capsys, monkeypatch):
+    folder = fit("segment", voc, "--trainer.max_epochs", "1").resolve()
+    real = Trainer.save_checkpoint
+
+    def full(self, filepath, *args, **kwargs):
+        if Path(filepath).name != name:
+            return real(self, filepath, *args, **kwargs)
+        Path(filepath).write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Trainer, "save_checkpoint", full)
+    with pytest.raises(SystemExit, match="2"):
+        fit("segment", voc)
+    assert f"{name} could not be written (No space left on device)" in capsys.readouterr().err
+    assert {path.name for path in folder.iterdir()} == {"best.ckpt", "last.ckpt"}
+    epochs = {p.stem: torch.load(p, weights_only=True)["epoch"] for p in folder.iterdir()}
+    assert epochs == {"best": 0 if name == "best.ckpt" else 1, "last": 0}
