@@ -45,7 +45,9 @@ def shards_parser(name: str) -> ArgumentParser:
         "with --data.dataset wds --data.root /data/imagenet-shards",
     )
     parser.add_argument("source", nargs="?", help="folder with train/<class>/*, val/<class>/*")
-    parser.add_argument("destination", nargs="?", help="a new folder, or that of a stopped run")
+    parser.add_argument(
+        "destination", nargs="?", help="a new folder, that of a stopped run, or shards to mend"
+    )
     parser.add_argument("--verify", type=str | None, help="check this folder of shards, write none")
     parser.add_function_arguments(make_shards, as_group=False, skip={"source", "destination"})
     return parser
