@@ -56,8 +56,8 @@ def measure_training(
         device: "cpu" or "cuda".
         channels_last: Memory format of models and images.
         amp: Run the forward pass under autocast in bfloat16.
-        images: "photos", crops of two photographs, on which the stem takes its statistics with
-            more care than on "noise".
+        images: "photos", crops of two photographs, whose pixels are like their neighbours as in
+            what networks train on, or "noise". Close statistics cost a collapsed stem some time.
         directory: Where to save training.json, .csv, .png and .svg; None: nowhere.
 
     Returns:

@@ -127,6 +127,15 @@ def test_a_second_derivative_is_an_error_and_not_a_wrong_number():
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("shape", BLOCKS, ids=str)
+def test_batched_gradients_are_an_error_and_not_a_wrong_number(shape):
+    block, x = MobileOneBlock(**shape), image(shape["in_chs"]).requires_grad_()
+    set_collapse(block, "always")
+    y = block(x)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(y, x, torch.randn(3, *y.shape), is_grads_batched=True)
+
+
 def frozen(block):
     block.conv_kxk[0].bn.eval()
 
