@@ -10,6 +10,7 @@ from lightning_modules.cli import main
 from lightning_modules.dense.data import DetectionData, SegmentationData
 from lightning_modules.dense.shapes import CLASSES, Shapes
 from lightning_modules.dense.sources import VOC_CLASSES, CocoBoxes, VocMasks
+from lightning_modules.sampling import SampleKey
 
 pytest.importorskip("pycocotools", reason="needs the extra `dense`")
 
@@ -62,8 +63,8 @@ def test_voc_augments_image_and_mask_alike(voc):
     mask.save(folder / "SegmentationClass/2007_0.png")
     data = SegmentationData(dataset="voc", root=str(voc), size=64, batch_size=2, num_workers=0)
     shown = set()
-    for _ in range(20):
-        pixels, mask = data.split(True)[0]
+    for epoch in range(20):
+        pixels, mask = data.split(True)[SampleKey(epoch, 0)]
         white = pixels.mean(dim=0) > 0
         assert (white == (mask == 1)).float().mean() > 0.95
         shown.add(round(float(white.float().mean()), 2))
@@ -167,6 +168,29 @@ def test_categories_of_training_and_validation_must_agree(coco, make_coco):
     )
     with pytest.raises(ValueError, match=r"others than those of val2017: \['bird', 'fish'\]"):
         DetectionData(dataset="coco", root=str(coco), batch_size=2, num_workers=0).setup("fit")
+
+
+# --- order and augmentation
+
+
+@pytest.mark.parametrize(("kind", "name"), [(SegmentationData, "voc"), (DetectionData, "coco")])
+def test_batches_depend_on_seed_and_epoch_alone(kind, name, request):
+    root = str(request.getfixturevalue(name))
+
+    def batches(workers, seed, epoch):
+        torch.manual_seed(workers + epoch)  # the global generator has no part in it
+        options = {"batch_size": 2, "num_workers": workers, "seed": seed, "size": 64}
+        loader = kind(dataset=name, root=root, **options).train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        return [image for images, _ in loader for image in images]
+
+    def same(first, second):
+        return all(map(torch.equal, first, second))
+
+    expected = batches(0, 1, 3)
+    assert len(expected) == 4
+    assert same(expected, batches(2, 1, 3))
+    assert not same(expected, batches(0, 1, 4)) and not same(expected, batches(0, 2, 3))
 
 
 # --- arguments

@@ -1,5 +1,6 @@
 """Are the scores what they are called? And what the recipes reach, file by file."""
 
+import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -138,10 +139,16 @@ def fit(task, *more):
     return best, next(float(s["best_model_score"]) for s in savers if s.get("monitor"))
 
 
+def floor(task, metric):
+    """What the recipe says that it reaches at least."""
+    text = (ROOT / f"{task}_shapes.yaml").read_text()
+    return float(re.search(rf"Expected: {metric} at least (0\.\d+)", text)[1])
+
+
 @pytest.mark.slow
 def test_segmentation_learns_and_ships(tmp_path):
     best, miou = fit("segment")
-    assert miou > 0.8
+    assert miou > floor("segment", "val/miou")
     export_segmenter(best, tmp_path / "out", 64)
     script = torch.jit.load(tmp_path / "out/model.torchscript.pt")
     program = DenseProgram(tmp_path / "out/model.mlpackage")
@@ -165,6 +172,7 @@ def test_segmentation_learns_and_ships(tmp_path):
 def test_detection_learns_and_ships(tmp_path):
     """0.986, 0.991 and 0.995 were measured with other seeds."""
     best, _ = fit("detect")
+    least = floor("detect", "val/map_50")
     export_detector(best, tmp_path / "out")
     whole = torch.jit.load(tmp_path / "out" / WHOLE_DETECTOR)
     program = DenseProgram(tmp_path / "out/model.mlpackage")
@@ -176,7 +184,7 @@ def test_detection_learns_and_ships(tmp_path):
         score = average_precision(network(images), targets, 4)
         scripted = average_precision(whole(images)[1], targets, 4)
     coreml = [_as_torchvision(program, image) for image in images]
-    assert score > 0.9
+    assert score > least
     assert scripted == pytest.approx(score, abs=0.01)
     assert average_precision(coreml, targets, 4) == pytest.approx(score, abs=0.05)
 
