@@ -371,7 +371,7 @@ def test_of_two_processes_rank_0_ends_last(tmp_path, number):
     assert process.returncode == 128 + number, said
     assert said.count("to continue: mobileone fit --ckpt_path") == 1
     assert said.count("stopping after this step") == (number == signal.SIGINT)
-    (artifact,) = tmp_path.glob("runs/r/*/checkpoints/last/manifest.json")
+    assert len(list(tmp_path.glob("runs/r/*/checkpoints/last/manifest.json"))) == 1
     assert not list(tmp_path.glob("runs/r/*/checkpoints/*error*"))
 
 
