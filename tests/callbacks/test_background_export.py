@@ -190,6 +190,7 @@ def test_ctrl_c_ends_an_export_that_would_take_minutes(
     replace_worker(monkeypatch, "import time; time.sleep(100)")
     before, clock = signal.getsignal(signal.SIGINT), time.monotonic()
     with warnings.catch_warnings(record=True) as caught, pytest.raises(SystemExit):
+        warnings.simplefilter("always")
         tests.fit(tests.Classifier([0.5]), make(), tmp_path, max_epochs=2, callbacks=[Stops()])
     signal.signal(signal.SIGINT, before)  # Lightning ignores further Ctrl-C after StopAtOnce
     assert time.monotonic() - clock < 50
