@@ -57,14 +57,18 @@ class Publisher:
         self.trainer, self.folder = trainer, folder
         self.listeners, self.removable = listeners, removable
         self._hold = contextlib.ExitStack()
+        self.used = any(folder.path.glob("*.ckpt"))
         # for some seconds a killed run's data workers keep its folder
-        self._hold.enter_context(sole_writer(folder.path, 15.0 if trainer.ckpt_path else 0.0))
+        self._hold.enter_context(sole_writer(folder.path, 15.0 if self.used else 0.0))
         clean_stale(folder.path)  # what a killed run has left
         self.exports = Exports(folder, background, timeout)
-        if trainer.ckpt_path is None and any(folder.path.glob("*.ckpt")):
+
+    def begin_anew(self) -> None:
+        """Say so if there are checkpoints, which are then another run's."""
+        if self.used:
             rank_zero_warn(
-                f"{folder.path} holds checkpoints of another run: those of the same name will be "
-                "replaced, the others stay and do not count as best"
+                f"{self.folder.path} holds checkpoints of another run: those of the same name will "
+                "be replaced, the others stay and do not count as best"
             )
 
     def close(self) -> None:

@@ -159,6 +159,8 @@ class ReparameterizeOnSave(ModelCheckpoint):
             return
         if trainer.ckpt_path is not None:
             self._report(on_rank_zero(trainer, lambda: self._recover(pl_module)))
+        elif self._publisher is not None:
+            self._publisher.begin_anew()
 
     def on_validation_batch_start(
         self,

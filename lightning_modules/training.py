@@ -104,10 +104,10 @@ class _Records(SaveConfigCallback):
     began = False  # training, after all that can be refused
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that all ranks resume from one file.
+        """Write nothing yet: the checkpoint to resume may not fit, and the run's file is good."""
 
-        Nothing is written yet: the checkpoint to resume may not fit, and the run's file is good.
-        """
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that all ranks resume from one file; the trainer knows it only now."""
         mine = str(trainer.ckpt_path)
         if (first := trainer.strategy.broadcast(mine)) != mine:
             raise RuntimeError(
