@@ -29,11 +29,12 @@ __all__ = [
     "fits",
     "gradient_sums",
     "library",
+    "row_products",
 ]
 
 log = logging.getLogger(__name__)
 
-_SOURCES = ("depthwise.cpp", "pointwise.cpp")
+_SOURCES = ("depthwise.cpp", "gram.cpp", "pointwise.cpp")
 _HEADERS = ("planes.h", "moments.h", "input_gradient.h")
 # sums may be reordered to use vectors; NaN and infinity keep their meaning
 _FLAGS = (
@@ -135,6 +136,19 @@ def depthwise_input_grad(
     dx = torch.empty_like(x)
     _call("depthwise_input_grad", *x.shape, stride, g, y, x, weight, slope, offset, dx)
     return dx
+
+
+def row_products(a: Tensor | None, b: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ a (b − shift)ᵀ, (G, A, J), and Σ (b − shift), (G, J), both in float64.
+
+    The sums run over M and L of a (M, G, A, L) and b (M, G, J, L); without a it is b − shift.
+    """
+    batch, groups, rows, length = b.shape
+    left = rows if a is None else a.shape[2]
+    products = torch.empty(groups, left, rows, dtype=torch.float64)
+    sums = torch.empty(groups, rows, dtype=torch.float64)
+    _call("row_products", batch, groups, left, rows, length, a, b, shift, products, sums)
+    return products, sums
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:

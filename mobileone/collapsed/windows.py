@@ -4,16 +4,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mobileone.collapsed import native
 from mobileone.collapsed.algebra import WindowStatistics
 from mobileone.collapsed.branches import Geometry
 
 __all__ = [
     "algebra_dtype",
-    "careful_statistics",
     "columns",
     "far_means",
     "image",
+    "is_far",
     "needs_care",
+    "row_products",
     "rows",
     "uncolumns",
     "window_statistics",
@@ -90,50 +92,64 @@ def rows(y: Tensor, geometry: Geometry) -> Tensor:
     return y.reshape(batch, geometry.groups, channels // geometry.groups, -1)
 
 
-def window_statistics(matrix: Tensor) -> WindowStatistics:
-    """Mean and covariance of the columns of (M, G, J, L), by sums in float32 or better."""
-    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    dtype = algebra_dtype(matrix.shape[2], matrix.dtype)
-    count = wide.shape[0] * wide.shape[3]
-    mean = wide.sum(-1).sum(0, dtype=torch.float64).div_(count)  # (G, J)
-    gram = _gram(wide, dtype).div_(count)
-    square = mean[..., :, None] * mean[..., None, :]
-    return WindowStatistics(mean, gram - square.to(dtype), count)
+def window_statistics(matrix: Tensor) -> tuple[WindowStatistics, Tensor]:
+    """Mean and covariance of the columns of (M, G, J, L), and the shift (G, J) they are about.
 
-
-def careful_statistics(matrix: Tensor, rough: WindowStatistics) -> tuple[WindowStatistics, Tensor]:
-    """The same in float64 and about a shift (G, J), in the matrix's dtype, returned as well.
-
-    The statistics are those of the columns less the shift, which is about their mean.
+    The shift is about the mean, in the dtype of the sums, float32 or better: nothing depends on it
+    but rounding, which would grow with mean² / variance. The mean returned is absolute.
     """
-    shift = torch.nan_to_num(rough.mean.to(matrix.dtype))
-    return window_statistics(matrix.double() - shift[..., None].double()), shift
+    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    count = wide.shape[0] * wide.shape[3]
+    average = wide.sum(-1).sum(0, dtype=torch.float64) / count
+    shift = torch.nan_to_num(average.to(wide.dtype))
+    gram, total = row_products(None, wide, shift)
+    rest = total / count  # of the mean, (G, J)
+    cov = gram.div_(count) - rest[..., :, None] * rest[..., None, :]
+    cov = cov.to(algebra_dtype(matrix.shape[2], matrix.dtype))
+    return WindowStatistics(rest + shift, cov, count), shift
+
+
+def row_products(a: Tensor | None, b: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ a (b − shift)ᵀ, (G, A, J), and Σ (b − shift), (G, J), in float64.
+
+    The sums run over M and L of a (M, G, A, L) and b (M, G, J, L); without a it is b − shift.
+    """
+    if native.fits(b):
+        return native.row_products(None if a is None else a.contiguous(), b, shift)
+    b = b - shift[..., None]
+    products = _gram(b) if a is None else torch.matmul(a, b.mT).sum(0, dtype=torch.float64)
+    return products, b.sum(-1).sum(0, dtype=torch.float64)
 
 
 def needs_care(stats: WindowStatistics, kernels: Tensor, product: Tensor) -> bool:
     """Whether rounding in sums over windows would be magnified in what is made of them.
 
-    That is so where means outweigh the spread; where squares overflow; where vᵢ is far below what
-    the weights could make of it, Σⱼ Wᵢⱼ² Cⱼⱼ; and where one direction has most of the windows'
-    variance, as in smooth images: BatchNorm's gradient ignores the direction in which a branch
-    looks, so that what counts is the variance that zᵢ = Wᵢ x leaves unexplained of the inputs
-    that it reads, tr C − |C Wᵢ|² / vᵢ.
+    That is so where squares overflow; where vᵢ is far below what the weights could make of it,
+    Σⱼ Wᵢⱼ² Cⱼⱼ; and where one direction has most of the windows' variance, as in smooth images:
+    BatchNorm's gradient ignores the direction in which a branch looks, so that what counts is the
+    variance that zᵢ = Wᵢ x leaves unexplained of the inputs that it reads, tr C − |C Wᵢ|² / vᵢ.
 
     Args:
-        stats: Rough statistics.
+        stats: Statistics.
         kernels: Wᵢ, (B, G, O, J).
         product: Wᵢ C, likewise.
     """
     variance = stats.cov.diagonal(dim1=-2, dim2=-1)
-    far = ~(stats.mean.square() <= _FAR * variance).all() | ~stats.cov.isfinite().all()
     var = torch.linalg.vecdot(product, kernels)
     seen = kernels != 0  # a scale branch sees one pixel of the window
     total = torch.matmul(seen.to(variance.dtype), variance[..., None]).squeeze(-1)
     explained = torch.linalg.vecdot(product, product * seen)
     hidden = (explained > (1 - _ALIKE) * total * var) & (seen.sum(-1) > 1)
     size = torch.matmul(kernels.square(), variance[..., None]).squeeze(-1)
+    thin = var * _THIN < size
     # the only look at the numbers: a GPU is waited for
-    return bool(far | hidden.any() | (var * _THIN < size).any())
+    return bool(~stats.cov.isfinite().all() | hidden.any() | thin.any())
+
+
+def is_far(stats: WindowStatistics) -> bool:
+    """Whether a mean outweighs the spread, so that products with the windows would cancel."""
+    variance = stats.cov.diagonal(dim1=-2, dim2=-1)
+    return bool((stats.mean.square() > _FAR * variance).any())
 
 
 def far_means(mean: Tensor, var: Tensor) -> Tensor:
@@ -141,12 +157,12 @@ def far_means(mean: Tensor, var: Tensor) -> Tensor:
     return torch.where(mean.square() <= _FAR * var, 0.0, mean).float()
 
 
-def _gram(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """Σ X Xᵀ of (M, G, J, L) as (G, J, J); of two symmetric quarters one is computed."""
+def _gram(matrix: Tensor) -> Tensor:
+    """Σ X Xᵀ of (M, G, J, L) as (G, J, J), float64; of two symmetric quarters one is computed."""
     half = matrix.shape[2] // 2
     first, second = matrix[:, :, :half], matrix[:, :, half:]
-    upper = torch.matmul(first, matrix.transpose(-1, -2)).sum(0, dtype=dtype)
-    corner = torch.matmul(second, second.transpose(-1, -2)).sum(0, dtype=dtype)
+    upper = torch.matmul(first, matrix.transpose(-1, -2)).sum(0, dtype=torch.float64)
+    corner = torch.matmul(second, second.transpose(-1, -2)).sum(0, dtype=torch.float64)
     lower = torch.cat((upper[..., half:].transpose(-1, -2), corner), dim=-1)
     return torch.cat((upper, lower), dim=-2)
 
