@@ -20,7 +20,8 @@ constexpr int BLOCK = 2;
 constexpr int SUMS = BLOCK * BLOCK;
 constexpr int64_t PACK = 1024;              // columns that are copied together
 constexpr int64_t STRIDE = PACK + LANES;    // of a copied row: a power of two would fill one cache set
-constexpr int64_t PANEL = 32;               // rows of A that stay in the second-level cache
+constexpr int64_t PANEL = 64;               // rows of A that stay in the second-level cache
+constexpr int64_t TASKS = 16;               // into which the work is divided, or more
 
 typedef int Index __attribute__((vector_size(LANES * sizeof(int))));
 
@@ -76,91 +77,107 @@ inline void add_block(const float* a, const float* b, int64_t columns, double (&
   }
 }
 
-// Rows of (batch, groups, rows, length), PACK columns of one group at a time, less a shift a row;
-// zeros beyond the last row and column.
-struct Rows {
-  int64_t batch, groups, rows, length, padded;
-  std::vector<float> data;
+// Rows of (batch, groups, rows, length), whose columns are counted through the batch.
+struct Source {
+  int64_t groups, rows, length;
+  const float* data;
 
-  Rows(int64_t n, int64_t g, int64_t r, int64_t l)
-      : batch(n), groups(g), rows(r), length(l), padded((r + BLOCK - 1) / BLOCK * BLOCK),
-        data(padded * STRIDE, 0.0f) {}
-
-  const float* at(int64_t row) const { return data.data() + row * STRIDE; }
-
-  // Copy one row's columns first … first + count − 1, counted through the batch; returns their sum.
-  double copy(const float* from, int64_t group, int64_t row, float shift, int64_t first,
-            int64_t count) {
-    float* to = data.data() + row * STRIDE;
+  // Copy columns first … first + count − 1 of a row less a shift, and zeros behind; returns their sum.
+  double copy(int64_t group, int64_t row, float shift, int64_t first, int64_t count,
+              float* to) const {
+    float* const start = to;
     std::fill(to + count, to + std::min(STRIDE, count + LANES), 0.0f);
     while (count > 0) {
       const int64_t n = first / length, column = first % length;
       const int64_t part = std::min(count, length - column);
-      const float* source = from + ((n * groups + group) * rows + row) * length + column;
-      for (int64_t i = 0; i < part; ++i) to[i] = source[i] - shift;
+      const float* from = data + ((n * groups + group) * rows + row) * length + column;
+      for (int64_t i = 0; i < part; ++i) to[i] = from[i] - shift;
       to += part, first += part, count -= part;
     }
-    return sum(at(row), to);
-  }
-
- private:
-  // In float32 a lane, that is PACK / LANES values; the last lanes hold zeros.
-  static double sum(const float* from, const float* end) {
     V lanes{};
-    for (; from < end; from += LANES) lanes += load(from);
+    for (const float* p = start; p < to; p += LANES) lanes += load(p);
     return total(__builtin_convertvector(lanes, Wide));
   }
 };
 
-// One group's sums. Threads share out the rows to copy, and then the blocks of the result: no sum
-// depends on their number.
-void add_pack(const Rows& a, const Rows& b, bool symmetric, int64_t columns, double* products) {
-  const int64_t panels = (a.padded + PANEL - 1) / PANEL, blocks = b.padded / BLOCK;
-#pragma omp for collapse(2) schedule(static)
-  for (int64_t panel = 0; panel < panels; ++panel)
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t k = block * BLOCK, end = std::min(a.padded, (panel + 1) * PANEL);
-      for (int64_t j = panel * PANEL; j < end; j += BLOCK) {
-        if (symmetric && j < k) continue;
-        double totals[SUMS] = {};
-        add_block(a.at(j), b.at(k), columns, totals);
-        for (int u = 0; u < BLOCK && j + u < a.rows; ++u)
-          for (int v = 0; v < BLOCK && k + v < b.rows; ++v)
-            products[(j + u) * b.rows + k + v] += totals[u * BLOCK + v];
-      }
+inline int64_t blocks(int64_t rows) { return (rows + BLOCK - 1) / BLOCK * BLOCK; }
+
+// What one task does: the products of PANEL rows of A with all rows of B, over some of the columns.
+// It copies the rows that it needs itself, so that tasks wait for nothing. A null A is B − shift.
+class Panel {
+ public:
+  Panel(const Source* a, const Source& b)
+      : a_(a), b_(b), right_(blocks(b.rows) * STRIDE), left_(a ? PANEL * STRIDE : 0) {}
+
+  void add(int64_t group, int64_t row, const float* shift, int64_t first, int64_t columns,
+           double* products, double* sums) {
+    const int64_t all = (a_ ? a_ : &b_)->rows, end = std::min(all, row + PANEL);
+    const int64_t seen = a_ ? b_.rows : end;  // rows of B; of symmetric products one half
+    for (int64_t k = 0; k < seen; ++k) {
+      const double sum = b_.copy(group, k, shift[k], first, columns, right_.data() + k * STRIDE);
+      if (k >= row && !a_) sums[k] += sum;
     }
-}
+    for (int64_t j = row; a_ && j < end; ++j)
+      a_->copy(group, j, 0.0f, first, columns, left_.data() + (j - row) * STRIDE);
+    const float* left = a_ ? left_.data() : right_.data() + row * STRIDE;
+    for (int64_t k = 0; k < seen; k += BLOCK)
+      for (int64_t j = a_ ? row : std::max(row, k); j < end; j += BLOCK) {
+        double totals[SUMS] = {};
+        add_block(left + (j - row) * STRIDE, right_.data() + k * STRIDE, columns, totals);
+        for (int u = 0; u < BLOCK && j + u < end; ++u)
+          for (int v = 0; v < BLOCK && k + v < b_.rows; ++v)
+            products[(j + u) * b_.rows + k + v] += totals[u * BLOCK + v];
+      }
+  }
+
+ private:
+  const Source* a_;
+  const Source& b_;
+  std::vector<float> right_, left_;
+};
 
 }  // namespace
 
 extern "C" {
 
-// Σ a (b − shift)ᵀ (G, A, B) and Σ (b − shift) (G, B) over the images and columns of a (N, G, A, L)
-// and b (N, G, B, L), with shift (G, B); a null stands for b − shift.
+// Σ a (b − shift)ᵀ (G, A, B) over the images and columns of a (N, G, A, L) and b (N, G, B, L), with
+// shift (G, B). A null a stands for b − shift, whose sums (G, B) are then told as well.
+// The columns are shared out in parts by the shape alone: no sum depends on the number of threads.
 void row_products(int threads, int64_t batch, int64_t groups, int64_t a_rows, int64_t b_rows,
                   int64_t length, const float* a, const float* b, const float* shift,
                   double* products, double* sums) {
-  Rows right(batch, groups, b_rows, length), left(batch, groups, a ? a_rows : 0, length);
-  const int64_t columns = batch * length;
-  std::fill(products, products + groups * a_rows * b_rows, 0.0);
-  std::fill(sums, sums + groups * b_rows, 0.0);
+  const Source left{groups, a_rows, length, a}, right{groups, b_rows, length, b};
+  const int64_t columns = batch * length, packs = (columns + PACK - 1) / PACK;
+  const int64_t panels = (a_rows + PANEL - 1) / PANEL;
+  const int64_t parts = std::min(packs, std::max(int64_t(1), TASKS / (panels * groups)));
+  const int64_t size = groups * a_rows * b_rows, sides = groups * b_rows;
+  std::vector<double> products_of(parts * size, 0.0), sums_of(parts * sides, 0.0);
 #pragma omp parallel num_threads(threads)
-  for (int64_t g = 0; g < groups; ++g) {
-    double* to = products + g * a_rows * b_rows;
-    for (int64_t first = 0; first < columns; first += PACK) {
-      const int64_t count = std::min(PACK, columns - first);
+  {
+    Panel task(a ? &left : nullptr, right);
+#pragma omp for collapse(3) schedule(dynamic)
+    for (int64_t g = 0; g < groups; ++g)
+      for (int64_t part = 0; part < parts; ++part)
+        for (int64_t panel = panels - 1; panel >= 0; --panel)
+          for (int64_t pack = part * packs / parts; pack < (part + 1) * packs / parts; ++pack)
+            task.add(g, panel * PANEL, shift + g * b_rows, pack * PACK,
+                     std::min(PACK, columns - pack * PACK),
+                     products_of.data() + part * size + g * a_rows * b_rows,
+                     sums_of.data() + part * sides + g * b_rows);
 #pragma omp for schedule(static)
-      for (int64_t row = 0; row < b_rows + left.rows; ++row)
-        if (row < b_rows)
-          sums[g * b_rows + row] += right.copy(b, g, row, shift[g * b_rows + row], first, count);
-        else
-          left.copy(a, g, row - b_rows, 0.0f, first, count);
-      add_pack(a ? left : right, right, !a, count, to);
-    }
-    if (!a)
-#pragma omp for schedule(static)
-      for (int64_t j = 0; j < b_rows; ++j)
-        for (int64_t k = j + 1; k < b_rows; ++k) to[j * b_rows + k] = to[k * b_rows + j];
+    for (int64_t row = 0; row < groups * a_rows; ++row)
+      for (int64_t k = 0; k < b_rows; ++k) {
+        const int64_t j = row % a_rows, g = row / a_rows;
+        const bool upper = !a && k > j;  // is the mirror of what was summed
+        double sum = 0.0;
+        for (int64_t part = 0; part < parts; ++part)
+          sum += products_of[part * size + (g * a_rows + (upper ? k : j)) * b_rows + (upper ? j : k)];
+        products[row * b_rows + k] = sum;
+      }
+  }
+  for (int64_t k = 0; !a && k < sides; ++k) {
+    sums[k] = 0.0;
+    for (int64_t part = 0; part < parts; ++part) sums[k] += sums_of[part * sides + k];
   }
 }
 

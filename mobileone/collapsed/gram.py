@@ -91,7 +91,7 @@ class GramConvolution(torch.autograd.Function):
         windows, g, rest = columns(x, geometry), rows(g, geometry), rest.view(len(m), -1)
         windows = windows.to(torch.promote_types(x.dtype, torch.float32))
         left, right = (g.double(), windows.double()) if ctx.careful else (g, windows)
-        weight_grad, _ = row_products(left, right, shift.to(right.dtype))
+        weight_grad = row_products(left, right, shift.to(right.dtype))
         weight_grad -= rest[..., None] * (m - shift)[:, None, :]  # about the mean, (G, O, J)
         branches = gather_branches(geometry, tensors, cov.dtype)
         if ctx.far:

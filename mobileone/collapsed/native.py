@@ -28,6 +28,7 @@ __all__ = [
     "depthwise_weight_grad",
     "fits",
     "gradient_sums",
+    "gram",
     "library",
     "row_products",
 ]
@@ -138,16 +139,20 @@ def depthwise_input_grad(
     return dx
 
 
-def row_products(a: Tensor | None, b: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ a (b − shift)ᵀ, (G, A, J), and Σ (b − shift), (G, J), both in float64.
-
-    The sums run over M and L of a (M, G, A, L) and b (M, G, J, L); without a it is b − shift.
-    """
+def row_products(a: Tensor, b: Tensor, shift: Tensor) -> Tensor:
+    """Σ a (b − shift)ᵀ, (G, A, J) in float64, of a (M, G, A, L), b (M, G, J, L), shift (G, J)."""
     batch, groups, rows, length = b.shape
-    left = rows if a is None else a.shape[2]
-    products = torch.empty(groups, left, rows, dtype=torch.float64)
+    products = torch.empty(groups, a.shape[2], rows, dtype=torch.float64)
+    _call("row_products", batch, groups, a.shape[2], rows, length, a, b, shift, products, None)
+    return products
+
+
+def gram(b: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ (b − shift) (b − shift)ᵀ, (G, J, J), and Σ (b − shift), (G, J), likewise."""
+    batch, groups, rows, length = b.shape
+    products = torch.empty(groups, rows, rows, dtype=torch.float64)
     sums = torch.empty(groups, rows, dtype=torch.float64)
-    _call("row_products", batch, groups, left, rows, length, a, b, shift, products, sums)
+    _call("row_products", batch, groups, rows, rows, length, None, b, shift, products, sums)
     return products, sums
 
 

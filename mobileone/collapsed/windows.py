@@ -102,23 +102,18 @@ def window_statistics(matrix: Tensor) -> tuple[WindowStatistics, Tensor]:
     count = wide.shape[0] * wide.shape[3]
     average = wide.sum(-1).sum(0, dtype=torch.float64) / count
     shift = torch.nan_to_num(average.to(wide.dtype))
-    gram, total = row_products(None, wide, shift)
+    gram, total = _gram(wide, shift)
     rest = total / count  # of the mean, (G, J)
     cov = gram.div_(count) - rest[..., :, None] * rest[..., None, :]
     cov = cov.to(algebra_dtype(matrix.shape[2], matrix.dtype))
     return WindowStatistics(rest + shift, cov, count), shift
 
 
-def row_products(a: Tensor | None, b: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ a (b − shift)ᵀ, (G, A, J), and Σ (b − shift), (G, J), in float64.
-
-    The sums run over M and L of a (M, G, A, L) and b (M, G, J, L); without a it is b − shift.
-    """
-    if native.fits(b):
-        return native.row_products(None if a is None else a.contiguous(), b, shift)
-    b = b - shift[..., None]
-    products = _gram(b) if a is None else torch.matmul(a, b.mT).sum(0, dtype=torch.float64)
-    return products, b.sum(-1).sum(0, dtype=torch.float64)
+def row_products(a: Tensor, b: Tensor, shift: Tensor) -> Tensor:
+    """Σ a (b − shift)ᵀ, (G, A, J) in float64, over M and L of a (M, G, A, L) and b (M, G, J, L)."""
+    if native.fits(b) and native.fits(a):
+        return native.row_products(a, b, shift)
+    return torch.matmul(a, (b - shift[..., None]).mT).sum(0, dtype=torch.float64)
 
 
 def needs_care(stats: WindowStatistics, kernels: Tensor, product: Tensor) -> bool:
@@ -157,14 +152,17 @@ def far_means(mean: Tensor, var: Tensor) -> Tensor:
     return torch.where(mean.square() <= _FAR * var, 0.0, mean).float()
 
 
-def _gram(matrix: Tensor) -> Tensor:
-    """Σ X Xᵀ of (M, G, J, L) as (G, J, J), float64; of two symmetric quarters one is computed."""
-    half = matrix.shape[2] // 2
+def _gram(matrix: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ X Xᵀ (G, J, J) and Σ X (G, J) in float64, X being a matrix (M, G, J, L) less its shift."""
+    if native.fits(matrix):
+        return native.gram(matrix, shift)
+    matrix = matrix - shift[..., None]
+    half = matrix.shape[2] // 2  # of two symmetric quarters one is computed
     first, second = matrix[:, :, :half], matrix[:, :, half:]
-    upper = torch.matmul(first, matrix.transpose(-1, -2)).sum(0, dtype=torch.float64)
-    corner = torch.matmul(second, second.transpose(-1, -2)).sum(0, dtype=torch.float64)
-    lower = torch.cat((upper[..., half:].transpose(-1, -2), corner), dim=-1)
-    return torch.cat((upper, lower), dim=-2)
+    upper = torch.matmul(first, matrix.mT).sum(0, dtype=torch.float64)
+    corner = torch.matmul(second, second.mT).sum(0, dtype=torch.float64)
+    lower = torch.cat((upper[..., half:].mT, corner), dim=-1)
+    return torch.cat((upper, lower), dim=-2), matrix.sum(-1).sum(0, dtype=torch.float64)
 
 
 def _joined(pixels: int, batch: int) -> bool:
