@@ -94,9 +94,9 @@ struct Source {
       for (int64_t i = 0; i < part; ++i) to[i] = from[i] - shift;
       to += part, first += part, count -= part;
     }
-    V lanes{};
-    for (const float* p = start; p < to; p += LANES) lanes += load(p);
-    return total(__builtin_convertvector(lanes, Wide));
+    Wide lanes{};
+    for (const float* p = start; p < to; p += LANES) lanes += __builtin_convertvector(load(p), Wide);
+    return total(lanes);
   }
 };
 

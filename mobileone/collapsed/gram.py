@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mobileone.collapsed.algebra import (
+    Branches,
     Collapsed,
     WindowStatistics,
     branch_means,
@@ -18,10 +19,12 @@ from mobileone.collapsed.algebra import (
 )
 from mobileone.collapsed.branches import Geometry, branch_gradients, gather_branches
 from mobileone.collapsed.windows import (
+    Care,
+    algebra_dtype,
+    care_needed,
     columns,
     image,
     is_far,
-    needs_care,
     row_products,
     rows,
     uncolumns,
@@ -45,15 +48,15 @@ class GramConvolution(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         windows = columns(x, geometry)
         stats, shift = window_statistics(windows)
-        branches = gather_branches(geometry, tensors, stats.cov.dtype)
-        product = torch.matmul(branches.kernels, stats.cov)
-        careful = needs_care(stats, branches.kernels, product)
-        if careful:
+        algebra = algebra_dtype(geometry, x.dtype)
+        branches, cov, product = _products(geometry, tensors, stats, algebra)
+        care = care_needed(cov, branches.kernels, product)
+        if care is Care.SUMS:
             stats, _ = window_statistics(windows.double())
-            branches = gather_branches(geometry, tensors, stats.cov.dtype)
-            product = torch.matmul(branches.kernels, stats.cov)
-        far = careful or is_far(stats)
-        var = branch_variances(branches, stats.cov, product)
+        if care:
+            branches, cov, product = _products(geometry, tensors, stats, torch.float64)
+        far = care is Care.SUMS or is_far(stats)
+        var = branch_variances(branches, cov, product)
         folded = collapse(branches, stats.mean - shift if far else stats.mean, var)
         if far:
             windows = windows - shift[..., None]
@@ -63,10 +66,8 @@ class GramConvolution(torch.autograd.Function):
             y.relu_()
         size = geometry.output_size(*x.shape[2:])
         y = image(y, torch.Size((x.shape[0], geometry.out_chs, *size)))
-        ctx.geometry, ctx.number, ctx.careful, ctx.far = geometry, stats.number, careful, far
-        ctx.save_for_backward(
-            x, y if relu else None, shift, stats.mean, stats.cov, *folded, *tensors
-        )
+        ctx.geometry, ctx.number, ctx.care, ctx.far = geometry, stats.number, care, far
+        ctx.save_for_backward(x, y if relu else None, shift, stats.mean, cov, *folded, *tensors)
         mean = branch_means(branches, stats.mean).flatten(1)
         var = var.flatten(1)
         ctx.mark_non_differentiable(mean, var)
@@ -90,7 +91,7 @@ class GramConvolution(torch.autograd.Function):
         g, total, rest = _centre(wide, in_place=y is not None or wide is not g)
         windows, g, rest = columns(x, geometry), rows(g, geometry), rest.view(len(m), -1)
         windows = windows.to(torch.promote_types(x.dtype, torch.float32))
-        left, right = (g.double(), windows.double()) if ctx.careful else (g, windows)
+        left, right = (g.double(), windows.double()) if ctx.care is Care.SUMS else (g, windows)
         weight_grad = row_products(left, right, shift.to(right.dtype))
         weight_grad -= rest[..., None] * (m - shift)[:, None, :]  # about the mean, (G, O, J)
         branches = gather_branches(geometry, tensors, cov.dtype)
@@ -106,6 +107,17 @@ class GramConvolution(torch.autograd.Function):
             dwindows += grads.offset.to(g.dtype)[..., None]
             dx = uncolumns(dwindows, geometry, x.shape).to(x.dtype)
         return dx, None, None, None, *branch_gradients(geometry, grads, tensors)
+
+
+def _products(
+    geometry: Geometry,
+    tensors: tuple[Tensor, ...],
+    stats: WindowStatistics,
+    dtype: torch.dtype,
+) -> tuple[Branches, Tensor, Tensor]:
+    """The branches, C and Wᵢ C in the dtype of the algebra."""
+    branches, cov = gather_branches(geometry, tensors, dtype), stats.cov.to(dtype)
+    return branches, cov, torch.matmul(branches.kernels, cov)
 
 
 def _centre(g: Tensor, in_place: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """Windows of a convolution as columns of matrices, and their mean and covariance."""
 
+from enum import IntEnum
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,12 +11,13 @@ from mobileone.collapsed.algebra import WindowStatistics
 from mobileone.collapsed.branches import Geometry
 
 __all__ = [
+    "Care",
     "algebra_dtype",
+    "care_needed",
     "columns",
     "far_means",
     "image",
     "is_far",
-    "needs_care",
     "row_products",
     "rows",
     "uncolumns",
@@ -29,18 +32,34 @@ _LIGHT = 128
 """Window size J up to which the small algebra is done in float64, where its cost cannot show."""
 
 _FAR = 16.0
-"""Ratio of squared mean to variance from which the statistics are taken with care."""
+"""Ratio of squared mean to variance from which products with windows are taken about the mean."""
 
-_THIN = 64.0
-"""The same if a variance is below one part in this of what the weights could make of the input."""
+_THIN = 4.0
+"""Ratio of what the weights could make of the input's variance to what a branch does make of it
+from which the small algebra is done in float64."""
+
+_THINNEST = 8.0
+"""The same from which sums over windows are taken in float64 as well."""
 
 _ALIKE = 0.25
-"""The same if a branch's output leaves less than this part of the windows' variance unexplained."""
+"""Part of the windows' variance that a branch's output must leave unexplained for float32 sums."""
 
 
-def algebra_dtype(window: int, dtype: torch.dtype) -> torch.dtype:
-    """Dtype of statistics and small algebra for windows of J inputs of the given dtype."""
-    return torch.float64 if window <= _LIGHT else torch.promote_types(dtype, torch.float32)
+class Care(IntEnum):
+    """What runs in float64."""
+
+    NONE = 0
+    ALGEBRA = 1
+    SUMS = 2  # and the algebra
+
+
+def algebra_dtype(geometry: Geometry, dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the small algebra for inputs of the given dtype, where no care is needed.
+
+    Of a single branch, the gradient may cancel altogether.
+    """
+    light = geometry.window <= _LIGHT or geometry.branches == 1
+    return torch.float64 if light else torch.promote_types(dtype, torch.float32)
 
 
 def columns(x: Tensor, geometry: Geometry) -> Tensor:
@@ -93,19 +112,22 @@ def rows(y: Tensor, geometry: Geometry) -> Tensor:
 
 
 def window_statistics(matrix: Tensor) -> tuple[WindowStatistics, Tensor]:
-    """Mean and covariance of the columns of (M, G, J, L), and the shift (G, J) they are about.
+    """Mean and covariance of the columns of (M, G, J, L), and the shift (G, J) they were taken about.
 
-    The shift is about the mean, in the dtype of the sums, float32 or better: nothing depends on it
-    but rounding, which would grow with mean² / variance. The mean returned is absolute.
+    Nothing depends on the shift but rounding, which would grow with mean² / variance. It is the
+    mean to ten bits, so that differences from it, and their products where a value is frequent,
+    are exact: low bits would be rounded away alike in all of them. Mean and covariance are in
+    float64, the shift is in the dtype of the sums, float32 or better.
     """
     wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     count = wide.shape[0] * wide.shape[3]
     average = wide.sum(-1).sum(0, dtype=torch.float64) / count
-    shift = torch.nan_to_num(average.to(wide.dtype))
+    fraction, exponent = torch.frexp(average)
+    shift = torch.ldexp(torch.round(fraction * 1024) / 1024, exponent)
+    shift = torch.nan_to_num(shift.to(wide.dtype))
     gram, total = _gram(wide, shift)
     rest = total / count  # of the mean, (G, J)
     cov = gram.div_(count) - rest[..., :, None] * rest[..., None, :]
-    cov = cov.to(algebra_dtype(matrix.shape[2], matrix.dtype))
     return WindowStatistics(rest + shift, cov, count), shift
 
 
@@ -116,8 +138,8 @@ def row_products(a: Tensor, b: Tensor, shift: Tensor) -> Tensor:
     return torch.matmul(a, (b - shift[..., None]).mT).sum(0, dtype=torch.float64)
 
 
-def needs_care(stats: WindowStatistics, kernels: Tensor, product: Tensor) -> bool:
-    """Whether rounding in sums over windows would be magnified in what is made of them.
+def care_needed(cov: Tensor, kernels: Tensor, product: Tensor) -> Care:
+    """Whether rounding in C and P would be magnified in what is made of them.
 
     That is so where squares overflow; where vᵢ is far below what the weights could make of it,
     Σⱼ Wᵢⱼ² Cⱼⱼ; and where one direction has most of the windows' variance, as in smooth images:
@@ -125,20 +147,20 @@ def needs_care(stats: WindowStatistics, kernels: Tensor, product: Tensor) -> boo
     variance that zᵢ = Wᵢ x leaves unexplained of the inputs that it reads, tr C − |C Wᵢ|² / vᵢ.
 
     Args:
-        stats: Statistics.
+        cov: C, (G, J, J).
         kernels: Wᵢ, (B, G, O, J).
         product: Wᵢ C, likewise.
     """
-    variance = stats.cov.diagonal(dim1=-2, dim2=-1)
+    variance = cov.diagonal(dim1=-2, dim2=-1)
     var = torch.linalg.vecdot(product, kernels)
     seen = kernels != 0  # a scale branch sees one pixel of the window
     total = torch.matmul(seen.to(variance.dtype), variance[..., None]).squeeze(-1)
     explained = torch.linalg.vecdot(product, product * seen)
     hidden = (explained > (1 - _ALIKE) * total * var) & (seen.sum(-1) > 1)
     size = torch.matmul(kernels.square(), variance[..., None]).squeeze(-1)
-    thin = var * _THIN < size
+    worst = hidden.any() | (var * _THINNEST < size).any() | ~cov.isfinite().all()
     # the only look at the numbers: a GPU is waited for
-    return bool(~stats.cov.isfinite().all() | hidden.any() | thin.any())
+    return Care(int((var * _THIN < size).any().int().maximum(2 * worst.int())))
 
 
 def is_far(stats: WindowStatistics) -> bool:
