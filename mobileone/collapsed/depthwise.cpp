@@ -20,7 +20,7 @@ void forward(int threads, const Shape& s, const float* x, const float* shift,
     const TapList none{};
 #pragma omp for schedule(static)
     for (int64_t c = 0; c < s.channels; ++c) {
-      TapList taps;
+      Differences taps;
       for (int u = 0; u < 9; ++u)
         taps.add(plane.at(u / 3 - 1, u % 3 - 1) - plane.at(0, 0), weight[9 * c + u]);
       for (int64_t n = 0; n < s.batch; ++n) {
@@ -67,21 +67,23 @@ void weight_gradient(int threads, const Shape& s, const float* g, const float* y
         }
       }
       drain(acc, totals);
-      for (int u = 0; u < 9; ++u) weight_grad[9 * c + u] = total(totals[u]);
       bias_grad[c] = total(totals[9]);
+      for (int u = 0; u < 9; ++u)  // and what the mean lost as a float
+        weight_grad[9 * c + u] = total(totals[u]) - bias_grad[c] * (mean[9 * c + u] - m[u]);
     }
   }
 }
 
 template <int STRIDE>
 void input_gradient(int threads, const Shape& s, const float* g, const float* y, const float* x,
-                    const double* weight, const double* slope, const double* offset, float* dx) {
+                    const float* shift, const double* weight, const double* slope,
+                    const double* offset, float* dx) {
 #pragma omp parallel num_threads(threads)
   {
     InputGradient<STRIDE> gradient(s);
 #pragma omp for schedule(static)
     for (int64_t c = 0; c < s.channels; ++c) {
-      gradient.prepare(weight + 9 * c, slope + 81 * c, offset + 9 * c);
+      gradient.prepare(weight + 9 * c, slope + 81 * c, offset + 9 * c, shift[c]);
       for (int64_t n = 0; n < s.batch; ++n) {
         const int64_t in = (n * s.channels + c) * s.in_size();
         const int64_t out = (n * s.channels + c) * s.out_size();
@@ -105,6 +107,18 @@ void depthwise_moments(int threads, int64_t batch, int64_t channels, int64_t hei
     moments<2, Products>(threads, s, x, mean, cov);
 }
 
+// The same in float64 for the channels named, `count` of them, and only for these.
+void depthwise_careful_moments(int threads, int64_t batch, int64_t channels, int64_t height,
+                               int64_t width, int64_t stride, const float* x, int64_t count,
+                               const int64_t* which, double* mean, double* cov) {
+  const Shape s(batch, channels, height, width, stride);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t c = which[i];
+    (stride == 1 ? careful_moments<1> : careful_moments<2>)(s, x, c, mean + 9 * c, cov + 81 * c);
+  }
+}
+
 // y = Ŵ ∗ (x − shift) + b̂, rectified on demand; weight (C, 9), shift and bias (C).
 void depthwise_forward(int threads, int64_t batch, int64_t channels, int64_t height, int64_t width,
                        int64_t stride, const float* x, const float* shift, const double* weight,
@@ -123,14 +137,15 @@ void depthwise_weight_grad(int threads, int64_t batch, int64_t channels, int64_t
                                                          weight_grad, bias_grad);
 }
 
-// ∂L/∂x, the part through the batch statistics included: slope S (C, 9, 9), offset r (C, 9).
+// ∂L/∂x, the part through the batch statistics included: slope S (C, 9, 9) and offset r (C, 9) of the
+// windows less a shift (C).
 void depthwise_input_grad(int threads, int64_t batch, int64_t channels, int64_t height,
                           int64_t width, int64_t stride, const float* g, const float* y,
-                          const float* x, const double* weight, const double* slope,
-                          const double* offset, float* dx) {
+                          const float* x, const float* shift, const double* weight,
+                          const double* slope, const double* offset, float* dx) {
   const Shape s(batch, channels, height, width, stride);
-  (stride == 1 ? input_gradient<1> : input_gradient<2>)(threads, s, g, y, x, weight, slope, offset,
-                                                       dx);
+  (stride == 1 ? input_gradient<1> : input_gradient<2>)(threads, s, g, y, x, shift, weight, slope,
+                                                       offset, dx);
 }
 
 }  // extern "C"

@@ -22,6 +22,7 @@ __all__ = [
     "affine",
     "affine_grad",
     "channel_moments",
+    "depthwise_careful_moments",
     "depthwise_forward",
     "depthwise_input_grad",
     "depthwise_moments",
@@ -98,6 +99,13 @@ def depthwise_moments(x: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     return mean, cov
 
 
+def depthwise_careful_moments(
+    x: Tensor, stride: int, which: Tensor, mean: Tensor, cov: Tensor
+) -> None:
+    """Write the same, summed in float64, for the channels of indices `which` (int64)."""
+    _call("depthwise_careful_moments", *x.shape, stride, x, len(which), which, mean, cov)
+
+
 def depthwise_forward(
     x: Tensor, stride: int, shift: Tensor, weight: Tensor, bias: Tensor, relu: bool
 ) -> Tensor:
@@ -132,10 +140,14 @@ def depthwise_input_grad(
     weight: Tensor,
     slope: Tensor,
     offset: Tensor,
+    shift: Tensor,
 ) -> Tensor:
-    """∂L/∂x; a window x receives slope (C, 9, 9) · x + offset (C, 9) besides Ŵᵀg, float64."""
+    """∂L/∂x; a window x receives slope · (x − shift) + offset besides Ŵᵀg.
+
+    Slope (C, 9, 9) and offset (C, 9) are in float64, shift (C,) in float32.
+    """
     dx = torch.empty_like(x)
-    _call("depthwise_input_grad", *x.shape, stride, g, y, x, weight, slope, offset, dx)
+    _call("depthwise_input_grad", *x.shape, stride, g, y, x, shift, weight, slope, offset, dx)
     return dx
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "is_far",
     "row_products",
     "rows",
+    "thin_channels",
     "uncolumns",
     "window_statistics",
 ]
@@ -170,8 +171,20 @@ def is_far(stats: WindowStatistics) -> bool:
 
 
 def far_means(mean: Tensor, var: Tensor) -> Tensor:
-    """The means that outweigh the spread, in float32, and 0 for the others."""
-    return torch.where(mean.square() <= _FAR * var, 0.0, mean).float()
+    """The means that outweigh the spread, in float32, and 0 for the others: a shift is not free."""
+    return torch.where(mean.square() <= var, 0.0, mean).float()
+
+
+def thin_channels(mean: Tensor, cov: Tensor, kernels: Tensor) -> Tensor:
+    """Channels of a depthwise block whose moments are to be summed in float64, as indices.
+
+    Those of which a branch's variance is a small part of the moments that it is made of, from
+    mean (C, 9), cov (C, 9, 9) and kernels (B, C, 1, 9).
+    """
+    var = torch.linalg.vecdot(torch.matmul(kernels, cov), kernels)
+    moments = mean.square() + cov.diagonal(dim1=-2, dim2=-1)
+    size = torch.matmul(kernels.square(), moments[..., None]).squeeze(-1)
+    return (var * _THINNEST < size).any(0).squeeze(-1).nonzero().squeeze(-1)
 
 
 def _gram(matrix: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
