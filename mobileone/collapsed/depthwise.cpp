@@ -36,15 +36,46 @@ void forward(int threads, const Shape& s, const float* x, const float* shift,
   }
 }
 
+// The same for one channel in float64.
+template <int STRIDE>
+void careful_weight_gradient(const Shape& s, const float* g, const float* y, const float* x,
+                             int64_t c, Padded<STRIDE>& plane, Padded<1>& slope,
+                             const double* mean, double* weight_grad, double* bias_grad) {
+  double sums[10] = {};
+  for (int64_t n = 0; n < s.batch; ++n) {
+    const int64_t out = (n * s.channels + c) * s.out_size();
+    plane.fill(x + (n * s.channels + c) * s.in_size());
+    slope.fill_rectified(g + out, y ? y + out : nullptr);
+    for (int64_t r = 0; r < s.out_height; ++r) {
+      const float* here = slope.at(r, 0);
+      for (int u = 0; u < 9; ++u) {
+        const float* tap = plane.at(STRIDE * r + u / 3 - 1, u % 3 - 1);
+        double sum = 0.0;
+        for (int64_t i = 0; i < s.out_width; ++i) sum += here[i] * (tap[i] - mean[u]);
+        sums[u] += sum;
+      }
+      for (int64_t i = 0; i < s.out_width; ++i) sums[9] += here[i];
+    }
+  }
+  std::copy(sums, sums + 9, weight_grad);
+  *bias_grad = sums[9];
+}
+
 template <int STRIDE>
 void weight_gradient(int threads, const Shape& s, const float* g, const float* y, const float* x,
-                     const double* mean, double* weight_grad, double* bias_grad) {
+                     const double* mean, const bool* thin, double* weight_grad,
+                     double* bias_grad) {
 #pragma omp parallel num_threads(threads)
   {
     Padded<STRIDE> plane(s.height, s.width, 1);
     Padded<1> slope(s.out_height, s.out_width, 0);
 #pragma omp for schedule(static)
     for (int64_t c = 0; c < s.channels; ++c) {
+      if (thin[c]) {
+        careful_weight_gradient(s, g, y, x, c, plane, slope, mean + 9 * c, weight_grad + 9 * c,
+                                bias_grad + c);
+        continue;
+      }
       Wide totals[10] = {};
       V acc[10] = {};
       float m[9];
@@ -63,6 +94,8 @@ void weight_gradient(int threads, const Shape& s, const float* g, const float* y
             for (int u = 0; u < 9; ++u) acc[u] += value * (load(tap[u] + i) - m[u]);
             acc[9] += value;
           }
+          // Σ g may be next to nothing: its sums are as short as rows
+          totals[9] += __builtin_convertvector(acc[9], Wide), acc[9] = V{};
           if ((pending += s.out_width) >= CHUNK) drain(acc, totals), pending = 0;
         }
       }
@@ -127,13 +160,14 @@ void depthwise_forward(int threads, int64_t batch, int64_t channels, int64_t hei
   (stride == 1 ? forward<1> : forward<2>)(threads, s, x, shift, weight, bias, relu != 0, y);
 }
 
-// Σ g (x − m) (C, 9) and Σ g (C) over the windows, g behind the rectifier (y null: there is none).
+// Σ g (x − m) (C, 9) and Σ g (C) over the windows, g behind the rectifier (y null: there is none);
+// thin channels (C) in float64.
 void depthwise_weight_grad(int threads, int64_t batch, int64_t channels, int64_t height,
                            int64_t width, int64_t stride, const float* g, const float* y,
-                           const float* x, const double* mean, double* weight_grad,
-                           double* bias_grad) {
+                           const float* x, const double* mean, const bool* thin,
+                           double* weight_grad, double* bias_grad) {
   const Shape s(batch, channels, height, width, stride);
-  (stride == 1 ? weight_gradient<1> : weight_gradient<2>)(threads, s, g, y, x, mean,
+  (stride == 1 ? weight_gradient<1> : weight_gradient<2>)(threads, s, g, y, x, mean, thin,
                                                          weight_grad, bias_grad);
 }
 

@@ -62,14 +62,15 @@ class DepthwiseConvolution(torch.autograd.Function):
         height, width = geometry.output_size(*x.shape[2:])
         branches = gather_branches(geometry, tensors, cov.dtype)
         thin = thin_channels(mean, cov, branches.kernels)
-        if len(thin):
-            kernels.depthwise_careful_moments(x, stride, thin, mean, cov)
+        which = thin.nonzero().squeeze(-1)
+        if len(which):
+            kernels.depthwise_careful_moments(x, stride, which, mean, cov)
         var = branch_variances(branches, cov, torch.matmul(branches.kernels, cov))
         shift = far_means(mean[:, 4], cov[:, 4, 4])  # of the centre tap, (C,)
         folded = collapse(branches, mean - shift[:, None], var)
         y = kernels.depthwise_forward(x, stride, shift, folded.weight, folded.bias, relu)
         ctx.geometry, ctx.number = geometry, len(x) * height * width
-        ctx.save_for_backward(x, y if relu else None, mean, cov, *folded, *tensors)
+        ctx.save_for_backward(x, y if relu else None, mean, cov, thin, *folded, *tensors)
         branch_mean, branch_var = branch_means(branches, mean).flatten(1), folded.var.flatten(1)
         ctx.mark_non_differentiable(branch_mean, branch_var)
         return y, branch_mean, branch_var
@@ -77,12 +78,12 @@ class DepthwiseConvolution(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, m, cov, *rest = ctx.saved_tensors
+        x, y, m, cov, thin, *rest = ctx.saved_tensors
         folded, tensors = Collapsed(*rest[:4]), rest[4:]
         geometry, g = ctx.geometry, g.contiguous()
         stride, kernels = geometry.stride, kernels_for(x)
         shift = far_means(m[:, 4], cov[:, 4, 4])
-        weight_grad, bias_grad = kernels.depthwise_weight_grad(g, y, x, stride, m)
+        weight_grad, bias_grad = kernels.depthwise_weight_grad(g, y, x, stride, m, thin)
         grads = pull_back(
             weight_grad[:, None],
             bias_grad[:, None],

@@ -50,13 +50,14 @@ class GramConvolution(torch.autograd.Function):
         stats, shift = window_statistics(windows)
         algebra = algebra_dtype(geometry, x.dtype)
         branches, cov, product = _products(geometry, tensors, stats, algebra)
-        care = care_needed(cov, branches.kernels, product)
+        var = branch_variances(branches, cov, product)
+        care = care_needed(stats, branches.kernels, product, var[: geometry.branches])
         if care is Care.SUMS:
             stats, _ = window_statistics(windows.double())
         if care:
             branches, cov, product = _products(geometry, tensors, stats, torch.float64)
+            var = branch_variances(branches, cov, product)
         far = care is Care.SUMS or is_far(stats)
-        var = branch_variances(branches, cov, product)
         folded = collapse(branches, stats.mean - shift if far else stats.mean, var)
         if far:
             windows = windows - shift[..., None]

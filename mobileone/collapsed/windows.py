@@ -40,9 +40,12 @@ _THIN = 4.0
 from which the small algebra is done in float64."""
 
 _THINNEST = 8.0
-"""The same from which sums over windows are taken in float64 as well."""
+"""The same from which sums over windows are taken in float64 as well, if there are few of them."""
 
-_ALIKE = 0.25
+_PRECISE = 1 / 3
+"""And part of √n that is allowed instead, if that is more: the error of C falls with √n."""
+
+_ALIKE = 0.15
 """Part of the windows' variance that a branch's output must leave unexplained for float32 sums."""
 
 
@@ -139,27 +142,26 @@ def row_products(a: Tensor, b: Tensor, shift: Tensor) -> Tensor:
     return torch.matmul(a, (b - shift[..., None]).mT).sum(0, dtype=torch.float64)
 
 
-def care_needed(cov: Tensor, kernels: Tensor, product: Tensor) -> Care:
+def care_needed(stats: WindowStatistics, kernels: Tensor, product: Tensor, var: Tensor) -> Care:
     """Whether rounding in C and P would be magnified in what is made of them.
 
     That is so where squares overflow; where vᵢ is far below what the weights could make of it,
     Σⱼ Wᵢⱼ² Cⱼⱼ; and where one direction has most of the windows' variance, as in smooth images:
     BatchNorm's gradient ignores the direction in which a branch looks, so that what counts is the
-    variance that zᵢ = Wᵢ x leaves unexplained of the inputs that it reads, tr C − |C Wᵢ|² / vᵢ.
+    variance that zᵢ = Wᵢ x leaves unexplained, tr C − |C Wᵢ|² / vᵢ.
 
     Args:
-        cov: C, (G, J, J).
+        stats: Of the windows, summed in their own dtype.
         kernels: Wᵢ, (B, G, O, J).
         product: Wᵢ C, likewise.
+        var: vᵢ, (B, G, O).
     """
-    variance = cov.diagonal(dim1=-2, dim2=-1)
-    var = torch.linalg.vecdot(product, kernels)
-    seen = kernels != 0  # a scale branch sees one pixel of the window
-    total = torch.matmul(seen.to(variance.dtype), variance[..., None]).squeeze(-1)
-    explained = torch.linalg.vecdot(product, product * seen)
-    hidden = (explained > (1 - _ALIKE) * total * var) & (seen.sum(-1) > 1)
+    variance = stats.cov.diagonal(dim1=-2, dim2=-1).to(var.dtype)
     size = torch.matmul(kernels.square(), variance[..., None]).squeeze(-1)
-    worst = hidden.any() | (var * _THINNEST < size).any() | ~cov.isfinite().all()
+    total, explained = variance.sum(-1)[:, None], product.square().sum(-1)
+    hidden = explained > (1 - _ALIKE) * total * var
+    thinnest = max(_THINNEST, _PRECISE * stats.number**0.5)
+    worst = hidden.any() | (var * thinnest < size).any() | ~stats.cov.isfinite().all()
     # the only look at the numbers: a GPU is waited for
     return Care(int((var * _THIN < size).any().int().maximum(2 * worst.int())))
 
@@ -176,7 +178,7 @@ def far_means(mean: Tensor, var: Tensor) -> Tensor:
 
 
 def thin_channels(mean: Tensor, cov: Tensor, kernels: Tensor) -> Tensor:
-    """Channels of a depthwise block whose moments are to be summed in float64, as indices.
+    """Channels of a depthwise block whose sums are to be taken in float64: (C,), booleans.
 
     Those of which a branch's variance is a small part of the moments that it is made of, from
     mean (C, 9), cov (C, 9, 9) and kernels (B, C, 1, 9).
@@ -184,7 +186,7 @@ def thin_channels(mean: Tensor, cov: Tensor, kernels: Tensor) -> Tensor:
     var = torch.linalg.vecdot(torch.matmul(kernels, cov), kernels)
     moments = mean.square() + cov.diagonal(dim1=-2, dim2=-1)
     size = torch.matmul(kernels.square(), moments[..., None]).squeeze(-1)
-    return (var * _THINNEST < size).any(0).squeeze(-1).nonzero().squeeze(-1)
+    return (var * _THINNEST < size).any(0).squeeze(-1)
 
 
 def _gram(matrix: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
