@@ -97,15 +97,16 @@ class GramConvolution(torch.autograd.Function):
         weight_grad -= rest[..., None] * (m - shift)[:, None, :]  # about the mean, (G, O, J)
         branches = gather_branches(geometry, tensors, cov.dtype)
         if ctx.far:
-            windows, m = windows - shift[..., None], m - shift
+            right, m = right - shift[..., None], m - shift
         stats = WindowStatistics(m, cov, ctx.number)
         grads = pull_back(weight_grad.to(cov.dtype), rest, branches, stats, folded)
         grads = grads._replace(beta=total.view_as(rest))
         dx = None
         if ctx.needs_input_grad[0]:
-            dwindows = torch.matmul(folded.weight.to(g.dtype).transpose(1, 2), g)
-            _add_product(dwindows, grads.slope.to(g.dtype), windows.to(g.dtype))
-            dwindows += grads.offset.to(g.dtype)[..., None]
+            dtype = left.dtype
+            dwindows = torch.matmul(folded.weight.to(dtype).mT, left)
+            _add_product(dwindows, grads.slope.to(dtype), right.to(dtype))
+            dwindows += grads.offset.to(dtype)[..., None]
             dx = uncolumns(dwindows, geometry, x.shape).to(x.dtype)
         return dx, None, None, None, *branch_gradients(geometry, grads, tensors)
 
