@@ -51,7 +51,8 @@ class GramConvolution(torch.autograd.Function):
         algebra = algebra_dtype(geometry, x.dtype)
         branches, cov, product = _products(geometry, tensors, stats, algebra)
         var = branch_variances(branches, cov, product)
-        care = care_needed(stats, branches.kernels, product, var[: geometry.branches])
+        conv_var, inward = var[: geometry.branches], ctx.needs_input_grad[0]
+        care = care_needed(stats, branches.kernels, product, conv_var, inward)
         if care is Care.SUMS:
             stats, _ = window_statistics(windows.double())
         if care:

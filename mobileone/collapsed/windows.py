@@ -45,8 +45,9 @@ _THINNEST = 8.0
 _PRECISE = 1 / 3
 """And part of √n that is allowed instead, if that is more: the error of C falls with √n."""
 
-_ALIKE = 0.15
-"""Part of the windows' variance that a branch's output must leave unexplained for float32 sums."""
+_ALIKE = 0.25
+"""Part of the windows' variance that a branch's output must leave unexplained for an input gradient
+in float32."""
 
 
 class Care(IntEnum):
@@ -142,11 +143,13 @@ def row_products(a: Tensor, b: Tensor, shift: Tensor) -> Tensor:
     return torch.matmul(a, (b - shift[..., None]).mT).sum(0, dtype=torch.float64)
 
 
-def care_needed(stats: WindowStatistics, kernels: Tensor, product: Tensor, var: Tensor) -> Care:
-    """Whether rounding in C and P would be magnified in what is made of them.
+def care_needed(
+    stats: WindowStatistics, kernels: Tensor, product: Tensor, var: Tensor, inward: bool
+) -> Care:
+    """Whether rounding would be magnified in what is made of the windows.
 
     That is so where squares overflow; where vᵢ is far below what the weights could make of it,
-    Σⱼ Wᵢⱼ² Cⱼⱼ; and where one direction has most of the windows' variance, as in smooth images:
+    Σⱼ Wᵢⱼ² Cⱼⱼ; and, in ∂L/∂x, where one direction has most of the windows' variance:
     BatchNorm's gradient ignores the direction in which a branch looks, so that what counts is the
     variance that zᵢ = Wᵢ x leaves unexplained, tr C − |C Wᵢ|² / vᵢ.
 
@@ -155,13 +158,15 @@ def care_needed(stats: WindowStatistics, kernels: Tensor, product: Tensor, var: 
         kernels: Wᵢ, (B, G, O, J).
         product: Wᵢ C, likewise.
         var: vᵢ, (B, G, O).
+        inward: Whether ∂L/∂x will be wanted.
     """
     variance = stats.cov.diagonal(dim1=-2, dim2=-1).to(var.dtype)
     size = torch.matmul(kernels.square(), variance[..., None]).squeeze(-1)
-    total, explained = variance.sum(-1)[:, None], product.square().sum(-1)
-    hidden = explained > (1 - _ALIKE) * total * var
     thinnest = max(_THINNEST, _PRECISE * stats.number**0.5)
-    worst = hidden.any() | (var * thinnest < size).any() | ~stats.cov.isfinite().all()
+    worst = (var * thinnest < size).any() | ~stats.cov.isfinite().all()
+    if inward:
+        total, explained = variance.sum(-1)[:, None], product.square().sum(-1)
+        worst |= (explained > (1 - _ALIKE) * total * var).any()
     # the only look at the numbers: a GPU is waited for
     return Care(int((var * _THIN < size).any().int().maximum(2 * worst.int())))
 

@@ -62,6 +62,12 @@ def cancel(block):
             kernel.data -= kernel.data.mean((1, 2, 3), keepdim=True)
 
 
+def unsign(block):
+    """Have every output add up what its inputs share."""
+    for branch in block.conv_kxk:
+        branch.conv.weight.data.abs_()
+
+
 def laplace(block):
     """Have every 3×3 kernel be a second derivative."""
     kernel = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])
@@ -100,7 +106,10 @@ def assert_as_accurate(
     assert path_of(ours, x) is path
     y = copy.deepcopy(exact)(x.double()).detach()
     scale = y.std() if along else 1.0
-    g = torch.randn_like(y) * (0.3 if along else 1.0) + along * (y - y.mean((0, 2, 3), True)) / scale
+    g = (
+        torch.randn_like(y) * (0.3 if along else 1.0)
+        + along * (y - y.mean((0, 2, 3), True)) / scale
+    )
     g = g.float()
     truth = twin.known(exact, x.double(), g.double())
     errors = twin.relative_errors(twin.step(ours.train(), x, g), truth)
@@ -184,6 +193,16 @@ def test_no_less_accurate_where_the_weights_cancel(channels, branches, part, mea
 
 
 @needs_kernels
+@pytest.mark.parametrize("branches", [1, 4])
+@pytest.mark.parametrize("part", [0.8, 0.97, 0.9999])
+def test_no_less_accurate_where_all_outputs_are_one(part, branches, twin):
+    """Kernels without a sign see what the channels share, and the gradient ignores just that."""
+    shape = {"in_chs": 64, "out_chs": 72, "kernel_size": 1, "num_conv_branches": branches}
+    x = alike(64, part)
+    assert_as_accurate(twin, shape, x, Path.GRAM, mode="always", prepare=unsign, along=1.0)
+
+
+@needs_kernels
 @pytest.mark.parametrize("along", [0.0, 1.0])
 @pytest.mark.parametrize("mean", [0.0, 3.0, 300.0])
 @pytest.mark.parametrize("stride", [1, 2])
@@ -191,9 +210,18 @@ def test_no_less_accurate_where_the_weights_cancel(channels, branches, part, mea
 def test_depthwise_derivatives_of_smooth_planes_are_as_accurate(size, stride, mean, along, twin):
     shape = {"in_chs": 6, "out_chs": 6, "groups": 6, "stride": stride}
     x = smooth(size, 3) + mean
-    assert_as_accurate(
-        twin, shape, x, Path.DEPTHWISE, mode="always", prepare=laplace, along=along
-    )
+    assert_as_accurate(twin, shape, x, Path.DEPTHWISE, mode="always", prepare=laplace, along=along)
+
+
+@needs_kernels
+def test_the_weight_gradient_is_about_the_mean_and_not_its_float():
+    x = torch.randn(4, 3, 9, 9) + 1000
+    g = torch.rand_like(x)
+    mean, _ = native.depthwise_moments(x, 1)
+    for thin in (torch.zeros(3, dtype=torch.bool), torch.ones(3, dtype=torch.bool)):
+        product, _ = native.depthwise_weight_grad(g, None, x, 1, mean, thin)
+        truth = (g.double() * (x.double() - mean[:, 4, None, None])).sum((0, 2, 3))
+        torch.testing.assert_close(product[:, 4], truth, rtol=1e-5, atol=1e-5)
 
 
 def test_planes_too_small_for_the_kernels_take_another_form(twin):
