@@ -117,7 +117,7 @@ def rows(y: Tensor, geometry: Geometry) -> Tensor:
 
 
 def window_statistics(matrix: Tensor) -> tuple[WindowStatistics, Tensor]:
-    """Mean and covariance of the columns of (M, G, J, L), and the shift (G, J) that sums were about.
+    """Mean and covariance of the columns of (M, G, J, L), and the shift (G, J) of the sums.
 
     Nothing depends on the shift but rounding, which would grow with mean² / variance. It is the
     mean to ten bits, so that differences from it, and their products where a value is frequent,
