@@ -20,7 +20,7 @@ from mobileone.collapsed.algebra import (
     pull_back,
 )
 from mobileone.collapsed.branches import Geometry, branch_gradients, gather_branches
-from mobileone.collapsed.windows import far_means
+from mobileone.collapsed.windows import far_means, thin_channels
 
 __all__ = ["DepthwiseConvolution", "has_kernels", "kernels_for"]
 
@@ -61,12 +61,16 @@ class DepthwiseConvolution(torch.autograd.Function):
         mean, cov = kernels.depthwise_moments(x, stride)
         height, width = geometry.output_size(*x.shape[2:])
         branches = gather_branches(geometry, tensors, cov.dtype)
+        thin = thin_channels(mean, cov, branches.kernels)
+        which = thin.nonzero().squeeze(-1)
+        if len(which):
+            kernels.depthwise_careful_moments(x, stride, which, mean, cov)
         var = branch_variances(branches, cov, torch.matmul(branches.kernels, cov))
         shift = far_means(mean[:, 4], cov[:, 4, 4])  # of the centre tap, (C,)
         folded = collapse(branches, mean - shift[:, None], var)
         y = kernels.depthwise_forward(x, stride, shift, folded.weight, folded.bias, relu)
         ctx.geometry, ctx.number = geometry, len(x) * height * width
-        ctx.save_for_backward(x, y if relu else None, mean, cov, *folded, *tensors)
+        ctx.save_for_backward(x, y if relu else None, mean, cov, thin, *folded, *tensors)
         branch_mean, branch_var = branch_means(branches, mean).flatten(1), folded.var.flatten(1)
         ctx.mark_non_differentiable(branch_mean, branch_var)
         return y, branch_mean, branch_var
@@ -74,21 +78,22 @@ class DepthwiseConvolution(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, m, cov, *rest = ctx.saved_tensors
+        x, y, m, cov, thin, *rest = ctx.saved_tensors
         folded, tensors = Collapsed(*rest[:4]), rest[4:]
         geometry, g = ctx.geometry, g.contiguous()
         stride, kernels = geometry.stride, kernels_for(x)
-        weight_grad, bias_grad = kernels.depthwise_weight_grad(g, y, x, stride, m)
+        shift = far_means(m[:, 4], cov[:, 4, 4])
+        weight_grad, bias_grad = kernels.depthwise_weight_grad(g, y, x, stride, m, thin)
         grads = pull_back(
             weight_grad[:, None],
             bias_grad[:, None],
             gather_branches(geometry, tensors, cov.dtype),
-            WindowStatistics(m, cov, ctx.number),
+            WindowStatistics(m - shift[:, None], cov, ctx.number),
             folded,
         )
         dx = None
         if ctx.needs_input_grad[0]:
             dx = kernels.depthwise_input_grad(
-                g, y, x, stride, folded.weight, grads.slope, grads.offset
+                g, y, x, stride, folded.weight, grads.slope, grads.offset, shift
             )
         return dx, None, None, *branch_gradients(geometry, grads, tensors)

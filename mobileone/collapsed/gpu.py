@@ -11,11 +11,13 @@ float16 or bfloat16. With `TRITON_INTERPRET=1` in the environment Triton runs th
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 __all__ = [
+    "depthwise_careful_moments",
     "depthwise_forward",
     "depthwise_input_grad",
     "depthwise_moments",
@@ -104,11 +106,12 @@ def _forward(x, shifts, weights, biases, y, channels, height, width, out_height,
 
 
 @triton.jit
-def _input_grad(g, y, x, weights, slopes, offsets, dx, channels, height, width, out_height,
+def _input_grad(g, y, x, shifts, weights, slopes, offsets, dx, channels, height, width, out_height,
                 out_width, STRIDE: tl.constexpr, RECTIFIED: tl.constexpr,
                 BLOCK: tl.constexpr):  # fmt: skip
     plane = tl.program_id(0)
     channel = plane % channels
+    shift = tl.load(shifts + channel)
     pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = pixel < height * width
     row, column = pixel // width, pixel % width
@@ -129,7 +132,7 @@ def _input_grad(g, y, x, weights, slopes, offsets, dx, channels, height, width, 
         there, across = row + d // 5 - 2, column + d % 5 - 2
         inside = real & (there >= 0) & (there < height) & (across >= 0) & (across < width)
         at = plane.to(tl.int64) * height * width + there * width + across
-        tap = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        tap = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - shift
         coefficient = tl.zeros((BLOCK,), dtype=tl.float32)
         for u in tl.static_range(9):
             if (0 <= u // 3 + d // 5 - 2) & (u // 3 + d // 5 - 2 < 3):
@@ -159,6 +162,18 @@ def depthwise_moments(x: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     return mean + shift[:, None].double(), cov
 
 
+def depthwise_careful_moments(
+    x: Tensor, stride: int, which: Tensor, mean: Tensor, cov: Tensor
+) -> None:
+    """Write the same, summed in float64, for the channels of indices `which`."""
+    for channel in which.tolist():  # one by one: windows in float64 are 18 times the plane
+        plane = x[:, channel : channel + 1].double()
+        windows = F.unfold(plane, 3, padding=1, stride=stride).transpose(0, 1).flatten(1)
+        mean[channel] = windows.mean(1)
+        windows = windows - mean[channel, :, None]
+        cov[channel] = windows @ windows.T / windows.shape[1]
+
+
 def depthwise_forward(
     x: Tensor, stride: int, shift: Tensor, weight: Tensor, bias: Tensor, relu: bool
 ) -> Tensor:
@@ -175,9 +190,12 @@ def depthwise_forward(
 
 
 def depthwise_weight_grad(
-    g: Tensor, y: Tensor | None, x: Tensor, stride: int, mean: Tensor
+    g: Tensor, y: Tensor | None, x: Tensor, stride: int, mean: Tensor, thin: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Σ g (x − m) (C, 9) and Σ g (C), float64, over the windows; m is (C, 9), float64."""
+    """Σ g (x − m) (C, 9) and Σ g (C), float64, over the windows; m is (C, 9), float64.
+
+    Here thin channels are summed as all are.
+    """
     count, parts = _windows(x, stride)
     shift = mean[:, 4].float().contiguous()
     sums = torch.empty(x.shape[1], parts, _ROWS, dtype=torch.float32, device=x.device)
@@ -198,12 +216,16 @@ def depthwise_input_grad(
     weight: Tensor,
     slope: Tensor,
     offset: Tensor,
+    shift: Tensor,
 ) -> Tensor:
-    """∂L/∂x; a window x receives slope (C, 9, 9) · x + offset (C, 9) besides Ŵᵀg."""
+    """∂L/∂x; a window x receives slope · (x − shift) + offset besides Ŵᵀg.
+
+    Slope (C, 9, 9) and offset (C, 9) are in float64, shift (C,) in float32.
+    """
     dx = torch.empty_like(x)
     grid = (x.shape[0] * x.shape[1], triton.cdiv(x.shape[2] * x.shape[3], _BLOCK))
-    _launch(_input_grad, grid, g, g if y is None else y, x, _narrow(weight), _narrow(slope),
-            _narrow(offset), dx, x.shape[1], *_sizes(x, stride), STRIDE=stride,
+    _launch(_input_grad, grid, g, g if y is None else y, x, shift, _narrow(weight),
+            _narrow(slope), _narrow(offset), dx, x.shape[1], *_sizes(x, stride), STRIDE=stride,
             RECTIFIED=y is not None, BLOCK=_BLOCK)  # fmt: skip
     return dx
 

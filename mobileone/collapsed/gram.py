@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mobileone.collapsed.algebra import (
+    Branches,
     Collapsed,
     WindowStatistics,
     branch_means,
@@ -18,10 +19,13 @@ from mobileone.collapsed.algebra import (
 )
 from mobileone.collapsed.branches import Geometry, branch_gradients, gather_branches
 from mobileone.collapsed.windows import (
-    careful_statistics,
+    Care,
+    algebra_dtype,
+    care_needed,
     columns,
     image,
-    needs_care,
+    is_far,
+    row_products,
     rows,
     uncolumns,
     window_statistics,
@@ -43,28 +47,30 @@ class GramConvolution(torch.autograd.Function):
         ctx: Any, x: Tensor, geometry: Geometry, relu: bool, dtype: torch.dtype, *tensors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         windows = columns(x, geometry)
-        stats, shift = window_statistics(windows), None
-        branches = gather_branches(geometry, tensors, stats.cov.dtype)
-        product = torch.matmul(branches.kernels, stats.cov)
-        if needs_care(stats, branches.kernels, product):
-            stats, shift = careful_statistics(windows, stats)
+        stats, shift = window_statistics(windows)
+        algebra = algebra_dtype(geometry, x.dtype)
+        branches, cov, product = _products(geometry, tensors, stats, algebra)
+        var = branch_variances(branches, cov, product)
+        conv_var, inward = var[: geometry.branches], ctx.needs_input_grad[0]
+        care = care_needed(stats, branches.kernels, product, conv_var, inward)
+        if care is Care.SUMS:
+            stats, _ = window_statistics(windows.double())
+        if care:
+            branches, cov, product = _products(geometry, tensors, stats, torch.float64)
+            var = branch_variances(branches, cov, product)
+        far = care is Care.SUMS or is_far(stats)
+        folded = collapse(branches, stats.mean - shift if far else stats.mean, var)
+        if far:
             windows = windows - shift[..., None]
-            branches = gather_branches(geometry, tensors, stats.cov.dtype)
-            product = torch.matmul(branches.kernels, stats.cov)
-        var = branch_variances(branches, stats.cov, product)
-        folded = collapse(branches, stats.mean, var)
         y = torch.matmul(folded.weight.to(dtype), windows.to(dtype))  # (M, G, O, L)
         y += folded.bias.to(dtype)[..., None]
         if relu:
             y.relu_()
         size = geometry.output_size(*x.shape[2:])
         y = image(y, torch.Size((x.shape[0], geometry.out_chs, *size)))
-        ctx.geometry, ctx.number = geometry, stats.number
-        ctx.save_for_backward(
-            x, y if relu else None, shift, stats.mean, stats.cov, *folded, *tensors
-        )
-        origin = stats.mean if shift is None else stats.mean + shift
-        mean = branch_means(branches, origin).flatten(1)
+        ctx.geometry, ctx.number, ctx.care, ctx.far = geometry, stats.number, care, far
+        ctx.save_for_backward(x, y if relu else None, shift, stats.mean, cov, *folded, *tensors)
+        mean = branch_means(branches, stats.mean).flatten(1)
         var = var.flatten(1)
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
@@ -86,24 +92,35 @@ class GramConvolution(torch.autograd.Function):
         wide = g.to(torch.promote_types(g.dtype, torch.float32))
         g, total, rest = _centre(wide, in_place=y is not None or wide is not g)
         windows, g, rest = columns(x, geometry), rows(g, geometry), rest.view(len(m), -1)
-        left, right = g, windows.to(g.dtype)
-        if shift is not None:  # care was needed: P in float64 as well
-            left, right = g.double(), windows.double() - shift[..., None].double()
-            windows = windows - shift[..., None]
-        windows = windows.to(g.dtype)
-        weight_grad = torch.matmul(left, right.transpose(-1, -2)).sum(0, dtype=cov.dtype)
-        weight_grad -= rest[..., None] * m[:, None, :]  # about the mean, (G, O, J)
+        windows = windows.to(torch.promote_types(x.dtype, torch.float32))
+        left, right = (g.double(), windows.double()) if ctx.care is Care.SUMS else (g, windows)
+        weight_grad = row_products(left, right, shift.to(right.dtype))
+        weight_grad -= rest[..., None] * (m - shift)[:, None, :]  # about the mean, (G, O, J)
         branches = gather_branches(geometry, tensors, cov.dtype)
+        if ctx.far:
+            right, m = right - shift[..., None], m - shift
         stats = WindowStatistics(m, cov, ctx.number)
-        grads = pull_back(weight_grad, rest, branches, stats, folded)
+        grads = pull_back(weight_grad.to(cov.dtype), rest, branches, stats, folded)
         grads = grads._replace(beta=total.view_as(rest))
         dx = None
         if ctx.needs_input_grad[0]:
-            dwindows = torch.matmul(folded.weight.to(g.dtype).transpose(1, 2), g)
-            _add_product(dwindows, grads.slope.to(g.dtype), windows)
-            dwindows += grads.offset.to(g.dtype)[..., None]
+            dtype = left.dtype
+            dwindows = torch.matmul(folded.weight.to(dtype).mT, left)
+            _add_product(dwindows, grads.slope.to(dtype), right.to(dtype))
+            dwindows += grads.offset.to(dtype)[..., None]
             dx = uncolumns(dwindows, geometry, x.shape).to(x.dtype)
         return dx, None, None, None, *branch_gradients(geometry, grads, tensors)
+
+
+def _products(
+    geometry: Geometry,
+    tensors: tuple[Tensor, ...],
+    stats: WindowStatistics,
+    dtype: torch.dtype,
+) -> tuple[Branches, Tensor, Tensor]:
+    """The branches, C and Wᵢ C in the dtype of the algebra."""
+    branches, cov = gather_branches(geometry, tensors, dtype), stats.cov.to(dtype)
+    return branches, cov, torch.matmul(branches.kernels, cov)
 
 
 def _centre(g: Tensor, in_place: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,7 +25,8 @@ int covering(int64_t q, int64_t outputs) {
 template <int STRIDE>
 struct RowGradient {
   struct Phase {  // of the columns first, first + STRIDE, …
-    TapList x, g;
+    Differences x;
+    TapList g;
     float constant = 0.0f;
   };
   struct Edge {  // what the windows beyond the left or right border would have added
@@ -37,7 +38,7 @@ struct RowGradient {
   Edge left, right;
 
   RowGradient() = default;
-  RowGradient(int rows, const double* weight, const double* slope, const double* offset,
+  RowGradient(int rows, const double* weight, const double* slope, const double* offset, float shift,
               Padded<STRIDE>& x, Padded<1>& g)
       : set(rows) {
     for (int first = 0; first < STRIDE; ++first) {
@@ -52,6 +53,7 @@ struct RowGradient {
         const int64_t down = STRIDE == 1 ? 1 - u / 3 : u / 3 == 0;
         g_offset(phases[first].g, g, down, (first - u % 3 + 1) / STRIDE, weight[u]);
       }
+      phases[first].x.middle = x.at(2, first) - x.at(2, 0);
       for (int d = 0; d < 25; ++d)
         if (kernel[d] != 0.0)
           phases[first].x.add(x.at(d / 5, first + d % 5 - 2) - x.at(2, 0), kernel[d]);
@@ -61,9 +63,17 @@ struct RowGradient {
       if (!(rows >> u & 1)) continue;
       left.constant += offset[3 * u + 2];
       right.constant += offset[3 * u];
-      for (int v = 0; v < 3; ++v) {
-        left.kernel[v - u + 2] += slope[9 * (3 * u + 2) + 3 * v + 2];
-        right.kernel[v - u + 2] += slope[9 * (3 * u) + 3 * v];
+      for (int v = 0; v < 9; ++v) {
+        const double from_left = slope[9 * (3 * u + 2) + v], from_right = slope[9 * (3 * u) + v];
+        // of a window beyond the border one column lies inside, and the others see padding
+        if (v % 3 == 2)
+          left.kernel[v / 3 - u + 2] += from_left;
+        else
+          left.constant -= shift * from_left;
+        if (v % 3 == 0)
+          right.kernel[v / 3 - u + 2] += from_right;
+        else
+          right.constant -= shift * from_right;
       }
     }
   }
@@ -81,19 +91,20 @@ class InputGradient {
       : s_(s), x_(s.height, s.width, 2), g_(s.out_height, s.out_width, 1),
         row_(s.width / STRIDE + 1 + LANES) {}
 
-  // The slope S (9×9), the offset r (9) and the weight Ŵ (9) of the channel whose planes follow.
-  void prepare(const double* weight, const double* slope, const double* offset) {
-    known_ = 0;
+  // The slope S (9×9), the offset r (9) and the weight Ŵ (9) of the channel whose planes follow; r is
+  // that of planes less the shift.
+  void prepare(const double* weight, const double* slope, const double* offset, float shift) {
+    known_ = 0, shift_ = shift;
     for (int64_t r : {int64_t(0), int64_t(1), s_.height - 2, s_.height - 1}) {
       if (r < 0 || r >= s_.height) continue;
       const int set = covering<STRIDE>(r, s_.out_height);
-      if (!(known_ >> set & 1)) by_set_[set] = {set, weight, slope, offset, x_, g_};
+      if (!(known_ >> set & 1)) by_set_[set] = {set, weight, slope, offset, shift, x_, g_};
       known_ |= 1 << set;
     }
   }
 
   void plane(const float* g, const float* y, const float* x, float* dx) {
-    x_.fill(x);
+    x_.fill(x, shift_);
     g_.fill_rectified(g, y);
     for (int64_t r = 0; r < s_.height; ++r) row(r, dx + r * s_.width);
   }
@@ -116,9 +127,9 @@ class InputGradient {
   }
 
   float edge(const typename RowGradient<STRIDE>::Edge& edge, int64_t r, int64_t q) {
-    float sum = float(edge.constant);
-    for (int d = 0; d < 5; ++d) sum += float(edge.kernel[d]) * *x_.at(r + d - 2, q);
-    return sum;
+    double sum = edge.constant;
+    for (int d = 0; d < 5; ++d) sum += edge.kernel[d] * *x_.at(r + d - 2, q);
+    return float(sum);
   }
 
   Shape s_;
@@ -127,6 +138,7 @@ class InputGradient {
   std::vector<float> row_;
   RowGradient<STRIDE> by_set_[8];
   int known_ = 0;
+  float shift_ = 0.0f;
 };
 
 }  // namespace

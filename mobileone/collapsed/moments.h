@@ -139,29 +139,40 @@ struct Products {
   }
 };
 
-// Mean and covariance of one channel's windows, in float64 and about the mean.
+// Mean and covariance of one channel's windows, in float64 and about a first estimate of the mean.
 template <int STRIDE>
 void careful_moments(const Shape& s, const float* x, int64_t c, double* mean, double* cov) {
   Padded<STRIDE, double> plane(s.height, s.width, 1);
   const double count = double(s.batch) * s.out_size();
+  const double pixels = double(s.batch) * s.in_size();
+  double shift = 0.0;
+  for (int64_t n = 0; n < s.batch; ++n)
+    for (const float *p = x + (n * s.channels + c) * s.in_size(), *end = p + s.in_size(); p < end; ++p)
+      shift += *p / pixels;
   std::fill(mean, mean + 9, 0.0);
   std::fill(cov, cov + 81, 0.0);
-  for (int pass = 0; pass < 2; ++pass)
-    for (int64_t n = 0; n < s.batch; ++n) {
-      plane.fill(x + (n * s.channels + c) * s.in_size());
-      for (int64_t r = 0; r < s.out_height; ++r)
-        for (int64_t q = 0; q < s.out_width; ++q) {
-          double tap[9];
-          for (int u = 0; u < 9; ++u)
-            tap[u] = *plane.at(STRIDE * r + u / 3 - 1, STRIDE * q + u % 3 - 1);
-          for (int u = 0; u < 9; ++u)
-            if (pass == 0)
-              mean[u] += tap[u] / count;
-            else
-              for (int v = 0; v < 9; ++v)
-                cov[9 * u + v] += (tap[u] - mean[u]) * (tap[v] - mean[v]) / count;
+  for (int64_t n = 0; n < s.batch; ++n) {
+    plane.fill(x + (n * s.channels + c) * s.in_size(), shift);
+    for (int64_t r = 0; r < s.out_height; ++r) {
+      const double* tap[9];
+      for (int u = 0; u < 9; ++u) tap[u] = plane.at(STRIDE * r + u / 3 - 1, u % 3 - 1);
+      for (int u = 0; u < 9; ++u) {
+        double sum = 0.0;
+        for (int64_t i = 0; i < s.out_width; ++i) sum += tap[u][i];
+        mean[u] += sum;
+        for (int v = u; v < 9; ++v) {
+          double product = 0.0;
+          for (int64_t i = 0; i < s.out_width; ++i) product += tap[u][i] * tap[v][i];
+          cov[9 * u + v] += product;
         }
+      }
     }
+  }
+  for (int u = 0; u < 9; ++u) mean[u] /= count;
+  for (int u = 0; u < 9; ++u)
+    for (int v = u; v < 9; ++v)
+      cov[9 * v + u] = cov[9 * u + v] = cov[9 * u + v] / count - mean[u] * mean[v];
+  for (int u = 0; u < 9; ++u) mean[u] += shift;
 }
 
 template <int STRIDE, typename Sums>

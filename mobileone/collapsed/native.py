@@ -17,28 +17,33 @@ __all__ = [
     "affine",
     "affine_grad",
     "channel_moments",
+    "depthwise_careful_moments",
     "depthwise_forward",
     "depthwise_input_grad",
     "depthwise_moments",
     "depthwise_weight_grad",
     "fits",
     "gradient_sums",
+    "gram",
     "library",
+    "row_products",
 ]
 
-# What the kernels take after the number of threads: integers, float32 and float64 tensors, which
+# What the kernels take after the number of threads: integers, and tensors of the types below, which
 # may be absent where the letter is large
 _SIGNATURES = {
     "depthwise_moments": "iiiiifdd",
+    "depthwise_careful_moments": "iiiiifildd",
     "depthwise_forward": "iiiiiffddif",
-    "depthwise_weight_grad": "iiiiifFfddd",
-    "depthwise_input_grad": "iiiiifFfdddf",
+    "depthwise_weight_grad": "iiiiifFfdbdd",
+    "depthwise_input_grad": "iiiiifFffdddf",
+    "row_products": "iiiiiFffdD",
     "channel_moments": "iiifdd",
     "affine": "iiifFfFfif",
     "gradient_sums": "iiifFfFfFd",
     "affine_grad": "iiifFffffif",
 }
-_DTYPES = {"f": torch.float32, "d": torch.float64}
+_DTYPES = {"f": torch.float32, "d": torch.float64, "l": torch.int64, "b": torch.bool}
 
 
 @functools.cache
@@ -70,6 +75,13 @@ def depthwise_moments(x: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     return mean, cov
 
 
+def depthwise_careful_moments(
+    x: Tensor, stride: int, which: Tensor, mean: Tensor, cov: Tensor
+) -> None:
+    """Write the same, summed in float64, for the channels of indices `which` (int64)."""
+    _call("depthwise_careful_moments", *x.shape, stride, x, len(which), which, mean, cov)
+
+
 def depthwise_forward(
     x: Tensor, stride: int, shift: Tensor, weight: Tensor, bias: Tensor, relu: bool
 ) -> Tensor:
@@ -84,15 +96,16 @@ def depthwise_forward(
 
 
 def depthwise_weight_grad(
-    g: Tensor, y: Tensor | None, x: Tensor, stride: int, mean: Tensor
+    g: Tensor, y: Tensor | None, x: Tensor, stride: int, mean: Tensor, thin: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Σ g (x − m) (C, 9) and Σ g (C), float64, over the windows; m is (C, 9), float64.
 
     g counts where the rectifier let it through, y > 0; y is None where there is no rectifier.
+    Channels that are thin, (C,) booleans, are summed in float64.
     """
     weight_grad = torch.empty(x.shape[1], 9, dtype=torch.float64, device=x.device)
     bias_grad = torch.empty(x.shape[1], dtype=torch.float64, device=x.device)
-    _call("depthwise_weight_grad", *x.shape, stride, g, y, x, mean, weight_grad, bias_grad)
+    _call("depthwise_weight_grad", *x.shape, stride, g, y, x, mean, thin, weight_grad, bias_grad)
     return weight_grad, bias_grad
 
 
@@ -104,11 +117,32 @@ def depthwise_input_grad(
     weight: Tensor,
     slope: Tensor,
     offset: Tensor,
+    shift: Tensor,
 ) -> Tensor:
-    """∂L/∂x; a window x receives slope (C, 9, 9) · x + offset (C, 9) besides Ŵᵀg, float64."""
+    """∂L/∂x; a window x receives slope · (x − shift) + offset besides Ŵᵀg.
+
+    Slope (C, 9, 9) and offset (C, 9) are in float64, shift (C,) in float32.
+    """
     dx = torch.empty_like(x)
-    _call("depthwise_input_grad", *x.shape, stride, g, y, x, weight, slope, offset, dx)
+    _call("depthwise_input_grad", *x.shape, stride, g, y, x, shift, weight, slope, offset, dx)
     return dx
+
+
+def row_products(a: Tensor, b: Tensor, shift: Tensor) -> Tensor:
+    """Σ a (b − shift)ᵀ, (G, A, J) in float64, of a (M, G, A, L), b (M, G, J, L), shift (G, J)."""
+    batch, groups, rows, length = b.shape
+    products = torch.empty(groups, a.shape[2], rows, dtype=torch.float64, device=b.device)
+    _call("row_products", batch, groups, a.shape[2], rows, length, a, b, shift, products, None)
+    return products
+
+
+def gram(b: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ (b − shift) (b − shift)ᵀ, (G, J, J), and Σ (b − shift), (G, J), likewise."""
+    batch, groups, rows, length = b.shape
+    products = torch.empty(groups, rows, rows, dtype=torch.float64, device=b.device)
+    sums = torch.empty(groups, rows, dtype=torch.float64, device=b.device)
+    _call("row_products", batch, groups, rows, rows, length, None, b, shift, products, sums)
+    return products, sums
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:

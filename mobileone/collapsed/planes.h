@@ -101,6 +101,18 @@ struct TapList {
   void add(int64_t offset, double coefficient) { taps[count++] = {offset, float(coefficient)}; }
 };
 
+// A weighted sum of pixels as differences from the one in the middle: where pixels are nearly equal
+// and the weights nearly cancel, neither rounds. `whole` is the sum of the weights.
+struct Differences {
+  TapList list;
+  int64_t middle = 0;
+  double whole = 0.0;
+  void add(int64_t offset, double coefficient) {
+    whole += coefficient;
+    if (offset != middle) list.add(offset, coefficient);
+  }
+};
+
 // Σ coefficient · row of M neighbouring vectors, added to them.
 template <int M>
 inline void add_taps(const TapList& list, const float* from, V (&sums)[M]) {
@@ -112,9 +124,26 @@ inline void add_taps(const TapList& list, const float* from, V (&sums)[M]) {
   }
 }
 
+template <int M>
+inline void add_taps(const Differences& sum, const float* from, V (&sums)[M]) {
+  V middle[M];
+  const V whole = V{} + float(sum.whole);
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) {
+    middle[m] = load(from + sum.middle + m * LANES);
+    sums[m] += whole * middle[m];
+  }
+  for (int t = 0; t < sum.list.count; ++t) {
+    const float* row = from + sum.list.taps[t].offset;
+    const V coefficient = V{} + sum.list.taps[t].coefficient;
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) sums[m] += coefficient * (load(row + m * LANES) - middle[m]);
+  }
+}
+
 // constant + the taps on x and on g, for whole steps of M vectors; returns where it stopped.
 template <int M, typename Put>
-inline int64_t combine(const TapList& x_taps, const float* x, const TapList& g_taps,
+inline int64_t combine(const Differences& x_taps, const float* x, const TapList& g_taps,
                        const float* g, float constant, int64_t i, int64_t count, Put put) {
   for (; i + (M - 1) * LANES < count; i += M * LANES) {
     V sums[M];
@@ -130,7 +159,7 @@ inline int64_t combine(const TapList& x_taps, const float* x, const TapList& g_t
 
 // A whole row of `count` sums, given to `put(vector, position)`.
 template <typename Put>
-inline void combine_row(const TapList& x_taps, const float* x, const TapList& g_taps,
+inline void combine_row(const Differences& x_taps, const float* x, const TapList& g_taps,
                         const float* g, float constant, int64_t count, Put put) {
   int64_t i = combine<4>(x_taps, x, g_taps, g, constant, 0, count, put);
   i = combine<2>(x_taps, x, g_taps, g, constant, i, count, put);

@@ -1,20 +1,26 @@
 """Windows of a convolution as columns of matrices, and their mean and covariance."""
 
+from enum import IntEnum
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mobileone.collapsed import native
 from mobileone.collapsed.algebra import WindowStatistics
 from mobileone.collapsed.branches import Geometry
 
 __all__ = [
+    "Care",
     "algebra_dtype",
-    "careful_statistics",
+    "care_needed",
     "columns",
     "far_means",
     "image",
-    "needs_care",
+    "is_far",
+    "row_products",
     "rows",
+    "thin_channels",
     "uncolumns",
     "window_statistics",
 ]
@@ -27,18 +33,38 @@ _LIGHT = 128
 """Window size J up to which the small algebra is done in float64, where its cost cannot show."""
 
 _FAR = 16.0
-"""Ratio of squared mean to variance from which the statistics are taken with care."""
+"""Ratio of squared mean to variance from which products with windows are taken about the mean."""
 
-_THIN = 64.0
-"""The same if a variance is below one part in this of what the weights could make of the input."""
+_THIN = 4.0
+"""Ratio of what the weights could make of the input's variance to what a branch does make of it
+from which the small algebra is done in float64."""
+
+_THINNEST = 8.0
+"""The same from which sums over windows are taken in float64 as well, if there are few of them."""
+
+_PRECISE = 1 / 3
+"""And part of √n that is allowed instead, if that is more: the error of C falls with √n."""
 
 _ALIKE = 0.25
-"""The same if a branch's output leaves less than this part of the windows' variance unexplained."""
+"""Part of the windows' variance that a branch's output must leave unexplained for an input gradient
+in float32."""
 
 
-def algebra_dtype(window: int, dtype: torch.dtype) -> torch.dtype:
-    """Dtype of statistics and small algebra for windows of J inputs of the given dtype."""
-    return torch.float64 if window <= _LIGHT else torch.promote_types(dtype, torch.float32)
+class Care(IntEnum):
+    """What runs in float64."""
+
+    NONE = 0
+    ALGEBRA = 1
+    SUMS = 2  # and the algebra
+
+
+def algebra_dtype(geometry: Geometry, dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the small algebra for inputs of the given dtype, where no care is needed.
+
+    Of a single branch, the gradient may cancel altogether.
+    """
+    light = geometry.window <= _LIGHT or geometry.branches == 1
+    return torch.float64 if light else torch.promote_types(dtype, torch.float32)
 
 
 def columns(x: Tensor, geometry: Geometry) -> Tensor:
@@ -90,65 +116,95 @@ def rows(y: Tensor, geometry: Geometry) -> Tensor:
     return y.reshape(batch, geometry.groups, channels // geometry.groups, -1)
 
 
-def window_statistics(matrix: Tensor) -> WindowStatistics:
-    """Mean and covariance of the columns of (M, G, J, L), by sums in float32 or better."""
-    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    dtype = algebra_dtype(matrix.shape[2], matrix.dtype)
-    count = wide.shape[0] * wide.shape[3]
-    mean = wide.sum(-1).sum(0, dtype=torch.float64).div_(count)  # (G, J)
-    gram = _gram(wide, dtype).div_(count)
-    square = mean[..., :, None] * mean[..., None, :]
-    return WindowStatistics(mean, gram - square.to(dtype), count)
+def window_statistics(matrix: Tensor) -> tuple[WindowStatistics, Tensor]:
+    """Mean and covariance of the columns of (M, G, J, L), and the shift (G, J) of the sums.
 
-
-def careful_statistics(matrix: Tensor, rough: WindowStatistics) -> tuple[WindowStatistics, Tensor]:
-    """The same in float64 and about a shift (G, J), in the matrix's dtype, returned as well.
-
-    The statistics are those of the columns less the shift, which is about their mean.
+    Nothing depends on the shift but rounding, which would grow with mean² / variance. It is the
+    mean to ten bits, so that differences from it, and their products where a value is frequent,
+    are exact: low bits would be rounded away alike in all of them. Mean and covariance are in
+    float64, the shift is in the dtype of the sums, float32 or better.
     """
-    shift = torch.nan_to_num(rough.mean.to(matrix.dtype))
-    return window_statistics(matrix.double() - shift[..., None].double()), shift
+    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    count = wide.shape[0] * wide.shape[3]
+    average = wide.sum(-1).sum(0, dtype=torch.float64) / count
+    fraction, exponent = torch.frexp(average)
+    shift = torch.ldexp(torch.round(fraction * 1024) / 1024, exponent)
+    shift = torch.nan_to_num(shift.to(wide.dtype))
+    gram, total = _gram(wide, shift)
+    rest = total / count  # of the mean, (G, J)
+    cov = gram.div_(count) - rest[..., :, None] * rest[..., None, :]
+    return WindowStatistics(rest + shift, cov, count), shift
 
 
-def needs_care(stats: WindowStatistics, kernels: Tensor, product: Tensor) -> bool:
-    """Whether rounding in sums over windows would be magnified in what is made of them.
+def row_products(a: Tensor, b: Tensor, shift: Tensor) -> Tensor:
+    """Σ a (b − shift)ᵀ, (G, A, J) in float64, over M and L of a (M, G, A, L) and b (M, G, J, L)."""
+    if native.fits(b) and native.fits(a):
+        return native.row_products(a, b, shift)
+    return torch.matmul(a, (b - shift[..., None]).mT).sum(0, dtype=torch.float64)
 
-    That is so where means outweigh the spread; where squares overflow; where vᵢ is far below what
-    the weights could make of it, Σⱼ Wᵢⱼ² Cⱼⱼ; and where one direction has most of the windows'
-    variance, as in smooth images: BatchNorm's gradient ignores the direction in which a branch
-    looks, so that what counts is the variance that zᵢ = Wᵢ x leaves unexplained of the inputs
-    that it reads, tr C − |C Wᵢ|² / vᵢ.
+
+def care_needed(
+    stats: WindowStatistics, kernels: Tensor, product: Tensor, var: Tensor, inward: bool
+) -> Care:
+    """Whether rounding would be magnified in what is made of the windows.
+
+    That is so where squares overflow; where vᵢ is far below what the weights could make of it,
+    Σⱼ Wᵢⱼ² Cⱼⱼ; and, in ∂L/∂x, where one direction has most of the windows' variance:
+    BatchNorm's gradient ignores the direction in which a branch looks, so that what counts is the
+    variance that zᵢ = Wᵢ x leaves unexplained, tr C − |C Wᵢ|² / vᵢ.
 
     Args:
-        stats: Rough statistics.
+        stats: Of the windows, summed in their own dtype.
         kernels: Wᵢ, (B, G, O, J).
         product: Wᵢ C, likewise.
+        var: vᵢ, (B, G, O).
+        inward: Whether ∂L/∂x will be wanted.
     """
-    variance = stats.cov.diagonal(dim1=-2, dim2=-1)
-    far = ~(stats.mean.square() <= _FAR * variance).all() | ~stats.cov.isfinite().all()
-    var = torch.linalg.vecdot(product, kernels)
-    seen = kernels != 0  # a scale branch sees one pixel of the window
-    total = torch.matmul(seen.to(variance.dtype), variance[..., None]).squeeze(-1)
-    explained = torch.linalg.vecdot(product, product * seen)
-    hidden = (explained > (1 - _ALIKE) * total * var) & (seen.sum(-1) > 1)
+    variance = stats.cov.diagonal(dim1=-2, dim2=-1).to(var.dtype)
     size = torch.matmul(kernels.square(), variance[..., None]).squeeze(-1)
+    thinnest = max(_THINNEST, _PRECISE * stats.number**0.5)
+    worst = (var * thinnest < size).any() | ~stats.cov.isfinite().all()
+    if inward:
+        total, explained = variance.sum(-1)[:, None], product.square().sum(-1)
+        worst |= (explained > (1 - _ALIKE) * total * var).any()
     # the only look at the numbers: a GPU is waited for
-    return bool(far | hidden.any() | (var * _THIN < size).any())
+    return Care(int((var * _THIN < size).any().int().maximum(2 * worst.int())))
+
+
+def is_far(stats: WindowStatistics) -> bool:
+    """Whether a mean outweighs the spread, so that products with the windows would cancel."""
+    variance = stats.cov.diagonal(dim1=-2, dim2=-1)
+    return bool((stats.mean.square() > _FAR * variance).any())
 
 
 def far_means(mean: Tensor, var: Tensor) -> Tensor:
-    """The means that outweigh the spread, in float32, and 0 for the others."""
-    return torch.where(mean.square() <= _FAR * var, 0.0, mean).float()
+    """The means that outweigh the spread, in float32, and 0 for the others: a shift is not free."""
+    return torch.where(mean.square() <= var, 0.0, mean).float()
 
 
-def _gram(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """Σ X Xᵀ of (M, G, J, L) as (G, J, J); of two symmetric quarters one is computed."""
-    half = matrix.shape[2] // 2
+def thin_channels(mean: Tensor, cov: Tensor, kernels: Tensor) -> Tensor:
+    """Channels of a depthwise block whose sums are to be taken in float64: (C,), booleans.
+
+    Those of which a branch's variance is a small part of the moments that it is made of, from
+    mean (C, 9), cov (C, 9, 9) and kernels (B, C, 1, 9).
+    """
+    var = torch.linalg.vecdot(torch.matmul(kernels, cov), kernels)
+    moments = mean.square() + cov.diagonal(dim1=-2, dim2=-1)
+    size = torch.matmul(kernels.square(), moments[..., None]).squeeze(-1)
+    return (var * _THINNEST < size).any(0).squeeze(-1)
+
+
+def _gram(matrix: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ X Xᵀ (G, J, J) and Σ X (G, J) in float64, X being a matrix (M, G, J, L) less its shift."""
+    if native.fits(matrix):
+        return native.gram(matrix, shift)
+    matrix = matrix - shift[..., None]
+    half = matrix.shape[2] // 2  # of two symmetric quarters one is computed
     first, second = matrix[:, :, :half], matrix[:, :, half:]
-    upper = torch.matmul(first, matrix.transpose(-1, -2)).sum(0, dtype=dtype)
-    corner = torch.matmul(second, second.transpose(-1, -2)).sum(0, dtype=dtype)
-    lower = torch.cat((upper[..., half:].transpose(-1, -2), corner), dim=-1)
-    return torch.cat((upper, lower), dim=-2)
+    upper = torch.matmul(first, matrix.mT).sum(0, dtype=torch.float64)
+    corner = torch.matmul(second, second.mT).sum(0, dtype=torch.float64)
+    lower = torch.cat((upper[..., half:].mT, corner), dim=-1)
+    return torch.cat((upper, lower), dim=-2), matrix.sum(-1).sum(0, dtype=torch.float64)
 
 
 def _joined(pixels: int, batch: int) -> bool:
