@@ -90,8 +90,8 @@ class ImageClassifier(LightningModule):
         teacher_weights: its weight file; None for timm's pretrained weights.
         distill_weight: share of the distillation loss, the rest being that of the labels.
         distill_temperature: of both models' probabilities in the distillation loss.
-        channels_last: memory format on CUDA. Elsewhere it is not used: depthwise convolutions
-            train more than ten times slower with it on CPUs.
+        channels_last: memory format on CUDA. On a CPU it is not used: collapsed blocks read planes
+            (docs/collapsed-training.md has both layouts' times).
         collapse: how MobileOne's blocks train: `auto` in the cheapest of the exact forms, `always`
             in the one that keeps least memory, `never` branch by branch. All give the same numbers
             up to rounding, so any checkpoint goes on with any; other networks have `auto` only.
