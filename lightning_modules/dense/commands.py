@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -50,12 +50,14 @@ class _DenseCLI(training.TrainingCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Beside the best checkpoint, keep the last, in a folder that nobody else writes to."""
         trainer = super().instantiate_trainer(**kwargs)
-        if self.run is not None and self.subcommand == "fit":
-            here = self.run.checkpoints  # where resuming looks
-            last = CompleteCheckpoint(str(here), "last", enable_version_counter=False)
-            best = Path(self._get(self.config_init, "checkpoint").dirpath)
-            # the last is saved after the best, and knows of it
-            trainer.callbacks += [last, SoleRun(here, best)]  # type: ignore[attr-defined]
+        if self.run is None:
+            return trainer
+        here = self.run.checkpoints  # where resuming looks
+        last = CompleteCheckpoint(str(here), "last", enable_version_counter=False)
+        more: list[Callback] = [last]  # saved after the best, it knows of it
+        if self.subcommand == "fit":
+            more.append(SoleRun(here, Path(self._get(self.config_init, "checkpoint").dirpath)))
+        trainer.callbacks += more  # type: ignore[attr-defined]
         return trainer
 
     def _input_size(self) -> str:
