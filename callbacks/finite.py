@@ -27,7 +27,7 @@ def not_finite_in_file(path: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # a plugin may write what it likes
         return None
     return not_finite_in(checkpoint) if isinstance(checkpoint, Mapping) else None
