@@ -44,6 +44,7 @@ def test_what_has_no_correlation_has_none():
 MODELS = ("mobileone_mu0", "mobilenetv3_small_050", "mnasnet_small", "lcnet_050")
 
 
+@pytest.mark.slow
 def test_the_study(tmp_path):
     result = study_correlation(
         models=MODELS, runtimes=["eager"], runs=1, directory=tmp_path / "results"

@@ -111,6 +111,7 @@ def finite(checkpoint):
     return all(bool(tensor.isfinite().all()) for tensor in both)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
 @pytest.mark.parametrize(("task", "dataset", "kind"), TASKS)
 def test_a_killed_run_ends_as_one_that_was_never_killed(task, dataset, kind, request, capsys):
@@ -159,6 +160,7 @@ def test_a_loss_of_nan_stops_the_run(task, dataset, kind, request, capsys, monke
     assert all(map(finite, files))
 
 
+@pytest.mark.slow
 def test_such_a_step_may_be_left_out(voc, monkeypatch):
     poisoned(Segmenter, monkeypatch, step=3)
     with pytest.warns(UserWarning, match=r"step 3 \(epoch 1\) is left out: its loss is"):

@@ -182,6 +182,7 @@ def test_second_run_gets_a_folder_of_its_own(trained, tmp_path):
     assert all((p / "checkpoints/last.ckpt").is_file() for p in runs)
 
 
+@pytest.mark.slow  # the same with fewer parts: test_resume, test_classifier
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
     """Same folder, same wandb run, same weights bit for bit."""
     fit(epochs=2)

@@ -100,7 +100,7 @@ def assert_same(found, expected):
     assert found["global_step"] == expected["global_step"] == 10
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 1])
 @pytest.mark.parametrize(
     ("saving", "steps"), [(EVERY_VALIDATION, (2, 4, 7)), (EVERY_BATCH, (1, 5, 8))]
 )

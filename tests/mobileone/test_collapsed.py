@@ -124,7 +124,7 @@ def test_gradcheck(function, shape, relu, randomise, twin):
     "variant",
     [
         "mobileone_s0",
-        "mobileone_s1",
+        pytest.param("mobileone_s1", marks=pytest.mark.slow),
         pytest.param("mobileone_s2", marks=pytest.mark.slow),
         pytest.param("mobileone_s3", marks=pytest.mark.slow),
         "mobileone_s4",

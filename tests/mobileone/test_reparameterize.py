@@ -33,15 +33,15 @@ def relative_error(y, expected):
     return ((y - expected).abs().max() / expected.abs().max()).item()
 
 
-@pytest.mark.parametrize("fold", FOLDERS.values(), ids=FOLDERS)
 @pytest.mark.parametrize("name", FAMILY)
-def test_folding_is_exact(name, fold, randomise):
+def test_folding_is_exact(name, randomise):
     model = randomise(timm.create_model(name, num_classes=5).double()).eval()
     x = torch.randn(2, 3, 32, 64, dtype=torch.float64)
     with torch.no_grad():
         expected = branches_only(model, x)
-        assert relative_error(fold(model)(x), expected) < 1e-10
         assert relative_error(model(x), expected) < 1e-10
+        for fold in FOLDERS.values():
+            assert relative_error(fold(model)(x), expected) < 1e-10
 
 
 @pytest.mark.parametrize("name", ["mobileone_s0", "mobileone_s4"])
