@@ -1,6 +1,11 @@
 """Fixtures that every test may use."""
 
+import os
 from collections.abc import Callable
+
+# as the command does: on shared cores waiting threads that spin stall whoever has work, and these
+# tests start other processes; read when torch is loaded
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
