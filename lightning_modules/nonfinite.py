@@ -136,7 +136,9 @@ def _finite(optimizer: Optimizer) -> bool:
     gradients = [p.grad for p in parameters if p.grad is not None and not p.grad.is_sparse]
     if not gradients:
         return True
-    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)  # sums in float16 overflow soon
+    wide = any(gradient.dtype == torch.float64 for gradient in gradients)
+    dtype = torch.float64 if wide else torch.float32  # sums in float16 overflow soon
+    norms = torch._foreach_norm(gradients, 2, dtype=dtype)
     if bool(torch.stack(norms).isfinite().all()):
         return True
     # the squares overflow before the gradients do; the exact question takes 20 times as long

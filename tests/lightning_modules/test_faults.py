@@ -226,3 +226,14 @@ def test_a_killed_data_worker_is_explained(pets):
     object.__setattr__(loader, "dataset", KillsItself())
     with pytest.raises(DataWorkerError, match=r"worker has died.*memory.*--data\.num_workers"):
         next(iter(loader))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_of_every_precision_are_looked_at(dtype):
+    parameters = [torch.nn.Parameter(torch.zeros(300, dtype=dtype)) for _ in range(2)]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, torch.finfo(dtype).max)  # squares overflow
+    assert _finite(optimizer)
+    parameters[1].grad[7] = torch.nan
+    assert not _finite(optimizer)
