@@ -11,8 +11,6 @@ _WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     # the number of workers is the user's decision; the data module has a default
     r"The '\w+' does not have many workers",
-    # said better by the guard against losses that are not finite
-    r"`training_step` returned `None`",
     # the interval is shortened where an epoch is shorter
     r"The number of training batches \(\d+\) is smaller than the logging interval",
 )
