@@ -42,6 +42,7 @@ from lightning_modules.tracking import (
     finish_tracking,
     make_loggers,
 )
+from lightning_modules.trainer import ExactTrainer
 from mobileone import reparameterize
 from mobileone.export.checkpoint import read_checkpoint
 
@@ -77,6 +78,7 @@ def run(name: str, argv: list[str], cli: "type[TrainingCLI] | None" = None) -> "
             chosen.model_type,
             chosen.data_type,
             save_config_callback=_Records,
+            trainer_class=ExactTrainer,
             seed_everything_default=0,
             auto_configure_optimizers=False,
             # the paper's epochs; no table of modules: `before_fit` says what matters

@@ -13,6 +13,7 @@ import pytest
 import torch
 import wandb
 import yaml
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules.classifier import ImageClassifier
@@ -169,6 +170,18 @@ def test_interrupted_run_says_how_to_continue(capsys, monkeypatch):
     )
     monkeypatch.undo()
     main([*shlex.split(command)[3:], "--wandb.mode", "disabled"])
+
+
+def test_a_limit_of_one_is_one_batch_whatever_was_imported_before(monkeypatch, capsys):
+    """`typing` gives the union that was made first, in its order: 1 was read as 1.0, all."""
+    limits = [f"limit_{stage}_batches" for stage in ("train", "val", "test", "predict")]
+    for name in limits:
+        monkeypatch.setitem(Trainer.__init__.__annotations__, name, float | int | None)
+    options = [word for name in limits for word in (f"--trainer.{name}", "1")]
+    with pytest.raises(SystemExit):
+        main(["fit", *options, "--print_config"])
+    trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    assert [repr(trainer[name]) for name in limits] == ["1"] * 4
 
 
 def test_grey_images_need_no_second_option():
