@@ -19,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from bitwise import differing
 
 import callbacks.exports
 import callbacks.reparameterize
@@ -114,24 +115,6 @@ def result(root: Path, name: str) -> dict:
         Manifest.load(folder).verify(folder)
     assert not list(run.rglob(".tmp-*")), list(run.rglob(".tmp-*"))
     return torch.load(run / "checkpoints/last.ckpt", weights_only=True)
-
-
-def differing(found: dict, expected: dict) -> list[str]:
-    """Names of what is not the same bit for bit."""
-    wrong = [
-        f"{part}/{name}"
-        for part in ("state_dict", "current_model_state")
-        for name, value in expected[part].items()
-        if not torch.equal(value, found[part][name])
-    ]
-    momenta = [end["optimizer_states"][0]["state"] for end in (found, expected)]
-    wrong += [
-        f"momentum/{index}"
-        for index, state in momenta[1].items()
-        if not torch.equal(state["momentum_buffer"], momenta[0][index]["momentum_buffer"])
-    ]
-    wrong += [k for k in ("lr_schedulers", "global_step", "epoch") if found[k] != expected[k]]
-    return wrong
 
 
 def soak(kills: int, seed: int, root: Path, workers: int = 0, background: bool = False) -> Counter:

@@ -19,7 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from soak_resume import differing, result
+from bitwise import differing
+from soak_resume import result
 
 # dropout, augmentation and curriculum would each betray a wrong place; exports are in background
 COMMAND = """

@@ -14,6 +14,7 @@ from lightning_modules.cli import main
 from lightning_modules.dense import saving
 from lightning_modules.dense.models import Detector, Segmenter
 from mobileone.export.publish import sole_writer
+from tests.bitwise import differing
 
 pytest.importorskip("segmentation_models_pytorch", reason="needs the extra `dense`")
 pytest.importorskip("pycocotools", reason="needs the extra `dense`")
@@ -85,24 +86,6 @@ def fit(task, root, *more):
     finally:
         wandb.finish()
     return Path(f"runs/{task}/latest/checkpoints")
-
-
-def differing(found, expected):
-    """Names of what is not the same bit for bit in two checkpoints."""
-    wrong = [
-        f"{part}/{name}"
-        for part in ("state_dict", "current_model_state")
-        for name, value in expected[part].items()
-        if not torch.equal(value, found[part][name])
-    ]
-    moments = [end["optimizer_states"][0]["state"] for end in (found, expected)]
-    wrong += [
-        f"{name} {index}"
-        for index, state in moments[1].items()
-        for name, value in state.items()
-        if not torch.equal(value, moments[0][index][name])
-    ]
-    return wrong + [k for k in ("lr_schedulers", "global_step", "epoch") if found[k] != expected[k]]
 
 
 def finite(checkpoint):
