@@ -5,14 +5,12 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
@@ -29,10 +27,11 @@ from lightning_modules.config_files import check_configs, find_configs, option_v
 from lightning_modules.data import ImageDataModule
 from lightning_modules.ending import end_after_rank_zero
 from lightning_modules.errors import UsageError, message_for_user
+from lightning_modules.given_checkpoint import hyper_parameters, read_given, with_config_of_the_run
 from lightning_modules.parser import Parser
 from lightning_modules.quiet import silence_known_messages
-from lightning_modules.resume import Continuation, epochs_done, find_continuation, newest_usable
-from lightning_modules.run_config import check_run_config
+from lightning_modules.records import RunRecords
+from lightning_modules.resume import Continuation, find_continuation, newest_usable
 from lightning_modules.run_folder import RunFolder
 from lightning_modules.summary import fit_summary
 from lightning_modules.sync_norm import TimmSyncBatchNorm
@@ -43,8 +42,8 @@ from lightning_modules.tracking import (
     make_loggers,
 )
 from lightning_modules.trainer import ExactTrainer
+from lightning_modules.training_length import check_length
 from mobileone import reparameterize
-from mobileone.export.checkpoint import read_checkpoint
 
 __all__ = ["TrainingCLI", "run"]
 
@@ -70,14 +69,14 @@ def run(name: str, argv: list[str], cli: "type[TrainingCLI] | None" = None) -> "
     previous = sys.argv
     chosen = cli or TrainingCLI
     try:
-        argv = _with_config_of_the_run(find_configs(argv))
+        argv = with_config_of_the_run(find_configs(argv))
         check_configs(argv)
         # a distributed strategy starts its other processes with this command line
         sys.argv = [*previous[:1], *chosen.program.split()[1:], name, *argv]
         return chosen(
             chosen.model_type,
             chosen.data_type,
-            save_config_callback=_Records,
+            save_config_callback=RunRecords,
             trainer_class=ExactTrainer,
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -98,49 +97,6 @@ def run(name: str, argv: list[str], cli: "type[TrainingCLI] | None" = None) -> "
         sys.exit(2)
     finally:
         sys.argv = previous
-
-
-class _Records(SaveConfigCallback):
-    """Keep a fit's configuration, once nothing can go wrong with it, and point `latest` to it."""
-
-    began = False  # training, after all that can be refused
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write nothing yet: the checkpoint to resume may not fit, and the run's file is good."""
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that all ranks resume from one file; the trainer knows it only now."""
-        mine = str(trainer.ckpt_path)
-        if (first := trainer.strategy.broadcast(mine)) != mine:
-            raise RuntimeError(
-                f"rank {trainer.global_rank} would resume from {mine}, rank 0 from {first}: put "
-                "--run.root on a file system that all nodes see"
-            )
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the configuration to `<run>/config.yaml` and to the loggers."""
-        self.began = True
-        # an epoch shorter than the interval would leave no learning rate in the logs
-        interval = cast(Any, trainer)
-        batches = int(min(trainer.num_training_batches, interval.log_every_n_steps))
-        interval.log_every_n_steps = max(1, batches)
-        if not trainer.is_global_zero:
-            return
-        run = RunFolder.read(Path(trainer.default_root_dir))
-        run.write_config(self.parser.dump(self.config, skip_none=False))
-        run.mark(finished=False)
-        for logger in trainer.loggers:
-            logger.log_hyperparams(self.config.as_dict())
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that nothing is left to do: a run of this name with other options may begin."""
-        if trainer.is_global_zero:
-            RunFolder.read(Path(trainer.default_root_dir)).mark(finished=True)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Now there is a result: let `latest` link to this run."""
-        if trainer.is_global_zero:
-            RunFolder.read(Path(trainer.default_root_dir)).make_latest()
 
 
 class TrainingCLI(LightningCLI):
@@ -201,7 +157,7 @@ class TrainingCLI(LightningCLI):
         if "_ARGCOMPLETE" in os.environ:  # the shell asks; this answers and exits
             self._subcommand_parsers[sys.argv[1]].parse_args([])
         checkpoint = option_value(sys.argv, "--ckpt_path")
-        self.known = {} if checkpoint is None else _hyper_parameters(checkpoint)
+        self.known = {} if checkpoint is None else hyper_parameters(checkpoint)
         for subparser in self._subcommand_parsers.values():
             try:
                 subparser.set_defaults({f"model.{k}": v for k, v in self.known.items()})
@@ -253,8 +209,8 @@ class TrainingCLI(LightningCLI):
                 f"leave --model.model out or set it to {trained}"
             )
         if self.subcommand == "fit":
-            contents = None if config.ckpt_path is None else _read(config.ckpt_path)
-            _check_length(config, contents)
+            contents = None if config.ckpt_path is None else read_given(config.ckpt_path)
+            check_length(config, contents)
         config.weights_only = True  # a checkpoint holds tensors and primitives, nothing to run
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -334,7 +290,7 @@ class TrainingCLI(LightningCLI):
     def _say_how_to_continue(self) -> None:
         """Unless it was refused before it began: the same would happen again."""
         records = cast(Any, self.trainer).callbacks
-        began = any(isinstance(record, _Records) and record.began for record in records)
+        began = any(isinstance(record, RunRecords) and record.began for record in records)
         last = newest_usable(self.run.path)[0] if self.run is not None and began else None
         if last is not None:
             # a line of its own, wherever the progress bar was stopped
@@ -358,78 +314,5 @@ def _listed(plugins: Any) -> list[Any]:
     return list(plugins) if isinstance(plugins, (list, tuple)) else [plugins] if plugins else []
 
 
-def _check_length(config: Namespace, checkpoint: Mapping[str, Any] | None) -> None:
-    """Refuse a training without end, without a step, or without a validation, to save after."""
-    trainer = config.trainer
-    epochs, steps, every = trainer.max_epochs, trainer.max_steps, trainer.check_val_every_n_epoch
-    if trainer.fast_dev_run:
-        return
-    if 0 in (epochs, steps):
-        name = "max_epochs" if epochs == 0 else "max_steps"
-        raise UsageError(
-            f"--trainer.{name} 0 trains nothing: give at least 1, or measure a checkpoint with "
-            "`validate`"
-        )
-    if epochs == -1 and config.get("curriculum.phases"):
-        raise UsageError(
-            "a curriculum scales its phases to --trainer.max_epochs, which is -1 (no end): set it, "
-            "or --curriculum.phases []"
-        )
-    if epochs == -1 and steps == -1:
-        raise UsageError(
-            "--trainer.max_epochs -1 and --trainer.max_steps -1 give no end, to which the "
-            "schedules of learning rate and weight decay could come: set one of them"
-        )
-    if epochs and every and 0 < epochs < every:
-        raise UsageError(
-            f"the training ends at --trainer.max_epochs {epochs}, before the first validation at "
-            f"--trainer.check_val_every_n_epoch {every}: nothing would be saved; set the latter to "
-            f"{epochs} or less"
-        )
-    done = 0 if checkpoint is None else epochs_done(checkpoint)
-    if epochs and 0 < epochs < done:
-        raise UsageError(
-            f"{config.ckpt_path} was written after {done} epochs, more than --trainer.max_epochs "
-            f"{epochs}: there is nothing to go on with; give at least {done}, or begin a new run "
-            "with another --run.name"
-        )
-
-
 def _millions(module: nn.Module) -> str:
     return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M"
-
-
-def _with_config_of_the_run(argv: list[str]) -> list[str]:
-    checkpoint = option_value(argv, "--ckpt_path")
-    if checkpoint is None or option_value(argv, "--config", "-c") is not None:
-        return argv
-    found = RunFolder.of_checkpoint(checkpoint)
-    if found is None or not found.config.is_file():
-        return argv
-    check_run_config(found.config)
-    return ["--config", str(found.config), *argv]
-
-
-# what the data decide, what is done once, and what Lightning adds
-_OF_THE_DATA = ("num_classes", "in_chans", "pretrained", "weights", "_instantiator")
-
-
-def _hyper_parameters(checkpoint: str) -> dict[str, Any]:
-    known = _read(checkpoint).get("hyper_parameters", {})
-    return {k: v for k, v in known.items() if k not in _OF_THE_DATA}
-
-
-def _read(checkpoint: str) -> dict[str, Any]:
-    try:
-        return read_checkpoint(Path(checkpoint))
-    except ValueError as error:
-        raise UsageError(_with_another(error, checkpoint)) from error
-
-
-def _with_another(error: ValueError, checkpoint: str) -> str:
-    """The error, with an older checkpoint of the run if one can be read."""
-    run = RunFolder.of_checkpoint(checkpoint)
-    other = None if run is None else newest_usable(run.path)[0]
-    if other is None:
-        return str(error)
-    return f"{error}\nthe newest checkpoint of this run that can be read is {other}"

@@ -1,0 +1,56 @@
+"""How long a training is: what can be told to be wrong before it begins."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jsonargparse import Namespace
+
+from lightning_modules.errors import UsageError
+from lightning_modules.resume import epochs_done
+
+__all__ = ["check_length"]
+
+
+def check_length(config: Namespace, checkpoint: Mapping[str, Any] | None) -> None:
+    """Refuse a training without end, without a step, or without a validation, to save after.
+
+    Args:
+        config: The arguments of `fit`.
+        checkpoint: The contents of the one that it resumes, if it does.
+
+    Raises:
+        UsageError: The length cannot be trained.
+    """
+    trainer = config.trainer
+    epochs, steps, every = trainer.max_epochs, trainer.max_steps, trainer.check_val_every_n_epoch
+    if trainer.fast_dev_run:
+        return
+    if 0 in (epochs, steps):
+        name = "max_epochs" if epochs == 0 else "max_steps"
+        raise UsageError(
+            f"--trainer.{name} 0 trains nothing: give at least 1, or measure a checkpoint with "
+            "`validate`"
+        )
+    if epochs == -1 and config.get("curriculum.phases"):
+        raise UsageError(
+            "a curriculum scales its phases to --trainer.max_epochs, which is -1 (no end): set it, "
+            "or --curriculum.phases []"
+        )
+    if epochs == -1 and steps == -1:
+        raise UsageError(
+            "--trainer.max_epochs -1 and --trainer.max_steps -1 give no end, to which the "
+            "schedules of learning rate and weight decay could come: set one of them"
+        )
+    if epochs and every and 0 < epochs < every:
+        raise UsageError(
+            f"the training ends at --trainer.max_epochs {epochs}, before the first validation at "
+            f"--trainer.check_val_every_n_epoch {every}: nothing would be saved; set the latter to "
+            f"{epochs} or less"
+        )
+    done = 0 if checkpoint is None else epochs_done(checkpoint)
+    if epochs and 0 < epochs < done:
+        raise UsageError(
+            f"{config.ckpt_path} was written after {done} epochs, more than --trainer.max_epochs "
+            f"{epochs}: there is nothing to go on with; give at least {done}, or begin a new run "
+            "with another --run.name"
+        )
