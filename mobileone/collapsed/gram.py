@@ -54,7 +54,8 @@ class GramConvolution(torch.autograd.Function):
         conv_var, inward = var[: geometry.branches], ctx.needs_input_grad[0]
         care = care_needed(stats, branches.kernels, product, conv_var, inward)
         if care is Care.SUMS:
-            stats, _ = window_statistics(windows.double())
+            windows = windows.double()
+            stats, _ = window_statistics(windows)
         if care:
             branches, cov, product = _products(geometry, tensors, stats, torch.float64)
             var = branch_variances(branches, cov, product)
@@ -62,8 +63,11 @@ class GramConvolution(torch.autograd.Function):
         folded = collapse(branches, stats.mean - shift if far else stats.mean, var)
         if far:
             windows = windows - shift[..., None]
-        y = torch.matmul(folded.weight.to(dtype), windows.to(dtype))  # (M, G, O, L)
-        y += folded.bias.to(dtype)[..., None]
+        # with care as wide as the sums; under autocast as narrow as the branches' own
+        wide = windows.dtype if dtype == x.dtype else dtype
+        y = torch.matmul(folded.weight.to(wide), windows.to(wide))  # (M, G, O, L)
+        y += folded.bias.to(wide)[..., None]
+        y = y.to(dtype)
         if relu:
             y.relu_()
         size = geometry.output_size(*x.shape[2:])

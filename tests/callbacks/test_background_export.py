@@ -152,6 +152,7 @@ def test_an_error_in_the_worker_has_its_traceback_and_strict_raises(
     assert "somewhere" in record["error"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Exporting")
 def test_an_export_that_was_missed_is_made_up_for(make, tmp_path, folder, started, monkeypatch):
     with monkeypatch.context() as patched:
@@ -199,6 +200,7 @@ def test_ctrl_c_ends_an_export_that_would_take_minutes(
     assert not any("Training goes on" in str(warning.message) for warning in caught)
 
 
+@pytest.mark.slow
 def test_training_goes_on_while_the_worker_works(make, tmp_path, folder, started, monkeypatch):
     """The links move during the next epoch, at the first batch after the worker's end."""
     seen = []

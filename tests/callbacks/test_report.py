@@ -228,7 +228,9 @@ def finished_records(path):
     raise AssertionError("wandb did not finish its file")
 
 
-@pytest.mark.parametrize("mode", ["best", "every", "none"])
+@pytest.mark.parametrize(
+    "mode", ["best", *(pytest.param(m, marks=pytest.mark.slow) for m in ("every", "none"))]
+)
 def test_wandb_gets_pictures_and_the_artifact_with_its_manifest(
     mode, loader, tmp_path, monkeypatch
 ):

@@ -62,7 +62,10 @@ def test_recipe_runs_for_a_batch(recipe, request):
 
 @pytest.mark.parametrize(
     ("task", "dataset", "classes"),
-    [("segment", "voc", 21), ("detect", "coco", 4)],
+    [
+        pytest.param("segment", "voc", 21, marks=pytest.mark.slow),
+        ("detect", "coco", 4),
+    ],
 )
 def test_real_layouts_train_and_validate(task, dataset, classes, request, capsys):
     root = ["--data.dataset", dataset, "--data.root", str(request.getfixturevalue(dataset))]
@@ -113,6 +116,7 @@ def test_a_run_has_what_fit_gives(task, capsys):
     assert last["class_names"] == ["background", "circle", "square", "triangle"]
 
 
+@pytest.mark.slow
 def test_the_last_checkpoint_is_kept_beside_a_better_one():
     """The best has the largest loss here: that of the first epoch."""
     worst = "--checkpoint.monitor val/loss --checkpoint.mode max".split()

@@ -181,6 +181,7 @@ for step in range(10):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_that_export_to_one_folder_leave_one_whole_artifact(tmp_path):
     folder = tmp_path / "artifact"
     processes = [

@@ -272,6 +272,7 @@ def test_a_missing_artifact_is_made_up_for(tmp_path):
     assert (checkpoints / "last.ckpt").resolve().is_file()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_named_goes_before_auto(tmp_path, capsys):
     """The run's own configuration, which says auto, is read along with its checkpoint."""
     main(FIT)
@@ -345,9 +346,8 @@ def test_a_metric_that_is_not_logged_is_refused_before_the_first_epoch(capsys, m
     assert "val/acc1" in said
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_of_two_processes_rank_0_ends_last(tmp_path, number):
     """It waits for the export; SIGTERM reaches one process, Ctrl-C all of them."""
     two = "--trainer.devices 2 --trainer.strategy ddp --trainer.max_epochs 100".split()

@@ -11,6 +11,7 @@ from mobileone.collapsed import Path, path_of, set_collapse
 from mobileone.collapsed.affine import AffineConvolution
 from mobileone.collapsed.branches import describe, parameters
 from mobileone.collapsed.gram import GramConvolution
+from tests.variants import middle_is_slow
 
 SHAPES = [
     {"in_chs": 3, "out_chs": 8, "stride": 2},  # stem
@@ -120,16 +121,7 @@ def test_gradcheck(function, shape, relu, randomise, twin):
     assert torch.autograd.gradcheck(output, (x, *parameters(block)))
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [
-        "mobileone_s0",
-        pytest.param("mobileone_s1", marks=pytest.mark.slow),
-        pytest.param("mobileone_s2", marks=pytest.mark.slow),
-        pytest.param("mobileone_s3", marks=pytest.mark.slow),
-        "mobileone_s4",
-    ],
-)
+@pytest.mark.parametrize("variant", middle_is_slow(f"mobileone_s{n}" for n in range(5)))
 def test_whole_networks_train_as_timms(variant, randomise, twin):
     theirs = randomise(getattr(byobnet, variant)(num_classes=5)).double()
     ours = timm.create_model(variant, num_classes=5).double()

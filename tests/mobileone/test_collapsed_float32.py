@@ -6,8 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from timm.models import byobnet
 
 from mobileone import MobileOneBlock
 from mobileone.collapsed import Path, native, path_of, set_collapse
@@ -211,6 +214,25 @@ def test_depthwise_derivatives_of_smooth_planes_are_as_accurate(size, stride, me
     shape = {"in_chs": 6, "out_chs": 6, "groups": 6, "stride": stride}
     x = smooth(size, 3) + mean
     assert_as_accurate(twin, shape, x, Path.DEPTHWISE, mode="always", prepare=laplace, along=along)
+
+
+@needs_kernels
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_fresh_network_on_digits_is_as_accurate(seed):
+    """Grey, smooth, mostly background: some branch of the stem sees nearly nothing of them."""
+    torch.manual_seed(seed)
+    digits = torch.from_numpy(load_digits().images[32 * seed :][:32]).float()[:, None] / 16
+    grey = F.interpolate(digits, 64, mode="bilinear", antialias=True).expand(-1, 3, -1, -1)
+    x = (grey - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / 0.225
+    ours = timm.create_model("mobileone_s0", num_classes=10)
+    theirs = byobnet.mobileone_s0(num_classes=10)
+    theirs.load_state_dict(ours.state_dict())
+    exact = copy.deepcopy(theirs).double()
+    with torch.no_grad():
+        truth = exact(x.double())
+        ours, theirs = ours(x), theirs(x)
+    error, expected = ((y - truth).square().mean().sqrt() for y in (ours, theirs))
+    assert error < 1.2 * expected
 
 
 @needs_kernels

@@ -9,6 +9,7 @@ import torch
 from timm.models import byobnet
 
 import mobileone
+from tests.variants import middle_is_slow
 
 # deploy parameters and fvcore's multiply-adds (M) of the fused model at 224 px
 PUBLISHED = {
@@ -72,7 +73,7 @@ def test_pretrained_tag_and_hub_id_are_declared(name):
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("name", FAMILY[:5])
+@pytest.mark.parametrize("name", middle_is_slow(sorted(PUBLISHED)))
 def test_function_is_timms(name, mode, randomise):
     ours = randomise(timm.create_model(name, num_classes=7).double())
     theirs = getattr(byobnet, name)(num_classes=7).double()
