@@ -106,7 +106,9 @@ def _connected(run: RunFolder, options: WandbOptions) -> SteadyWandbLogger:
                 "--wandb.entity and --wandb.project, or leave wandb.mode at offline and send the "
                 "run later with `wandb sync`"
             ) from error
-    wandb.teardown()  # or its process would keep the id
+    # or wandb's process would keep the id; one that was started by our parent cannot be ended
+    os.environ.pop("WANDB_SERVICE", None)
+    wandb.teardown()
     offline = _wandb_logger(run, options, "offline")
     offline.connect()
     offline.trouble = f"it could not be reached: {reason}"

@@ -32,6 +32,9 @@ def _here(tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("MOBILEONE_CACHE", str(tmp_path_factory.getbasetemp() / "digits"))
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.delenv("WANDB_MODE", raising=False)  # Lightning sets it, offline
+    # wandb's process of other tests
+    wandb.teardown()
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)
     yield
     wandb.finish()
 
@@ -125,8 +128,14 @@ def assert_kept(said, reason):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("listens", [True, False], ids=["hangs", "refuses"])
-def test_no_connection_at_the_start(listens):
+@pytest.mark.parametrize(
+    ("listens", "parent"), [(True, "without"), (False, "with")], ids=["hangs", "refuses"]
+)
+def test_no_connection_at_the_start(listens, parent):
+    """Started by a process that uses wandb as well, the run would share wandb's process with it."""
+    if parent == "with":
+        wandb.init(mode="offline").finish()
+        assert "WANDB_SERVICE" in os.environ
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, never answers
         port = silent.getsockname()[1]
         if not listens:
