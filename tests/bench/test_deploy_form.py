@@ -11,10 +11,23 @@ from mobileone.bench.deploy_form import deploy_form, settle_norms
 from mobileone.bench.models import build_model, check_models, input_size_of
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-NAMES = ["mobileone_s0", "mobilenetv2_100", "mobilenetv3_small_100", "efficientnet_b0", "repvgg_a0"]
+PLAIN = [
+    "mobilenetv2_100",
+    "mobilenetv3_small_100",
+    "efficientnet_b0",
+    "torchvision/shufflenet_v2_x1_0",
+]
 
 
-@pytest.mark.parametrize("name", [*NAMES, "torchvision/shufflenet_v2_x1_0", "repvit_m0_9"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mobileone_s0",
+        "repvgg_a0",
+        "repvit_m0_9",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in PLAIN),
+    ],
+)
 def test_folding_keeps_the_function_and_leaves_no_norm(name, randomise):
     # timm folds RepViT into float32 whatever it was
     dtype, tolerance = (torch.float32, 1e-3) if name == "repvit_m0_9" else (torch.float64, 1e-8)

@@ -19,7 +19,13 @@ def smp_or_skip(architecture):
         pytest.importorskip("segmentation_models_pytorch", reason="needs the extra `dense`")
 
 
-@pytest.mark.parametrize("architecture", SEGMENTERS)
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("unet", "deeplabv3plus") else ())
+        for name in SEGMENTERS
+    ],
+)
 def test_fused_segmentation_is_exact(architecture, randomise):
     """Against the sum of the branches, in float64."""
     smp_or_skip(architecture)

@@ -395,6 +395,7 @@ def test_top_level_help_is_fast_because_it_imports_nothing():
     assert all(name in done.stdout for name in COMMANDS)
 
 
+@pytest.mark.slow
 def test_python_dash_m_is_the_same_command():
     done = subprocess.run([sys.executable, "-m", "mobileone", "--help"], capture_output=True)
     ours = subprocess.run(

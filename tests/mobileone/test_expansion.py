@@ -15,7 +15,10 @@ def shapes():
     return torch.randn(2, 3, 48, 48, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", ["mobileone_s0", "mobileone_s4", "mobileone_mu1"])
+@pytest.mark.parametrize(
+    "name",
+    ["mobileone_s0", pytest.param("mobileone_s4", marks=pytest.mark.slow), "mobileone_mu1"],
+)
 def test_expanded_weights_compute_what_the_fused_ones_do(name, randomise, shapes):
     fused = mobileone.reparameterize(randomise(timm.create_model(name).double()).eval())
     model = timm.create_model(name).double().eval()
