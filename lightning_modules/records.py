@@ -1,4 +1,4 @@
-"""What a training writes of itself into its run folder."""
+"""What a training notes in its run folder, and what all ranks must agree on before."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -12,15 +12,23 @@ __all__ = ["RunRecords"]
 
 
 class RunRecords(SaveConfigCallback):
-    """Keep a fit's configuration, once nothing can go wrong with it, and point `latest` to it."""
+    """Keep a fit's configuration, once nothing can go wrong with it, and point `latest` to it.
 
-    began = False  # training, after all that can be refused
+    Attributes:
+        began: Whether training has begun, after all that can be refused.
+    """
+
+    began: bool = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write nothing yet: the checkpoint to resume may not fit, and the run's file is good."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that all ranks resume from one file; the trainer knows it only now."""
+        """Check that all ranks resume from one file; the trainer knows it only now.
+
+        Raises:
+            RuntimeError: They do not.
+        """
         mine = str(trainer.ckpt_path)
         if (first := trainer.strategy.broadcast(mine)) != mine:
             raise RuntimeError(
@@ -29,12 +37,9 @@ class RunRecords(SaveConfigCallback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the configuration to `<run>/config.yaml` and to the loggers."""
+        """Write the configuration to `<run>/config.yaml` and the loggers; log in every epoch."""
         self.began = True
-        # an epoch shorter than the interval would leave no learning rate in the logs
-        interval = cast(Any, trainer)
-        batches = int(min(trainer.num_training_batches, interval.log_every_n_steps))
-        interval.log_every_n_steps = max(1, batches)
+        _log_in_every_epoch(trainer)
         if not trainer.is_global_zero:
             return
         run = RunFolder.read(Path(trainer.default_root_dir))
@@ -52,3 +57,10 @@ class RunRecords(SaveConfigCallback):
         """Now there is a result: let `latest` link to this run."""
         if trainer.is_global_zero:
             RunFolder.read(Path(trainer.default_root_dir)).make_latest()
+
+
+def _log_in_every_epoch(trainer: Trainer) -> None:
+    """An epoch shorter than the interval would leave no learning rate in the logs."""
+    interval = cast(Any, trainer)
+    batches = int(min(trainer.num_training_batches, interval.log_every_n_steps))
+    interval.log_every_n_steps = max(1, batches)

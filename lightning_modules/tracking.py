@@ -106,7 +106,7 @@ def _connected(run: RunFolder, options: WandbOptions) -> SteadyWandbLogger:
                 "--wandb.entity and --wandb.project, or leave wandb.mode at offline and send the "
                 "run later with `wandb sync`"
             ) from error
-    # or wandb's process would keep the id; one that was started by our parent cannot be ended
+    # or wandb's process would keep the id; our parent's we cannot end, so we start one of our own
     os.environ.pop("WANDB_SERVICE", None)
     wandb.teardown()
     offline = _wandb_logger(run, options, "offline")

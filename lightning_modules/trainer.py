@@ -8,11 +8,11 @@ __all__ = ["ExactTrainer"]
 
 
 class ExactTrainer(Trainer):
-    """Reads a limit of 1 as one batch and 1.0 as all of them, whatever was imported before it.
+    """Lightning's `Trainer`, whose limit of 1 is one batch and of 1.0 all of them.
 
-    The parser takes the first type of a union that fits. Lightning writes
-    `Optional[Union[int, float]]`, and `typing`, which calls unions equal in any order, may answer
-    with an `Optional[Union[float, int]]` that it made for someone else: then 1 becomes 1.0.
+    The parser takes the first type of a union that fits. Lightning writes `Optional[Union[int,
+    float]]`, and `typing`, which calls unions equal in any order, may answer with an
+    `Optional[Union[float, int]]` that it made for whoever was imported before: 1 becomes 1.0.
     """
 
     def __init__(
@@ -31,7 +31,10 @@ class ExactTrainer(Trainer):
             limit_val_batches: Validation batches: a count, or a fraction with a point.
             limit_test_batches: Test batches: a count, or a fraction with a point.
             limit_predict_batches: Prediction batches: a count, or a fraction with a point.
-            **kwargs: All others.
+            **kwargs: Its other arguments.
+
+        Raises:
+            MisconfigurationException: A value is out of its range, for example a fraction over 1.
         """
         super().__init__(
             limit_train_batches=limit_train_batches,

@@ -54,19 +54,15 @@ class GramConvolution(torch.autograd.Function):
         conv_var, inward = var[: geometry.branches], ctx.needs_input_grad[0]
         care = care_needed(stats, branches.kernels, product, conv_var, inward)
         if care is Care.SUMS:
-            windows = windows.double()
-            stats, _ = window_statistics(windows)
+            stats, _ = window_statistics(windows.double())
         if care:
             branches, cov, product = _products(geometry, tensors, stats, torch.float64)
             var = branch_variances(branches, cov, product)
         far = care is Care.SUMS or is_far(stats)
         folded = collapse(branches, stats.mean - shift if far else stats.mean, var)
-        if far:
-            windows = windows - shift[..., None]
-        # with care as wide as the sums; under autocast as narrow as the branches' own
-        wide = windows.dtype if dtype == x.dtype else dtype
-        y = torch.matmul(folded.weight.to(wide), windows.to(wide))  # (M, G, O, L)
-        y += folded.bias.to(wide)[..., None]
+        # under autocast the product is as narrow as the branches' own, whatever care is needed
+        careful = care >= Care.PRODUCT and dtype == tensors[0].dtype
+        y = _product(folded, windows, shift if far else None, torch.float64 if careful else dtype)
         y = y.to(dtype)
         if relu:
             y.relu_()
@@ -114,6 +110,17 @@ class GramConvolution(torch.autograd.Function):
             dwindows += grads.offset.to(dtype)[..., None]
             dx = uncolumns(dwindows, geometry, x.shape).to(x.dtype)
         return dx, None, None, None, *branch_gradients(geometry, grads, tensors)
+
+
+def _product(
+    folded: Collapsed, windows: Tensor, shift: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Ŵ x + b̂, (M, G, O, L), in the given dtype; of windows (M, G, J, L) less a shift (G, J)."""
+    if shift is not None:
+        windows = windows.to(torch.promote_types(windows.dtype, dtype)) - shift[..., None]
+    y = torch.matmul(folded.weight.to(dtype), windows.to(dtype))
+    y += folded.bias.to(dtype)[..., None]
+    return y
 
 
 def _products(

@@ -39,6 +39,9 @@ _THIN = 4.0
 """Ratio of what the weights could make of the input's variance to what a branch does make of it
 from which the small algebra is done in float64."""
 
+_ROUGH = 32.0
+"""The same from which Ŵ x is, as the rounding of Ŵ shows: branches normalise theirs away."""
+
 _THINNEST = 8.0
 """The same from which sums over windows are taken in float64 as well, if there are few of them."""
 
@@ -55,7 +58,8 @@ class Care(IntEnum):
 
     NONE = 0
     ALGEBRA = 1
-    SUMS = 2  # and the algebra
+    PRODUCT = 2  # and the algebra
+    SUMS = 3  # and all of these
 
 
 def algebra_dtype(geometry: Geometry, dtype: torch.dtype) -> torch.dtype:
@@ -168,7 +172,8 @@ def care_needed(
         total, explained = variance.sum(-1)[:, None], product.square().sum(-1)
         worst |= (explained > (1 - _ALIKE) * total * var).any()
     # the only look at the numbers: a GPU is waited for
-    return Care(int((var * _THIN < size).any().int().maximum(2 * worst.int())))
+    levels = (var * _THIN < size).any(), (var * _ROUGH < size).any(), worst
+    return Care(int(torch.stack([n * level.int() for n, level in enumerate(levels, 1)]).max()))
 
 
 def is_far(stats: WindowStatistics) -> bool:

@@ -75,7 +75,7 @@ def test_collapsed_training_keeps_less_than_the_plain_net():
 
 
 def test_the_result_holds_every_contender_and_is_saved(tmp_path):
-    contenders = ["timm", "plain"]
+    contenders = ["timm", "ours", "plain"]
     result = measure_training(
         ["mobileone_s0"], contenders, batch_size=2, image_size=32, rounds=3, threads=1,
         directory=tmp_path,
@@ -95,7 +95,7 @@ def test_the_result_holds_every_contender_and_is_saved(tmp_path):
     assert (tmp_path / "training.csv").read_text().startswith("model,contender,seconds")
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
     table = training_table(result)
-    assert table.row_count == 2
+    assert table.row_count == 3
     assert "2 photographs of 32 px, " in table.title
     assert result.protocol["images"] == "photos"
     assert {row["change"] for row in result.rows} == {None}

@@ -220,7 +220,10 @@ def test_errors_come_before_the_work(checkpoint, pets, tmp_path):
     assert not list(tmp_path.glob("out.csv*"))
 
 
-@pytest.mark.parametrize("name", ["torchscript", "onnx", "coreml_fp32"])
+@pytest.mark.parametrize(
+    "name",
+    ["torchscript", "onnx", "coreml_fp32", pytest.param("torch_export", marks=pytest.mark.slow)],
+)
 def test_a_file_of_an_artifact_is_enough(checkpoint, model, spec, pets, tmp_path, name):
     """In its folder, and taken out of it: it says itself what it takes and returns."""
     pytest.importorskip({"onnx": "onnxruntime", "coreml_fp32": "coremltools"}.get(name, "torch"))

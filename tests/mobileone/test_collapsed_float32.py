@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from timm.models import byobnet
 
 from mobileone import MobileOneBlock
-from mobileone.collapsed import Path, native, path_of, set_collapse
+from mobileone.collapsed import Path, gram, native, path_of, set_collapse
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="no compiler for the kernels")
 
@@ -218,7 +218,7 @@ def test_depthwise_derivatives_of_smooth_planes_are_as_accurate(size, stride, me
 
 @needs_kernels
 @pytest.mark.parametrize("seed", [1, 3])
-def test_a_fresh_network_on_digits_is_as_accurate(seed):
+def test_a_fresh_network_on_digits_is_more_accurate(seed, twin):
     """Grey, smooth, mostly background: some branch of the stem sees nearly nothing of them."""
     torch.manual_seed(seed)
     digits = torch.from_numpy(load_digits().images[32 * seed :][:32]).float()[:, None] / 16
@@ -227,12 +227,49 @@ def test_a_fresh_network_on_digits_is_as_accurate(seed):
     ours = timm.create_model("mobileone_s0", num_classes=10)
     theirs = byobnet.mobileone_s0(num_classes=10)
     theirs.load_state_dict(ours.state_dict())
-    exact = copy.deepcopy(theirs).double()
-    with torch.no_grad():
-        truth = exact(x.double())
-        ours, theirs = ours(x), theirs(x)
-    error, expected = ((y - truth).square().mean().sqrt() for y in (ours, theirs))
-    assert error < 1.2 * expected
+    g = torch.randn(32, 10)
+    truth = twin.step(copy.deepcopy(theirs).double(), x.double(), g.double())
+    weights = [name for name, _ in ours.named_parameters()]
+    found, expected = (gradient_and_logits(twin.step(m, x, g), weights) for m in (ours, theirs))
+    for ours, theirs, exact in zip(
+        found, expected, gradient_and_logits(truth, weights), strict=True
+    ):
+        assert (ours - exact).norm() < 0.6 * (theirs - exact).norm()
+
+
+def gradient_and_logits(step, weights):
+    return torch.cat([step[name].flatten().double() for name in weights]), step["y"].double()
+
+
+@needs_kernels
+def test_the_product_is_as_accurate_where_windows_are_many(twin):
+    """The error of C falls with their number, that of a rounded kernel does not."""
+    shape = {"in_chs": 3, "out_chs": 8, "kernel_size": 1, "num_conv_branches": 2}
+    ours, theirs = twin.build(shape, dtype=torch.float32)
+    cancel(ours)
+    theirs.load_state_dict(ours.state_dict())
+    set_collapse(ours, "always")
+    ours.act = theirs.act = torch.nn.Identity()
+    x = alike(3, 0.98, pixels=160)
+    exact = copy.deepcopy(theirs).double()(x.double())
+    error, expected = ((block(x) - exact).norm() for block in (ours, theirs))
+    assert error < 0.6 * expected
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_under_autocast_products_stay_narrow_whatever_care_is_needed(narrow, twin, monkeypatch):
+    dtypes, product = [], gram._product
+    monkeypatch.setattr(gram, "_product", lambda *a: dtypes.append(a[-1]) or product(*a))
+    shape = {"in_chs": 64, "out_chs": 64, "kernel_size": 1, "num_conv_branches": 4}
+    block, _ = twin.build(shape, dtype=torch.float32)
+    cancel(block)
+    set_collapse(block, "always")
+    x = alike(64, 0.999)
+    block(x)
+    for image in (x, x.to(narrow)):  # that of the network, and what a block before it returns
+        with torch.autocast("cpu", narrow):
+            assert block(image).dtype is narrow
+    assert dtypes == [torch.float64, narrow, narrow]
 
 
 @needs_kernels
