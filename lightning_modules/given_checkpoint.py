@@ -12,12 +12,22 @@ from mobileone.export.checkpoint import read_checkpoint
 
 __all__ = ["hyper_parameters", "read_given", "with_config_of_the_run"]
 
+_WHOLE = (
+    "--trainer.limit_val_batches=1.0",
+    "--trainer.limit_test_batches=1.0",
+    "--trainer.overfit_batches=0",
+)
+
 # what the data decide, what is done once, and what Lightning adds
 _OF_THE_DATA = ("num_classes", "in_chans", "pretrained", "weights", "_instantiator")
 
 
-def with_config_of_the_run(argv: list[str]) -> list[str]:
+def with_config_of_the_run(argv: list[str], whole: bool) -> list[str]:
     """Put the configuration of `--ckpt_path`'s run before arguments that give none.
+
+    Args:
+        argv: Of the subcommand.
+        whole: Whether all data are wanted, whatever limits the run had.
 
     Raises:
         UsageError: It may not be read, see `check_run_config`.
@@ -29,7 +39,7 @@ def with_config_of_the_run(argv: list[str]) -> list[str]:
     if found is None or not found.config.is_file():
         return argv
     check_run_config(found.config)
-    return ["--config", str(found.config), *argv]
+    return ["--config", str(found.config), *(_WHOLE if whole else ()), *argv]
 
 
 def hyper_parameters(checkpoint: str) -> dict[str, Any]:

@@ -26,7 +26,8 @@ def fit_summary(saver: ReparameterizeOnSave, run: Path) -> Table:
     if saver.best_model_score is not None:
         table.add_row(str(saver.monitor), f"{float(saver.best_model_score):.4f}")
     table.add_row("run folder", _short(run))
-    table.add_row("checkpoint", _within(run, Path(saver.best_model_path)))
+    best = saver.best_model_path
+    table.add_row("checkpoint", _within(run, Path(best)) if best else "none")
     artifact = saver.best_artifact_path
     if artifact is None:
         table.add_row("artifact", f"none: {saver.last_error or 'nothing was exported'}")

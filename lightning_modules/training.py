@@ -69,7 +69,7 @@ def run(name: str, argv: list[str], cli: "type[TrainingCLI] | None" = None) -> "
     previous = sys.argv
     chosen = cli or TrainingCLI
     try:
-        argv = with_config_of_the_run(find_configs(argv))
+        argv = with_config_of_the_run(find_configs(argv), whole=name != "fit")
         check_configs(argv)
         # a distributed strategy starts its other processes with this command line
         sys.argv = [*previous[:1], *chosen.program.split()[1:], name, *argv]

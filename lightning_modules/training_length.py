@@ -41,11 +41,21 @@ def check_length(config: Namespace, checkpoint: Mapping[str, Any] | None) -> Non
             "--trainer.max_epochs -1 and --trainer.max_steps -1 give no end, to which the "
             "schedules of learning rate and weight decay could come: set one of them"
         )
+    if trainer.limit_val_batches == 0:
+        raise UsageError(
+            "--trainer.limit_val_batches 0 validates nothing, so that nothing would be saved: "
+            "leave it out, or set it to a small number of batches"
+        )
+    if every is not None and every < 1:
+        raise UsageError(
+            f"--trainer.check_val_every_n_epoch {every} must be at least 1, or null with "
+            "--trainer.val_check_interval in steps"
+        )
     if epochs and every and 0 < epochs < every:
         raise UsageError(
             f"the training ends at --trainer.max_epochs {epochs}, before the first validation at "
             f"--trainer.check_val_every_n_epoch {every}: nothing would be saved; set the latter to "
-            f"{epochs} or less"
+            f"at most {epochs}"
         )
     done = 0 if checkpoint is None else epochs_done(checkpoint)
     if epochs and 0 < epochs < done:

@@ -74,7 +74,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: it is damaged, or is not a Lightning checkpoint.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        beside = path.with_name(f"{path.name}.ckpt")
+        hint = (
+            f", which is an artifact folder; the checkpoint is {beside}" if beside.is_file() else ""
+        )
+        raise FileNotFoundError(f"no checkpoint at {path}{hint}")
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:

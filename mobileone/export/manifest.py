@@ -109,6 +109,11 @@ class Manifest:
         file = path / MANIFEST_NAME if path.is_dir() else path
         if not file.is_file():
             raise FileNotFoundError(f"no {MANIFEST_NAME} in {path}: is it an artifact folder?")
+        if file.suffix == ".ckpt":
+            raise ValueError(
+                f"{file} is a training checkpoint; its artifact, if one was exported, is the "
+                f"folder {file.with_suffix('')}"
+            )
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
             if values["schema_version"] != SCHEMA_VERSION:

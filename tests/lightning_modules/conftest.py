@@ -70,19 +70,23 @@ def two_processes():
 
     def run(source: str, folder: Path, *arguments: object) -> None:
         script = folder / "two_processes.py"
-        script.write_text(source)
+        # one that hangs says where, before it is ended
+        script.write_text("import faulthandler; faulthandler.dump_traceback_later(240)\n" + source)
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        done = subprocess.run(
-            [*torchrun, "--nproc-per-node", "2", str(script), *map(str, arguments)],
-            env={
-                **os.environ,
-                "PYTHONPATH": str(Path(__file__).parents[2]),
-                "OMP_NUM_THREADS": "1",
-            },
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        try:
+            done = subprocess.run(
+                [*torchrun, "--nproc-per-node", "2", str(script), *map(str, arguments)],
+                env={
+                    **os.environ,
+                    "PYTHONPATH": str(Path(__file__).parents[2]),
+                    "OMP_NUM_THREADS": "1",
+                },
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError((error.stderr or b"")[-10_000:].decode()) from error
         assert done.returncode == 0, done.stderr[-3000:]
 
     return run

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.cli import COMMANDS, main
 from lightning_modules.run_folder import RunFolder
+from lightning_modules.training import run
 
 TINY = (
     "--config quickstart --model.model mobileone_mu0 --model.warmup_epochs 0 "
@@ -231,14 +232,29 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
 
 
 def test_validate_and_test_need_nothing_but_the_checkpoint(trained, capsys):
-    main(["validate", "--ckpt_path", str(trained / "checkpoints/best.ckpt")])
+    """And take all images, whatever limits the training had, unless told otherwise."""
+    checkpoint = ["--ckpt_path", str(trained / "checkpoints/best.ckpt")]
+    trainer = run("validate", checkpoint).trainer
+    assert trainer.num_val_batches == [12]  # 360 images, 32 a batch
     assert "val/acc1" in capsys.readouterr().out
-    main(["test", "--ckpt_path", str(trained / "checkpoints/best.ckpt")])
-    assert "test/acc1" in capsys.readouterr().out
-    assert (trained / "report/confusion_matrix.png").is_file()
-    rows = read_table(trained / "report/confusion_matrix.csv")
-    assert len(rows) == 10
-    assert sum(int(row[str(n)]) for row in rows for n in range(10)) == 64  # two batches of 32
+    for more, count in (["--trainer.limit_test_batches", "2"], 64), ([], 360):
+        main(["test", *checkpoint, *more])
+        assert "test/acc1" in capsys.readouterr().out
+        assert (trained / "report/confusion_matrix.png").is_file()
+        rows = read_table(trained / "report/confusion_matrix.csv")
+        assert len(rows) == 10
+        assert sum(int(row[str(n)]) for row in rows for n in range(10)) == count
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [(["inspect", "best.ckpt"], "its artifact"), (["test", "--ckpt_path", "best"], "best.ckpt")],
+)
+def test_a_checkpoint_and_its_artifact_are_told_apart(trained, words, meant, capsys):
+    *command, name = words
+    with pytest.raises(SystemExit):
+        main([*command, str(trained / "checkpoints" / name)])
+    assert meant in capsys.readouterr().err
 
 
 def test_predict_takes_a_checkpoint_or_an_artifact(trained, cache, tmp_path):
@@ -321,6 +337,8 @@ def test_explicit_flag_wins_over_the_checkpoint(trained, tmp_path, monkeypatch):
         (["fit"], "root is not set"),
         (["fit", "--data.root", "nowhere"], "nowhere"),
         (["fit", "--config", "quickstart", "--trainer.max_epochs", "1"], "before the first valid"),
+        (["fit", *DIGITS, "--trainer.limit_val_batches", "0"], "nothing would be saved"),
+        (["fit", *DIGITS, "--trainer.check_val_every_n_epoch", "0"], "must be at least 1"),
         (["fit", "--data.dataset", "digits", "--model.model", "mobilone_s0"], "mobileone_s0"),
         (["fit", "--config", "quickstrat"], "quickstrat"),
         (["fit", "--data.dataset", "digits", "--ckpt_path", "no.ckpt"], "no.ckpt"),
