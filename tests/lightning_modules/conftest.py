@@ -70,7 +70,7 @@ def two_processes():
 
     def run(source: str, folder: Path, *arguments: object) -> None:
         script = folder / "two_processes.py"
-        # rarely (two of some sixty) one hangs in a fit, for a reason not yet known: it says where
+        # rarely (three of some eighty) a forked loader worker never leaves fork; stacks are told
         traced = "import faulthandler; faulthandler.dump_traceback_later(150)\n"
         script.write_text(traced + source)
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
