@@ -75,9 +75,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         beside = path.with_name(f"{path.name}.ckpt")
-        hint = (
-            f", which is an artifact folder; the checkpoint is {beside}" if beside.is_file() else ""
-        )
+        hint = f"; did you mean {beside}?" if beside.is_file() else ""
         raise FileNotFoundError(f"no checkpoint at {path}{hint}")
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
