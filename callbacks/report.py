@@ -20,7 +20,7 @@ from callbacks.reparameterize import ReparameterizeOnSave
 from callbacks.worst import WorstImages, write_worst
 from mobileone.export.manifest import MANIFEST_NAME, Manifest
 from mobileone.export.spec import ExportSpec
-from mobileone.files import replacing
+from mobileone.io.atomic import replacing
 
 __all__ = ["Report"]
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from mobileone.files import replace_text
+from mobileone.io.atomic import replace_text
 
 __all__ = ["WorstImage", "WorstImages", "read_worst", "write_worst"]
 

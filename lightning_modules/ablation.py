@@ -16,7 +16,7 @@ from lightning_modules.transforms import resolve_config
 from mobileone.bench.charts import save_figure
 from mobileone.bench.paper import paper_table
 from mobileone.bench.results import Result, Row
-from mobileone.files import replace_text
+from mobileone.io.atomic import replace_text
 from mobileone.variants import VARIANTS
 
 __all__ = ["PARTS", "Part", "Setting", "ablation_settings", "study_ablation"]

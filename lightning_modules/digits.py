@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mobileone.files import replace_text, replacing
+from mobileone.io.atomic import replace_text, replacing
 
 __all__ = ["cache_root", "digits_root", "write_digits"]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mobileone import MobileOne, calibrate, expand
-from mobileone.pickles import explain_refusal
+from mobileone.io.safe_pickle import explain_refusal
 from mobileone.weights import convert_keys, identify
 
 __all__ = ["calibrate_start", "freeze", "hold_frozen_statistics", "load_start"]

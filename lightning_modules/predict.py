@@ -22,7 +22,7 @@ from mobileone.export.loading import FILE_SUFFIXES
 from mobileone.export.manifest import MANIFEST_NAME
 from mobileone.export.parity import Runner
 from mobileone.export.preprocess import denormalise
-from mobileone.pickles import UnsafeFileError
+from mobileone.io.safe_pickle import UnsafeFileError
 
 __all__ = ["PredictionSummary", "find_images", "load_classifier", "predict_folder", "read_pixels"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from mobileone.files import replace_text
+from mobileone.io.atomic import replace_text
 
 __all__ = ["RunFolder"]
 

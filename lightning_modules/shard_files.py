@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mobileone.files import flush, replacing
+from mobileone.io.atomic import flush, replacing
 
 __all__ = [
     "MANIFEST",

@@ -29,7 +29,7 @@ from lightning_modules.shard_files import (
     write_beside,
 )
 from lightning_modules.splits import find_split
-from mobileone.files import flush
+from mobileone.io.atomic import flush
 
 __all__ = ["make_shards"]
 

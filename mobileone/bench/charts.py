@@ -8,7 +8,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from mobileone.files import replacing
+from mobileone.io.atomic import replacing
 
 __all__ = ["COLORS", "HATCHES", "MARKERS", "plain_ticks", "save_figure"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mobileone.bench.machine import describe_machine, describe_versions
-from mobileone.files import replace_text, replacing
+from mobileone.io.atomic import replace_text, replacing
 
 __all__ = ["KINDS", "Result", "Row", "compare_machines"]
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from mobileone.files import flush
+from mobileone.io.atomic import flush
 
 __all__ = ["load"]
 

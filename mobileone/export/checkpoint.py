@@ -13,7 +13,7 @@ from mobileone.export.formats import DEFAULT_FORMATS
 from mobileone.export.manifest import Manifest, TrainingState
 from mobileone.export.metadata import Metadata
 from mobileone.export.spec import ExportSpec
-from mobileone.pickles import explain_refusal
+from mobileone.io.safe_pickle import explain_refusal
 
 __all__ = ["IMAGES_KEY", "export_checkpoint", "load_model", "model_weights", "read_checkpoint"]
 

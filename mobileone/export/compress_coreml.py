@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from mobileone.export import coreml
 from mobileone.export.correct import correct_biases
-from mobileone.export.extras import need
+from mobileone.io.optional_import import need
 from mobileone.export.metadata import Metadata
 from mobileone.export.mlprogram import MLProgram
-from mobileone.export.quiet import quiet
+from mobileone.io.coremltools_noise import quiet
 from mobileone.export.spec import ExportSpec
 
 __all__ = ["correct", "palettize", "quantise_weights"]

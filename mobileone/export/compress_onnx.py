@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from mobileone.export import onnx
-from mobileone.export.extras import need
+from mobileone.io.optional_import import need
 from mobileone.export.spec import ExportSpec
 
 __all__ = ["correct", "quantise"]

@@ -13,12 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mobileone.export.extras import need
+from mobileone.io.optional_import import need
 from mobileone.export.metadata import Metadata
 from mobileone.export.mlprogram import MLProgram, Prediction
 from mobileone.export.parity import NotVerifiedError, Runner
 from mobileone.export.preprocess import WithPreprocessing
-from mobileone.export.quiet import quiet
+from mobileone.io.coremltools_noise import quiet
 from mobileone.export.spec import ExportSpec
 
 __all__ = ["Precision", "columns", "operations", "runner", "runtime", "spec", "write"]

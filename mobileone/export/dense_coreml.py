@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_convert
 
 from mobileone.export.coreml import Precision
-from mobileone.export.extras import need
+from mobileone.io.optional_import import need
 from mobileone.export.mlprogram import MLProgram
 from mobileone.export.parity import NotVerifiedError
 from mobileone.export.preprocess import WithPreprocessing
-from mobileone.export.quiet import quiet
+from mobileone.io.coremltools_noise import quiet
 from mobileone.export.spec import ExportSpec
 
 __all__ = ["DenseProgram", "Detections", "Suppression", "write_boxes", "write_map"]

@@ -10,7 +10,7 @@ from mobileone.export.formats import FORMATS
 from mobileone.export.manifest import MANIFEST_NAME, Manifest
 from mobileone.export.parity import NotVerifiedError, Runner
 from mobileone.export.spec import ExportSpec
-from mobileone.pickles import UnsafeFileError
+from mobileone.io.safe_pickle import UnsafeFileError
 
 __all__ = ["FILE_SUFFIXES", "Loaded", "format_of", "load_runner", "load_torchscript_artifact"]
 

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mobileone.export.extras import need
+from mobileone.io.optional_import import need
 from mobileone.export.mlprogram_ops import KERNELS
 from mobileone.export.parity import NotVerifiedError
-from mobileone.export.quiet import quiet
+from mobileone.io.coremltools_noise import quiet
 
 __all__ = ["MLProgram", "Prediction"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mobileone.export.extras import need
+from mobileone.io.optional_import import need
 from mobileone.export.interface import tensor_interface
 from mobileone.export.metadata import Metadata
 from mobileone.export.parity import Runner

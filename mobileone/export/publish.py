@@ -20,7 +20,7 @@ try:
 except ImportError:
     fcntl = None  # type: ignore[assignment]
 
-from mobileone.files import flush
+from mobileone.io.atomic import flush
 
 __all__ = [
     "clean_stale",

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from mobileone.pickles import UnsafeFileError, explain_refusal
+from mobileone.io.safe_pickle import UnsafeFileError, explain_refusal
 
 __all__ = ["load_program"]
 

@@ -15,7 +15,7 @@ from mobileone.export.metadata import Metadata
 from mobileone.export.parity import Runner
 from mobileone.export.preprocess import normalise
 from mobileone.export.spec import ExportSpec
-from mobileone.pickles import UnsafeFileError
+from mobileone.io.safe_pickle import UnsafeFileError
 
 __all__ = ["load", "operations", "runner", "spec", "write"]
 

@@ -27,7 +27,7 @@ from mobileone.export.manifest import TrainingState
 from mobileone.export.metadata import Metadata
 from mobileone.export.publish import clean_stale
 from mobileone.export.spec import ExportSpec
-from mobileone.files import replace_text
+from mobileone.io.atomic import replace_text
 
 __all__ = ["ExportJob", "Task", "can_travel"]
 

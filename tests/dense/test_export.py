@@ -119,7 +119,7 @@ def test_what_vision_reads_of_the_package(package):
     """Inputs, outputs, thresholds and labels, in the fields of Apple's format."""
     from coremltools.models.utils import load_spec
 
-    from mobileone.export.quiet import quiet
+    from mobileone.io.coremltools_noise import quiet
 
     with quiet():
         read = load_spec(str(package))

@@ -16,7 +16,7 @@ from mobileone.export.equalise import _pairs, equalise
 from mobileone.export.mlprogram import MLProgram
 from mobileone.export.mlprogram_ops import KERNELS
 from mobileone.export.preprocess import normalise
-from mobileone.export.quiet import quiet
+from mobileone.io.coremltools_noise import quiet
 
 
 def ranges(model):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mobileone.export import FORMATS, export_model, load_runner
-from mobileone.export.extras import need
+from mobileone.io.optional_import import need
 from mobileone.export.parity import NotVerifiedError
 from mobileone.export.preprocess import normalise
 from mobileone.export.structure import count_kinds

@@ -12,7 +12,7 @@ from torch import nn
 from mobileone.export import load_runner, torch_export, torchscript
 from mobileone.export.checkpoint import read_checkpoint
 from mobileone.export.metadata import Metadata
-from mobileone.pickles import UnsafeFileError
+from mobileone.io.safe_pickle import UnsafeFileError
 
 PROGRAM = "models/model.json"
 WEIGHTS = "data/weights/model_weights_config.json"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mobileone.files import replace_text, replacing
+from mobileone.io.atomic import replace_text, replacing
 
 
 def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path):

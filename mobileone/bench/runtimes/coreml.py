@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mobileone.bench.timing import Run
-from mobileone.export.quiet import quiet
+from mobileone.io.coremltools_noise import quiet
 
 __all__ = ["convert", "load"]
 

@@ -1,0 +1,1 @@
+"""Files that are written whole, read safely, and packages that may be missing."""
