@@ -25,7 +25,7 @@ from callbacks.shipped import network_of, pixels_of, spec_of
 from callbacks.stopping import StopAtOnce, interruptible
 from mobileone.export import Metadata, TrainingState
 from mobileone.export.checkpoint import IMAGES_KEY
-from mobileone.export.formats import DEFAULT_FORMATS, check_formats
+from mobileone.export.formats.table import DEFAULT_FORMATS, check_formats
 
 __all__ = ["ReparameterizeOnSave"]
 

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_modules.images import IMAGE_SUFFIXES, color_mode, read_image, why_unreadable
 from lightning_modules.table import PredictionTable
 from lightning_modules.transforms import Transform, eval_transform
-from mobileone.export import FORMATS, ExportSpec, load_runner, torchscript
+from mobileone.export import FORMATS, ExportSpec, load_runner
+from mobileone.export.formats.table import torchscript
 from mobileone.export.checkpoint import load_model, read_checkpoint
 from mobileone.export.loading import FILE_SUFFIXES
 from mobileone.export.manifest import MANIFEST_NAME

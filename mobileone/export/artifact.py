@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mobileone.deploy import reparameterize
-from mobileone.export.formats import DEFAULT_FORMATS, FORMATS, check_formats
+from mobileone.export.formats.table import DEFAULT_FORMATS, FORMATS, check_formats
 from mobileone.export.isolation import isolated
 from mobileone.export.manifest import Manifest, TrainingState, describe_format
 from mobileone.export.metadata import Metadata

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mobileone.export.artifact import export_model
-from mobileone.export.formats import DEFAULT_FORMATS
+from mobileone.export.formats.table import DEFAULT_FORMATS
 from mobileone.export.manifest import Manifest, TrainingState
 from mobileone.export.metadata import Metadata
 from mobileone.export.spec import ExportSpec

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mobileone.export import coreml
+from mobileone.export.formats.table import coreml
 from mobileone.export.correct import correct_biases
 from mobileone.io.optional_import import need
 from mobileone.export.metadata import Metadata

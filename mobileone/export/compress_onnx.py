@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from mobileone.export import onnx
+from mobileone.export.formats.table import onnx
 from mobileone.io.optional_import import need
 from mobileone.export.spec import ExportSpec
 

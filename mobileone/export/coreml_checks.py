@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mobileone.export.coreml import columns, runtime
+from mobileone.export.formats.coreml import columns, runtime
 from mobileone.export.coreml_weights import weights_parity
 from mobileone.export.mlprogram import MLProgram
 from mobileone.export.parity import (

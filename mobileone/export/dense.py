@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mobileone.export import onnx, torch_export, torchscript
+from mobileone.export.formats.table import onnx
+from mobileone.export.formats.table import torch_export
+from mobileone.export.formats.table import torchscript
 from mobileone.export.dense_coreml import LOGITS, DenseProgram, write_boxes, write_map
-from mobileone.export.formats import FLOAT16_TOLERANCE, FLOAT32_TOLERANCE, FORMATS
+from mobileone.export.formats.table import FLOAT16_TOLERANCE, FLOAT32_TOLERANCE, FORMATS
 from mobileone.export.isolation import isolated
 from mobileone.export.manifest import Manifest, TrainingState, describe_format
 from mobileone.export.metadata import Metadata
 from mobileone.export.parity import Parity, fixed_images
 from mobileone.export.preprocess import normalise
 from mobileone.export.publish import publish_folder, staging
-from mobileone.export.safe_program import load_program
+from mobileone.export.formats.pt2_reader import load_program
 from mobileone.export.spec import ExportSpec
 from mobileone.export.structure import count_kinds, fused_kinds, structure_problems, unfused_layers
 

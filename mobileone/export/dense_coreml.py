@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_convert
 
-from mobileone.export.coreml import Precision
+from mobileone.export.formats.coreml import Precision
 from mobileone.io.optional_import import need
 from mobileone.export.mlprogram import MLProgram
 from mobileone.export.parity import NotVerifiedError

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mobileone.export.formats import FORMATS
+from mobileone.export.formats.table import FORMATS
 from mobileone.export.loading import FILE_SUFFIXES, format_of
 from mobileone.export.manifest import MANIFEST_NAME, Manifest, describe_files
 from mobileone.export.spec import ExportSpec

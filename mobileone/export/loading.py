@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from mobileone.export import torchscript
-from mobileone.export.formats import FORMATS
+from mobileone.export.formats.table import torchscript
+from mobileone.export.formats.table import FORMATS
 from mobileone.export.manifest import MANIFEST_NAME, Manifest
 from mobileone.export.parity import NotVerifiedError, Runner
 from mobileone.export.spec import ExportSpec

@@ -9,7 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import mobileone
-from mobileone.export import Metadata, coreml, load_runner, onnx
+from mobileone.export import Metadata, load_runner
+from mobileone.export.formats.table import coreml
+from mobileone.export.formats.table import onnx
 from mobileone.export.compression import DEFAULT_METHODS, METHODS, compress_model
 from mobileone.export.correct import correct_biases
 from mobileone.export.equalise import _pairs, equalise

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mobileone import reparameterize
-from mobileone.export import coreml
+from mobileone.export.formats.table import coreml
 from mobileone.export.metadata import Metadata
 from mobileone.export.parity import NotVerifiedError, fixed_images
 

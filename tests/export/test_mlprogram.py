@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import mobileone
-from mobileone.export import FORMATS, Metadata, coreml
+from mobileone.export import FORMATS, Metadata
+from mobileone.export.formats.table import coreml
 from mobileone.export.mlprogram import MLProgram
 from mobileone.export.mlprogram_ops import KERNELS
 from mobileone.export.parity import NotVerifiedError, Reference

@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import mobileone
-from mobileone.export import FORMATS, ExportSpec, Metadata, RejectedError, coreml, export_model
+from mobileone.export import FORMATS, ExportSpec, Metadata, RejectedError, export_model
+from mobileone.export.formats.table import coreml
 from mobileone.export.preprocess import normalise
 
 pytest.importorskip("coremltools")

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from mobileone.export import load_runner, torch_export, torchscript
+from mobileone.export import load_runner
+from mobileone.export.formats.table import torch_export
+from mobileone.export.formats.table import torchscript
 from mobileone.export.checkpoint import read_checkpoint
 from mobileone.export.metadata import Metadata
 from mobileone.io.safe_pickle import UnsafeFileError

@@ -17,7 +17,7 @@ from mobileone.export.metadata import Metadata
 from mobileone.export.parity import Runner
 from mobileone.export.preprocess import normalise
 from mobileone.export.spec import ExportSpec
-from mobileone.export.torch_export import program_of
+from mobileone.export.formats.torch_export import program_of
 
 __all__ = ["EXTRA", "operations", "runner", "session", "spec", "write"]
 

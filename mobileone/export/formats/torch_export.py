@@ -13,7 +13,7 @@ from mobileone.export.interface import tensor_interface
 from mobileone.export.metadata import Metadata
 from mobileone.export.parity import Runner
 from mobileone.export.preprocess import normalise
-from mobileone.export.safe_program import load_program
+from mobileone.export.formats.pt2_reader import load_program
 from mobileone.export.spec import ExportSpec
 
 __all__ = ["operations", "program_of", "runner", "spec", "write"]
