@@ -21,7 +21,7 @@ from mobileone.export.formats.table import torchscript
 from mobileone.export.checkpoint import load_model, read_checkpoint
 from mobileone.export.loading import FILE_SUFFIXES
 from mobileone.export.manifest import MANIFEST_NAME
-from mobileone.export.parity import Runner
+from mobileone.export.verify.parity import Runner
 from mobileone.export.preprocess import denormalise
 from mobileone.io.safe_pickle import UnsafeFileError
 

@@ -14,11 +14,11 @@ from mobileone.export.formats.table import DEFAULT_FORMATS, FORMATS, check_forma
 from mobileone.export.isolation import isolated
 from mobileone.export.manifest import Manifest, TrainingState, describe_format
 from mobileone.export.metadata import Metadata
-from mobileone.export.parity import Parity, Reference, fixed_images
+from mobileone.export.verify.parity import Parity, Reference, fixed_images
 from mobileone.export.preprocess import normalise
 from mobileone.export.publish import discard, publish_folder, staging
 from mobileone.export.spec import ExportSpec
-from mobileone.export.structure import count_kinds, fused_kinds, structure_problems, unfused_layers
+from mobileone.export.verify.structure import count_kinds, fused_kinds, structure_problems, unfused_layers
 
 __all__ = ["REJECTED", "RejectedError", "export_model"]
 

@@ -11,7 +11,7 @@ from mobileone.export.formats.table import coreml
 from mobileone.export.correct import correct_biases
 from mobileone.io.optional_import import need
 from mobileone.export.metadata import Metadata
-from mobileone.export.mlprogram import MLProgram
+from mobileone.export.verify.mlprogram import MLProgram
 from mobileone.io.coremltools_noise import quiet
 from mobileone.export.spec import ExportSpec
 

@@ -24,7 +24,7 @@ from mobileone.export.equalise import equalise
 from mobileone.export.isolation import isolated
 from mobileone.export.manifest import describe_files
 from mobileone.export.metadata import Metadata
-from mobileone.export.parity import Runner
+from mobileone.export.verify.parity import Runner
 from mobileone.export.preprocess import normalise
 from mobileone.export.publish import publish_folder, staging
 from mobileone.export.spec import ExportSpec

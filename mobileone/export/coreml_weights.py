@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mobileone.export.layers import layers_in_order
-from mobileone.export.mlprogram import MLProgram
-from mobileone.export.parity import NotVerifiedError, Parity, Reference
+from mobileone.export.verify.layers import layers_in_order
+from mobileone.export.verify.mlprogram import MLProgram
+from mobileone.export.verify.parity import NotVerifiedError, Parity, Reference
 from mobileone.export.preprocess import normalise
 from mobileone.export.spec import ExportSpec
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mobileone.export.layers import layers_in_order, on_layers
+from mobileone.export.verify.layers import layers_in_order, on_layers
 
 __all__ = ["correct_biases"]
 

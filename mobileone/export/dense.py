@@ -18,12 +18,12 @@ from mobileone.export.formats.table import FLOAT16_TOLERANCE, FLOAT32_TOLERANCE,
 from mobileone.export.isolation import isolated
 from mobileone.export.manifest import Manifest, TrainingState, describe_format
 from mobileone.export.metadata import Metadata
-from mobileone.export.parity import Parity, fixed_images
+from mobileone.export.verify.parity import Parity, fixed_images
 from mobileone.export.preprocess import normalise
 from mobileone.export.publish import publish_folder, staging
 from mobileone.export.formats.pt2_reader import load_program
 from mobileone.export.spec import ExportSpec
-from mobileone.export.structure import count_kinds, fused_kinds, structure_problems, unfused_layers
+from mobileone.export.verify.structure import count_kinds, fused_kinds, structure_problems, unfused_layers
 
 __all__ = ["BOXES", "DENSE_FORMATS", "MAPS", "DenseKind", "export_dense"]
 

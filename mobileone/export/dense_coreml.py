@@ -16,8 +16,8 @@ from torchvision.ops import batched_nms, box_convert
 
 from mobileone.export.formats.coreml import Precision
 from mobileone.io.optional_import import need
-from mobileone.export.mlprogram import MLProgram
-from mobileone.export.parity import NotVerifiedError
+from mobileone.export.verify.mlprogram import MLProgram
+from mobileone.export.verify.parity import NotVerifiedError
 from mobileone.export.preprocess import WithPreprocessing
 from mobileone.io.coremltools_noise import quiet
 from mobileone.export.spec import ExportSpec

@@ -8,7 +8,7 @@ from mobileone.export.formats.table import FORMATS
 from mobileone.export.loading import FILE_SUFFIXES, format_of
 from mobileone.export.manifest import MANIFEST_NAME, Manifest, describe_files
 from mobileone.export.spec import ExportSpec
-from mobileone.export.structure import count_kinds
+from mobileone.export.verify.structure import count_kinds
 
 __all__ = ["NotAsWrittenError", "describe_artifact"]
 

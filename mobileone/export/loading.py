@@ -8,7 +8,7 @@ from torch import nn
 from mobileone.export.formats.table import torchscript
 from mobileone.export.formats.table import FORMATS
 from mobileone.export.manifest import MANIFEST_NAME, Manifest
-from mobileone.export.parity import NotVerifiedError, Runner
+from mobileone.export.verify.parity import NotVerifiedError, Runner
 from mobileone.export.spec import ExportSpec
 from mobileone.io.safe_pickle import UnsafeFileError
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mobileone.export.metadata import Metadata
-from mobileone.export.parity import Parity
+from mobileone.export.verify.parity import Parity
 from mobileone.export.spec import ExportSpec
 
 __all__ = [

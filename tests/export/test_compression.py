@@ -15,8 +15,8 @@ from mobileone.export.formats.table import onnx
 from mobileone.export.compression import DEFAULT_METHODS, METHODS, compress_model
 from mobileone.export.correct import correct_biases
 from mobileone.export.equalise import _pairs, equalise
-from mobileone.export.mlprogram import MLProgram
-from mobileone.export.mlprogram_ops import KERNELS
+from mobileone.export.verify.mlprogram import MLProgram
+from mobileone.export.verify.mlprogram_ops import KERNELS
 from mobileone.export.preprocess import normalise
 from mobileone.io.coremltools_noise import quiet
 

@@ -8,7 +8,7 @@ import torch
 from mobileone import reparameterize
 from mobileone.export.formats.table import coreml
 from mobileone.export.metadata import Metadata
-from mobileone.export.parity import NotVerifiedError, fixed_images
+from mobileone.export.verify.parity import NotVerifiedError, fixed_images
 
 ct = pytest.importorskip("coremltools")
 

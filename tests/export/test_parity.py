@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from mobileone.export.parity import NotVerifiedError, compare, fixed_images, measure
+from mobileone.export.verify.parity import NotVerifiedError, compare, fixed_images, measure
 
 
 def test_the_largest_relative_error_over_the_images():

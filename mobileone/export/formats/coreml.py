@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from mobileone.io.optional_import import need
 from mobileone.export.metadata import Metadata
-from mobileone.export.mlprogram import MLProgram, Prediction
-from mobileone.export.parity import NotVerifiedError, Runner
+from mobileone.export.verify.mlprogram import MLProgram, Prediction
+from mobileone.export.verify.parity import NotVerifiedError, Runner
 from mobileone.export.preprocess import WithPreprocessing
 from mobileone.io.coremltools_noise import quiet
 from mobileone.export.spec import ExportSpec

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mobileone.io.optional_import import need
 from mobileone.export.interface import tensor_interface
 from mobileone.export.metadata import Metadata
-from mobileone.export.parity import Runner
+from mobileone.export.verify.parity import Runner
 from mobileone.export.preprocess import normalise
 from mobileone.export.spec import ExportSpec
 from mobileone.export.formats.torch_export import program_of

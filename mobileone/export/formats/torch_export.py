@@ -11,7 +11,7 @@ from torch.export import Dim, ExportedProgram
 
 from mobileone.export.interface import tensor_interface
 from mobileone.export.metadata import Metadata
-from mobileone.export.parity import Runner
+from mobileone.export.verify.parity import Runner
 from mobileone.export.preprocess import normalise
 from mobileone.export.formats.pt2_reader import load_program
 from mobileone.export.spec import ExportSpec

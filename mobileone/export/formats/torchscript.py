@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mobileone.export.interface import tensor_interface
 from mobileone.export.metadata import Metadata
-from mobileone.export.parity import Runner
+from mobileone.export.verify.parity import Runner
 from mobileone.export.preprocess import normalise
 from mobileone.export.spec import ExportSpec
 from mobileone.io.safe_pickle import UnsafeFileError

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from mobileone.export.formats.coreml import columns, runtime
 from mobileone.export.coreml_weights import weights_parity
-from mobileone.export.mlprogram import MLProgram
-from mobileone.export.parity import (
+from mobileone.export.verify.mlprogram import MLProgram
+from mobileone.export.verify.parity import (
     Parity,
     Reference,
     compare,

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from mobileone.io.optional_import import need
-from mobileone.export.mlprogram_ops import KERNELS
-from mobileone.export.parity import NotVerifiedError
+from mobileone.export.verify.mlprogram_ops import KERNELS
+from mobileone.export.verify.parity import NotVerifiedError
 from mobileone.io.coremltools_noise import quiet
 
 __all__ = ["MLProgram", "Prediction"]

@@ -1,0 +1,1 @@
+"""Checks of a written file: numbers, structure and weights against the network."""
