@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_modules.predict import find_images, read_pixels
 from mobileone.export import ExportSpec
 from mobileone.export.checkpoint import load_model, read_checkpoint
-from mobileone.export.compression import Row, compress_model
+from mobileone.export.compress.methods import Row, compress_model
 
 __all__ = ["compress_checkpoint", "format_rows"]
 
@@ -30,7 +30,7 @@ def compress_checkpoint(
         data: folder with ``train/<class>/*`` (for calibration) and ``val/<class>/*`` (for
             accuracy).
         directory: the folder to create.
-        methods: names from ``mobileone.export.compression.METHODS``; null for those that may be
+        methods: names from ``mobileone.export.compress.methods.METHODS``; null for those that may be
             of use.
         calibration: how many training images the ranges of activations are taken from.
         limit: at most so many validation images; null for all.

@@ -12,9 +12,9 @@ import mobileone
 from mobileone.export import Metadata, load_runner
 from mobileone.export.formats.table import coreml
 from mobileone.export.formats.table import onnx
-from mobileone.export.compression import DEFAULT_METHODS, METHODS, compress_model
-from mobileone.export.correct import correct_biases
-from mobileone.export.equalise import _pairs, equalise
+from mobileone.export.compress.methods import DEFAULT_METHODS, METHODS, compress_model
+from mobileone.export.compress.bias_correction import correct_biases
+from mobileone.export.compress.equalise import _pairs, equalise
 from mobileone.export.verify.mlprogram import MLProgram
 from mobileone.export.verify.mlprogram_ops import KERNELS
 from mobileone.export.preprocess import normalise

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mobileone.export.formats.table import coreml
-from mobileone.export.correct import correct_biases
+from mobileone.export.compress.bias_correction import correct_biases
 from mobileone.io.optional_import import need
 from mobileone.export.metadata import Metadata
 from mobileone.export.verify.mlprogram import MLProgram

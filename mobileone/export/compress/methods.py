@@ -17,10 +17,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from mobileone.deploy import reparameterize
-from mobileone.export import compress_coreml, compress_onnx
+from mobileone.export.compress import coreml as compress_coreml
+from mobileone.export.compress import onnx as compress_onnx
 from mobileone.export.formats.table import coreml
 from mobileone.export.formats.table import onnx
-from mobileone.export.equalise import equalise
+from mobileone.export.compress.equalise import equalise
 from mobileone.export.isolation import isolated
 from mobileone.export.manifest import describe_files
 from mobileone.export.metadata import Metadata

@@ -1,0 +1,1 @@
+"""Smaller files, and what is done so that they keep the accuracy."""
