@@ -17,7 +17,7 @@ from lightning_modules.transforms import resolve_config
 from mobileone.dense import fuse
 from mobileone.dense.detection import SSDBoxes
 from mobileone.export.checkpoint import read_checkpoint
-from mobileone.export.dense import BOXES, MAPS, export_dense
+from mobileone.export.dense.export import BOXES, MAPS, export_dense
 from mobileone.export.manifest import Manifest, TrainingState
 from mobileone.export.spec import ExportSpec
 

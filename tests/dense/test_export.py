@@ -12,8 +12,8 @@ from lightning_modules.dense.models import Detector, Segmenter
 from lightning_modules.transforms import resolve_config
 from mobileone.dense import fuse, segmenter, ssdlite
 from mobileone.dense.detection import SSDBoxes
-from mobileone.export.dense import BOXES, DENSE_FORMATS, MAPS, export_dense
-from mobileone.export.dense_coreml import DenseProgram, Detections, Suppression, write_boxes
+from mobileone.export.dense.export import BOXES, DENSE_FORMATS, MAPS, export_dense
+from mobileone.export.dense.coreml import DenseProgram, Detections, Suppression, write_boxes
 from mobileone.export.describe import describe_artifact
 from mobileone.export.verify.mlprogram_ops import KERNELS
 from mobileone.export.preprocess import normalise

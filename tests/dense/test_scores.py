@@ -14,7 +14,7 @@ from lightning_modules.cli import main
 from lightning_modules.dense.data import DetectionData, SegmentationData
 from lightning_modules.dense.export import WHOLE_DETECTOR, export_detector, export_segmenter
 from lightning_modules.dense.models import Detector
-from mobileone.export.dense_coreml import DenseProgram, Suppression
+from mobileone.export.dense.coreml import DenseProgram, Suppression
 
 pytest.importorskip("segmentation_models_pytorch", reason="needs the extra `dense`")
 pytest.importorskip("pycocotools", reason="needs the extra `dense`")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mobileone.export.formats.table import onnx
 from mobileone.export.formats.table import torch_export
 from mobileone.export.formats.table import torchscript
-from mobileone.export.dense_coreml import LOGITS, DenseProgram, write_boxes, write_map
+from mobileone.export.dense.coreml import LOGITS, DenseProgram, write_boxes, write_map
 from mobileone.export.formats.table import FLOAT16_TOLERANCE, FLOAT32_TOLERANCE, FORMATS
 from mobileone.export.isolation import isolated
 from mobileone.export.manifest import Manifest, TrainingState, describe_format
