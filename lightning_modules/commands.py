@@ -87,7 +87,7 @@ def export_parser(name: str) -> ArgumentParser:
 def inspect(name: str, argv: list[str]) -> None:
     """Run `mobileone inspect`; it exits with 1 if the files are not those that were written."""
     options = inspect_parser(name).parse_args(argv)
-    from mobileone.export.describe import NotAsWrittenError, describe_artifact
+    from mobileone.export.inspect import NotAsWrittenError, describe_artifact
 
     def describe(**arguments: Any) -> tuple[str, int]:
         try:
@@ -103,7 +103,7 @@ def inspect(name: str, argv: list[str]) -> None:
 
 def inspect_parser(name: str) -> ArgumentParser:
     """Arguments of `mobileone inspect`."""
-    from mobileone.export.describe import describe_artifact
+    from mobileone.export.inspect import describe_artifact
 
     return _parser_of(
         name,

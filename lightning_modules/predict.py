@@ -19,7 +19,7 @@ from lightning_modules.transforms import Transform, eval_transform
 from mobileone.export import FORMATS, ExportSpec, load_runner
 from mobileone.export.formats.table import torchscript
 from mobileone.export.checkpoint import load_model, read_checkpoint
-from mobileone.export.loading import FILE_SUFFIXES
+from mobileone.export.load import FILE_SUFFIXES
 from mobileone.export.manifest import MANIFEST_NAME
 from mobileone.export.verify.parity import Runner
 from mobileone.export.preprocess import denormalise

@@ -3,7 +3,7 @@
 from mobileone.export.artifact import RejectedError, export_model
 from mobileone.export.checkpoint import export_checkpoint
 from mobileone.export.formats.table import FORMATS
-from mobileone.export.loading import load_runner, load_torchscript_artifact
+from mobileone.export.load import load_runner, load_torchscript_artifact
 from mobileone.export.manifest import Manifest, TrainingState
 from mobileone.export.metadata import Metadata
 from mobileone.export.spec import ExportSpec

@@ -14,7 +14,7 @@ from mobileone.dense import fuse, segmenter, ssdlite
 from mobileone.dense.detection import SSDBoxes
 from mobileone.export.dense.export import BOXES, DENSE_FORMATS, MAPS, export_dense
 from mobileone.export.dense.coreml import DenseProgram, Detections, Suppression, write_boxes
-from mobileone.export.describe import describe_artifact
+from mobileone.export.inspect import describe_artifact
 from mobileone.export.verify.mlprogram_ops import KERNELS
 from mobileone.export.preprocess import normalise
 from mobileone.export.spec import ExportSpec

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mobileone.export.formats.table import FORMATS
-from mobileone.export.loading import FILE_SUFFIXES, format_of
+from mobileone.export.load import FILE_SUFFIXES, format_of
 from mobileone.export.manifest import MANIFEST_NAME, Manifest, describe_files
 from mobileone.export.spec import ExportSpec
 from mobileone.export.verify.structure import count_kinds
