@@ -1,8 +1,8 @@
 """Collapsed training: exact over-parameterised training at the price of a plain network."""
 
 from mobileone.collapsed.branches import is_hooked
-from mobileone.collapsed.policy import CollapseMode, Path
-from mobileone.collapsed.training import path_of, plan_collapsed, run_collapsed, set_collapse
+from mobileone.collapsed.cost_model import CollapseMode, Path
+from mobileone.collapsed.dispatch import path_of, plan_collapsed, run_collapsed, set_collapse
 
 __all__ = [
     "CollapseMode",

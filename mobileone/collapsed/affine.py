@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mobileone.collapsed import passes
+from mobileone.collapsed import elementwise as passes
 from mobileone.collapsed.branches import Geometry
 
 __all__ = ["AffineConvolution"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mobileone.collapsed import native
+from mobileone.collapsed import cpu_kernels as native
 from mobileone.collapsed.algebra import (
     Collapsed,
     WindowStatistics,
@@ -20,7 +20,7 @@ from mobileone.collapsed.algebra import (
     pull_back,
 )
 from mobileone.collapsed.branches import Geometry, branch_gradients, gather_branches
-from mobileone.collapsed.windows import far_means, thin_channels
+from mobileone.collapsed.moments import far_means, thin_channels
 
 __all__ = ["DepthwiseConvolution", "has_kernels", "kernels_for"]
 
@@ -40,7 +40,7 @@ def kernels_for(x: Tensor) -> ModuleType:
     """The kernels for x's device."""
     if x.device.type == "cpu":
         return native
-    from mobileone.collapsed import gpu  # needs Triton
+    from mobileone.collapsed import triton_kernels as gpu
 
     return gpu
 

@@ -18,7 +18,7 @@ from mobileone.collapsed.algebra import (
     pull_back,
 )
 from mobileone.collapsed.branches import Geometry, branch_gradients, gather_branches
-from mobileone.collapsed.windows import (
+from mobileone.collapsed.moments import (
     Care,
     algebra_dtype,
     care_needed,

@@ -71,7 +71,7 @@ def test_attention_follows_the_collapsed_sum(shape, twin):
 @pytest.mark.parametrize("attn", [False, True])
 def test_the_affine_form_trains_as_timms_block(shape, size, attn, monkeypatch, twin):
     ours, theirs = twin.build(shape, attn=attn)
-    monkeypatch.setattr("mobileone.collapsed.training.choose", lambda *_: Path.AFFINE)
+    monkeypatch.setattr("mobileone.collapsed.dispatch.choose", lambda *_: Path.AFFINE)
     x = twin.feature_map(size[0], 8, *size[1:])
     g = torch.randn_like(ours.eval()(x))
     twin.assert_same(twin.step(ours.train(), x, g), twin.step(theirs, x, g))

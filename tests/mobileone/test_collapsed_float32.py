@@ -13,7 +13,8 @@ from sklearn.datasets import load_digits
 from timm.models import byobnet
 
 from mobileone import MobileOneBlock
-from mobileone.collapsed import Path, gram, native, path_of, set_collapse
+from mobileone.collapsed import Path, gram, path_of, set_collapse
+from mobileone.collapsed import cpu_kernels as native
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="no compiler for the kernels")
 
@@ -82,7 +83,7 @@ def laplace(block):
 @pytest.fixture
 def choose(monkeypatch):
     """Have blocks train in a given form, whatever it costs."""
-    return lambda path: monkeypatch.setattr("mobileone.collapsed.training.choose", lambda *_: path)
+    return lambda path: monkeypatch.setattr("mobileone.collapsed.dispatch.choose", lambda *_: path)
 
 
 def assert_as_accurate(

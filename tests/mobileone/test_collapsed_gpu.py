@@ -11,7 +11,7 @@ import torch
 from mobileone import MobileOneBlock
 from mobileone.collapsed import Path, path_of
 from mobileone.collapsed.branches import describe
-from mobileone.collapsed.policy import Setting, choose
+from mobileone.collapsed.cost_model import Setting, choose
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs Triton, which comes with CUDA wheels"

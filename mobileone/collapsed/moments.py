@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mobileone.collapsed import native
+from mobileone.collapsed import cpu_kernels as native
 from mobileone.collapsed.algebra import WindowStatistics
 from mobileone.collapsed.branches import Geometry
 

@@ -11,7 +11,7 @@ import os
 import torch
 from torch import Tensor
 
-from mobileone.collapsed.build import load
+from mobileone.collapsed.cpu_build import load
 
 __all__ = [
     "affine",

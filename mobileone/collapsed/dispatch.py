@@ -23,7 +23,7 @@ from mobileone.collapsed.branches import (
 )
 from mobileone.collapsed.depthwise import DepthwiseConvolution, has_kernels
 from mobileone.collapsed.gram import GramConvolution
-from mobileone.collapsed.policy import CollapseMode, Path, Setting, choose
+from mobileone.collapsed.cost_model import CollapseMode, Path, Setting, choose
 
 if TYPE_CHECKING:
     from mobileone.block import MobileOneBlock

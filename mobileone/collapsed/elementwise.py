@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mobileone.collapsed import native
+from mobileone.collapsed import cpu_kernels as native
 
 __all__ = ["affine", "affine_grad", "channel_moments", "gradient_sums"]
 
