@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from mobileone.bench.charts import COLORS
+from mobileone.bench.show.charts import COLORS
 from mobileone.bench.paper import UNVERIFIED
 from mobileone.bench.results import Result, Row
 

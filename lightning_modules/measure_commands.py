@@ -16,8 +16,8 @@ __all__ = ["benchmark", "benchmark_parser", "profile", "profile_parser"]
 def profile(name: str, argv: list[str]) -> None:
     """Run `mobileone profile`."""
     options = profile_parser(name).parse_args(argv)
-    from mobileone.bench.profile import profile_models
-    from mobileone.bench.tables import profile_table
+    from mobileone.bench.inference.profile import profile_models
+    from mobileone.bench.show.tables import profile_table
 
     level = options.pop("level")
     _measure(name, profile_models, options, lambda result: profile_table(result, level))
@@ -25,7 +25,7 @@ def profile(name: str, argv: list[str]) -> None:
 
 def profile_parser(name: str) -> ArgumentParser:
     """Arguments of `mobileone profile`."""
-    from mobileone.bench.profile import profile_models
+    from mobileone.bench.inference.profile import profile_models
 
     parser = _parser_of(
         profile_models,
@@ -48,11 +48,11 @@ def benchmark(name: str, argv: list[str]) -> None:
 def benchmark_parser(name: str) -> ArgumentParser:
     """Arguments of `mobileone benchmark`."""
     from lightning_modules.data_commands import data_benchmark_parser
-    from mobileone.bench.inference_memory import measure_memory
-    from mobileone.bench.latency import measure_latency
-    from mobileone.bench.pareto import draw_pareto
-    from mobileone.bench.throughput import measure_throughput
-    from mobileone.bench.training import measure_training
+    from mobileone.bench.inference.memory import measure_memory
+    from mobileone.bench.inference.latency import measure_latency
+    from mobileone.bench.studies.pareto import draw_pareto
+    from mobileone.bench.inference.throughput import measure_throughput
+    from mobileone.bench.training_step.measure import measure_training
 
     parser = ArgumentParser(prog=f"mobileone {name}", description="Measure on this machine.")
     commands = parser.add_subcommands()
@@ -104,7 +104,7 @@ def benchmark_parser(name: str) -> ArgumentParser:
 
 
 def _training(name: str, options: Namespace) -> None:
-    from mobileone.bench.training import measure_training
+    from mobileone.bench.training_step.measure import measure_training
     from mobileone.bench.training_report import training_table
 
     _show_progress()
@@ -115,9 +115,9 @@ def _training(name: str, options: Namespace) -> None:
 
 
 def _latency(name: str, options: Namespace) -> None:
-    from mobileone.bench.latency import measure_latency
+    from mobileone.bench.inference.latency import measure_latency
     from mobileone.bench.results import Result
-    from mobileone.bench.tables import change_table, latency_table
+    from mobileone.bench.show.tables import change_table, latency_table
 
     against = options.pop("against")
     before = answer(name, lambda: Result.load(against)) if against else None
@@ -127,21 +127,21 @@ def _latency(name: str, options: Namespace) -> None:
 
 
 def _throughput(name: str, options: Namespace) -> None:
-    from mobileone.bench.tables import throughput_table
-    from mobileone.bench.throughput import measure_throughput
+    from mobileone.bench.show.tables import throughput_table
+    from mobileone.bench.inference.throughput import measure_throughput
 
     _measure(name, measure_throughput, options, throughput_table)
 
 
 def _memory(name: str, options: Namespace) -> None:
-    from mobileone.bench.inference_memory import measure_memory
-    from mobileone.bench.tables import memory_table
+    from mobileone.bench.inference.memory import measure_memory
+    from mobileone.bench.show.tables import memory_table
 
     _measure(name, measure_memory, options, memory_table)
 
 
 def _pareto(name: str, options: Namespace) -> None:
-    from mobileone.bench.pareto import draw_pareto
+    from mobileone.bench.studies.pareto import draw_pareto
 
     paths = answer(name, draw_pareto, **options.as_dict())
     print(", ".join(map(str, paths)))

@@ -21,7 +21,7 @@ from lightning_modules.report_html import (
 )
 from lightning_modules.report_run import run_facts, run_sections
 from mobileone.bench.paper import UNVERIFIED, paper_table
-from mobileone.bench.pareto import draw_pareto
+from mobileone.bench.studies.pareto import draw_pareto
 from mobileone.bench.results import Result, Row
 from mobileone.io.atomic import replace_text
 

@@ -80,11 +80,11 @@ _STUDIES = {
 def _study(chosen: str) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
     """What measures, and what makes a table of the result; each is imported when it is needed."""
     if chosen == "bottlenecks":
-        from mobileone.bench.bottlenecks import bottlenecks_table, study_bottlenecks
+        from mobileone.bench.studies.bottlenecks import bottlenecks_table, study_bottlenecks
 
         return study_bottlenecks, bottlenecks_table
     if chosen == "correlation":
-        from mobileone.bench.correlation import correlation_table, study_correlation
+        from mobileone.bench.studies.correlation import correlation_table, study_correlation
 
         return study_correlation, correlation_table
     from lightning_modules.ablation import study_ablation

@@ -3,7 +3,7 @@
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from mobileone.bench.charts import COLORS, HATCHES
+from mobileone.bench.show.charts import COLORS, HATCHES
 from mobileone.bench.results import Result, Row
 
 __all__ = ["training_figure", "training_table"]

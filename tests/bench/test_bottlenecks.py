@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from mobileone.bench.bottlenecks import (
+from mobileone.bench.studies.bottlenecks import (
     ACTIVATIONS,
     BLOCKS,
     ThirtyLayers,

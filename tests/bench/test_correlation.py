@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from mobileone.bench.correlation import correlation_table, rank_correlation, study_correlation
+from mobileone.bench.studies.correlation import correlation_table, rank_correlation, study_correlation
 from mobileone.bench.paper import paper_table
 from mobileone.bench.results import Result
 
@@ -67,7 +67,7 @@ def test_the_study(tmp_path):
 
 
 def test_table_9_is_correlated_without_its_gaps():
-    from mobileone.bench.correlation import _recomputed
+    from mobileone.bench.studies.correlation import _recomputed
 
     rows = {(row["device"], row["quantity"]): row for row in _recomputed()}
     table = [row for row in paper_table(9).rows if row["mobile_ms"] is not None]

@@ -6,8 +6,8 @@ import torch
 from timm.models import byobnet
 from torch import nn
 
-from mobileone.bench import deploy_form as module
-from mobileone.bench.deploy_form import deploy_form, settle_norms
+from mobileone.bench.inference import deploy_form as module
+from mobileone.bench.inference.deploy_form import deploy_form, settle_norms
 from mobileone.bench.models import build_model, check_models, input_size_of
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mobileone.bench.dynamic_activations import DynamicReLU, DynamicShiftMax
+from mobileone.bench.studies.dynamic_activations import DynamicReLU, DynamicShiftMax
 
 
 def coefficients(layer: nn.Sequential, image: torch.Tensor) -> list[float]:

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from mobileone.bench.pareto import (
+from mobileone.bench.studies.pareto import (
     Point,
     draw_pareto,
     measured_points,

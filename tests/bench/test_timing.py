@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from mobileone.bench import timing
+from mobileone.bench.inference import timing
 from mobileone.bench.threads import check_threads, pinned, torch_threads
-from mobileone.bench.timing import Protocol, get_protocol, summarise, time_in_turn
+from mobileone.bench.inference.timing import Protocol, get_protocol, summarise, time_in_turn
 
 
 class Clock:

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from mobileone import MobileOneBlock
-from mobileone.bench import trainee as trainee_module
-from mobileone.bench.contenders import CONTENDERS, build_contender, change_of, plain_network
-from mobileone.bench.images import sample_images
-from mobileone.bench.memory import kept_bytes, peak_bytes
+from mobileone.bench.training_step import worker as trainee_module
+from mobileone.bench.training_step.implementations import CONTENDERS, build_contender, change_of, plain_network
+from mobileone.bench.training_step.images import sample_images
+from mobileone.bench.training_step.memory import kept_bytes, peak_bytes
 from mobileone.bench.results import Result
-from mobileone.bench.trainee import Trainee, TraineeError, TrainingSetting, training_step
-from mobileone.bench.training import measure_training
+from mobileone.bench.training_step.worker import Trainee, TraineeError, TrainingSetting, training_step
+from mobileone.bench.training_step.measure import measure_training
 from mobileone.bench.training_report import training_figure, training_table
 from mobileone.strided import StridedPointwise
 
@@ -141,7 +141,7 @@ def test_a_contender_that_hangs_is_ended(monkeypatch):
 
 
 def test_a_contender_that_dies_leaves_the_others_measured(monkeypatch):
-    from mobileone.bench import training
+    from mobileone.bench.training_step import measure as training
 
     class Mortal(Trainee):
         def step(self):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mobileone.bench.runtimes.eager import complete
-from mobileone.bench.timing import Run
+from mobileone.bench.inference.timing import Run
 
 __all__ = ["load"]
 

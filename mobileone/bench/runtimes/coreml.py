@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mobileone.bench.timing import Run
+from mobileone.bench.inference.timing import Run
 from mobileone.io.coremltools_noise import quiet
 
 __all__ = ["convert", "load"]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mobileone.bench.timing import Run
+from mobileone.bench.inference.timing import Run
 
 __all__ = ["convert", "load"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from mobileone.bench.runtimes import compiled, coreml, eager, onnxruntime, openvino, torchscript
-from mobileone.bench.timing import Run
+from mobileone.bench.inference.timing import Run
 
 __all__ = ["RUNTIMES", "Runtime", "check_runtimes", "missing_runtimes", "runtimes_for"]
 

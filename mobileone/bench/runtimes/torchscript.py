@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mobileone.bench.runtimes.eager import complete
-from mobileone.bench.timing import Run
+from mobileone.bench.inference.timing import Run
 
 __all__ = ["convert", "load"]
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mobileone.bench.latency import check_device, measure_latency
+from mobileone.bench.inference.latency import check_device, measure_latency
 from mobileone.bench.models import check_models
 from mobileone.bench.results import Result, Row
 from mobileone.bench.runtimes import check_runtimes

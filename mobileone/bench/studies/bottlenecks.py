@@ -10,9 +10,9 @@ from rich.table import Table
 from timm.layers import SqueezeExcite
 from torch import Tensor, nn
 
-from mobileone.bench.charts import COLORS, HATCHES, plain_ticks, save_figure
-from mobileone.bench.dynamic_activations import DynamicReLU, DynamicShiftMax
-from mobileone.bench.latency import measure_modules
+from mobileone.bench.show.charts import COLORS, HATCHES, plain_ticks, save_figure
+from mobileone.bench.studies.dynamic_activations import DynamicReLU, DynamicShiftMax
+from mobileone.bench.inference.latency import measure_modules
 from mobileone.bench.paper import PaperTable, paper_table
 from mobileone.bench.results import Result, Row
 
@@ -127,7 +127,7 @@ def study_bottlenecks(
 
     Args:
         runtimes: Names in `mobileone.bench.runtimes.RUNTIMES`; None: all that are present.
-        protocol: As `mobileone.bench.latency.measure_latency` has them.
+        protocol: As `mobileone.bench.inference.latency.measure_latency` has them.
         runs: Timed inferences of each network; None: the protocol's.
         threads: CPU threads.
         image_size: Height and width in pixels.

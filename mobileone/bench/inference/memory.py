@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from mobileone.bench.contender import Contender, Setting, prepare
-from mobileone.bench.latency import check_device
-from mobileone.bench.memory import peak_bytes
+from mobileone.bench.inference.case import Contender, Setting, prepare
+from mobileone.bench.inference.latency import check_device
+from mobileone.bench.training_step.memory import peak_bytes
 from mobileone.bench.models import build_model, check_models
 from mobileone.bench.results import Result, Row
 from mobileone.bench.runtimes import RUNTIMES, check_runtimes, runtimes_for

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mobileone.bench.contenders import build_contender
-from mobileone.bench.images import ImageKind, sample_images
-from mobileone.bench.memory import kept_bytes, peak_bytes
+from mobileone.bench.training_step.implementations import build_contender
+from mobileone.bench.training_step.images import ImageKind, sample_images
+from mobileone.bench.training_step.memory import kept_bytes, peak_bytes
 
 __all__ = ["Memory", "StepTime", "Trainee", "TraineeError", "TrainingSetting", "training_step"]
 
@@ -86,7 +86,7 @@ class Trainee:
 
     Args:
         model: timm's name of the model.
-        contender: Which implementation, a name in `mobileone.bench.contenders.CONTENDERS`.
+        contender: Which implementation, a name in `mobileone.bench.training_step.implementations.CONTENDERS`.
         setting: How it is trained.
     """
 

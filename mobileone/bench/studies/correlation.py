@@ -7,10 +7,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from mobileone.bench.charts import COLORS, MARKERS, plain_ticks, save_figure
-from mobileone.bench.latency import measure_latency
+from mobileone.bench.show.charts import COLORS, MARKERS, plain_ticks, save_figure
+from mobileone.bench.inference.latency import measure_latency
 from mobileone.bench.paper import paper_table
-from mobileone.bench.profile import profile_models
+from mobileone.bench.inference.profile import profile_models
 from mobileone.bench.results import Result, Row
 from mobileone.bench.suites import get_suite
 
@@ -42,7 +42,7 @@ def study_correlation(
         suite: Name in `mobileone.bench.suites.SUITES`; its models that can be built here.
         models: Names to take instead of a suite.
         runtimes: Names in `mobileone.bench.runtimes.RUNTIMES`; None: all that are present.
-        protocol: As `mobileone.bench.latency.measure_latency` has them.
+        protocol: As `mobileone.bench.inference.latency.measure_latency` has them.
         runs: Timed inferences of each; None: the protocol's.
         threads: CPU threads.
         directory: Where to save correlation.json, .csv, .png and .svg, and the points as a
