@@ -2,7 +2,7 @@
 
 from mobileone import registration as _registration  # noqa: F401  (registers on import)
 from mobileone.block import MobileOneBlock
-from mobileone.deploy import reparameterize
+from mobileone.reparameterize import reparameterize
 from mobileone.expansion import calibrate, expand
 from mobileone.fused_block import FusedMobileOneBlock
 from mobileone.model import MobileOne

@@ -3,7 +3,7 @@
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from mobileone.deploy import reparameterize
+from mobileone.reparameterize import reparameterize
 
 __all__ = ["fuse"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mobileone.deploy import reparameterize
+from mobileone.reparameterize import reparameterize
 from mobileone.export.formats.table import DEFAULT_FORMATS, FORMATS, check_formats
 from mobileone.export.isolation import isolated
 from mobileone.export.manifest import Manifest, TrainingState, describe_format

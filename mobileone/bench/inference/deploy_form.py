@@ -8,7 +8,7 @@ from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from mobileone.deploy import reparameterize
+from mobileone.reparameterize import reparameterize
 
 __all__ = ["DeployForm", "deploy_form", "relative_error", "settle_norms"]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mobileone.deploy import reparameterize
+from mobileone.reparameterize import reparameterize
 from mobileone.export.compress import coreml as compress_coreml
 from mobileone.export.compress import onnx as compress_onnx
 from mobileone.export.formats.table import coreml
