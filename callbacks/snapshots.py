@@ -8,8 +8,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from callbacks.saving import on_rank_zero, save_complete
-from callbacks.stopping import StopRequest
+from callbacks.checkpointing import on_rank_zero, save_complete
+from callbacks.signals import StopRequest
 from mobileone.export.publish import clean_stale, discard
 
 __all__ = ["Snapshots"]

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from callbacks.figures import confusion_figure, curve_figures
+from callbacks.report.figures import confusion_figure, curve_figures
 from callbacks.metrics_files import read_curves
-from callbacks.worst import WorstImage, read_worst
+from callbacks.report.worst_images import WorstImage, read_worst
 from lightning_modules.report_html import (
     Html,
     details,

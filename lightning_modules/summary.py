@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from callbacks.reparameterize import ReparameterizeOnSave
+from callbacks.artifacts.callback import ReparameterizeOnSave
 from mobileone.export.manifest import Manifest
 
 __all__ = ["fit_summary"]

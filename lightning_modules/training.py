@@ -19,8 +19,8 @@ from torch import nn
 from callbacks.curriculum import Curriculum
 from callbacks.ema import EMA
 from callbacks.progress import EpochLines
-from callbacks.reparameterize import ReparameterizeOnSave
-from callbacks.report import Report
+from callbacks.artifacts.callback import ReparameterizeOnSave
+from callbacks.report.callback import Report
 from callbacks.snapshots import Snapshots
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.config_files import check_configs, find_configs, option_value

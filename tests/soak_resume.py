@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from bitwise import differing
 
-import callbacks.exports
-import callbacks.reparameterize
+import callbacks.artifacts.queue
+import callbacks.artifacts.callback
 import callbacks.snapshots
-from callbacks.checkpoint_folder import CheckpointFolder
+from callbacks.artifacts.folder import CheckpointFolder
 from callbacks.curriculum import Curriculum
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.cli import main
@@ -44,10 +44,10 @@ fit --resume auto --run.root {root} --run.name {name} --model.model test_byobnet
 PLACES = {
     "step": (ImageClassifier, "training_step"),
     "validation": (ImageClassifier, "validation_step"),
-    "checkpoint": (callbacks.reparameterize, "save_complete"),
+    "checkpoint": (callbacks.artifacts.callback, "save_complete"),
     "snapshot": (callbacks.snapshots, "save_complete"),
-    "artifact": (callbacks.exports, "export_model"),
-    "worker": (callbacks.exports, "ExportJob"),  # of an export in background
+    "artifact": (callbacks.artifacts.queue, "export_model"),
+    "worker": (callbacks.artifacts.queue, "ExportJob"),  # of an export in background
     "links": (CheckpointFolder, "move_link"),
     "switch": (Curriculum, "on_train_batch_start"),
     "anywhere": None,

@@ -9,7 +9,7 @@ from weakref import proxy
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from callbacks.saving import on_rank_zero, save_complete
+from callbacks.checkpointing import on_rank_zero, save_complete
 from mobileone.export.publish import clean_stale, publish_file, sole_writer, staging
 
 __all__ = ["CompleteCheckpoint", "SoleRun"]

@@ -15,9 +15,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from callbacks.checkpoint_folder import CheckpointFolder
-from callbacks.reparameterize import ReparameterizeOnSave
-from callbacks.stopping import Interrupted, StopAtOnce
+from callbacks.artifacts.folder import CheckpointFolder
+from callbacks.artifacts.callback import ReparameterizeOnSave
+from callbacks.signals import Interrupted, StopAtOnce
 from mobileone.export import Manifest, load_torchscript_artifact, worker
 
 _SPEC = importlib.util.spec_from_file_location(

@@ -13,9 +13,9 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
-from callbacks import exports
+from callbacks.artifacts import queue as exports
 from callbacks.ema import EMA
-from callbacks.reparameterize import ReparameterizeOnSave
+from callbacks.artifacts.callback import ReparameterizeOnSave
 from mobileone import MobileOneBlock
 from mobileone.export import ExportSpec, Manifest, Metadata, load_torchscript_artifact
 

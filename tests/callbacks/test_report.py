@@ -13,10 +13,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from callbacks.figures import confusion_figure, curves_figure, samples_figure
+from callbacks.report.figures import confusion_figure, curves_figure, samples_figure
 from callbacks.metrics_files import read_curves
-from callbacks.reparameterize import ReparameterizeOnSave
-from callbacks.report import Report
+from callbacks.artifacts.callback import ReparameterizeOnSave
+from callbacks.report.callback import Report
 from lightning_modules.run_folder import RunFolder
 from lightning_modules.tracking import WandbOptions, make_loggers
 from mobileone.export.manifest import Manifest
@@ -94,7 +94,7 @@ def test_samples_come_from_the_whole_set(samples, classes, loader, tmp_path, mon
         drawn.append((images, targets, probabilities))
         return samples_figure(images, targets, probabilities, names)
 
-    monkeypatch.setattr("callbacks.report.samples_figure", record)
+    monkeypatch.setattr("callbacks.report.callback.samples_figure", record)
     trainer(tmp_path, Report(samples=samples)).validate(Classifier(), loader, verbose=False)
     images, targets, probabilities = drawn[0]
     assert targets.tolist() == classes

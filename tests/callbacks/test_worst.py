@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from callbacks.worst import WorstImages, read_worst, write_worst
+from callbacks.report.worst_images import WorstImages, read_worst, write_worst
 
 
 def test_the_worst_of_all_batches_are_kept():

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from callbacks.worst import write_worst
+from callbacks.report.worst_images import write_worst
 from lightning_modules.cli import main
 from lightning_modules.report import write_report
 from mobileone.bench.results import Result

@@ -8,8 +8,8 @@ from typing import NamedTuple
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from callbacks.checkpoint_folder import CheckpointFolder
-from callbacks.exports import Exports, Outcome, Request
+from callbacks.artifacts.folder import CheckpointFolder
+from callbacks.artifacts.queue import Exports, Outcome, Request
 from mobileone.export import Manifest, TrainingState
 from mobileone.export.manifest import MANIFEST_NAME
 from mobileone.export.publish import clean_stale, sole_writer

@@ -14,10 +14,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from callbacks.figures import confusion_figure, curves_figure, samples_figure
+from callbacks.report.figures import confusion_figure, curves_figure, samples_figure
 from callbacks.metrics_files import read_curves
-from callbacks.reparameterize import ReparameterizeOnSave
-from callbacks.worst import WorstImages, write_worst
+from callbacks.artifacts.callback import ReparameterizeOnSave
+from callbacks.report.worst_images import WorstImages, write_worst
 from mobileone.export.manifest import MANIFEST_NAME, Manifest
 from mobileone.export.spec import ExportSpec
 from mobileone.io.atomic import replacing

@@ -16,13 +16,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from callbacks.checkpoint_folder import CheckpointFolder
-from callbacks.exports import Request
-from callbacks.publisher import Listener, Publisher, Ranking
+from callbacks.artifacts.folder import CheckpointFolder
+from callbacks.artifacts.queue import Request
+from callbacks.artifacts.publisher import Listener, Publisher, Ranking
 from callbacks.recovery import training_state
-from callbacks.saving import on_rank_zero, save_complete, without_raising
+from callbacks.checkpointing import on_rank_zero, save_complete, without_raising
 from callbacks.shipped import network_of, pixels_of, spec_of
-from callbacks.stopping import StopAtOnce, interruptible
+from callbacks.signals import StopAtOnce, interruptible
 from mobileone.export import Metadata, TrainingState
 from mobileone.export.checkpoint import IMAGES_KEY
 from mobileone.export.formats.table import DEFAULT_FORMATS, check_formats

@@ -10,7 +10,7 @@ from pickle import PicklingError
 
 from torch import Tensor, nn
 
-from callbacks.checkpoint_folder import CheckpointFolder
+from callbacks.artifacts.folder import CheckpointFolder
 from mobileone.export import ExportSpec, Metadata, TrainingState, export_model
 from mobileone.export.checkpoint import model_weights, read_checkpoint
 from mobileone.export.isolation import isolated

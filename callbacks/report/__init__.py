@@ -1,0 +1,1 @@
+"""Curves, sample predictions and the worst images of a run."""
