@@ -19,7 +19,7 @@ from timm.data.auto_augment import (
     RandAugment,
 )
 
-from lightning_modules.transforms import Transform
+from lightning_modules.data.transforms import Transform
 
 __all__ = ["PhasedTransform", "scale_strength"]
 

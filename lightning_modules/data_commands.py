@@ -14,8 +14,8 @@ def shards(name: str, argv: list[str]) -> None:
     parser = shards_parser(name)
     options = parser.parse_args(argv)
     from lightning_modules.quiet import silence_known_messages
-    from lightning_modules.shard_files import verify_shards
-    from lightning_modules.shards import make_shards
+    from lightning_modules.data.shards.format import verify_shards
+    from lightning_modules.data.shards.writer import make_shards
 
     silence_known_messages()
     arguments = options.as_dict()
@@ -36,7 +36,7 @@ def shards(name: str, argv: list[str]) -> None:
 
 def shards_parser(name: str) -> ArgumentParser:
     """Arguments of `mobileone shards`."""
-    from lightning_modules.shards import make_shards
+    from lightning_modules.data.shards.writer import make_shards
 
     parser = ArgumentParser(
         prog=f"mobileone {name}",
@@ -55,7 +55,7 @@ def shards_parser(name: str) -> ArgumentParser:
 
 def print_data_benchmark(name: str, options: Namespace) -> None:
     """Run `mobileone benchmark data`."""
-    from lightning_modules.data_benchmark import benchmark_data
+    from lightning_modules.data.benchmark import benchmark_data
     from lightning_modules.quiet import silence_known_messages
 
     silence_known_messages()
@@ -68,7 +68,7 @@ def print_data_benchmark(name: str, options: Namespace) -> None:
 
 def data_benchmark_parser() -> ArgumentParser:
     """Arguments of `mobileone benchmark data`."""
-    from lightning_modules.data_benchmark import benchmark_data
+    from lightning_modules.data.benchmark import benchmark_data
 
     parser = ArgumentParser(
         description="Images a second of the training loader, and whether they or the network bind "

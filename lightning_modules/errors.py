@@ -4,7 +4,7 @@ import os
 import traceback
 from pathlib import Path
 
-from lightning_modules.images import UnreadableImageError
+from lightning_modules.data.image_io import UnreadableImageError
 
 __all__ = ["UsageError", "message_for_user"]
 

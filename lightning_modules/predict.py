@@ -13,9 +13,9 @@ from timm.utils.misc import natural_key
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_modules.images import IMAGE_SUFFIXES, color_mode, read_image, why_unreadable
+from lightning_modules.data.image_io import IMAGE_SUFFIXES, color_mode, read_image, why_unreadable
 from lightning_modules.table import PredictionTable
-from lightning_modules.transforms import Transform, eval_transform
+from lightning_modules.data.transforms import Transform, eval_transform
 from mobileone.export import FORMATS, ExportSpec, load_runner
 from mobileone.export.formats.table import torchscript
 from mobileone.export.checkpoint import load_model, read_checkpoint

@@ -5,9 +5,9 @@ from typing import Any
 
 from timm.data import create_dataset
 
-from lightning_modules.images import IMAGE_SUFFIXES
-from lightning_modules.shard_files import has_shards
-from lightning_modules.shard_reader import open_shards
+from lightning_modules.data.image_io import IMAGE_SUFFIXES
+from lightning_modules.data.shards.format import has_shards
+from lightning_modules.data.shards.reader import open_shards
 
 __all__ = [
     "FOLDER_NAMES",

@@ -24,7 +24,7 @@ from callbacks.report.callback import Report
 from callbacks.snapshots import Snapshots
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.config_files import check_configs, find_configs, option_value
-from lightning_modules.data import ImageDataModule
+from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.ending import end_after_rank_zero
 from lightning_modules.errors import UsageError, message_for_user
 from lightning_modules.given_checkpoint import hyper_parameters, read_given, with_config_of_the_run

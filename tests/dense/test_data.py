@@ -10,7 +10,7 @@ from lightning_modules.cli import main
 from lightning_modules.dense.data import DetectionData, SegmentationData
 from lightning_modules.dense.shapes import CLASSES, Shapes
 from lightning_modules.dense.sources import VOC_CLASSES, CocoBoxes, VocMasks
-from lightning_modules.sampling import SampleKey
+from lightning_modules.data.samplers import SampleKey
 
 pytest.importorskip("pycocotools", reason="needs the extra `dense`")
 

@@ -9,7 +9,7 @@ from torchvision.ops import box_convert, nms
 
 from lightning_modules.dense.export import WHOLE_DETECTOR, export_detector, export_segmenter
 from lightning_modules.dense.models import Detector, Segmenter
-from lightning_modules.transforms import resolve_config
+from lightning_modules.data.transforms import resolve_config
 from mobileone.dense import fuse, segmenter, ssdlite
 from mobileone.dense.detection import SSDBoxes
 from mobileone.export.dense.export import BOXES, DENSE_FORMATS, MAPS, export_dense

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from PIL import Image
 
 from callbacks.ema import EMA
-from lightning_modules.data import ImageDataModule
+from lightning_modules.data.datamodule import ImageDataModule
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from timm.data.auto_augment import LEVEL_TO_ARG, AugmentOp, RandAugment
 
 from callbacks.curriculum import Curriculum
 from lightning_modules.curriculum import PhasedTransform, scale_strength
-from lightning_modules.data import ImageDataModule
+from lightning_modules.data.datamodule import ImageDataModule
 
 PAPER = [(0, 160, 0.3), (39, 192, 0.7), (114, 224, 1.0)]
 

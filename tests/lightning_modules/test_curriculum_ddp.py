@@ -13,7 +13,7 @@ from PIL import Image
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from callbacks.curriculum import Curriculum
-from lightning_modules.data import ImageDataModule
+from lightning_modules.data.datamodule import ImageDataModule
 
 root, out = sys.argv[1:]
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from lightning_modules.cli import main
-from lightning_modules.data_benchmark import benchmark_data
+from lightning_modules.data.benchmark import benchmark_data
 
 pytest.importorskip("webdataset", reason="needs the extra `shards`")
 

@@ -13,8 +13,8 @@ from lightning.pytorch import Trainer
 from torch.utils.data import SequentialSampler
 
 from lightning_modules.classifier import ImageClassifier
-from lightning_modules.data import ImageDataModule
-from lightning_modules.sampling import EvaluationSampler
+from lightning_modules.data.datamodule import ImageDataModule
+from lightning_modules.data.samplers import EvaluationSampler
 
 
 def on(data, processes, rank=0):
@@ -91,7 +91,7 @@ import json, sys, torch
 from lightning.pytorch import Trainer
 from callbacks.ema import EMA
 from lightning_modules.classifier import ImageClassifier
-from lightning_modules.data import ImageDataModule
+from lightning_modules.data.datamodule import ImageDataModule
 
 if __name__ == "__main__":
     root, out = sys.argv[1:]

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_modules.data import ImageDataModule
-from lightning_modules.sampling import EpochSampler, SampleKey
+from lightning_modules.data.datamodule import ImageDataModule
+from lightning_modules.data.samplers import EpochSampler, SampleKey
 
 LOADERS = [(0, False), (2, False), (2, True)]
 
@@ -229,7 +229,7 @@ def test_two_processes_see_every_image_once_an_epoch(make_folder, tmp_path):
     script.write_text(
         "import sys, json, torch\n"
         "from lightning.pytorch import LightningModule, Trainer\n"
-        "from lightning_modules.data import ImageDataModule\n"
+        "from lightning_modules.data.datamodule import ImageDataModule\n"
         "class M(LightningModule):\n"
         "    def __init__(self):\n"
         "        super().__init__(); self.w = torch.nn.Parameter(torch.zeros(())); self.seen = []\n"

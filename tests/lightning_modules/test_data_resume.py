@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks.ema import EMA
 from lightning_modules.classifier import ImageClassifier
-from lightning_modules.data import ImageDataModule
-from lightning_modules.sampling import EpochSampler
+from lightning_modules.data.datamodule import ImageDataModule
+from lightning_modules.data.samplers import EpochSampler
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Consider setting `persistent_workers=True`",

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from lightning_modules.decoders import accept_tensors, read_tensor
-from lightning_modules.images import read_image
-from lightning_modules.transforms import resolve_config, train_transform
+from lightning_modules.data.decoders import accept_tensors, read_tensor
+from lightning_modules.data.image_io import read_image
+from lightning_modules.data.transforms import resolve_config, train_transform
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from lightning_modules import digits
-from lightning_modules.data import ImageDataModule
-from lightning_modules.digits import cache_root, digits_root, write_digits
+from lightning_modules.data.datamodule import digits
+from lightning_modules.data.datamodule import ImageDataModule
+from lightning_modules.data.digits import cache_root, digits_root, write_digits
 
 
 @pytest.fixture(scope="module")

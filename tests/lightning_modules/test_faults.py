@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from lightning_modules.classifier import ImageClassifier
-from lightning_modules.data import ImageDataModule
-from lightning_modules.images import UnreadableImageError, read_image
-from lightning_modules.loading import DataWorkerError
+from lightning_modules.data.datamodule import ImageDataModule
+from lightning_modules.data.image_io import UnreadableImageError, read_image
+from lightning_modules.data.dataloader import DataWorkerError
 from lightning_modules.nonfinite import LossGuard, _finite
 
 LEFT_OUT = r"step \d+ \(epoch 0\) is left out: its (loss is|gradients are) not finite"
@@ -120,7 +120,7 @@ import sys, torch
 from lightning.pytorch import Trainer
 from callbacks.ema import EMA
 from lightning_modules.classifier import ImageClassifier
-from lightning_modules.data import ImageDataModule
+from lightning_modules.data.datamodule import ImageDataModule
 
 
 class OneRank(ImageClassifier):

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, Trainer
 import mobileone
 from callbacks.ema import EMA
 from lightning_modules.classifier import ImageClassifier
-from lightning_modules.data import ImageDataModule
+from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.optimizers import build_optimizer
 
 NAME = "mobileone_mu0"

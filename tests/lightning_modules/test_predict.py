@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from lightning_modules import predict
-from lightning_modules.data import ImageDataModule
-from lightning_modules.images import why_unreadable
+from lightning_modules.data.datamodule import ImageDataModule
+from lightning_modules.data.image_io import why_unreadable
 from lightning_modules.predict import find_images, load_classifier, predict_folder
-from lightning_modules.samples import Sample
+from lightning_modules.data.dataset import Sample
 from mobileone.export import ExportSpec, export_model
 
 NAMES = ('cat, "big"', "chien é")

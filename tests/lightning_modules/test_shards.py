@@ -17,13 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_modules import shards as shards_module
+from lightning_modules.data.datamodule.shards import writer as shards_module
 from lightning_modules.cli import main
-from lightning_modules.data import ImageDataModule
-from lightning_modules.sampling import SampleKey, ShardSampler
-from lightning_modules.shard_files import verify_shards
-from lightning_modules.shard_reader import open_shards
-from lightning_modules.shards import make_shards
+from lightning_modules.data.datamodule import ImageDataModule
+from lightning_modules.data.samplers import SampleKey, ShardSampler
+from lightning_modules.data.shards.format import verify_shards
+from lightning_modules.data.shards.reader import open_shards
+from lightning_modules.data.shards.writer import make_shards
 from lightning_modules.splits import open_split
 
 webdataset = pytest.importorskip("webdataset", reason="needs the extra `shards`")
@@ -151,7 +151,7 @@ def test_killed_in_the_middle(make_folder, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     make_shards(root, whole, images_per_shard=4)
     script = (
-        "import sys, time, lightning_modules.shards as s\n"
+        "import sys, time, lightning_modules.data.shards.writer as s\n"
         "scan = s.scan_shard\n"
         "s.scan_shard = lambda *a: (time.sleep(0.1), scan(*a))[1]\n"
         "s.make_shards(*sys.argv[1:], images_per_shard=4)\n"

@@ -10,7 +10,7 @@ from PIL import Image
 
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.cli import main
-from lightning_modules.data import ImageDataModule
+from lightning_modules.data.datamodule import ImageDataModule
 
 pytest.importorskip("webdataset", reason="needs the extra `shards`")
 
@@ -21,7 +21,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from callbacks.ema import EMA
 from lightning_modules.classifier import ImageClassifier
-from lightning_modules.data import ImageDataModule
+from lightning_modules.data.datamodule import ImageDataModule
 
 out = sys.argv[1]
 

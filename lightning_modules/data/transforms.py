@@ -11,7 +11,7 @@ from torch import Tensor
 
 import mobileone  # noqa: F401  registers the family with timm
 from lightning_modules.checks import check_model_name
-from lightning_modules.images import color_mode
+from lightning_modules.data.image_io import color_mode
 
 __all__ = ["Transform", "eval_transform", "resolve_config", "train_transform"]
 

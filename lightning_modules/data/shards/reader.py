@@ -7,7 +7,7 @@ import numpy as np
 from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
 
-from lightning_modules.shard_files import Manifest
+from lightning_modules.data.shards.format import Manifest
 
 __all__ = ["ShardReader", "open_shards", "shard_lengths"]
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
-from lightning_modules.catalogue import Catalogue
-from lightning_modules.shard_files import (
+from lightning_modules.data.splits import Catalogue
+from lightning_modules.data.shards.format import (
     MANIFEST,
     PARTS,
     ROW,

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_modules.classes import (
+from lightning_modules.data.classes import (
     canonical_order,
     check_all_classes,
     check_class_folders,
@@ -14,7 +14,7 @@ from lightning_modules.classes import (
     class_to_index,
     read_class_file,
 )
-from lightning_modules.shard_files import Manifest
+from lightning_modules.data.shards.format import Manifest
 from lightning_modules.splits import (
     FOLDER_NAMES,
     find_split,

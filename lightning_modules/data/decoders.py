@@ -15,8 +15,8 @@ from timm.data.transforms import MaybeToTensor
 from torch import Tensor
 from torchvision.transforms.functional import convert_image_dtype, to_tensor
 
-from lightning_modules.images import read_image
-from lightning_modules.transforms import Transform
+from lightning_modules.data.image_io import read_image
+from lightning_modules.data.transforms import Transform
 
 __all__ = ["DECODERS", "Decode", "accept_tensors", "read_tensor"]
 

@@ -24,11 +24,11 @@ from torch.utils.data import DataLoader
 
 from lightning_modules.checks import check_model_name
 from lightning_modules.curriculum import PhasedTransform
-from lightning_modules.data import ImageDataModule
-from lightning_modules.decoders import DECODERS, accept_tensors
+from lightning_modules.data.datamodule import ImageDataModule
+from lightning_modules.data.decoders import DECODERS, accept_tensors
 from lightning_modules.predict import find_images
-from lightning_modules.samples import ImageSamples
-from lightning_modules.shards import make_shards
+from lightning_modules.data.dataset import ImageSamples
+from lightning_modules.data.shards.writer import make_shards
 
 __all__ = ["DataBenchmark", "Throughput", "benchmark_data"]
 

@@ -1,0 +1,1 @@
+"""Images and labels: splits, transforms, samplers and loaders that resume exactly."""

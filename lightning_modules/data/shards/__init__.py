@@ -1,0 +1,1 @@
+"""WebDataset shards: written, verified, and read in exact epochs."""
