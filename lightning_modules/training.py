@@ -22,7 +22,7 @@ from callbacks.progress import EpochLines
 from callbacks.artifacts.callback import ReparameterizeOnSave
 from callbacks.report.callback import Report
 from callbacks.snapshots import Snapshots
-from lightning_modules.classifier import ImageClassifier
+from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.config_files import check_configs, find_configs, option_value
 from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.ending import end_after_rank_zero

@@ -26,7 +26,7 @@ import callbacks.artifacts.callback
 import callbacks.snapshots
 from callbacks.artifacts.folder import CheckpointFolder
 from callbacks.curriculum import Curriculum
-from lightning_modules.classifier import ImageClassifier
+from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.cli import main
 from mobileone.export import Manifest
 

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks.ema import EMA
-from lightning_modules.classifier import ImageClassifier
-from lightning_modules.optimizers import build_optimizer
+from lightning_modules.recipe.classifier import ImageClassifier
+from lightning_modules.recipe.optimizers import build_optimizer
 from mobileone.export.spec import ExportSpec
 
 TINY = "test_byobnet"

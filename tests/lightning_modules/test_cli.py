@@ -16,7 +16,7 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_modules.classifier import ImageClassifier
+from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.cli import COMMANDS, main
 from lightning_modules.run_folder import RunFolder
 from lightning_modules.training import run

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import SequentialSampler
 
-from lightning_modules.classifier import ImageClassifier
+from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.data.samplers import EvaluationSampler
 
@@ -90,7 +90,7 @@ SCRIPT = """
 import json, sys, torch
 from lightning.pytorch import Trainer
 from callbacks.ema import EMA
-from lightning_modules.classifier import ImageClassifier
+from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.data.datamodule import ImageDataModule
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch.distributed.nn.functional as collective
 from torch.nn import functional as F
 from lightning.pytorch import Callback, Trainer
 from callbacks.ema import EMA
-from lightning_modules.classifier import ImageClassifier
+from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.sync_norm import TimmSyncBatchNorm
 

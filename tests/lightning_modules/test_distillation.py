@@ -4,8 +4,8 @@ import pytest
 import timm
 import torch
 
-from lightning_modules.classifier import ImageClassifier
-from lightning_modules.distillation import Teacher, distillation_loss
+from lightning_modules.recipe.classifier import ImageClassifier
+from lightning_modules.recipe.distillation import Teacher, distillation_loss
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])

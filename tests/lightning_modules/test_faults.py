@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_modules.classifier import ImageClassifier
+from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.data.image_io import UnreadableImageError, read_image
 from lightning_modules.data.dataloader import DataWorkerError
-from lightning_modules.nonfinite import LossGuard, _finite
+from lightning_modules.recipe.nan_guard import LossGuard, _finite
 
 LEFT_OUT = r"step \d+ \(epoch 0\) is left out: its (loss is|gradients are) not finite"
 
@@ -119,7 +119,7 @@ TWO = """
 import sys, torch
 from lightning.pytorch import Trainer
 from callbacks.ema import EMA
-from lightning_modules.classifier import ImageClassifier
+from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.data.datamodule import ImageDataModule
 
 

@@ -11,9 +11,9 @@ from lightning.pytorch import Callback, Trainer
 
 import mobileone
 from callbacks.ema import EMA
-from lightning_modules.classifier import ImageClassifier
+from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.data.datamodule import ImageDataModule
-from lightning_modules.optimizers import build_optimizer
+from lightning_modules.recipe.optimizers import build_optimizer
 
 NAME = "mobileone_mu0"
 pytestmark = pytest.mark.filterwarnings("ignore:Found .* module\\(s\\) in eval mode at the start")

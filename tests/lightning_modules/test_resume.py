@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_modules.classifier import ImageClassifier
+from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.cli import main
 from lightning_modules.errors import UsageError
 from lightning_modules.resume import find_continuation, newest_usable, why_unusable

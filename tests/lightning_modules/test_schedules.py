@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_modules.schedules import CosineSchedule, cosine_factor
+from lightning_modules.recipe.schedules import CosineSchedule, cosine_factor
 
 BATCHES, BATCH, EPOCHS = 7, 4, 3
 LR, WD, WD_END, MOMENTUM = 0.1, 1e-2, 1e-3, 0.9

@@ -8,7 +8,7 @@ import pytest
 from lightning.pytorch import Trainer
 from PIL import Image
 
-from lightning_modules.classifier import ImageClassifier
+from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.cli import main
 from lightning_modules.data.datamodule import ImageDataModule
 
@@ -20,7 +20,7 @@ import json, sys, torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from callbacks.ema import EMA
-from lightning_modules.classifier import ImageClassifier
+from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.data.datamodule import ImageDataModule
 
 out = sys.argv[1]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_modules.finetuning import load_start
+from lightning_modules.recipe.finetuning import load_start
 
 __all__ = ["Teacher", "check_distillation", "distillation_loss"]
 

@@ -1,0 +1,1 @@
+"""The recipe of the paper: classifier, optimizer, schedules, fine-tuning, distillation."""
