@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_modules.ablation_report import ablation_figure
-from lightning_modules.training import TrainingCLI, run
+from lightning_modules.run.fit import TrainingCLI, run
 from lightning_modules.data.transforms import resolve_config
 from mobileone.bench.show.charts import save_figure
 from mobileone.bench.paper import paper_table

@@ -23,7 +23,7 @@ class Command:
         return getattr(import_module(module), name)
 
 
-_TRAINING = "lightning_modules.training:run"
+_TRAINING = "lightning_modules.run.fit:run"
 _DENSE = "lightning_modules.dense.commands:run"
 
 COMMANDS = {

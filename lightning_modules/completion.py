@@ -30,7 +30,7 @@ def complete(commands: Mapping[str, str]) -> None:
     os.environ["COMP_LINE"] = f"{program} {arguments}"
     os.environ["COMP_POINT"] = str(int(os.environ["COMP_POINT"]) - len(name) - 1)
     if name in ("fit", "validate", "test"):
-        from lightning_modules.training import run
+        from lightning_modules.run.fit import run
 
         run(name, [])
     elif name not in ("segment", "detect"):  # whose parser is LightningCLI's own

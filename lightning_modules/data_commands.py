@@ -13,7 +13,7 @@ def shards(name: str, argv: list[str]) -> None:
     """Run `mobileone shards`."""
     parser = shards_parser(name)
     options = parser.parse_args(argv)
-    from lightning_modules.quiet import silence_known_messages
+    from lightning_modules.run.warning_filters import silence_known_messages
     from lightning_modules.data.shards.format import verify_shards
     from lightning_modules.data.shards.writer import make_shards
 
@@ -56,7 +56,7 @@ def shards_parser(name: str) -> ArgumentParser:
 def print_data_benchmark(name: str, options: Namespace) -> None:
     """Run `mobileone benchmark data`."""
     from lightning_modules.data.benchmark import benchmark_data
-    from lightning_modules.quiet import silence_known_messages
+    from lightning_modules.run.warning_filters import silence_known_messages
 
     silence_known_messages()
     result = answer(name, benchmark_data, **options.as_dict())

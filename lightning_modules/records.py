@@ -6,7 +6,7 @@ from typing import Any, cast
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
-from lightning_modules.run_folder import RunFolder
+from lightning_modules.run.folder import RunFolder
 
 __all__ = ["RunRecords"]
 

@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_modules.run_folder import RunFolder
-from lightning_modules.steady_wandb import SteadyWandbLogger, how_to_send, patience
+from lightning_modules.run.folder import RunFolder
+from lightning_modules.run.wandb_logger import SteadyWandbLogger, how_to_send, patience
 
 __all__ = ["WandbOptions", "check_tracking", "finish_tracking", "make_loggers"]
 

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_modules import training
+from lightning_modules.run import fit as training
 from lightning_modules.answers import answer
 from lightning_modules.dense.data import DetectionData, SegmentationData
 from lightning_modules.dense.export import export_detector, export_segmenter

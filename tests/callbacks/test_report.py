@@ -17,7 +17,7 @@ from callbacks.report.figures import confusion_figure, curves_figure, samples_fi
 from callbacks.metrics_files import read_curves
 from callbacks.artifacts.callback import ReparameterizeOnSave
 from callbacks.report.callback import Report
-from lightning_modules.run_folder import RunFolder
+from lightning_modules.run.folder import RunFolder
 from lightning_modules.tracking import WandbOptions, make_loggers
 from mobileone.export.manifest import Manifest
 from mobileone.export.spec import ExportSpec

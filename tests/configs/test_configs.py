@@ -11,7 +11,7 @@ from PIL import Image
 
 from callbacks.curriculum import Curriculum
 from lightning_modules.cli import main
-from lightning_modules.config_files import find_configs, option_value, packaged_configs
+from lightning_modules.run.config_files import find_configs, option_value, packaged_configs
 
 ROOT = Path(str(files("configs")))
 RECIPES = sorted(  # those of `mobileone fit`; the others are in tests/dense

@@ -11,7 +11,7 @@ import yaml
 
 from lightning_modules.cli import main
 from lightning_modules.dense.models import Detector, Segmenter
-from lightning_modules.run_folder import RunFolder
+from lightning_modules.run.folder import RunFolder
 
 pytest.importorskip("segmentation_models_pytorch", reason="needs the extra `dense`")
 pytest.importorskip("pycocotools", reason="needs the extra `dense`")

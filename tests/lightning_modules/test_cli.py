@@ -18,8 +18,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.cli import COMMANDS, main
-from lightning_modules.run_folder import RunFolder
-from lightning_modules.training import run
+from lightning_modules.run.folder import RunFolder
+from lightning_modules.run.fit import run
 
 TINY = (
     "--config quickstart --model.model mobileone_mu0 --model.warmup_epochs 0 "

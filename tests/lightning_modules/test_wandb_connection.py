@@ -15,7 +15,7 @@ import wandb
 from wandb.errors import CommError
 
 from lightning_modules.cli import main
-from lightning_modules.steady_wandb import SteadyWandbLogger
+from lightning_modules.run.wandb_logger import SteadyWandbLogger
 
 FIT = (
     "fit --run.name w --model.model test_byobnet --data.dataset digits --data.batch_size 8 "

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_modules.config_files import file_that_sets
+from lightning_modules.run.config_files import file_that_sets
 
 __all__ = ["Parser"]
 

@@ -6,7 +6,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from lightning_modules.errors import UsageError
-from lightning_modules.resume import epochs_done
+from lightning_modules.run.resume import epochs_done
 
 __all__ = ["check_length"]
 

@@ -11,7 +11,7 @@ import yaml
 
 from callbacks.finite import not_finite_in
 from lightning_modules.errors import UsageError
-from lightning_modules.run_folder import RunFolder
+from lightning_modules.run.folder import RunFolder
 from mobileone.export.checkpoint import read_checkpoint
 
 __all__ = ["Continuation", "find_continuation", "newest_usable", "why_unusable"]

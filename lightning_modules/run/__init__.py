@@ -1,0 +1,1 @@
+"""A run: its folder, configuration, trainer, tracking, and how it resumes."""
