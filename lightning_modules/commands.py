@@ -28,7 +28,7 @@ def predict(name: str, argv: list[str]) -> None:
     """Run `mobileone predict`."""
     options = predict_parser(name).parse_args(_source_first(argv))
     del options[_ARTIFACT]
-    from lightning_modules.predict import predict_folder
+    from lightning_modules.inference.predict import predict_folder
 
     summary = answer(name, predict_folder, **options.as_dict())
     print(f"{summary.images} images -> {summary.output}")
@@ -38,7 +38,7 @@ def predict(name: str, argv: list[str]) -> None:
 
 def predict_parser(name: str) -> ArgumentParser:
     """Arguments of `mobileone predict`."""
-    from lightning_modules.predict import predict_folder
+    from lightning_modules.inference.predict import predict_folder
 
     parser = _parser_of(
         name,
@@ -117,7 +117,7 @@ def inspect_parser(name: str) -> ArgumentParser:
 def compress(name: str, argv: list[str]) -> None:
     """Run `mobileone compress`."""
     options = compress_parser(name).parse_args(argv)
-    from lightning_modules.compress import compress_checkpoint, format_rows
+    from lightning_modules.inference.compress import compress_checkpoint, format_rows
 
     print(format_rows(answer(name, compress_checkpoint, **options.as_dict())))
     print(f"-> {Path(options.directory)}")
@@ -125,7 +125,7 @@ def compress(name: str, argv: list[str]) -> None:
 
 def compress_parser(name: str) -> ArgumentParser:
     """Arguments of `mobileone compress`."""
-    from lightning_modules.compress import compress_checkpoint
+    from lightning_modules.inference.compress import compress_checkpoint
 
     return _parser_of(
         name,

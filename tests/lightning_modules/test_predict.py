@@ -11,10 +11,10 @@ import timm
 import torch
 from PIL import Image
 
-from lightning_modules import predict
+from lightning_modules.inference import predict
 from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.data.image_io import why_unreadable
-from lightning_modules.predict import find_images, load_classifier, predict_folder
+from lightning_modules.inference.predict import find_images, load_classifier, predict_folder
 from lightning_modules.data.dataset import Sample
 from mobileone.export import ExportSpec, export_model
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_modules.predict import find_images, read_pixels
+from lightning_modules.inference.predict import find_images, read_pixels
 from mobileone.export import ExportSpec
 from mobileone.export.checkpoint import load_model, read_checkpoint
 from mobileone.export.compress.methods import Row, compress_model
