@@ -39,7 +39,7 @@ def study_parser(name: str) -> ArgumentParser:
 def report(name: str, argv: list[str]) -> None:
     """Run `mobileone report`."""
     options = report_parser(name).parse_args(argv)
-    from lightning_modules.report import write_report
+    from lightning_modules.report.page import write_report
 
     path = answer(name, write_report, **options.as_dict())
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
@@ -47,7 +47,7 @@ def report(name: str, argv: list[str]) -> None:
 
 def report_parser(name: str) -> ArgumentParser:
     """Arguments of `mobileone report`."""
-    from lightning_modules.report import write_report
+    from lightning_modules.report.page import write_report
 
     parser = ArgumentParser(
         prog=f"mobileone {name}",

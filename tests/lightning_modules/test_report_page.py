@@ -16,7 +16,7 @@ import torch
 
 from callbacks.report.worst_images import write_worst
 from lightning_modules.cli import main
-from lightning_modules.report import write_report
+from lightning_modules.report.page import write_report
 from mobileone.bench.results import Result
 from mobileone.export.manifest import Manifest, TrainingState
 from mobileone.export.metadata import Metadata

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lightning_modules.report_html import (
+from lightning_modules.report.html import (
     Html,
     details,
     note,
@@ -19,7 +19,7 @@ from lightning_modules.report_html import (
     table,
     text,
 )
-from lightning_modules.report_run import run_facts, run_sections
+from lightning_modules.report.run_sections import run_facts, run_sections
 from mobileone.bench.paper import UNVERIFIED, paper_table
 from mobileone.bench.studies.pareto import draw_pareto
 from mobileone.bench.results import Result, Row

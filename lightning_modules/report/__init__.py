@@ -1,0 +1,1 @@
+"""One HTML page of results and a run."""
