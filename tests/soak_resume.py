@@ -27,7 +27,7 @@ import callbacks.snapshots
 from callbacks.artifacts.folder import CheckpointFolder
 from callbacks.curriculum import Curriculum
 from lightning_modules.recipe.classifier import ImageClassifier
-from lightning_modules.cli import main
+from lightning_modules.cli.main import main
 from mobileone.export import Manifest
 
 # the model's dropout, the augmentation and the curriculum would each betray a wrong place

@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from callbacks.curriculum import Curriculum
-from lightning_modules.cli import main
+from lightning_modules.cli.main import main
 from lightning_modules.run.config_files import find_configs, option_value, packaged_configs
 
 ROOT = Path(str(files("configs")))

@@ -9,7 +9,7 @@ import torch
 import wandb
 import yaml
 
-from lightning_modules.cli import main
+from lightning_modules.cli.main import main
 from lightning_modules.dense.models import Detector, Segmenter
 from lightning_modules.run.folder import RunFolder
 

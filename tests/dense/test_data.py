@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_modules.cli import main
+from lightning_modules.cli.main import main
 from lightning_modules.dense.data import DetectionData, SegmentationData
 from lightning_modules.dense.shapes import CLASSES, Shapes
 from lightning_modules.dense.sources import VOC_CLASSES, CocoBoxes, VocMasks

@@ -10,7 +10,7 @@ import torch
 import wandb
 from lightning.pytorch import Trainer
 
-from lightning_modules.cli import main
+from lightning_modules.cli.main import main
 from lightning_modules.dense import saving
 from lightning_modules.dense.models import Detector, Segmenter
 from mobileone.export.publish import sole_writer
@@ -43,7 +43,7 @@ TASKS = [
 # its parent computes nothing, so that the forked children may use torch's threads
 KILLED = """
 import os, sys
-from lightning_modules.cli import main
+from lightning_modules.cli.main import main
 from lightning_modules.dense import models, saving
 
 def kill_at_step_three():

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torchvision.ops import box_convert, box_iou
 
-from lightning_modules.cli import main
+from lightning_modules.cli.main import main
 from lightning_modules.dense.data import DetectionData, SegmentationData
 from lightning_modules.dense.export import WHOLE_DETECTOR, export_detector, export_segmenter
 from lightning_modules.dense.models import Detector

@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules.recipe.classifier import ImageClassifier
-from lightning_modules.cli import COMMANDS, main
+from lightning_modules.cli.main import COMMANDS, main
 from lightning_modules.run.folder import RunFolder
 from lightning_modules.run.fit import run
 
@@ -405,7 +405,7 @@ def test_online_tracking_without_a_key_is_refused_before_training(monkeypatch, t
 
 def test_top_level_help_is_fast_because_it_imports_nothing():
     script = (
-        "import sys; from lightning_modules.cli import main; main(['--help']);"
+        "import sys; from lightning_modules.cli.main import main; main(['--help']);"
         "assert not {'torch', 'lightning', 'timm', 'jsonargparse'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -417,7 +417,7 @@ def test_top_level_help_is_fast_because_it_imports_nothing():
 def test_python_dash_m_is_the_same_command():
     done = subprocess.run([sys.executable, "-m", "mobileone", "--help"], capture_output=True)
     ours = subprocess.run(
-        [sys.executable, "-m", "lightning_modules.cli", "--help"], capture_output=True
+        [sys.executable, "-m", "lightning_modules.cli.main", "--help"], capture_output=True
     )
     assert done.returncode == 0
     assert done.stdout == ours.stdout
@@ -432,7 +432,7 @@ def test_python_dash_m_is_the_same_command():
     ],
 )
 def test_tab_completion(line, expected, tmp_path):
-    script = "from lightning_modules.cli import main; main()"
+    script = "from lightning_modules.cli.main import main; main()"
     answer = tmp_path / "answer"
     environment = {
         "_ARGCOMPLETE": "1",

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from lightning_modules.cli import main
+from lightning_modules.cli.main import main
 from lightning_modules.data.benchmark import benchmark_data
 
 pytest.importorskip("webdataset", reason="needs the extra `shards`")

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from lightning_modules.cli import main
+from lightning_modules.cli.main import main
 from mobileone.bench.results import Result
 
 
@@ -64,7 +64,7 @@ def test_the_chart_of_the_paper_needs_no_measurement(tmp_path, capsys):
 
 def test_help_imports_nothing_heavy():
     program = (
-        "import sys; from lightning_modules.cli import main; main(['--help']);"
+        "import sys; from lightning_modules.cli.main import main; main(['--help']);"
         "heavy = {'torch', 'timm', 'matplotlib', 'jsonargparse'} & set(sys.modules);"
         "sys.exit(str(heavy) if heavy else 0)"
     )

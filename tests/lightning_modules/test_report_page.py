@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from callbacks.report.worst_images import write_worst
-from lightning_modules.cli import main
+from lightning_modules.cli.main import main
 from lightning_modules.report.page import write_report
 from mobileone.bench.results import Result
 from mobileone.export.manifest import Manifest, TrainingState

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from lightning_modules.recipe.classifier import ImageClassifier
-from lightning_modules.cli import main
+from lightning_modules.cli.main import main
 from lightning_modules.errors import UsageError
 from lightning_modules.run.resume import find_continuation, newest_usable, why_unusable
 from lightning_modules.run.folder import RunFolder

@@ -4,7 +4,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_modules.cli import main
+from lightning_modules.cli.main import main
 from lightning_modules.run_config import check_run_config
 
 EVIL = {"class_path": "evil.Callback"}

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from lightning_modules.data.datamodule.shards import writer as shards_module
-from lightning_modules.cli import main
+from lightning_modules.cli.main import main
 from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.data.samplers import SampleKey, ShardSampler
 from lightning_modules.data.shards.format import verify_shards

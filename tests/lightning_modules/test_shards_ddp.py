@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from PIL import Image
 
 from lightning_modules.recipe.classifier import ImageClassifier
-from lightning_modules.cli import main
+from lightning_modules.cli.main import main
 from lightning_modules.data.datamodule import ImageDataModule
 
 pytest.importorskip("webdataset", reason="needs the extra `shards`")

@@ -14,7 +14,7 @@ import pytest
 import wandb
 from wandb.errors import CommError
 
-from lightning_modules.cli import main
+from lightning_modules.cli.main import main
 from lightning_modules.run.wandb_logger import SteadyWandbLogger
 
 FIT = (

@@ -6,7 +6,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from lightning_modules.answers import answer, print_table
+from lightning_modules.cli.output import answer, print_table
 
 __all__ = ["report", "report_parser", "study", "study_parser"]
 

@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules.run import fit as training
-from lightning_modules.answers import answer
+from lightning_modules.cli.output import answer
 from lightning_modules.dense.data import DetectionData, SegmentationData
 from lightning_modules.dense.export import export_detector, export_segmenter
 from lightning_modules.dense.models import Detector, Segmenter

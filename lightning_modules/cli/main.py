@@ -24,46 +24,46 @@ class Command:
 
 
 _TRAINING = "lightning_modules.run.fit:run"
-_DENSE = "lightning_modules.dense.commands:run"
+_DENSE = "lightning_modules.cli.dense_commands:run"
 
 COMMANDS = {
     "fit": Command(_TRAINING, "train; after each validation write checkpoint and fused artifacts"),
     "validate": Command(_TRAINING, "evaluate a checkpoint on the validation set"),
     "test": Command(_TRAINING, "evaluate a checkpoint on the test set, with a confusion matrix"),
     "predict": Command(
-        "lightning_modules.commands:predict",
+        "lightning_modules.cli.model_commands:predict",
         "label a folder of images with a checkpoint or an artifact, into a CSV file",
     ),
     "export": Command(
-        "lightning_modules.commands:export", "turn a checkpoint into fused artifacts, untrained"
+        "lightning_modules.cli.model_commands:export", "turn a checkpoint into fused artifacts, untrained"
     ),
     "profile": Command(
-        "lightning_modules.measure_commands:profile",
+        "lightning_modules.cli.bench_commands:profile",
         "count parameters, multiply-adds and memory traffic, beside the paper's",
     ),
     "benchmark": Command(
-        "lightning_modules.measure_commands:benchmark",
+        "lightning_modules.cli.bench_commands:benchmark",
         "measure on this machine: latency, throughput, memory, data, the cost of a training step",
     ),
     "segment": Command(_DENSE, "fit, validate or export a segmentation network"),
     "detect": Command(_DENSE, "fit, validate or export an object detector"),
     "shards": Command(
-        "lightning_modules.data_commands:shards",
+        "lightning_modules.cli.data_commands:shards",
         "write a folder of images as WebDataset shards, or check those that were written",
     ),
     "compress": Command(
-        "lightning_modules.commands:compress", "write smaller files, and measure what they lose"
+        "lightning_modules.cli.model_commands:compress", "write smaller files, and measure what they lose"
     ),
     "study": Command(
-        "lightning_modules.study_commands:study",
+        "lightning_modules.cli.study_commands:study",
         "repeat an experiment of the paper: bottlenecks, correlation, ablation",
     ),
     "report": Command(
-        "lightning_modules.study_commands:report",
+        "lightning_modules.cli.study_commands:report",
         "gather results and a run into one HTML page to send",
     ),
     "inspect": Command(
-        "lightning_modules.commands:inspect", "print what an artifact holds, and check its files"
+        "lightning_modules.cli.model_commands:inspect", "print what an artifact holds, and check its files"
     ),
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lightning_modules.answers import answer, fail, print_table
+from lightning_modules.cli.output import answer, fail, print_table
 
 __all__ = ["benchmark", "benchmark_parser", "profile", "profile_parser"]
 
@@ -47,7 +47,7 @@ def benchmark(name: str, argv: list[str]) -> None:
 
 def benchmark_parser(name: str) -> ArgumentParser:
     """Arguments of `mobileone benchmark`."""
-    from lightning_modules.data_commands import data_benchmark_parser
+    from lightning_modules.cli.data_commands import data_benchmark_parser
     from mobileone.bench.inference.memory import measure_memory
     from mobileone.bench.inference.latency import measure_latency
     from mobileone.bench.studies.pareto import draw_pareto
@@ -148,7 +148,7 @@ def _pareto(name: str, options: Namespace) -> None:
 
 
 def _data(name: str, options: Namespace) -> None:
-    from lightning_modules.data_commands import print_data_benchmark
+    from lightning_modules.cli.data_commands import print_data_benchmark
 
     print_data_benchmark(name, options)
 

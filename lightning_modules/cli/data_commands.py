@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lightning_modules.answers import answer, fail, print_table
+from lightning_modules.cli.output import answer, fail, print_table
 
 __all__ = ["data_benchmark_parser", "print_data_benchmark", "shards", "shards_parser"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from lightning_modules.answers import answer
+from lightning_modules.cli.output import answer
 
 __all__ = [
     "compress",

@@ -1,0 +1,1 @@
+"""The command `mobileone`: one file a group of subcommands."""
