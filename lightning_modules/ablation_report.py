@@ -6,9 +6,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from mobileone.bench.show.charts import COLORS
 from mobileone.bench.paper import UNVERIFIED
 from mobileone.bench.results import Result, Row
+from mobileone.bench.show.charts import COLORS
 
 __all__ = ["ablation_figure", "ablation_table"]
 

@@ -7,8 +7,8 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lightning_modules.curriculum import PhasedTransform
-from lightning_modules.randomness import derive_seed, isolated_rng
 from lightning_modules.data.dataset import Sample
+from lightning_modules.randomness import derive_seed, isolated_rng
 
 __all__ = ["ImageStream"]
 

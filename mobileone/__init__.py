@@ -2,10 +2,10 @@
 
 from mobileone import registration as _registration  # noqa: F401  (registers on import)
 from mobileone.block import MobileOneBlock
-from mobileone.reparameterize import reparameterize
 from mobileone.expansion import calibrate, expand
 from mobileone.fused_block import FusedMobileOneBlock
 from mobileone.model import MobileOne
+from mobileone.reparameterize import reparameterize
 
 __all__ = [
     "FusedMobileOneBlock",

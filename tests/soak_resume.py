@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 from bitwise import differing
 
-import callbacks.artifacts.queue
 import callbacks.artifacts.callback
+import callbacks.artifacts.queue
 import callbacks.snapshots
 from callbacks.artifacts.folder import CheckpointFolder
 from callbacks.curriculum import Curriculum
-from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.cli.main import main
+from lightning_modules.recipe.classifier import ImageClassifier
 from mobileone.export import Manifest
 
 # the model's dropout, the augmentation and the curriculum would each betray a wrong place

@@ -17,10 +17,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from callbacks.artifacts.folder import CheckpointFolder
-from callbacks.artifacts.queue import Request
 from callbacks.artifacts.publisher import Listener, Publisher, Ranking
-from callbacks.recovery import training_state
+from callbacks.artifacts.queue import Request
 from callbacks.checkpointing import on_rank_zero, save_complete, without_raising
+from callbacks.recovery import training_state
 from callbacks.shipped import network_of, pixels_of, spec_of
 from callbacks.signals import StopAtOnce, interruptible
 from mobileone.export import Metadata, TrainingState

@@ -14,9 +14,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from callbacks.report.figures import confusion_figure, curves_figure, samples_figure
-from callbacks.metrics_files import read_curves
 from callbacks.artifacts.callback import ReparameterizeOnSave
+from callbacks.metrics_files import read_curves
+from callbacks.report.figures import confusion_figure, curves_figure, samples_figure
 from callbacks.report.worst_images import WorstImages, write_worst
 from mobileone.export.manifest import MANIFEST_NAME, Manifest
 from mobileone.export.spec import ExportSpec

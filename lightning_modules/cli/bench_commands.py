@@ -48,10 +48,10 @@ def benchmark(name: str, argv: list[str]) -> None:
 def benchmark_parser(name: str) -> ArgumentParser:
     """Arguments of `mobileone benchmark`."""
     from lightning_modules.cli.data_commands import data_benchmark_parser
-    from mobileone.bench.inference.memory import measure_memory
     from mobileone.bench.inference.latency import measure_latency
-    from mobileone.bench.studies.pareto import draw_pareto
+    from mobileone.bench.inference.memory import measure_memory
     from mobileone.bench.inference.throughput import measure_throughput
+    from mobileone.bench.studies.pareto import draw_pareto
     from mobileone.bench.training_step.measure import measure_training
 
     parser = ArgumentParser(prog=f"mobileone {name}", description="Measure on this machine.")
@@ -104,8 +104,8 @@ def benchmark_parser(name: str) -> ArgumentParser:
 
 
 def _training(name: str, options: Namespace) -> None:
-    from mobileone.bench.training_step.measure import measure_training
     from mobileone.bench.training_report import training_table
+    from mobileone.bench.training_step.measure import measure_training
 
     _show_progress()
     result = answer(name, measure_training, **options.as_dict())
@@ -127,8 +127,8 @@ def _latency(name: str, options: Namespace) -> None:
 
 
 def _throughput(name: str, options: Namespace) -> None:
-    from mobileone.bench.show.tables import throughput_table
     from mobileone.bench.inference.throughput import measure_throughput
+    from mobileone.bench.show.tables import throughput_table
 
     _measure(name, measure_throughput, options, throughput_table)
 

@@ -13,9 +13,9 @@ def shards(name: str, argv: list[str]) -> None:
     """Run `mobileone shards`."""
     parser = shards_parser(name)
     options = parser.parse_args(argv)
-    from lightning_modules.run.warning_filters import silence_known_messages
     from lightning_modules.data.shards.format import verify_shards
     from lightning_modules.data.shards.writer import make_shards
+    from lightning_modules.run.warning_filters import silence_known_messages
 
     silence_known_messages()
     arguments = options.as_dict()

@@ -10,12 +10,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_modules.run import fit as training
 from lightning_modules.cli.output import answer
 from lightning_modules.dense.data import DetectionData, SegmentationData
 from lightning_modules.dense.export import export_detector, export_segmenter
 from lightning_modules.dense.models import Detector, Segmenter
 from lightning_modules.dense.saving import CompleteCheckpoint, SoleRun
+from lightning_modules.run import fit as training
 from mobileone.export.manifest import Manifest
 
 __all__ = ["run"]

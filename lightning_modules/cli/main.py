@@ -35,7 +35,8 @@ COMMANDS = {
         "label a folder of images with a checkpoint or an artifact, into a CSV file",
     ),
     "export": Command(
-        "lightning_modules.cli.model_commands:export", "turn a checkpoint into fused artifacts, untrained"
+        "lightning_modules.cli.model_commands:export",
+        "turn a checkpoint into fused artifacts, untrained",
     ),
     "profile": Command(
         "lightning_modules.cli.bench_commands:profile",
@@ -52,7 +53,8 @@ COMMANDS = {
         "write a folder of images as WebDataset shards, or check those that were written",
     ),
     "compress": Command(
-        "lightning_modules.cli.model_commands:compress", "write smaller files, and measure what they lose"
+        "lightning_modules.cli.model_commands:compress",
+        "write smaller files, and measure what they lose",
     ),
     "study": Command(
         "lightning_modules.cli.study_commands:study",
@@ -63,7 +65,8 @@ COMMANDS = {
         "gather results and a run into one HTML page to send",
     ),
     "inspect": Command(
-        "lightning_modules.cli.model_commands:inspect", "print what an artifact holds, and check its files"
+        "lightning_modules.cli.model_commands:inspect",
+        "print what an artifact holds, and check its files",
     ),
 }
 

@@ -11,9 +11,14 @@ from torch.utils.data import Dataset, default_collate
 
 from lightning_modules.curriculum import PhasedTransform
 from lightning_modules.data.decoders import Decode
-from lightning_modules.data.image_io import UnreadableImageError, convert, read_image, why_unreadable
-from lightning_modules.randomness import derive_seed, isolated_rng
+from lightning_modules.data.image_io import (
+    UnreadableImageError,
+    convert,
+    read_image,
+    why_unreadable,
+)
 from lightning_modules.data.samplers import SampleKey
+from lightning_modules.randomness import derive_seed, isolated_rng
 
 __all__ = ["ImageSamples", "Sample", "Unreadable", "collate"]
 

@@ -10,14 +10,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_modules.data.base import ResumableData
+from lightning_modules.data.dataloader import image_loader
+from lightning_modules.data.samplers import EpochSampler, EvaluationSampler, SampleKey
+from lightning_modules.data.transforms import resolve_config
 from lightning_modules.dense.shapes import CLASSES, Shapes
 from lightning_modules.dense.sources import VOC_CLASSES, CocoBoxes, VocMasks, coco_classes
 from lightning_modules.dense.transforms import BoxTransform, MaskTransform
-from lightning_modules.data.dataloader import image_loader
 from lightning_modules.randomness import derive_seed, isolated_rng
-from lightning_modules.data.base import ResumableData
-from lightning_modules.data.samplers import EpochSampler, EvaluationSampler, SampleKey
-from lightning_modules.data.transforms import resolve_config
 
 __all__ = ["DetectionData", "SegmentationData"]
 

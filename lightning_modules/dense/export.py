@@ -12,8 +12,8 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torchvision.models.detection.ssd import SSD
 
-from lightning_modules.dense.models import Detector, Segmenter
 from lightning_modules.data.transforms import resolve_config
+from lightning_modules.dense.models import Detector, Segmenter
 from mobileone.dense import fuse
 from mobileone.dense.detection import SSDBoxes
 from mobileone.export.checkpoint import read_checkpoint

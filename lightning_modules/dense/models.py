@@ -11,9 +11,9 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from lightning_modules.checks import check_checkpoint_classes, check_model_name
 from lightning_modules.dense.sources import IGNORED
+from lightning_modules.randomness import derive_seed, seed_in_force
 from lightning_modules.recipe.nan_guard import LossGuard
 from lightning_modules.recipe.optimizers import build_optimizer, total_steps
-from lightning_modules.randomness import derive_seed, seed_in_force
 from lightning_modules.recipe.schedules import CosineSchedule
 from mobileone.dense import segmenter, ssdlite
 

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_modules.data.image_io import IMAGE_SUFFIXES, color_mode, read_image, why_unreadable
-from lightning_modules.table import PredictionTable
 from lightning_modules.data.transforms import Transform, eval_transform
+from lightning_modules.table import PredictionTable
 from mobileone.export import FORMATS, ExportSpec, load_runner
-from mobileone.export.formats.table import torchscript
 from mobileone.export.checkpoint import load_model, read_checkpoint
+from mobileone.export.formats import torchscript
 from mobileone.export.load import FILE_SUFFIXES
 from mobileone.export.manifest import MANIFEST_NAME
-from mobileone.export.verify.parity import Runner
 from mobileone.export.preprocess import denormalise
+from mobileone.export.verify.parity import Runner
 from mobileone.io.safe_pickle import UnsafeFileError
 
 __all__ = ["PredictionSummary", "find_images", "load_classifier", "predict_folder", "read_pixels"]

@@ -20,6 +20,7 @@ from lightning_modules.checks import (
     check_model_name,
     check_targets,
 )
+from lightning_modules.randomness import derive_seed, seed_in_force
 from lightning_modules.recipe.distillation import Teacher, check_distillation
 from lightning_modules.recipe.finetuning import calibrate_start, hold_frozen_statistics, load_start
 from lightning_modules.recipe.finetuning import freeze as freeze_parts
@@ -30,7 +31,6 @@ from lightning_modules.recipe.optimizers import (
     steps_per_epoch,
     total_steps,
 )
-from lightning_modules.randomness import derive_seed, seed_in_force
 from lightning_modules.recipe.schedules import CosineSchedule
 from mobileone.collapsed import CollapseMode, set_collapse
 from mobileone.export.spec import ExportSpec

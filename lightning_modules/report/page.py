@@ -21,8 +21,8 @@ from lightning_modules.report.html import (
 )
 from lightning_modules.report.run_sections import run_facts, run_sections
 from mobileone.bench.paper import UNVERIFIED, paper_table
-from mobileone.bench.studies.pareto import draw_pareto
 from mobileone.bench.results import Result, Row
+from mobileone.bench.studies.pareto import draw_pareto
 from mobileone.io.atomic import replace_text
 
 __all__ = ["write_report"]

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from lightning_modules.run.config_files import option_value
 from lightning_modules.errors import UsageError
+from lightning_modules.run.config_files import option_value
+from lightning_modules.run.folder import RunFolder
 from lightning_modules.run.resume import newest_usable
 from lightning_modules.run_config import check_run_config
-from lightning_modules.run.folder import RunFolder
 from mobileone.export.checkpoint import read_checkpoint
 
 __all__ = ["hyper_parameters", "read_given", "with_config_of_the_run"]

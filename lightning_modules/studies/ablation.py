@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_modules.ablation_report import ablation_figure
-from lightning_modules.run.fit import TrainingCLI, run
 from lightning_modules.data.transforms import resolve_config
-from mobileone.bench.show.charts import save_figure
+from lightning_modules.run.fit import TrainingCLI, run
 from mobileone.bench.paper import paper_table
 from mobileone.bench.results import Result, Row
+from mobileone.bench.show.charts import save_figure
 from mobileone.io.atomic import replace_text
 from mobileone.variants import VARIANTS
 

@@ -3,8 +3,8 @@
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from mobileone.bench.show.charts import COLORS, HATCHES
 from mobileone.bench.results import Result, Row
+from mobileone.bench.show.charts import COLORS, HATCHES
 
 __all__ = ["training_figure", "training_table"]
 

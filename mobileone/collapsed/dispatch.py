@@ -21,9 +21,9 @@ from mobileone.collapsed.branches import (
     parameters,
     update_running_statistics,
 )
+from mobileone.collapsed.cost_model import CollapseMode, Path, Setting, choose
 from mobileone.collapsed.depthwise import DepthwiseConvolution, has_kernels
 from mobileone.collapsed.gram import GramConvolution
-from mobileone.collapsed.cost_model import CollapseMode, Path, Setting, choose
 
 if TYPE_CHECKING:
     from mobileone.block import MobileOneBlock

@@ -9,16 +9,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mobileone.reparameterize import reparameterize
 from mobileone.export.formats.table import DEFAULT_FORMATS, FORMATS, check_formats
 from mobileone.export.isolation import isolated
 from mobileone.export.manifest import Manifest, TrainingState, describe_format
 from mobileone.export.metadata import Metadata
-from mobileone.export.verify.parity import Parity, Reference, fixed_images
 from mobileone.export.preprocess import normalise
 from mobileone.export.publish import discard, publish_folder, staging
 from mobileone.export.spec import ExportSpec
-from mobileone.export.verify.structure import count_kinds, fused_kinds, structure_problems, unfused_layers
+from mobileone.export.verify.parity import Parity, Reference, fixed_images
+from mobileone.export.verify.structure import (
+    count_kinds,
+    fused_kinds,
+    structure_problems,
+    unfused_layers,
+)
+from mobileone.reparameterize import reparameterize
 
 __all__ = ["REJECTED", "RejectedError", "export_model"]
 

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mobileone.export.preprocess import normalise
+from mobileone.export.spec import ExportSpec
 from mobileone.export.verify.layers import layers_in_order
 from mobileone.export.verify.mlprogram import MLProgram
 from mobileone.export.verify.parity import NotVerifiedError, Parity, Reference
-from mobileone.export.preprocess import normalise
-from mobileone.export.spec import ExportSpec
 
 __all__ = ["weights_parity"]
 

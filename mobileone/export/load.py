@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 from torch import nn
 
-from mobileone.export.formats.table import torchscript
+from mobileone.export.formats import torchscript
 from mobileone.export.formats.table import FORMATS
 from mobileone.export.manifest import MANIFEST_NAME, Manifest
-from mobileone.export.verify.parity import NotVerifiedError, Runner
 from mobileone.export.spec import ExportSpec
+from mobileone.export.verify.parity import NotVerifiedError, Runner
 from mobileone.io.safe_pickle import UnsafeFileError
 
 __all__ = ["FILE_SUFFIXES", "Loaded", "format_of", "load_runner", "load_torchscript_artifact"]

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mobileone.export.metadata import Metadata
-from mobileone.export.verify.parity import Parity
 from mobileone.export.spec import ExportSpec
+from mobileone.export.verify.parity import Parity
 
 __all__ = [
     "MANIFEST_NAME",

@@ -7,6 +7,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from mobileone.bench.paper import paper_table
+from mobileone.bench.results import Result
 from mobileone.bench.studies.bottlenecks import (
     ACTIVATIONS,
     BLOCKS,
@@ -15,8 +17,6 @@ from mobileone.bench.studies.bottlenecks import (
     bottlenecks_table,
     study_bottlenecks,
 )
-from mobileone.bench.paper import paper_table
-from mobileone.bench.results import Result
 
 
 def test_thirty_layers_of_equal_cost():

@@ -4,9 +4,13 @@ import random
 
 import pytest
 
-from mobileone.bench.studies.correlation import correlation_table, rank_correlation, study_correlation
 from mobileone.bench.paper import paper_table
 from mobileone.bench.results import Result
+from mobileone.bench.studies.correlation import (
+    correlation_table,
+    rank_correlation,
+    study_correlation,
+)
 
 
 def ranks(values: list[float]) -> list[float]:

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from mobileone.bench.inference import case as contenders
-from mobileone.bench.inference.memory import measure_memory
 from mobileone.bench.inference.latency import check_device, measure_latency, measure_modules
-from mobileone.bench.runtimes import RUNTIMES, check_runtimes, missing_runtimes, runtimes_for
-from mobileone.bench.suites import SUITES, get_suite
-from mobileone.bench.show.tables import change_table, latency_table, memory_table, throughput_table
+from mobileone.bench.inference.memory import measure_memory
 from mobileone.bench.inference.throughput import measure_throughput
+from mobileone.bench.runtimes import RUNTIMES, check_runtimes, missing_runtimes, runtimes_for
+from mobileone.bench.show.tables import change_table, latency_table, memory_table, throughput_table
+from mobileone.bench.suites import SUITES, get_suite
 
 PRESENT = [
     name

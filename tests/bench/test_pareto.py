@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from mobileone.bench.results import Result
 from mobileone.bench.studies.pareto import (
     Point,
     draw_pareto,
@@ -11,7 +12,6 @@ from mobileone.bench.studies.pareto import (
     paper_points,
     pareto_front,
 )
-from mobileone.bench.results import Result
 
 
 @pytest.fixture

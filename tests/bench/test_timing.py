@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mobileone.bench.inference import timing
-from mobileone.bench.threads import check_threads, pinned, torch_threads
 from mobileone.bench.inference.timing import Protocol, get_protocol, summarise, time_in_turn
+from mobileone.bench.threads import check_threads, pinned, torch_threads
 
 
 class Clock:

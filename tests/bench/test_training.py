@@ -9,14 +9,24 @@ import torch
 from torch import nn
 
 from mobileone import MobileOneBlock
-from mobileone.bench.training_step import worker as trainee_module
-from mobileone.bench.training_step.implementations import CONTENDERS, build_contender, change_of, plain_network
-from mobileone.bench.training_step.images import sample_images
-from mobileone.bench.training_step.memory import kept_bytes, peak_bytes
 from mobileone.bench.results import Result
-from mobileone.bench.training_step.worker import Trainee, TraineeError, TrainingSetting, training_step
-from mobileone.bench.training_step.measure import measure_training
 from mobileone.bench.training_report import training_figure, training_table
+from mobileone.bench.training_step import worker as trainee_module
+from mobileone.bench.training_step.images import sample_images
+from mobileone.bench.training_step.implementations import (
+    CONTENDERS,
+    build_contender,
+    change_of,
+    plain_network,
+)
+from mobileone.bench.training_step.measure import measure_training
+from mobileone.bench.training_step.memory import kept_bytes, peak_bytes
+from mobileone.bench.training_step.worker import (
+    Trainee,
+    TraineeError,
+    TrainingSetting,
+    training_step,
+)
 from mobileone.strided import StridedPointwise
 
 EAGER = ["timm", "ours", "ours always", "plain"]

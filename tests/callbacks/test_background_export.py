@@ -15,8 +15,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from callbacks.artifacts.folder import CheckpointFolder
 from callbacks.artifacts.callback import ReparameterizeOnSave
+from callbacks.artifacts.folder import CheckpointFolder
 from callbacks.signals import Interrupted, StopAtOnce
 from mobileone.export import Manifest, load_torchscript_artifact, worker
 

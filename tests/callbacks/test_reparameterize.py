@@ -14,8 +14,8 @@ from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks.artifacts import queue as exports
-from callbacks.ema import EMA
 from callbacks.artifacts.callback import ReparameterizeOnSave
+from callbacks.ema import EMA
 from mobileone import MobileOneBlock
 from mobileone.export import ExportSpec, Manifest, Metadata, load_torchscript_artifact
 

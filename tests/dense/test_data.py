@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 
 from lightning_modules.cli.main import main
+from lightning_modules.data.samplers import SampleKey
 from lightning_modules.dense.data import DetectionData, SegmentationData
 from lightning_modules.dense.shapes import CLASSES, Shapes
 from lightning_modules.dense.sources import VOC_CLASSES, CocoBoxes, VocMasks
-from lightning_modules.data.samplers import SampleKey
 
 pytest.importorskip("pycocotools", reason="needs the extra `dense`")
 

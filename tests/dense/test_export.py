@@ -7,17 +7,17 @@ import torch
 from torch import nn
 from torchvision.ops import box_convert, nms
 
+from lightning_modules.data.transforms import resolve_config
 from lightning_modules.dense.export import WHOLE_DETECTOR, export_detector, export_segmenter
 from lightning_modules.dense.models import Detector, Segmenter
-from lightning_modules.data.transforms import resolve_config
 from mobileone.dense import fuse, segmenter, ssdlite
 from mobileone.dense.detection import SSDBoxes
-from mobileone.export.dense.export import BOXES, DENSE_FORMATS, MAPS, export_dense
 from mobileone.export.dense.coreml import DenseProgram, Detections, Suppression, write_boxes
+from mobileone.export.dense.export import BOXES, DENSE_FORMATS, MAPS, export_dense
 from mobileone.export.inspect import describe_artifact
-from mobileone.export.verify.mlprogram_ops import KERNELS
 from mobileone.export.preprocess import normalise
 from mobileone.export.spec import ExportSpec
+from mobileone.export.verify.mlprogram_ops import KERNELS
 
 NAMES = ("background", "circle", "square", "triangle")
 

@@ -19,7 +19,7 @@ from mobileone.export import (
     export_model,
     load_torchscript_artifact,
 )
-from mobileone.export.formats.table import table as formats_module
+from mobileone.export.formats import table as formats_module
 from mobileone.export.isolation import isolated
 
 FORMATS = ["torchscript"]

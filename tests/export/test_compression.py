@@ -10,14 +10,13 @@ from torch.nn import functional as F
 
 import mobileone
 from mobileone.export import Metadata, load_runner
-from mobileone.export.formats.table import coreml
-from mobileone.export.formats.table import onnx
-from mobileone.export.compress.methods import DEFAULT_METHODS, METHODS, compress_model
 from mobileone.export.compress.bias_correction import correct_biases
 from mobileone.export.compress.equalise import _pairs, equalise
+from mobileone.export.compress.methods import DEFAULT_METHODS, METHODS, compress_model
+from mobileone.export.formats import coreml, onnx
+from mobileone.export.preprocess import normalise
 from mobileone.export.verify.mlprogram import MLProgram
 from mobileone.export.verify.mlprogram_ops import KERNELS
-from mobileone.export.preprocess import normalise
 from mobileone.io.coremltools_noise import quiet
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mobileone import reparameterize
-from mobileone.export.formats.table import coreml
+from mobileone.export.formats import coreml
 from mobileone.export.metadata import Metadata
 from mobileone.export.verify.parity import NotVerifiedError, fixed_images
 

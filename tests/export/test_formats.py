@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mobileone.export import FORMATS, export_model, load_runner
-from mobileone.io.optional_import import need
-from mobileone.export.verify.parity import NotVerifiedError
 from mobileone.export.preprocess import normalise
+from mobileone.export.verify.parity import NotVerifiedError
 from mobileone.export.verify.structure import count_kinds
+from mobileone.io.optional_import import need
 
 PACKAGES = {"onnx": "onnxruntime", "coreml": "coremltools", "coreml_fp32": "coremltools"}
 

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 import mobileone
 from mobileone.export import FORMATS, Metadata
-from mobileone.export.formats.table import coreml
+from mobileone.export.formats import coreml
+from mobileone.export.preprocess import normalise
 from mobileone.export.verify.mlprogram import MLProgram
 from mobileone.export.verify.mlprogram_ops import KERNELS
 from mobileone.export.verify.parity import NotVerifiedError, Reference
-from mobileone.export.preprocess import normalise
 from mobileone.export.verify.structure import count_kinds, fused_kinds, structure_problems
 
 pytest.importorskip("coremltools")

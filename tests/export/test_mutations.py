@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import mobileone
 from mobileone.export import FORMATS, ExportSpec, Metadata, RejectedError, export_model
-from mobileone.export.formats.table import coreml
+from mobileone.export.formats import coreml
 from mobileone.export.preprocess import normalise
 
 pytest.importorskip("coremltools")

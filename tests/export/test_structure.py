@@ -5,7 +5,12 @@ import torch
 import mobileone
 from mobileone.export import FORMATS, Metadata
 from mobileone.export.verify import structure
-from mobileone.export.verify.structure import count_kinds, fused_kinds, structure_problems, unfused_layers
+from mobileone.export.verify.structure import (
+    count_kinds,
+    fused_kinds,
+    structure_problems,
+    unfused_layers,
+)
 
 
 def test_operations_are_known_by_every_formats_names():

@@ -5,8 +5,8 @@ import torch
 import mobileone
 from mobileone.export import load_torchscript_artifact
 from mobileone.export.formats.table import check_formats
-from mobileone.export.metadata import Metadata
 from mobileone.export.formats.torchscript import load, write
+from mobileone.export.metadata import Metadata
 
 
 @pytest.mark.parametrize("name", ["mobileone_s0", "repvgg_a0"])

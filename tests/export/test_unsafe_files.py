@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from mobileone.export import load_runner
-from mobileone.export.formats.table import torch_export
-from mobileone.export.formats.table import torchscript
 from mobileone.export.checkpoint import read_checkpoint
+from mobileone.export.formats import torch_export, torchscript
 from mobileone.export.metadata import Metadata
 from mobileone.io.safe_pickle import UnsafeFileError
 

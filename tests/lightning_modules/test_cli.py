@@ -16,10 +16,10 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.cli.main import COMMANDS, main
-from lightning_modules.run.folder import RunFolder
+from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.run.fit import run
+from lightning_modules.run.folder import RunFolder
 
 TINY = (
     "--config quickstart --model.model mobileone_mu0 --model.warmup_epochs 0 "

@@ -12,9 +12,9 @@ import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import SequentialSampler
 
-from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.data.samplers import EvaluationSampler
+from lightning_modules.recipe.classifier import ImageClassifier
 
 
 def on(data, processes, rank=0):

@@ -8,9 +8,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks.ema import EMA
-from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.data.samplers import EpochSampler
+from lightning_modules.recipe.classifier import ImageClassifier
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Consider setting `persistent_workers=True`",

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_modules.recipe.classifier import ImageClassifier
+from lightning_modules.data.dataloader import DataWorkerError
 from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.data.image_io import UnreadableImageError, read_image
-from lightning_modules.data.dataloader import DataWorkerError
+from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.recipe.nan_guard import LossGuard, _finite
 
 LEFT_OUT = r"step \d+ \(epoch 0\) is left out: its (loss is|gradients are) not finite"

@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, Trainer
 
 import mobileone
 from callbacks.ema import EMA
-from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.data.datamodule import ImageDataModule
+from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.recipe.optimizers import build_optimizer
 
 NAME = "mobileone_mu0"

@@ -12,11 +12,11 @@ import pytest
 import torch
 import yaml
 
-from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.cli.main import main
 from lightning_modules.errors import UsageError
-from lightning_modules.run.resume import find_continuation, newest_usable, why_unusable
+from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.run.folder import RunFolder
+from lightning_modules.run.resume import find_continuation, newest_usable, why_unusable
 
 CONFIG = {"model": {"lr": 0.1, "model": "x"}, "trainer": {"max_epochs": 3}, "ckpt_path": None}
 FIT = (

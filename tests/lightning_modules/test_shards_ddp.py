@@ -8,9 +8,9 @@ import pytest
 from lightning.pytorch import Trainer
 from PIL import Image
 
-from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.cli.main import main
 from lightning_modules.data.datamodule import ImageDataModule
+from lightning_modules.recipe.classifier import ImageClassifier
 
 pytest.importorskip("webdataset", reason="needs the extra `shards`")
 

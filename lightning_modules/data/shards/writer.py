@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
-from lightning_modules.data.splits import Catalogue
 from lightning_modules.data.shards.format import (
     MANIFEST,
     PARTS,
@@ -28,6 +27,7 @@ from lightning_modules.data.shards.format import (
     scan_shard,
     write_beside,
 )
+from lightning_modules.data.splits import Catalogue
 from lightning_modules.splits import find_split
 from mobileone.io.atomic import flush
 

@@ -9,11 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mobileone.bench.inference.deploy_form import DeployForm, deploy_form, relative_error, settle_norms
+from mobileone.bench.inference.deploy_form import (
+    DeployForm,
+    deploy_form,
+    relative_error,
+    settle_norms,
+)
+from mobileone.bench.inference.timing import Run
 from mobileone.bench.models import input_size_of
 from mobileone.bench.results import Row
 from mobileone.bench.runtimes import RUNTIMES
-from mobileone.bench.inference.timing import Run
 
 __all__ = ["Contender", "Setting", "prepare"]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mobileone.bench.runtimes.eager import complete
 from mobileone.bench.inference.timing import Run
+from mobileone.bench.runtimes.eager import complete
 
 __all__ = ["load"]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from mobileone.bench.runtimes import compiled, coreml, eager, onnxruntime, openvino, torchscript
 from mobileone.bench.inference.timing import Run
+from mobileone.bench.runtimes import compiled, coreml, eager, onnxruntime, openvino, torchscript
 
 __all__ = ["RUNTIMES", "Runtime", "check_runtimes", "missing_runtimes", "runtimes_for"]
 

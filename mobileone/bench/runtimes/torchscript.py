@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mobileone.bench.runtimes.eager import complete
 from mobileone.bench.inference.timing import Run
+from mobileone.bench.runtimes.eager import complete
 
 __all__ = ["convert", "load"]
 

@@ -10,11 +10,11 @@ from rich.table import Table
 from timm.layers import SqueezeExcite
 from torch import Tensor, nn
 
-from mobileone.bench.show.charts import COLORS, HATCHES, plain_ticks, save_figure
-from mobileone.bench.studies.dynamic_activations import DynamicReLU, DynamicShiftMax
 from mobileone.bench.inference.latency import measure_modules
 from mobileone.bench.paper import PaperTable, paper_table
 from mobileone.bench.results import Result, Row
+from mobileone.bench.show.charts import COLORS, HATCHES, plain_ticks, save_figure
+from mobileone.bench.studies.dynamic_activations import DynamicReLU, DynamicShiftMax
 
 __all__ = [
     "ACTIVATIONS",

@@ -7,11 +7,11 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from mobileone.bench.show.charts import COLORS, MARKERS, plain_ticks, save_figure
 from mobileone.bench.inference.latency import measure_latency
-from mobileone.bench.paper import paper_table
 from mobileone.bench.inference.profile import profile_models
+from mobileone.bench.paper import paper_table
 from mobileone.bench.results import Result, Row
+from mobileone.bench.show.charts import COLORS, MARKERS, plain_ticks, save_figure
 from mobileone.bench.suites import get_suite
 
 __all__ = [

@@ -7,10 +7,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mobileone.bench.show.charts import save_figure
-from mobileone.bench.show.labels import place_labels
 from mobileone.bench.paper import UNVERIFIED, paper_row, paper_table
 from mobileone.bench.results import Result, compare_machines
+from mobileone.bench.show.charts import save_figure
+from mobileone.bench.show.labels import place_labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

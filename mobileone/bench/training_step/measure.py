@@ -11,14 +11,14 @@ from typing import get_args
 
 import torch
 
-from mobileone.bench.show.charts import save_figure
-from mobileone.bench.training_step.implementations import CONTENDERS, change_of, check_contender
-from mobileone.bench.training_step.images import ImageKind
 from mobileone.bench.inference.latency import check_device
 from mobileone.bench.results import Result, Row
+from mobileone.bench.show.charts import save_figure
 from mobileone.bench.threads import check_threads
-from mobileone.bench.training_step.worker import StepTime, Trainee, TraineeError, TrainingSetting
 from mobileone.bench.training_report import training_figure
+from mobileone.bench.training_step.images import ImageKind
+from mobileone.bench.training_step.implementations import CONTENDERS, change_of, check_contender
+from mobileone.bench.training_step.worker import StepTime, Trainee, TraineeError, TrainingSetting
 
 __all__ = ["measure_training"]
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mobileone.bench.training_step.implementations import build_contender
 from mobileone.bench.training_step.images import ImageKind, sample_images
+from mobileone.bench.training_step.implementations import build_contender
 from mobileone.bench.training_step.memory import kept_bytes, peak_bytes
 
 __all__ = ["Memory", "StepTime", "Trainee", "TraineeError", "TrainingSetting", "training_step"]

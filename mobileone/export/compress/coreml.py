@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mobileone.export.formats.table import coreml
 from mobileone.export.compress.bias_correction import correct_biases
-from mobileone.io.optional_import import need
+from mobileone.export.formats import coreml
 from mobileone.export.metadata import Metadata
+from mobileone.export.spec import ExportSpec
 from mobileone.export.verify.mlprogram import MLProgram
 from mobileone.io.coremltools_noise import quiet
-from mobileone.export.spec import ExportSpec
+from mobileone.io.optional_import import need
 
 __all__ = ["correct", "palettize", "quantise_weights"]
 

@@ -16,19 +16,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mobileone.reparameterize import reparameterize
 from mobileone.export.compress import coreml as compress_coreml
 from mobileone.export.compress import onnx as compress_onnx
-from mobileone.export.formats.table import coreml
-from mobileone.export.formats.table import onnx
 from mobileone.export.compress.equalise import equalise
+from mobileone.export.formats import coreml, onnx
 from mobileone.export.isolation import isolated
 from mobileone.export.manifest import describe_files
 from mobileone.export.metadata import Metadata
-from mobileone.export.verify.parity import Runner
 from mobileone.export.preprocess import normalise
 from mobileone.export.publish import publish_folder, staging
 from mobileone.export.spec import ExportSpec
+from mobileone.export.verify.parity import Runner
+from mobileone.reparameterize import reparameterize
 
 __all__ = ["DEFAULT_METHODS", "METHODS", "Method", "Row", "compress_model"]
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from mobileone.export.formats.table import onnx
-from mobileone.io.optional_import import need
+from mobileone.export.formats import onnx
 from mobileone.export.spec import ExportSpec
+from mobileone.io.optional_import import need
 
 __all__ = ["correct", "quantise"]
 

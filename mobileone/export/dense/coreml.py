@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_convert
 
 from mobileone.export.formats.coreml import Precision
-from mobileone.io.optional_import import need
+from mobileone.export.preprocess import WithPreprocessing
+from mobileone.export.spec import ExportSpec
 from mobileone.export.verify.mlprogram import MLProgram
 from mobileone.export.verify.parity import NotVerifiedError
-from mobileone.export.preprocess import WithPreprocessing
 from mobileone.io.coremltools_noise import quiet
-from mobileone.export.spec import ExportSpec
+from mobileone.io.optional_import import need
 
 __all__ = ["DenseProgram", "Detections", "Suppression", "write_boxes", "write_map"]
 

@@ -10,20 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mobileone.export.formats.table import onnx
-from mobileone.export.formats.table import torch_export
-from mobileone.export.formats.table import torchscript
 from mobileone.export.dense.coreml import LOGITS, DenseProgram, write_boxes, write_map
+from mobileone.export.formats import onnx, torch_export, torchscript
+from mobileone.export.formats.pt2_reader import load_program
 from mobileone.export.formats.table import FLOAT16_TOLERANCE, FLOAT32_TOLERANCE, FORMATS
 from mobileone.export.isolation import isolated
 from mobileone.export.manifest import Manifest, TrainingState, describe_format
 from mobileone.export.metadata import Metadata
-from mobileone.export.verify.parity import Parity, fixed_images
 from mobileone.export.preprocess import normalise
 from mobileone.export.publish import publish_folder, staging
-from mobileone.export.formats.pt2_reader import load_program
 from mobileone.export.spec import ExportSpec
-from mobileone.export.verify.structure import count_kinds, fused_kinds, structure_problems, unfused_layers
+from mobileone.export.verify.parity import Parity, fixed_images
+from mobileone.export.verify.structure import (
+    count_kinds,
+    fused_kinds,
+    structure_problems,
+    unfused_layers,
+)
 
 __all__ = ["BOXES", "DENSE_FORMATS", "MAPS", "DenseKind", "export_dense"]
 

@@ -13,13 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mobileone.io.optional_import import need
 from mobileone.export.metadata import Metadata
+from mobileone.export.preprocess import WithPreprocessing
+from mobileone.export.spec import ExportSpec
 from mobileone.export.verify.mlprogram import MLProgram, Prediction
 from mobileone.export.verify.parity import NotVerifiedError, Runner
-from mobileone.export.preprocess import WithPreprocessing
 from mobileone.io.coremltools_noise import quiet
-from mobileone.export.spec import ExportSpec
+from mobileone.io.optional_import import need
 
 __all__ = ["Precision", "columns", "operations", "runner", "runtime", "spec", "write"]
 

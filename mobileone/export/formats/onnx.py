@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mobileone.io.optional_import import need
+from mobileone.export.formats.torch_export import program_of
 from mobileone.export.interface import tensor_interface
 from mobileone.export.metadata import Metadata
-from mobileone.export.verify.parity import Runner
 from mobileone.export.preprocess import normalise
 from mobileone.export.spec import ExportSpec
-from mobileone.export.formats.torch_export import program_of
+from mobileone.export.verify.parity import Runner
+from mobileone.io.optional_import import need
 
 __all__ = ["EXTRA", "operations", "runner", "session", "spec", "write"]
 

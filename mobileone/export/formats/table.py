@@ -10,14 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mobileone.export.verify import coreml as coreml_checks
-from mobileone.export.formats.table import coreml
-from mobileone.export.formats.table import onnx
-from mobileone.export.formats.table import torch_export
-from mobileone.export.formats.table import torchscript
+from mobileone.export.formats import coreml, onnx, torch_export, torchscript
 from mobileone.export.metadata import Metadata
-from mobileone.export.verify.parity import Parity, Reference, Runner, check_logits
 from mobileone.export.spec import ExportSpec
+from mobileone.export.verify import coreml as coreml_checks
+from mobileone.export.verify.parity import Parity, Reference, Runner, check_logits
 
 __all__ = ["DEFAULT_FORMATS", "FORMATS", "Format", "check_formats"]
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from mobileone.export.formats.pt2_reader import load_program
 from mobileone.export.interface import tensor_interface
 from mobileone.export.metadata import Metadata
-from mobileone.export.verify.parity import Runner
 from mobileone.export.preprocess import normalise
-from mobileone.export.formats.pt2_reader import load_program
 from mobileone.export.spec import ExportSpec
+from mobileone.export.verify.parity import Runner
 
 __all__ = ["operations", "program_of", "runner", "spec", "write"]
 

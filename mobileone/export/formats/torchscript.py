@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from mobileone.export.interface import tensor_interface
 from mobileone.export.metadata import Metadata
-from mobileone.export.verify.parity import Runner
 from mobileone.export.preprocess import normalise
 from mobileone.export.spec import ExportSpec
+from mobileone.export.verify.parity import Runner
 from mobileone.io.safe_pickle import UnsafeFileError
 
 __all__ = ["load", "operations", "runner", "spec", "write"]

@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mobileone.export.formats.coreml import columns, runtime
 from mobileone.export.coreml_weights import weights_parity
+from mobileone.export.formats.coreml import columns, runtime
+from mobileone.export.preprocess import WithPreprocessing
+from mobileone.export.spec import ExportSpec
 from mobileone.export.verify.mlprogram import MLProgram
 from mobileone.export.verify.parity import (
     Parity,
@@ -18,8 +20,6 @@ from mobileone.export.verify.parity import (
     fixed_images,
     measure,
 )
-from mobileone.export.preprocess import WithPreprocessing
-from mobileone.export.spec import ExportSpec
 
 __all__ = ["check"]
 

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mobileone.io.optional_import import need
 from mobileone.export.verify.mlprogram_ops import KERNELS
 from mobileone.export.verify.parity import NotVerifiedError
 from mobileone.io.coremltools_noise import quiet
+from mobileone.io.optional_import import need
 
 __all__ = ["MLProgram", "Prediction"]
 
