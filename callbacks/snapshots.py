@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from callbacks.checkpointing import on_rank_zero, save_complete
 from callbacks.signals import StopRequest
-from mobileone.export.publish import clean_stale, discard
+from mobileone.io.atomic import clean_stale, discard
 
 __all__ = ["Snapshots"]
 

@@ -4,8 +4,6 @@ import os
 import traceback
 from pathlib import Path
 
-from lightning_modules.data.image_io import UnreadableImageError
-
 __all__ = ["UsageError", "message_for_user"]
 
 _OURS = tuple(
@@ -62,3 +60,7 @@ def _of_a_library(error: Exception) -> str | None:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+class UnreadableImageError(ValueError):
+    """An image file is missing, truncated, no image, or of no class; the message names it."""

@@ -1,8 +1,5 @@
 """The MobileOne block: linear branches in training, one convolution afterwards."""
 
-# torch types every attribute of an nn.Module as `Tensor | Module`
-# mypy: disable-error-code="arg-type,union-attr,index,call-overload,return-value,untyped-decorator"
-
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -21,11 +18,43 @@ from mobileone.block_checks import (
     check_statistics,
 )
 from mobileone.collapsed import CollapseMode, is_hooked, plan_collapsed, run_collapsed
-from mobileone.folding import batch_norm_affine, centre_pad, fold_conv_bn, identity_kernel
-from mobileone.fused_block import FusedMobileOneBlock
-from mobileone.strided import read_needed_pixels
+from mobileone.folding import (
+    batch_norm_affine,
+    centre_pad,
+    fold_conv_bn,
+    identity_kernel,
+    read_needed_pixels,
+)
 
-__all__ = ["MobileOneBlock"]
+__all__ = ["FusedMobileOneBlock", "MobileOneBlock"]
+
+
+class FusedMobileOneBlock(nn.Module):
+    """The deployed form of a block: convolution with bias -> attention -> activation.
+
+    Args:
+        conv: The folded convolution; the input (N, C_in, H, W) goes through it first.
+        attn: Squeeze-and-excite or `nn.Identity`.
+        act: The activation.
+    """
+
+    def __init__(self, conv: nn.Conv2d, attn: nn.Module, act: nn.Module) -> None:
+        super().__init__()
+        self.reparam_conv = conv
+        self.attn = attn
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C_in, H, W) to (N, C_out, H', W')."""
+        return self.act(self.attn(self.reparam_conv(x)))
+
+    def fuse(self) -> "FusedMobileOneBlock":
+        """Return the block itself: it is folded already."""
+        return self
+
+
+# torch types every attribute of an nn.Module as `Tensor | Module`
+# mypy: disable-error-code="arg-type,union-attr,index,call-overload,return-value,untyped-decorator"
 
 
 class MobileOneBlock(nn.Module):
@@ -104,7 +133,7 @@ class MobileOneBlock(nn.Module):
         if kernel_size > 1 if use_scale is None else use_scale:
             self.conv_scale = layers.conv_norm_act(in_chs, out_chs, kernel_size=1, **shared)
             read_needed_pixels(self.conv_scale.conv)
-        for norm in self._norms():
+        for norm in self.norms():
             check_norm(norm)
         drops = drop_path_rate > 0.0 and with_skip
         self.drop_path = DropPath(drop_path_rate) if drops else nn.Identity()
@@ -127,7 +156,7 @@ class MobileOneBlock(nn.Module):
     @torch.jit.unused
     @torch.compiler.disable(
         reason="a MobileOne block trains in collapsed form, outside of the compiler's graph; "
-        "mobileone.collapsed.set_collapse(model, 'never') keeps its branches inside"
+        "mobileone.set_collapse(model, 'never') keeps its branches inside"
     )
     def _forward_training(self, x: Tensor) -> Tensor:
         """Train in the cheapest exact form; running statistics stay while checkpointing recomputes.
@@ -137,11 +166,13 @@ class MobileOneBlock(nn.Module):
         recomputing = torch._C._current_graph_task_id() != -1
         plan = plan_collapsed(self, x)
         if plan is None:
-            with _shadowed_buffers(self._norms()) if recomputing else nullcontext():
+            with _shadowed_buffers(self.norms()) if recomputing else nullcontext():
                 return self.act(self.attn(self._sum_branches(x)))
         relu = type(self.attn) is nn.Identity and type(self.act) is nn.ReLU
         relu = relu and not is_hooked(self.attn) and not is_hooked(self.act)
-        relu = relu and not plan.turns_back  # it keeps what the next block keeps: the turned output
+        relu = (
+            relu and not plan.to_channels_last
+        )  # keep what the next block keeps: the output after the layout change
         y = run_collapsed(self, plan, x, relu=relu, update_statistics=not recomputing)
         return y if relu else self.act(self.attn(y))
 
@@ -176,7 +207,8 @@ class MobileOneBlock(nn.Module):
         return y
 
     @torch.jit.unused
-    def _norms(self) -> list[nn.Module]:
+    def norms(self) -> list[nn.Module]:
+        """The BatchNorms of all branches, the skip's last."""
         norms = [branch.bn for branch in self.conv_kxk]
         if self.conv_scale is not None:
             norms.append(self.conv_scale.bn)
@@ -191,7 +223,7 @@ class MobileOneBlock(nn.Module):
             return False
         return not any(
             isinstance(bn, _BatchNorm) and (bn.training or bn.running_mean is None)
-            for bn in self._norms()
+            for bn in self.norms()
         )
 
     def fold(self) -> tuple[Tensor, Tensor]:
@@ -240,7 +272,7 @@ class MobileOneBlock(nn.Module):
         Raises:
             ValueError: A normalisation layer keeps no running statistics.
         """
-        check_statistics(self._norms())
+        check_statistics(self.norms())
         if not self._is_affine():
             self.notice.give()
         with torch.no_grad():

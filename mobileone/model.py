@@ -12,9 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mobileone.block import MobileOneBlock
 from mobileone.block_checks import FoldingNotice, check_norm_factory
-from mobileone.loading import adapt_on_load, check_strictly
 from mobileone.variants import Variant
-from mobileone.weights import convert_keys
+from mobileone.weights import adapt_on_load, check_strictly, convert_keys
 
 __all__ = ["MobileOne", "checkpoint_filter_fn"]
 

@@ -1,1 +1,1 @@
-"""The artifact at every validation: a queue of exports, and the folder that they are published in."""
+"""The artifact at every validation: queued, exported by a subprocess, published in a folder."""

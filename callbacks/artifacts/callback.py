@@ -18,10 +18,8 @@ from torch import Tensor
 
 from callbacks.artifacts.folder import CheckpointFolder
 from callbacks.artifacts.publisher import Listener, Publisher, Ranking
-from callbacks.artifacts.queue import Request
+from callbacks.artifacts.queue import Request, network_of, pixels_of, spec_of, training_state
 from callbacks.checkpointing import on_rank_zero, save_complete, without_raising
-from callbacks.recovery import training_state
-from callbacks.shipped import network_of, pixels_of, spec_of
 from callbacks.signals import StopAtOnce, interruptible
 from mobileone.export import Metadata, TrainingState
 from mobileone.export.checkpoint import IMAGES_KEY

@@ -7,7 +7,7 @@ from typing import Any
 
 from mobileone.export.artifact import REJECTED
 from mobileone.export.manifest import MANIFEST_NAME
-from mobileone.export.publish import discard, point_link, publish_file, staging
+from mobileone.io.atomic import discard, point_link, publish_file, staging
 
 __all__ = ["CheckpointFolder"]
 

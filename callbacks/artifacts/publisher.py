@@ -12,7 +12,7 @@ from callbacks.artifacts.folder import CheckpointFolder
 from callbacks.artifacts.queue import Exports, Outcome, Request
 from mobileone.export import Manifest, TrainingState
 from mobileone.export.manifest import MANIFEST_NAME
-from mobileone.export.publish import clean_stale, sole_writer
+from mobileone.io.atomic import clean_stale, sole_writer
 
 __all__ = ["Listener", "Publisher", "Ranking"]
 

@@ -7,17 +7,21 @@ from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import PicklingError
+from typing import Any
 
+import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from callbacks.artifacts.folder import CheckpointFolder
 from mobileone.export import ExportSpec, Metadata, TrainingState, export_model
 from mobileone.export.checkpoint import model_weights, read_checkpoint
 from mobileone.export.isolation import isolated
-from mobileone.export.publish import staging_folder
+from mobileone.export.preprocess import denormalise
 from mobileone.export.worker import ExportJob, Task, can_travel
+from mobileone.io.atomic import staging_folder
 
-__all__ = ["Exports", "Outcome", "Request"]
+__all__ = ["Exports", "Outcome", "Request", "network_of", "pixels_of", "spec_of", "training_state"]
 
 
 @dataclass(frozen=True)
@@ -153,3 +157,61 @@ class Exports:
     def _record(self, request: Request, error: str) -> None:
         with contextlib.suppress(OSError):  # a full disk is no reason to stop
             self.folder.record_error(request.checkpoint, error, asdict(request.training))
+
+
+def network_of(pl_module: LightningModule) -> nn.Module:
+    """The network that ships, without the wrapper of `torch.compile`.
+
+    Raises:
+        TypeError: there is no `self.model`.
+    """
+    model = getattr(pl_module, "model", None)
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{type(pl_module).__name__} must keep the network that ships in `self.model`"
+        )
+    return model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model
+
+
+def spec_of(pl_module: LightningModule) -> ExportSpec:
+    """The module's `export_spec`.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    spec = pl_module.export_spec
+    if not isinstance(spec, ExportSpec):
+        raise TypeError(f"`export_spec` must be an ExportSpec, not {type(spec).__name__}")
+    return spec
+
+
+def pixels_of(batch: Any, spec: ExportSpec, count: int = 8) -> Tensor | None:
+    """The first 8-bit images of a batch (images, ...); None if they are not of the spec's size."""
+    images = batch[0] if isinstance(batch, (list, tuple)) and batch else None
+    if not isinstance(images, Tensor) or tuple(images.shape[1:]) != spec.input_size:
+        return None
+    return denormalise(images[:count], spec)
+
+
+def training_state(checkpoint: str, monitor: str, score: Tensor | None) -> TrainingState:
+    """Describe a checkpoint whose run was killed before its artifact was made.
+
+    Args:
+        checkpoint: the file.
+        monitor: the metric that ranks checkpoints.
+        score: its value, if the checkpoint is ranked.
+
+    Returns:
+        Epoch, step and that one metric: the others were not kept.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    contents = read_checkpoint(Path(checkpoint))
+    metrics = {} if score is None else {monitor: float(score)}
+    return TrainingState(
+        epoch=contents.get("epoch"),
+        step=contents.get("global_step"),
+        metrics=metrics,
+        checkpoint=Path(checkpoint).name,
+    )

@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from callbacks.artifacts.callback import ReparameterizeOnSave
-from callbacks.metrics_files import read_curves
-from callbacks.report.figures import confusion_figure, curves_figure, samples_figure
+from callbacks.report.figures import confusion_figure, curves_figure, read_curves, samples_figure
 from callbacks.report.worst_images import WorstImages, write_worst
 from mobileone.export.manifest import MANIFEST_NAME, Manifest
 from mobileone.export.spec import ExportSpec

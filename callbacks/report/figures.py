@@ -1,6 +1,9 @@
 """Figures for people who would rather look than read: sample predictions, confusion matrix."""
 
+import csv
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -10,7 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-__all__ = ["confusion_figure", "curve_figures", "curves_figure", "samples_figure"]
+__all__ = ["confusion_figure", "curve_figures", "curves_figure", "read_curves", "samples_figure"]
+
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 
 _RIGHT, _WRONG, _SHADE = "#0072b2", "#d55e00", "#999999"  # Okabe and Ito: for the colour-blind
@@ -161,3 +165,36 @@ def _keep_outliers_out(axis: Axes, values: Sequence[float]) -> None:
 def _short(name: str, length: int = 18) -> str:
     plain = name.replace("$", r"\$")  # matplotlib reads a pair of dollars as a formula
     return plain if len(plain) <= length else plain[: length - 1] + "…"
+
+
+_EVALUATED = ("val/", "test/", "step", "epoch")
+
+
+def read_curves(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
+    """The points of every metric.
+
+    Args:
+        folder: Holds `version_0`, `version_1` …, one for each resume; where two tell of the same
+            step, the later one counts, for it replaced what was lost. A version with metrics of
+            validation or test alone is that of an evaluation, whose steps mean nothing, and is
+            left out.
+
+    Returns:
+        Points (step, value) by metric, in the order of the steps.
+    """
+    points: dict[str, dict[int, float]] = defaultdict(dict)
+    files = sorted(Path(folder).glob("version_*/metrics.csv"), key=_version)
+    for file in files:
+        with file.open(newline="", encoding="utf-8") as stream:
+            rows = csv.DictReader(stream)
+            if all(name.startswith(_EVALUATED) for name in rows.fieldnames or ()):
+                continue
+            for row in rows:
+                for name, value in row.items():
+                    if value and name not in ("step", "epoch"):
+                        points[name][int(row["step"])] = float(value)
+    return {name: sorted(values.items()) for name, values in points.items()}
+
+
+def _version(file: Path) -> int:
+    return int(file.parent.name.removeprefix("version_"))

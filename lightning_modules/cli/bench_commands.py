@@ -104,8 +104,7 @@ def benchmark_parser(name: str) -> ArgumentParser:
 
 
 def _training(name: str, options: Namespace) -> None:
-    from mobileone.bench.training_report import training_table
-    from mobileone.bench.training_step.measure import measure_training
+    from mobileone.bench.training_step.measure import measure_training, training_table
 
     _show_progress()
     result = answer(name, measure_training, **options.as_dict())

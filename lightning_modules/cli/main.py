@@ -1,13 +1,16 @@
 """The command `mobileone`: a table of subcommands, each imported when it is called."""
 
+import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 
-__all__ = ["COMMANDS", "main"]
+import argcomplete
+
+__all__ = ["COMMANDS", "complete", "main"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     name, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
     if "_ARGCOMPLETE" in os.environ:
         targets = {name: command.target for name, command in COMMANDS.items()}
-        import_module("lightning_modules.completion").complete(targets)
+        import_module("lightning_modules.cli.main").complete(targets)
     elif name in ("-h", "--help"):
         print(_help())
     elif name == "--version":
@@ -122,3 +125,31 @@ subcommands:
 
 if __name__ == "__main__":
     main()
+
+
+def complete(commands: Mapping[str, str]) -> None:
+    """Answer the shell and exit; only the subcommand that is being typed is imported.
+
+    jsonargparse answers for a parser on its own, so the subcommand's word is taken out of the
+    line that the shell sent.
+
+    Args:
+        commands: Where the function of each subcommand is, as `module:function`; beside it is
+            `<subcommand>_parser`.
+    """
+    program, _, rest = os.environ["COMP_LINE"].partition(" ")
+    name, typed, arguments = rest.partition(" ")
+    if not typed or name not in commands:
+        parser = argparse.ArgumentParser(prog="mobileone")
+        parser.add_argument("subcommand", choices=list(commands))
+        argcomplete.autocomplete(parser)
+        return
+    os.environ["COMP_LINE"] = f"{program} {arguments}"
+    os.environ["COMP_POINT"] = str(int(os.environ["COMP_POINT"]) - len(name) - 1)
+    if name in ("fit", "validate", "test"):
+        from lightning_modules.run.fit import run
+
+        run(name, [])
+    elif name not in ("segment", "detect"):  # whose parser is LightningCLI's own
+        module = import_module(commands[name].partition(":")[0])
+        getattr(module, f"{name}_parser")(name).parse_args([])

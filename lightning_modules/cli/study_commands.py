@@ -87,7 +87,6 @@ def _study(chosen: str) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
         from mobileone.bench.studies.correlation import correlation_table, study_correlation
 
         return study_correlation, correlation_table
-    from lightning_modules.ablation_report import ablation_table
-    from lightning_modules.studies.ablation import study_ablation
+    from lightning_modules.studies.ablation import ablation_table, study_ablation
 
     return study_ablation, ablation_table

@@ -23,12 +23,12 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 from lightning_modules.checks import check_model_name
-from lightning_modules.curriculum import PhasedTransform
 from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.data.dataset import ImageSamples
 from lightning_modules.data.decoders import DECODERS, accept_tensors
+from lightning_modules.data.image_io import find_images
 from lightning_modules.data.shards.writer import make_shards
-from lightning_modules.inference.predict import find_images
+from lightning_modules.data.transforms import PhasedTransform
 
 __all__ = ["DataBenchmark", "Throughput", "benchmark_data"]
 

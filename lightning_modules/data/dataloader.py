@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_modules.data.dataset import collate
+from lightning_modules.data.dataset import ImageStream, collate
 from lightning_modules.data.samplers import EpochSampler
 from lightning_modules.randomness import derive_seed
-from lightning_modules.streams import ImageStream
 
 __all__ = ["DataWorkerError", "EpochLoader", "LazyDataLoader", "image_loader"]
 

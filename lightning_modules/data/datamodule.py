@@ -10,18 +10,21 @@ from lightning.fabric.utilities.data import suggested_max_num_workers
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_modules.checks import check_targets
-from lightning_modules.curriculum import PhasedTransform, scale_strength
 from lightning_modules.data.base import ResumableData
 from lightning_modules.data.dataloader import image_loader
-from lightning_modules.data.dataset import ImageSamples
+from lightning_modules.data.dataset import ImageSamples, ImageStream
 from lightning_modules.data.digits import digits_root, write_digits
 from lightning_modules.data.image_io import color_mode
 from lightning_modules.data.samplers import EpochSampler, EvaluationSampler, ShardSampler
 from lightning_modules.data.shards.reader import shard_lengths
-from lightning_modules.data.splits import Catalogue
-from lightning_modules.data.transforms import eval_transform, resolve_config, train_transform
-from lightning_modules.splits import FOLDER_NAMES, check_dataset_name
-from lightning_modules.streams import ImageStream
+from lightning_modules.data.splits import FOLDER_NAMES, Catalogue, check_dataset_name
+from lightning_modules.data.transforms import (
+    PhasedTransform,
+    eval_transform,
+    resolve_config,
+    scale_strength,
+    train_transform,
+)
 
 __all__ = ["ImageDataModule"]
 

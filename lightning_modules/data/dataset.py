@@ -1,5 +1,6 @@
 """A map-style dataset whose samples are a pure function of (seed, epoch, index)."""
 
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -7,20 +8,20 @@ import torch
 from PIL import Image
 from timm.data import ImageDataset
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
-from lightning_modules.curriculum import PhasedTransform
 from lightning_modules.data.decoders import Decode
 from lightning_modules.data.image_io import (
-    UnreadableImageError,
     convert,
     read_image,
     why_unreadable,
 )
 from lightning_modules.data.samplers import SampleKey
+from lightning_modules.data.transforms import PhasedTransform
+from lightning_modules.errors import UnreadableImageError
 from lightning_modules.randomness import derive_seed, isolated_rng
 
-__all__ = ["ImageSamples", "Sample", "Unreadable", "collate"]
+__all__ = ["ImageSamples", "ImageStream", "Sample", "Unreadable", "collate"]
 
 
 class Unreadable(NamedTuple):
@@ -136,3 +137,40 @@ def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[Unreadable]]:
     images = default_collate([sample.image for sample in samples])
     targets = torch.tensor([sample.target for sample in samples], dtype=torch.long)
     return images, targets, [file for sample in samples for file in sample.skipped]
+
+
+class ImageStream(IterableDataset[Sample]):
+    """Transforms the images of a timm `IterableImageDataset`.
+
+    timm's reader shuffles and shares out the shards; it drops images that it cannot decode. The
+    augmentation is a function of (seed, epoch, worker, position), so a stream is reproducible
+    for a fixed number of workers only.
+    """
+
+    def __init__(
+        self, source: Any, transform: PhasedTransform, seed: int, num_workers: int
+    ) -> None:
+        self.source = source
+        self.transform = transform
+        self.seed = seed
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # seen by the workers
+        source.set_loader_cfg(num_workers=num_workers)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the shuffle and the augmentation of the next pass, in every worker."""
+        self._epoch.fill_(epoch)
+        self.source.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        length = len(self.source)
+        if length == 0:  # timm's way to say that it does not know
+            raise TypeError("the length of this stream is unknown")
+        return length
+
+    def __iter__(self) -> Iterator[Sample]:
+        worker = get_worker_info()
+        worker_id, epoch = (worker.id if worker else 0), int(self._epoch)
+        for position, (image, target) in enumerate(self.source):
+            with isolated_rng(derive_seed(self.seed, epoch, worker_id, position)):
+                transformed = self.transform.at(epoch)(image)
+            yield Sample(transformed, int(target), [])

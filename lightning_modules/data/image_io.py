@@ -1,15 +1,19 @@
 """Turn an image file of any colour mode into 8-bit grey, RGB or RGBA."""
 
+import glob
 import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import IO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from timm.utils.misc import natural_key
 
 __all__ = [
     "IMAGE_SUFFIXES",
-    "UnreadableImageError",
     "color_mode",
+    "find_images",
     "read_image",
     "why_unreadable",
 ]
@@ -19,10 +23,6 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".g
 
 _FLOATING = "its floating-point values"
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-
-
-class UnreadableImageError(ValueError):
-    """An image file is missing, truncated, no image, or of no class; the message names it."""
 
 
 def color_mode(channels: int) -> str:
@@ -96,3 +96,40 @@ def _unit_range(image: Image.Image) -> np.ndarray:
             "white) have a meaning here: save it with 8 or 16 bits, or scaled to 0..1"
         )
     return values
+
+
+def find_images(images: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Image files of folders, patterns and single names, each once; folders in natural order.
+
+    Raises:
+        FileNotFoundError: a name that does not exist, or no images anywhere.
+    """
+    given = [images] if isinstance(images, (str, Path)) else list(images)
+    found = list(dict.fromkeys(path for item in given for path in _expand(item)))
+    if not found:
+        shown = ", ".join(repr(str(item)) for item in given) or "an empty list"
+        raise FileNotFoundError(
+            f"no images in {shown}. Looked for files that end in {', '.join(IMAGE_SUFFIXES)}, in "
+            "subfolders too."
+        )
+    return found
+
+
+def _expand(item: str | Path) -> list[Path]:
+    path = Path(item).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        return _sorted(p for p in path.rglob("*") if _is_image(p))
+    if glob.has_magic(str(item)):
+        matches = (Path(name) for name in glob.glob(str(path), recursive=True))  # noqa: PTH207
+        return _sorted(p for p in matches if _is_image(p))
+    raise FileNotFoundError(f"{str(item)!r} does not exist: give a folder, an image or a pattern.")
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+
+
+def _sorted(paths: Iterable[Path]) -> list[Path]:
+    return sorted(paths, key=lambda path: (natural_key(str(path)), str(path)))

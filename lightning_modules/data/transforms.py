@@ -1,19 +1,36 @@
 """timm's training and evaluation transforms, resolved from the model's configuration."""
 
 import re
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from itertools import chain
 from typing import Any
 
 import timm
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
+from timm.data.auto_augment import (
+    LEVEL_TO_ARG,
+    AugmentOp,
+    AugMixAugment,
+    AutoAugment,
+    RandAugment,
+)
 from torch import Tensor
 
 import mobileone  # noqa: F401  registers the family with timm
 from lightning_modules.checks import check_model_name
 from lightning_modules.data.image_io import color_mode
 
-__all__ = ["Transform", "eval_transform", "resolve_config", "train_transform"]
+__all__ = [
+    "PhasedTransform",
+    "Transform",
+    "eval_transform",
+    "resolve_config",
+    "scale_strength",
+    "train_transform",
+]
 
 Transform = Callable[[Image.Image | Tensor], Tensor]
 
@@ -133,3 +150,59 @@ def _per_channel(
             f"Give {name} as one value or {channels} values, in the range 0 to 1."
         )
     return values * channels if len(values) == 1 else values
+
+
+# Magnitudes at which an operation does least, where that is not 0: timm's plain enhancements are
+# the identity in the middle of their range, and these solarize and posterize less the higher.
+_WEAKEST = {
+    **dict.fromkeys(("Color", "Contrast", "Brightness", "Sharpness"), 5.0),
+    **dict.fromkeys(("Solarize", "Posterize", "PosterizeOriginal"), 10.0),
+}
+
+
+class PhasedTransform:
+    """The transform of each epoch.
+
+    Args:
+        phases: First epoch and transform of each phase, by epoch; the first starts at 0.
+    """
+
+    def __init__(self, phases: Sequence[tuple[int, Transform]]) -> None:
+        self.starts = [start for start, _ in phases]
+        self.transforms = [transform for _, transform in phases]
+
+    def at(self, epoch: int) -> Transform:
+        """The transform of an epoch, counted from 0."""
+        return self.transforms[bisect_right(self.starts, epoch) - 1]
+
+
+def scale_strength(transform: Transform, strength: float) -> Transform:
+    """Weaken the AutoAugment or RandAugment inside a timm transform.
+
+    Each operation's magnitude moves towards the one at which that operation does least; operations
+    without a magnitude (equalize, invert …) are applied less often.
+
+    Args:
+        transform: What `timm.data.create_transform` built.
+        strength: From 0 (weakest) to 1 (as built).
+
+    Returns:
+        A weakened copy.
+    """
+    weakened = deepcopy(transform)
+    for op in _operations(weakened):
+        if LEVEL_TO_ARG[op.name] is None:
+            op.prob *= strength
+        else:
+            weakest = _WEAKEST.get(op.name, 0.0)
+            op.magnitude = weakest + strength * (op.magnitude - weakest)
+    return weakened
+
+
+def _operations(transform: Any) -> Iterator[AugmentOp]:
+    """Every operation of the policies inside a `Compose` of timm's."""
+    for part in transform.transforms:
+        if isinstance(part, AutoAugment):
+            yield from chain.from_iterable(part.policy)
+        elif isinstance(part, RandAugment | AugMixAugment):
+            yield from part.ops

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks.checkpointing import on_rank_zero, save_complete
-from mobileone.export.publish import clean_stale, publish_file, sole_writer, staging
+from mobileone.io.atomic import clean_stale, publish_file, sole_writer, staging
 
 __all__ = ["CompleteCheckpoint", "SoleRun"]
 

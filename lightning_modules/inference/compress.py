@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_modules.inference.predict import find_images, read_pixels
+from lightning_modules.data.image_io import find_images
+from lightning_modules.inference.predict import read_pixels
 from mobileone.export import ExportSpec
 from mobileone.export.checkpoint import load_model, read_checkpoint
 from mobileone.export.compress.methods import Row, compress_model
@@ -30,8 +31,7 @@ def compress_checkpoint(
         data: folder with ``train/<class>/*`` (for calibration) and ``val/<class>/*`` (for
             accuracy).
         directory: the folder to create.
-        methods: names from ``mobileone.export.compress.methods.METHODS``; null for those that may be
-            of use.
+        methods: names from `METHODS` of `mobileone.export.compress`; null for those that may be of use.
         calibration: how many training images the ranges of activations are taken from.
         limit: at most so many validation images; null for all.
 

@@ -1,21 +1,25 @@
 """Classify files of images into a CSV, from a checkpoint or from an exported artifact."""
 
-import glob
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import csv
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from timm.utils.misc import natural_key
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_modules.data.image_io import IMAGE_SUFFIXES, color_mode, read_image, why_unreadable
+from lightning_modules.data.image_io import (
+    color_mode,
+    find_images,
+    read_image,
+    why_unreadable,
+)
 from lightning_modules.data.transforms import Transform, eval_transform
-from lightning_modules.table import PredictionTable
 from mobileone.export import FORMATS, ExportSpec, load_runner
 from mobileone.export.checkpoint import load_model, read_checkpoint
 from mobileone.export.formats import torchscript
@@ -25,7 +29,13 @@ from mobileone.export.preprocess import denormalise
 from mobileone.export.verify.parity import Runner
 from mobileone.io.safe_pickle import UnsafeFileError
 
-__all__ = ["PredictionSummary", "find_images", "load_classifier", "predict_folder", "read_pixels"]
+__all__ = [
+    "PredictionSummary",
+    "PredictionTable",
+    "load_classifier",
+    "predict_folder",
+    "read_pixels",
+]
 
 # Normalised images (N, C, H, W) -> probabilities (N, classes) on the CPU
 Classifier = Callable[[Tensor], Tensor]
@@ -206,43 +216,6 @@ def _no_checkpoint(path: Path) -> str:
     )
 
 
-def find_images(images: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Image files of folders, patterns and single names, each once; folders in natural order.
-
-    Raises:
-        FileNotFoundError: a name that does not exist, or no images anywhere.
-    """
-    given = [images] if isinstance(images, (str, Path)) else list(images)
-    found = list(dict.fromkeys(path for item in given for path in _expand(item)))
-    if not found:
-        shown = ", ".join(repr(str(item)) for item in given) or "an empty list"
-        raise FileNotFoundError(
-            f"no images in {shown}. Looked for files that end in {', '.join(IMAGE_SUFFIXES)}, in "
-            "subfolders too."
-        )
-    return found
-
-
-def _expand(item: str | Path) -> list[Path]:
-    path = Path(item).expanduser()
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        return _sorted(p for p in path.rglob("*") if _is_image(p))
-    if glob.has_magic(str(item)):
-        matches = (Path(name) for name in glob.glob(str(path), recursive=True))  # noqa: PTH207
-        return _sorted(p for p in matches if _is_image(p))
-    raise FileNotFoundError(f"{str(item)!r} does not exist: give a folder, an image or a pattern.")
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-
-
-def _sorted(paths: Iterable[Path]) -> list[Path]:
-    return sorted(paths, key=lambda path: (natural_key(str(path)), str(path)))
-
-
 class _Batch(NamedTuple):
     """Files, why each could not be read (None if it could), and the readable ones stacked."""
 
@@ -305,3 +278,64 @@ def _with_progress(loader: DataLoader, progress: bool) -> Iterator[_Batch]:
     return iter(
         track(loader, description="Classifying", disable=not progress, console=Console(stderr=True))
     )
+
+
+class PredictionTable:
+    """Writes rows to ``<path>.partial`` and renames it to ``path`` at a regular exit.
+
+    Args:
+        path: the CSV file; UTF-8, bytes of file names that are not UTF-8 are kept.
+        class_names: in the order of the probabilities.
+        top_k: how many classes a row names; None for one column of probabilities a class.
+    """
+
+    def __init__(self, path: Path, class_names: Sequence[str], top_k: int | None) -> None:
+        self._path = path
+        self._partial = path.with_name(path.name + ".partial")
+        self._names = class_names
+        self._top_k = top_k
+
+    def __enter__(self) -> "PredictionTable":
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._partial.open("w", newline="", encoding="utf-8", errors="surrogateescape")
+        self._writer = csv.writer(self._file)
+        columns = ["path", "label", "probability", *self._more_columns(), "error"]
+        self._width = len(columns)
+        self._writer.writerow(columns)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        if kind is None:
+            self._partial.replace(self._path)
+
+    def write(self, path: str, probabilities: Tensor) -> None:
+        """One classified image; ``probabilities`` (classes,)."""
+        best = probabilities.topk(self._top_k or 1)
+        cells = [
+            cell
+            for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            for cell in (self._names[index], _number(value))
+        ]
+        if self._top_k is None:
+            cells += [_number(value) for value in probabilities.tolist()]
+        self._writer.writerow([path, *cells, ""])
+
+    def write_error(self, path: str, error: str) -> None:
+        """One image that could not be read."""
+        self._writer.writerow([path, *[""] * (self._width - 2), error])
+
+    def _more_columns(self) -> list[str]:
+        if self._top_k is None:
+            return [f"p({name})" for name in self._names]
+        ranks = range(2, self._top_k + 1)
+        return [f"{column}_{rank}" for rank in ranks for column in ("label", "probability")]
+
+
+def _number(probability: float) -> str:
+    return f"{probability:.6g}"

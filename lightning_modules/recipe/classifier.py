@@ -32,7 +32,8 @@ from lightning_modules.recipe.optimizers import (
     total_steps,
 )
 from lightning_modules.recipe.schedules import CosineSchedule
-from mobileone.collapsed import CollapseMode, set_collapse
+from mobileone import set_collapse
+from mobileone.collapsed import CollapseMode
 from mobileone.export.spec import ExportSpec
 
 __all__ = ["ImageClassifier"]

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from callbacks.metrics_files import read_curves
-from callbacks.report.figures import confusion_figure, curve_figures
+from callbacks.report.figures import confusion_figure, curve_figures, read_curves
 from callbacks.report.worst_images import WorstImage, read_worst
 from lightning_modules.report.html import (
     Html,

@@ -23,10 +23,8 @@ from callbacks.progress import EpochLines
 from callbacks.report.callback import Report
 from callbacks.snapshots import Snapshots
 from lightning_modules.data.datamodule import ImageDataModule
-from lightning_modules.ending import end_after_rank_zero
 from lightning_modules.errors import UsageError, message_for_user
 from lightning_modules.recipe.classifier import ImageClassifier
-from lightning_modules.records import RunRecords
 from lightning_modules.run.check_args import check_length
 from lightning_modules.run.checkpoint_args import (
     hyper_parameters,
@@ -34,19 +32,18 @@ from lightning_modules.run.checkpoint_args import (
     with_config_of_the_run,
 )
 from lightning_modules.run.config_files import check_configs, find_configs, option_value
-from lightning_modules.run.folder import RunFolder
+from lightning_modules.run.folder import RunFolder, RunRecords
 from lightning_modules.run.parser import Parser
 from lightning_modules.run.resume import Continuation, find_continuation, newest_usable
 from lightning_modules.run.summary import fit_summary
-from lightning_modules.run.trainer import ExactTrainer
-from lightning_modules.run.warning_filters import silence_known_messages
-from lightning_modules.sync_norm import TimmSyncBatchNorm
-from lightning_modules.tracking import (
+from lightning_modules.run.trainer import ExactTrainer, TimmSyncBatchNorm, end_after_rank_zero
+from lightning_modules.run.wandb_logger import (
     WandbOptions,
     check_tracking,
     finish_tracking,
     make_loggers,
 )
+from lightning_modules.run.warning_filters import silence_known_messages
 from mobileone import reparameterize
 
 __all__ = ["TrainingCLI", "run"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from callbacks.finite import not_finite_in
+from callbacks.checkpointing import not_finite_in
 from lightning_modules.errors import UsageError
 from lightning_modules.run.folder import RunFolder
 from mobileone.export.checkpoint import read_checkpoint

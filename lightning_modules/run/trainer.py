@@ -1,10 +1,18 @@
 """Lightning's trainer, as the command line builds it."""
 
+import contextlib
+import os
+import time
+from datetime import timedelta
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins import LayerSync
+from timm.layers import convert_sync_batchnorm
+from torch import nn
 
-__all__ = ["ExactTrainer"]
+__all__ = ["ExactTrainer", "TimmSyncBatchNorm", "end_after_rank_zero"]
 
 
 class ExactTrainer(Trainer):
@@ -43,3 +51,51 @@ class ExactTrainer(Trainer):
             limit_predict_batches=limit_predict_batches,
             **kwargs,
         )
+
+
+class TimmSyncBatchNorm(LayerSync):
+    """What `Trainer(sync_batchnorm=True)` does, by timm's conversion.
+
+    torch's turns a `BatchNormAct2d` into a plain SyncBatchNorm and so drops its activation without
+    a word. MobileOne's norms have none, but those of most other models do.
+    """
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Convert every BatchNorm."""
+        converted: nn.Module = convert_sync_batchnorm(model)
+        return converted
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        """Leave the layers as they are: they compute the same outside a process group."""
+        return model
+
+
+_SECONDS = 1020.0  # an export's time limit, and wandb's
+_KEY = "mobileone/rank-0-has-ended"
+_PARENT = os.getppid()  # now, while it surely lives
+
+
+def end_after_rank_zero(trainer: Trainer, seconds: float = _SECONDS) -> None:
+    """Wait, on ranks above 0, until rank 0 has nothing left to do; on rank 0, let them go.
+
+    Whoever watches over the processes (Lightning's launcher, torchrun, SLURM) ends all of them as
+    soon as one has ended with an error. Only where all ranks are known to end may this be called.
+
+    Args:
+        trainer: of the run.
+        seconds: after which a rank goes without.
+    """
+    if trainer.world_size == 1:
+        return
+    environment = trainer._accelerator_connector.cluster_environment
+    if not environment.creates_processes_externally:  # Lightning has: rank 0 is the parent
+        end = time.monotonic() + seconds
+        while trainer.local_rank and os.getppid() == _PARENT and time.monotonic() < end:
+            time.sleep(0.05)
+        return
+    with contextlib.suppress(Exception):  # it may be rank 0 that kept the store
+        store = torch.distributed.distributed_c10d._get_default_store()
+        if trainer.is_global_zero:
+            store.set(_KEY, "1")
+        else:
+            store.wait([_KEY], timedelta(seconds=seconds))

@@ -1,17 +1,30 @@
 """A measurement as a file: its rows, with protocol, machine, versions and date."""
 
 import csv
+import hashlib
 import json
+import os
+import platform
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mobileone.bench.machine import describe_machine, describe_versions
 from mobileone.io.atomic import replace_text, replacing
 
-__all__ = ["KINDS", "Result", "Row", "compare_machines"]
+__all__ = [
+    "KINDS",
+    "Result",
+    "Row",
+    "compare_machines",
+    "describe_machine",
+    "describe_versions",
+    "processor",
+]
 
 Row = dict[str, Any]
 """One line of a table: a string, number, bool or None by column name."""
@@ -184,3 +197,93 @@ def _place(result: Result) -> str:
     fields = (result.machine.get(k) for k in ("cpu", "cores", "memory_gib", "os"))
     cpu, cores, memory, system = fields
     return f"{result.machine_id} ({cpu}, {cores} cores, {memory} GiB, {system}; {result.date})"
+
+
+_PACKAGES = (
+    "mobileone-lightning",
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "fvcore",
+    "lightning",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "coremltools",
+)
+
+
+def describe_machine(device: str = "cpu") -> dict[str, Any]:
+    """Describe this machine, and a device of it.
+
+    Args:
+        device: Device of PyTorch that was measured, such as "cpu", "cuda:0" or "mps".
+
+    Returns:
+        `cpu` (model name), `cores` (logical), `cores_usable` (by this process), `memory_gib`,
+        `os`, `device`, `device_name`, and `machine_id`: a hash of processor, cores, memory and
+        operating system, which neither a reboot nor an update changes. Two machines that agree
+        in all of these count as one.
+    """
+    cores = os.cpu_count()
+    machine: dict[str, Any] = {
+        "cpu": processor(),
+        "cores": cores,
+        "memory_gib": _memory_gib(),
+        "os": f"{platform.system()} {platform.machine()}",
+    }
+    digest = hashlib.sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest()[:12]
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return machine | {
+        "cores_usable": len(affinity(0)) if affinity else cores,
+        "os_release": platform.release(),
+        "device": device,
+        "device_name": _device_name(device),
+        "machine_id": digest,
+    }
+
+
+def describe_versions(device: str = "cpu") -> dict[str, str]:
+    """Versions of Python and of the installed packages that measurements depend on."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    if device.startswith("cuda"):
+        import torch
+
+        versions["cuda"] = str(torch.version.cuda)
+        versions["cudnn"] = str(torch.backends.cudnn.version())
+    return versions
+
+
+@cache
+def processor() -> str:
+    """Model name of the CPU."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    if platform.system() == "Darwin":
+        command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_gib() -> int | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
+    except (AttributeError, ValueError):  # Windows has no sysconf
+        return None
+
+
+def _device_name(device: str) -> str:
+    if not device.startswith("cuda"):
+        return processor()
+    import torch
+
+    return torch.cuda.get_device_name(device)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,21 +16,47 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from mobileone.collapsed.algebra import Branches, BranchGrads
-from mobileone.strided import StridedPointwise
-
-if TYPE_CHECKING:
-    from mobileone.block import MobileOneBlock
+from mobileone.folding import StridedPointwise
 
 __all__ = [
+    "BranchedBlock",
+    "CollapseMode",
     "Geometry",
     "branch_gradients",
     "describe",
     "gather_branches",
     "is_hooked",
-    "obstacle",
     "parameters",
+    "unsupported_reason",
     "update_running_statistics",
 ]
+
+
+CollapseMode = Literal["auto", "always", "never"]
+"""`auto`: the cheapest form; `always`: the one that keeps least memory; `never`: the branches."""
+
+
+class BranchedBlock(Protocol):
+    """What collapsed training reads of a block: its branches, and how they shall train.
+
+    Attributes:
+        conv_kxk: K×K branches, each with `conv` and `bn`.
+        conv_scale: The 1×1 branch, likewise; None where there is none.
+        identity: The BatchNorm of the skip; None where there is none.
+        drop_path: Stochastic depth on the branches.
+        collapse: The mode that `set_collapse` sets.
+    """
+
+    conv_kxk: nn.ModuleList
+    conv_scale: nn.Module | None
+    identity: nn.Module | None
+    drop_path: nn.Module
+    collapse: CollapseMode
+    _modules: dict[str, nn.Module | None]
+
+    def norms(self) -> list[nn.Module]:
+        """The BatchNorms of all branches, the skip's last."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -82,9 +108,9 @@ class Geometry:
         return (height - reach - 1) // self.stride + 1, (width - reach - 1) // self.stride + 1
 
 
-def describe(block: MobileOneBlock) -> Geometry:
-    """Read a block's geometry; it means something where there is no `obstacle`."""
-    first, norms = block.conv_kxk[0].conv, block._norms()
+def describe(block: BranchedBlock) -> Geometry:
+    """Read a block's geometry; it means something where there is no `unsupported_reason`."""
+    first, norms = block.conv_kxk[0].conv, block.norms()
     return Geometry(
         in_chs=first.in_channels,
         out_chs=first.out_channels,
@@ -99,7 +125,7 @@ def describe(block: MobileOneBlock) -> Geometry:
     )
 
 
-def obstacle(block: MobileOneBlock) -> str | None:
+def unsupported_reason(block: BranchedBlock) -> str | None:
     """Why a block's branches are not what the algebra describes; None: they are.
 
     It describes bias-free, zero-padded convolutions and plain BatchNorms on batch statistics with
@@ -112,7 +138,7 @@ def obstacle(block: MobileOneBlock) -> str | None:
         _walks_as(branch.conv, like) for branch in block.conv_kxk
     ):
         return "a branch that is not a plain convolution and a BatchNorm, or unlike the others"
-    if not all(map(_is_plain_norm, block._norms())):
+    if not all(map(_is_plain_norm, block.norms())):
         return "a BatchNorm that is synchronised, frozen, or without affine or running terms"
     names = ("conv_kxk", "conv_scale", "drop_path", "identity")
     parts = _with_parts([block._modules.get(name) for name in names])
@@ -132,9 +158,9 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
-def parameters(block: MobileOneBlock) -> list[Tensor]:
+def parameters(block: BranchedBlock) -> list[Tensor]:
     """Kernels of all convolution branches, then γ of all BatchNorms, then β of all."""
-    norms = block._norms()
+    norms = block.norms()
     return [
         *(branch.conv.weight for branch in _conv_branches(block)),
         *(norm.weight for norm in norms),
@@ -177,7 +203,7 @@ def branch_gradients(
     return [*kernels, *gamma, *beta]
 
 
-def update_running_statistics(block: MobileOneBlock, mean: Tensor, var: Tensor, count: int) -> None:
+def update_running_statistics(block: BranchedBlock, mean: Tensor, var: Tensor, count: int) -> None:
     """Move every BatchNorm's running averages as its own forward pass would.
 
     Args:
@@ -186,7 +212,7 @@ def update_running_statistics(block: MobileOneBlock, mean: Tensor, var: Tensor, 
         var: Biased batch variances, likewise.
         count: n, the number of values a channel; the running variance takes the unbiased one.
     """
-    norms = block._norms()
+    norms = block.norms()
     unbiased = var * (count / (count - 1))
     for norm, new_mean, new_var in zip(norms, mean.unbind(), unbiased.unbind(), strict=True):
         norm.num_batches_tracked.add_(1)
@@ -198,7 +224,7 @@ def update_running_statistics(block: MobileOneBlock, mean: Tensor, var: Tensor, 
         norm.running_var.lerp_(new_var.to(running.dtype), momentum)
 
 
-def _conv_branches(block: MobileOneBlock) -> list[nn.Module]:
+def _conv_branches(block: BranchedBlock) -> list[nn.Module]:
     scale = [] if block.conv_scale is None else [block.conv_scale]
     return [*block.conv_kxk, *scale]
 

@@ -3,16 +3,13 @@
 import functools
 import math
 from enum import Enum
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from mobileone.collapsed.branches import Geometry
+from mobileone.collapsed.branches import CollapseMode, Geometry
 
-__all__ = ["CollapseMode", "Path", "Setting", "choose", "costs"]
-
-CollapseMode = Literal["auto", "always", "never"]
-"""`auto`: the cheapest form; `always`: the one that keeps least memory; `never`: the branches."""
+__all__ = ["Path", "Setting", "choose", "costs"]
 
 # Costs are counted in multiply-adds of a matrix product, forward and backward together. Measured
 # on a core of an AMD EPYC (Zen 4), where a product runs at 45 GFMA/s: 45 are a nanosecond. On CUDA

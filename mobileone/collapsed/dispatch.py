@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,20 +15,19 @@ from torch.autograd import forward_ad
 
 from mobileone.collapsed.affine import AffineConvolution
 from mobileone.collapsed.branches import (
+    BranchedBlock,
+    CollapseMode,
     Geometry,
     describe,
-    obstacle,
     parameters,
+    unsupported_reason,
     update_running_statistics,
 )
-from mobileone.collapsed.cost_model import CollapseMode, Path, Setting, choose
+from mobileone.collapsed.cost_model import Path, Setting, choose
 from mobileone.collapsed.depthwise import DepthwiseConvolution, has_kernels
 from mobileone.collapsed.gram import GramConvolution
 
-if TYPE_CHECKING:
-    from mobileone.block import MobileOneBlock
-
-__all__ = ["Plan", "path_of", "plan_collapsed", "run_collapsed", "set_collapse"]
+__all__ = ["Plan", "log_path_once", "path_of", "plan_collapsed", "run_collapsed"]
 
 log = logging.getLogger(__name__)
 
@@ -40,36 +39,6 @@ _KERNEL_FORMS = {
 }
 
 
-def set_collapse(model: nn.Module, mode: CollapseMode) -> None:
-    """Say how the MobileOne blocks of a model train from now on.
-
-    The mode belongs to the training run, not to the checkpoint: no state dict holds it, and all
-    modes give the same numbers up to rounding.
-
-    Args:
-        model: A model with MobileOne blocks anywhere inside.
-        mode: "auto", the default, takes the cheapest form of every block; "always" the one that
-            keeps the least memory for the backward pass; "never" runs every branch.
-
-    Raises:
-        ValueError: The mode is unknown, or there is no MobileOne block in training form.
-    """
-    from mobileone.block import MobileOneBlock  # the block imports this package
-
-    if mode not in get_args(CollapseMode):
-        known = ", ".join(map(repr, get_args(CollapseMode)))
-        raise ValueError(f"`mode` (={mode!r}) must be one of {known}")
-    blocks = [module for module in model.modules() if isinstance(module, MobileOneBlock)]
-    if not blocks:
-        raise ValueError(
-            f"{type(model).__name__} has no MobileOne block with branches to collapse: "
-            "`collapse` has no meaning for it"
-        )
-    for block in blocks:
-        block.collapse = mode
-    _say.cache_clear()  # a new run: its log is told again
-
-
 class Plan(NamedTuple):
     """A block's collapsed form for one batch.
 
@@ -78,42 +47,42 @@ class Plan(NamedTuple):
         geometry: The block's shape.
         dtype: Of the convolution.
         tensors: Its `parameters`.
-        turns_back: Whether the output, which the forms make in planes, goes back to channels-last.
+        to_channels_last: Whether the output, which the forms make in planes, goes back to channels-last.
     """
 
     path: Path
     geometry: Geometry
     dtype: torch.dtype
     tensors: list[Tensor]
-    turns_back: bool
+    to_channels_last: bool
 
 
-def plan_collapsed(block: MobileOneBlock, x: Tensor) -> Plan | None:
+def plan_collapsed(block: BranchedBlock, x: Tensor) -> Plan | None:
     """How the block is to train on x now; None: in its branches. The log is told once a shape."""
     plan = _plan(block, x)
     if log.isEnabledFor(logging.INFO):
-        _tell(block, x, plan)
+        _log_path(block, x, plan)
     return plan if isinstance(plan, Plan) else None
 
 
-def path_of(block: MobileOneBlock, x: Tensor) -> Path:
+def path_of(block: BranchedBlock, x: Tensor) -> Path:
     """The form in which the block would train on x now."""
     plan = _plan(block, x)
     return plan.path if isinstance(plan, Plan) else Path.BRANCHES
 
 
-def _plan(block: MobileOneBlock, x: Tensor) -> Plan | str:
+def _plan(block: BranchedBlock, x: Tensor) -> Plan | str:
     """The block's plan for x, or why it has none."""
     if not _is_ordinary(x):
         return _STRANGE
     if block.collapse == "never":
         return "as set"
-    reason = obstacle(block)
+    reason = unsupported_reason(block)
     if reason is not None:
         return reason
     tensors = parameters(block)
     own, kind = tensors[0].dtype, x.device.type
-    buffers = (b for norm in block._norms() for b in (norm.running_mean, norm.running_var))
+    buffers = (b for norm in block.norms() for b in (norm.running_mean, norm.running_var))
     if not all(map(_is_plain_data, (*tensors, *buffers))):
         return "parameters or buffers that are no plain tensors"
     if any(tensor.device != x.device or tensor.dtype != own for tensor in tensors):
@@ -130,11 +99,11 @@ def _plan(block: MobileOneBlock, x: Tensor) -> Plan | str:
     if path is Path.BRANCHES:
         return "the cheapest"
     # with kernels all of a network collapses, and stays in planes; else its depthwise blocks do not
-    turns_back = setting.channels_last and not setting.kernels
-    return Plan(path, geometry, dtype, tensors, turns_back)
+    to_channels_last = setting.channels_last and not setting.kernels
+    return Plan(path, geometry, dtype, tensors, to_channels_last)
 
 
-def _tell(block: MobileOneBlock, x: Tensor, plan: Plan | str) -> None:
+def _log_path(block: BranchedBlock, x: Tensor, plan: Plan | str) -> None:
     conv = block.conv_kxk[0].conv
     shape = f"{len(block.conv_kxk)} × {type(conv).__name__}({conv.extra_repr()})"
     form = plan.path.value if isinstance(plan, Plan) else f"{Path.BRANCHES.value} ({plan})"
@@ -142,17 +111,17 @@ def _tell(block: MobileOneBlock, x: Tensor, plan: Plan | str) -> None:
         dtype = plan.dtype if isinstance(plan, Plan) else x.dtype
         size = "×".join(map(str, x.shape))
         shape += f" on {size}, {x.device.type}, {str(dtype).removeprefix('torch.')}"
-    _say(block.collapse, shape, form)
+    log_path_once(block.collapse, shape, form)
 
 
 @functools.lru_cache(maxsize=4096)
-def _say(mode: CollapseMode, shape: str, form: str) -> None:
+def log_path_once(mode: CollapseMode, shape: str, form: str) -> None:
     """Log a decision, if it is new."""
     log.info("collapse=%s: %s: %s", mode, shape, form)
 
 
 def run_collapsed(
-    block: MobileOneBlock, plan: Plan, x: Tensor, relu: bool, update_statistics: bool
+    block: BranchedBlock, plan: Plan, x: Tensor, relu: bool, update_statistics: bool
 ) -> Tensor:
     """Train the block on x as planned.
 
@@ -175,7 +144,7 @@ def run_collapsed(
     if update_statistics:
         with torch.no_grad():
             update_running_statistics(block, mean, var, y.numel() // y.shape[1])
-    return y.contiguous(memory_format=torch.channels_last) if plan.turns_back else y
+    return y.contiguous(memory_format=torch.channels_last) if plan.to_channels_last else y
 
 
 def _is_ordinary(x: Tensor) -> bool:

@@ -5,8 +5,7 @@ from mobileone.export.checkpoint import export_checkpoint
 from mobileone.export.formats.table import FORMATS
 from mobileone.export.load import load_runner, load_torchscript_artifact
 from mobileone.export.manifest import Manifest, TrainingState
-from mobileone.export.metadata import Metadata
-from mobileone.export.spec import ExportSpec
+from mobileone.export.spec import ExportSpec, Metadata
 
 __all__ = [
     "FORMATS",

@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from mobileone.export.formats.table import DEFAULT_FORMATS, FORMATS, check_formats
 from mobileone.export.isolation import isolated
 from mobileone.export.manifest import Manifest, TrainingState, describe_format
-from mobileone.export.metadata import Metadata
 from mobileone.export.preprocess import normalise
-from mobileone.export.publish import discard, publish_folder, staging
-from mobileone.export.spec import ExportSpec
+from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Parity, Reference, fixed_images
 from mobileone.export.verify.structure import (
     count_kinds,
@@ -23,6 +21,7 @@ from mobileone.export.verify.structure import (
     structure_problems,
     unfused_layers,
 )
+from mobileone.io.atomic import discard, publish_folder, staging
 from mobileone.reparameterize import reparameterize
 
 __all__ = ["REJECTED", "RejectedError", "export_model"]

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from mobileone.export.artifact import export_model
 from mobileone.export.formats.table import DEFAULT_FORMATS
 from mobileone.export.manifest import Manifest, TrainingState
-from mobileone.export.metadata import Metadata
-from mobileone.export.spec import ExportSpec
+from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.io.safe_pickle import explain_refusal
 
 __all__ = ["IMAGES_KEY", "export_checkpoint", "load_model", "model_weights", "read_checkpoint"]

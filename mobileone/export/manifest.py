@@ -12,8 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mobileone.export.metadata import Metadata
-from mobileone.export.spec import ExportSpec
+from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Parity
 
 __all__ = [

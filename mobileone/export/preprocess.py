@@ -1,11 +1,13 @@
 """Per-channel normalisation of 8-bit images, as a function and as the first layer of a model."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from mobileone.export.spec import ExportSpec
 
-__all__ = ["WithPreprocessing", "denormalise", "normalise"]
+__all__ = ["WithPreprocessing", "denormalise", "normalise", "tensor_interface"]
 
 
 def normalise(images: Tensor, spec: ExportSpec) -> Tensor:
@@ -48,3 +50,22 @@ class WithPreprocessing(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """(N, C, H, W) of 0..255 -> (N, classes) logits."""
         return self.model((x - self.mean) * self.scale)
+
+
+def tensor_interface(spec: ExportSpec) -> dict[str, Any]:
+    """Normalised float images (N, C, H, W) in, logits (N, classes) out; N is free."""
+    return {
+        "input": {
+            "type": "tensor",
+            "dtype": "float32",
+            "shape": ["N", *spec.input_size],
+            "layout": "NCHW",
+            "normalised": True,
+        },
+        "output": {
+            "type": "tensor",
+            "dtype": "float32",
+            "shape": ["N", spec.num_classes],
+            "kind": "logits",
+        },
+    }

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-__all__ = ["ExportSpec"]
+__all__ = ["ExportSpec", "Metadata"]
 
 
 @dataclass(frozen=True)
@@ -128,3 +128,20 @@ def _sequence(name: str, value: Any) -> Sequence[Any]:
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise ValueError(f"`{name}` (={value!r}) must be a list or a tuple")
     return value
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """Free text that travels with an artifact; Core ML shows it in Xcode.
+
+    Attributes:
+        author: who made the model.
+        license: the terms of the weights, for example `MIT`.
+        description: what the model does; None writes one from the model's name and classes.
+        version: version of the model; None writes the training step.
+    """
+
+    author: str = "not stated"
+    license: str = "not stated"
+    description: str | None = None
+    version: str | None = None

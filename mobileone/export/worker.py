@@ -24,10 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from mobileone.export.manifest import TrainingState
-from mobileone.export.metadata import Metadata
-from mobileone.export.publish import clean_stale
-from mobileone.export.spec import ExportSpec
-from mobileone.io.atomic import replace_text
+from mobileone.export.spec import ExportSpec, Metadata
+from mobileone.io.atomic import clean_stale, replace_text
 
 __all__ = ["ExportJob", "Task", "can_travel"]
 

@@ -1,12 +1,28 @@
 """Files that are whole or not there: written beside their place, and renamed when complete."""
 
+import ctypes
 import os
 import secrets
+import shutil
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["flush", "replace_text", "replacing"]
+__all__ = [
+    "clean_stale",
+    "discard",
+    "flush",
+    "point_link",
+    "publish_file",
+    "publish_folder",
+    "replace_text",
+    "replacing",
+    "sole_writer",
+    "staging",
+    "staging_folder",
+]
 
 
 @contextmanager
@@ -46,3 +62,171 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # type: ignore[assignment]
+
+
+_PREFIX = ".tmp-"
+_REPLACED = ".replaced-"
+
+
+@contextmanager
+def staging(parent: Path) -> Iterator[Path]:
+    """A fresh folder in `parent`, removed on exit whatever happens."""
+    folder = staging_folder(parent)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def staging_folder(parent: Path) -> Path:
+    """A fresh folder in `parent` that `clean_stale` removes if nobody else does."""
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = parent / f"{_PREFIX}{secrets.token_hex(6)}"
+    folder.mkdir()
+    return folder
+
+
+@contextmanager
+def sole_writer(folder: Path, patience: float = 0.0) -> Iterator[None]:
+    """Hold `folder` for this process, also against a crash; nothing is written for it.
+
+    Args:
+        folder: made if it is not there.
+        patience: seconds to wait for another process to let go of it.
+
+    Raises:
+        FileExistsError: another process holds it.
+    """
+    if fcntl is None:  # Windows
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        end = time.monotonic() + patience
+        while not _locked(descriptor):
+            if time.monotonic() >= end:
+                raise FileExistsError(
+                    f"another run writes to {folder}: wait for its end, or give this one a folder "
+                    "of its own"
+                )
+            time.sleep(0.2)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    assert fcntl is not None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def publish_file(staged: Path, final: Path) -> None:
+    """Flush `staged` and rename it to `final`, over an older file if there is one."""
+    flush(staged)
+    staged.replace(final)
+    flush(final.parent)
+
+
+def publish_folder(staged: Path, final: Path) -> None:
+    """Flush the folder `staged` and rename it to `final`, in place of an older one if there is."""
+    _level_permissions(staged)
+    for path in [*staged.rglob("*"), staged]:
+        flush(path)
+    if not os.path.lexists(final):
+        staged.rename(final)
+    elif _swap(staged, final):
+        _remove(staged)  # now the older one
+    else:
+        _replace_in_two_steps(staged, final)
+    flush(final.parent)
+
+
+def discard(path: Path) -> None:
+    """Remove a file or folder under another name, so that no half of it is ever seen."""
+    if os.path.lexists(path):
+        hidden = path.with_name(f"{_PREFIX}{secrets.token_hex(6)}")
+        path.rename(hidden)
+        _remove(hidden)
+
+
+def point_link(link: Path, target: Path | None) -> None:
+    """Make `link` a relative symlink to `target`; None removes it.
+
+    Raises:
+        FileExistsError: `link` is a real folder.
+    """
+    if target is None:
+        if link.is_symlink():
+            link.unlink()
+        return
+    if link.is_dir() and not link.is_symlink():
+        raise FileExistsError(f"{link} is a folder and not a link: move it away")
+    relative = os.path.relpath(target, link.parent)
+    if link.is_symlink() and link.readlink() == Path(relative):
+        return
+    fresh = link.with_name(f"{_PREFIX}{secrets.token_hex(6)}")
+    fresh.symlink_to(relative)
+    fresh.replace(link)
+
+
+def clean_stale(parent: Path) -> None:
+    """Remove what a killed process left in `parent`, and restore a folder it was replacing."""
+    for path in sorted(parent.glob(f"{_PREFIX}*")):
+        original = path.name.partition(_REPLACED)[2]
+        if original and not os.path.lexists(parent / original):
+            path.rename(parent / original)
+        else:
+            _remove(path)
+
+
+def _replace_in_two_steps(staged: Path, final: Path) -> None:
+    """For file systems without a swap: a kill between the renames is mended by `clean_stale`."""
+    aside = final.with_name(f"{_PREFIX}{secrets.token_hex(6)}{_REPLACED}{final.name}")
+    final.rename(aside)
+    try:
+        staged.rename(final)
+    except OSError:
+        aside.rename(final)
+        raise
+    _remove(aside)
+
+
+def _swap(first: Path, second: Path) -> bool:
+    """Exchange two names atomically; False where the system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    a, b = os.fsencode(first.absolute()), os.fsencode(second.absolute())
+    try:
+        if sys.platform.startswith("linux"):
+            at_cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+            return bool(libc and libc.renameat2(at_cwd, a, at_cwd, b, exchange) == 0)
+        if sys.platform == "darwin":
+            swap = 2  # RENAME_SWAP
+            return bool(libc and libc.renamex_np(a, b, swap) == 0)
+    except AttributeError:  # a C library without the call
+        return False
+    return False
+
+
+def _level_permissions(folder: Path) -> None:
+    """Give every file the umask's permissions: some writers make theirs private."""
+    mode = folder.stat().st_mode & 0o777
+    for path in folder.rglob("*"):
+        path.chmod(mode if path.is_dir() else mode & 0o666)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from torch import nn
 
 from mobileone.bench.inference import deploy_form as module
 from mobileone.bench.inference.deploy_form import deploy_form, settle_norms
-from mobileone.bench.models import build_model, check_models, input_size_of
+from mobileone.bench.suites import build_model, check_models, input_size_of
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 PLAIN = [

@@ -195,8 +195,8 @@ def test_peak_memory_grows_with_the_batch():
 def test_core_ml_files_have_the_names_that_the_runner_uses(tmp_path):
     import coremltools
 
-    from mobileone.bench.models import build_model
     from mobileone.bench.runtimes import coreml
+    from mobileone.bench.suites import build_model
 
     model = build_model("mobileone_mu0")
     form = contenders.deploy_form(model, torch.randn(1, 3, 32, 32))

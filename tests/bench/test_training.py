@@ -10,7 +10,6 @@ from torch import nn
 
 from mobileone import MobileOneBlock
 from mobileone.bench.results import Result
-from mobileone.bench.training_report import training_figure, training_table
 from mobileone.bench.training_step import worker as trainee_module
 from mobileone.bench.training_step.images import sample_images
 from mobileone.bench.training_step.implementations import (
@@ -19,7 +18,7 @@ from mobileone.bench.training_step.implementations import (
     change_of,
     plain_network,
 )
-from mobileone.bench.training_step.measure import measure_training
+from mobileone.bench.training_step.measure import measure_training, training_figure, training_table
 from mobileone.bench.training_step.memory import kept_bytes, peak_bytes
 from mobileone.bench.training_step.worker import (
     Trainee,
@@ -27,7 +26,7 @@ from mobileone.bench.training_step.worker import (
     TrainingSetting,
     training_step,
 )
-from mobileone.strided import StridedPointwise
+from mobileone.folding import StridedPointwise
 
 EAGER = ["timm", "ours", "ours always", "plain"]
 

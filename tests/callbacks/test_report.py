@@ -14,11 +14,10 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from callbacks.artifacts.callback import ReparameterizeOnSave
-from callbacks.metrics_files import read_curves
 from callbacks.report.callback import Report
-from callbacks.report.figures import confusion_figure, curves_figure, samples_figure
+from callbacks.report.figures import confusion_figure, curves_figure, read_curves, samples_figure
 from lightning_modules.run.folder import RunFolder
-from lightning_modules.tracking import WandbOptions, make_loggers
+from lightning_modules.run.wandb_logger import WandbOptions, make_loggers
 from mobileone.export.manifest import Manifest
 from mobileone.export.spec import ExportSpec
 

@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from lightning_modules.cli.main import main
 from lightning_modules.dense import saving
 from lightning_modules.dense.models import Detector, Segmenter
-from mobileone.export.publish import sole_writer
+from mobileone.io.atomic import sole_writer
 from tests.bitwise import differing
 
 pytest.importorskip("segmentation_models_pytorch", reason="needs the extra `dense`")

@@ -7,7 +7,7 @@ import torch
 
 from mobileone import reparameterize
 from mobileone.export.formats import coreml
-from mobileone.export.metadata import Metadata
+from mobileone.export.spec import Metadata
 from mobileone.export.verify.parity import NotVerifiedError, fixed_images
 
 ct = pytest.importorskip("coremltools")

@@ -3,7 +3,7 @@ import stat
 
 import pytest
 
-from mobileone.export import publish
+from mobileone.io import atomic as publish
 
 
 def folder_with(path, text):

@@ -6,7 +6,7 @@ import mobileone
 from mobileone.export import load_torchscript_artifact
 from mobileone.export.formats.table import check_formats
 from mobileone.export.formats.torchscript import load, write
-from mobileone.export.metadata import Metadata
+from mobileone.export.spec import Metadata
 
 
 @pytest.mark.parametrize("name", ["mobileone_s0", "repvgg_a0"])

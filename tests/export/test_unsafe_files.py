@@ -12,7 +12,7 @@ from torch import nn
 from mobileone.export import load_runner
 from mobileone.export.checkpoint import read_checkpoint
 from mobileone.export.formats import torch_export, torchscript
-from mobileone.export.metadata import Metadata
+from mobileone.export.spec import Metadata
 from mobileone.io.safe_pickle import UnsafeFileError
 
 PROGRAM = "models/model.json"

@@ -5,9 +5,13 @@ import json
 import pytest
 from rich.console import Console
 
-from lightning_modules.ablation_report import ablation_table
 from lightning_modules.studies import ablation
-from lightning_modules.studies.ablation import PARTS, ablation_settings, study_ablation
+from lightning_modules.studies.ablation import (
+    PARTS,
+    ablation_settings,
+    ablation_table,
+    study_ablation,
+)
 from mobileone.bench.results import Result
 
 TINY = [

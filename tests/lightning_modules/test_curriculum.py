@@ -9,8 +9,8 @@ from timm.data import create_transform
 from timm.data.auto_augment import LEVEL_TO_ARG, AugmentOp, RandAugment
 
 from callbacks.curriculum import Curriculum
-from lightning_modules.curriculum import PhasedTransform, scale_strength
 from lightning_modules.data.datamodule import ImageDataModule
+from lightning_modules.data.transforms import PhasedTransform, scale_strength
 
 PAPER = [(0, 160, 0.3), (39, 192, 0.7), (114, 224, 1.0)]
 

@@ -15,8 +15,9 @@ from timm.data.readers.reader import Reader
 
 from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.data.datamodule import splits as catalogue_module
-from lightning_modules.data.image_io import UnreadableImageError, read_image
+from lightning_modules.data.image_io import read_image
 from lightning_modules.data.samplers import SampleKey
+from lightning_modules.errors import UnreadableImageError
 
 
 def module(root, **options):
@@ -245,7 +246,7 @@ def test_package_of_the_reader_is_missing(monkeypatch):
     def unavailable(*args, **kwargs):
         raise ImportError("No module named 'datasets'")
 
-    monkeypatch.setattr("lightning_modules.splits.create_dataset", unavailable)
+    monkeypatch.setattr("lightning_modules.data.splits.create_dataset", unavailable)
     with pytest.raises(ImportError, match=r"dataset='hfds/mnist' needs a package.*`datasets`"):
         ImageDataModule(dataset="hfds/mnist").setup("fit")
 

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 
-from lightning_modules.sync_norm import TimmSyncBatchNorm
+from lightning_modules.run.trainer import TimmSyncBatchNorm
 
 SCRIPT = """
 import sys, torch
@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, Trainer
 from callbacks.ema import EMA
 from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.data.datamodule import ImageDataModule
-from lightning_modules.sync_norm import TimmSyncBatchNorm
+from lightning_modules.run.trainer import TimmSyncBatchNorm
 
 
 def synchronised(self, x):

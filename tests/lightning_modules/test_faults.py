@@ -9,7 +9,8 @@ from PIL import Image
 
 from lightning_modules.data.dataloader import DataWorkerError
 from lightning_modules.data.datamodule import ImageDataModule
-from lightning_modules.data.image_io import UnreadableImageError, read_image
+from lightning_modules.data.image_io import read_image
+from lightning_modules.errors import UnreadableImageError
 from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.recipe.nan_guard import LossGuard, _finite
 

@@ -13,9 +13,9 @@ from PIL import Image
 
 from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.data.dataset import Sample
-from lightning_modules.data.image_io import why_unreadable
+from lightning_modules.data.image_io import find_images, why_unreadable
 from lightning_modules.inference import predict
-from lightning_modules.inference.predict import find_images, load_classifier, predict_folder
+from lightning_modules.inference.predict import load_classifier, predict_folder
 from mobileone.export import ExportSpec, export_model
 
 NAMES = ('cat, "big"', "chien é")

@@ -19,8 +19,7 @@ from lightning_modules.cli.main import main
 from lightning_modules.report.page import write_report
 from mobileone.bench.results import Result
 from mobileone.export.manifest import Manifest, TrainingState
-from mobileone.export.metadata import Metadata
-from mobileone.export.spec import ExportSpec
+from mobileone.export.spec import ExportSpec, Metadata
 
 EVIL = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
 NAMES = ("cat", "dog & $5", EVIL)

@@ -5,7 +5,7 @@ import torch
 import yaml
 
 from lightning_modules.cli.main import main
-from lightning_modules.run_config import check_run_config
+from lightning_modules.run.checkpoint_args import check_run_config
 
 EVIL = {"class_path": "evil.Callback"}
 LAMBDA = {

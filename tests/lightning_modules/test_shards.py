@@ -24,7 +24,7 @@ from lightning_modules.data.samplers import SampleKey, ShardSampler
 from lightning_modules.data.shards.format import verify_shards
 from lightning_modules.data.shards.reader import open_shards
 from lightning_modules.data.shards.writer import make_shards
-from lightning_modules.splits import open_split
+from lightning_modules.data.splits import open_split
 
 webdataset = pytest.importorskip("webdataset", reason="needs the extra `shards`")
 

@@ -94,7 +94,7 @@ def test_evaluation_is_differentiable(randomise):
 
 def test_frozen_batch_norm_in_training_uses_the_one_convolution(randomise):
     block = randomise(MobileOneBlock(4, 4, groups=4, dtype=torch.float64)).train()
-    for bn in block._norms():
+    for bn in block.norms():
         bn.eval()
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
     buffers = [b.clone() for b in block.buffers()]
@@ -182,7 +182,7 @@ def test_blocks_with_synchronised_or_frozen_norms_are_built(convert):
     block = MobileOneBlock(
         8, 8, layers=LayerFn(partial(ConvNormAct, norm_layer=norm), norm_act=norm)
     )
-    assert not any(type(bn) is BatchNormAct2d for bn in block._norms())
+    assert not any(type(bn) is BatchNormAct2d for bn in block.norms())
     block.eval().fuse()
 
 

@@ -5,8 +5,8 @@ import timm
 import torch
 
 import mobileone
+from mobileone import set_collapse
 from mobileone.block import MobileOneBlock
-from mobileone.collapsed import set_collapse
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mobileone import MobileOneBlock
-from mobileone.collapsed import Path, path_of, set_collapse
-from mobileone.strided import StridedPointwise
+from mobileone import MobileOneBlock, set_collapse
+from mobileone.collapsed import Path, path_of
+from mobileone.folding import StridedPointwise
 
 # oneDNN's fault in strided 1×1 convolutions of few channels ends the process or hangs it, hence a
 # process of its own; at 16 images of 224 px it never went unnoticed
 _PROGRAM = """
 import torch
 from mobileone import MobileOneBlock
-from mobileone.collapsed import set_collapse
+from mobileone import set_collapse
 
 block = MobileOneBlock(3, 48, stride=2, num_conv_branches=1)
 set_collapse(block, "never")

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mobileone import MobileOneBlock
-from mobileone.collapsed import Path, path_of, set_collapse
+from mobileone import MobileOneBlock, set_collapse
+from mobileone.collapsed import Path, path_of
 from mobileone.collapsed import cost_model as policy
 from mobileone.collapsed import cpu_kernels as native
 from mobileone.collapsed.affine import _in_rows

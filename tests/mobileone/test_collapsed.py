@@ -6,8 +6,8 @@ import torch
 from timm.models import byobnet
 from torch import nn
 
-from mobileone import MobileOneBlock
-from mobileone.collapsed import Path, path_of, set_collapse
+from mobileone import MobileOneBlock, set_collapse
+from mobileone.collapsed import Path, path_of
 from mobileone.collapsed.affine import AffineConvolution
 from mobileone.collapsed.branches import describe, parameters
 from mobileone.collapsed.gram import GramConvolution

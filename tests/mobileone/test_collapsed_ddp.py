@@ -6,8 +6,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mobileone import MobileOneBlock
-from mobileone.collapsed import Path, path_of, set_collapse
+from mobileone import MobileOneBlock, set_collapse
+from mobileone.collapsed import Path, path_of
 
 
 def network():

@@ -12,9 +12,9 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
-from mobileone import MobileOneBlock
+from mobileone import MobileOneBlock, set_collapse
 from mobileone.bench.training_step.memory import kept_bytes
-from mobileone.collapsed import Path, path_of, set_collapse
+from mobileone.collapsed import Path, path_of
 
 BLOCKS = [
     {"in_chs": 6, "out_chs": 6, "groups": 6, "num_conv_branches": 2},

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from timm.models import byobnet
 
-from mobileone import MobileOneBlock
-from mobileone.collapsed import Path, gram, path_of, set_collapse
+from mobileone import MobileOneBlock, set_collapse
+from mobileone.collapsed import Path, gram, path_of
 from mobileone.collapsed import cpu_kernels as native
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="no compiler for the kernels")

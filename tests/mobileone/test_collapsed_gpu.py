@@ -20,7 +20,8 @@ needs_triton = pytest.mark.skipif(
 INTERPRETED = """
 import copy, torch
 from mobileone import MobileOneBlock
-from mobileone.collapsed import Path, depthwise, gpu, set_collapse, training
+from mobileone.collapsed import Path, depthwise, gpu, training
+from mobileone import set_collapse
 
 depthwise.kernels_for = lambda x: gpu
 training.choose = lambda *_: Path.DEPTHWISE

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
-from mobileone.collapsed import set_collapse
+from mobileone import set_collapse
 
 BATCH = 32
 

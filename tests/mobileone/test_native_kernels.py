@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mobileone import MobileOneBlock
+from mobileone import MobileOneBlock, set_collapse
 from mobileone.collapsed import cpu_build as build
 from mobileone.collapsed import cpu_kernels as native
-from mobileone.collapsed import path_of, set_collapse
+from mobileone.collapsed import path_of
 from mobileone.collapsed.cost_model import Path as Form
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="no compiler for the kernels")

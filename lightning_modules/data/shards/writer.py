@@ -27,8 +27,7 @@ from lightning_modules.data.shards.format import (
     scan_shard,
     write_beside,
 )
-from lightning_modules.data.splits import Catalogue
-from lightning_modules.splits import find_split
+from lightning_modules.data.splits import Catalogue, find_split
 from mobileone.io.atomic import flush
 
 __all__ = ["make_shards"]

@@ -16,9 +16,9 @@ from mobileone.bench.inference.deploy_form import (
     settle_norms,
 )
 from mobileone.bench.inference.timing import Run
-from mobileone.bench.models import input_size_of
 from mobileone.bench.results import Row
 from mobileone.bench.runtimes import RUNTIMES
+from mobileone.bench.suites import input_size_of
 
 __all__ = ["Contender", "Setting", "prepare"]
 

@@ -10,9 +10,9 @@ from torch import nn
 
 from mobileone.bench.inference.case import Setting, prepare
 from mobileone.bench.inference.timing import get_protocol, summarise, time_in_turn
-from mobileone.bench.models import build_model, check_models
 from mobileone.bench.results import Result
 from mobileone.bench.runtimes import check_runtimes, missing_runtimes
+from mobileone.bench.suites import build_model, check_models
 from mobileone.bench.threads import check_threads, pinned, torch_threads
 
 __all__ = ["check_device", "measure_latency", "measure_modules"]

@@ -13,9 +13,9 @@ import torch
 
 from mobileone.bench.inference.case import Contender, Setting, prepare
 from mobileone.bench.inference.latency import check_device
-from mobileone.bench.models import build_model, check_models
 from mobileone.bench.results import Result, Row
 from mobileone.bench.runtimes import RUNTIMES, check_runtimes, runtimes_for
+from mobileone.bench.suites import build_model, check_models
 from mobileone.bench.threads import check_threads, torch_threads
 from mobileone.bench.training_step.memory import peak_bytes
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from mobileone.bench.inference.deploy_form import deploy_form, settle_norms
 from mobileone.bench.inference.memory_traffic import memory_traffic
-from mobileone.bench.models import build_model, check_models, input_size_of
 from mobileone.bench.paper import paper_row
 from mobileone.bench.results import Result, Row
+from mobileone.bench.suites import build_model, check_models, input_size_of
 
 __all__ = ["profile_models", "profile_module"]
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from mobileone.bench.inference.latency import check_device, measure_latency
-from mobileone.bench.models import check_models
 from mobileone.bench.results import Result, Row
 from mobileone.bench.runtimes import check_runtimes
+from mobileone.bench.suites import check_models
 
 __all__ = ["measure_throughput"]
 

@@ -13,8 +13,9 @@ from timm.models import byobnet
 from torch import nn
 
 from mobileone.block import MobileOneBlock
-from mobileone.collapsed import CollapseMode, set_collapse
-from mobileone.strided import read_needed_pixels
+from mobileone.collapsed import CollapseMode
+from mobileone.folding import read_needed_pixels
+from mobileone.reparameterize import set_collapse
 
 __all__ = ["CONTENDERS", "build_contender", "change_of", "check_contender", "plain_network"]
 

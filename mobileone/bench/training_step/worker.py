@@ -86,7 +86,7 @@ class Trainee:
 
     Args:
         model: timm's name of the model.
-        contender: Which implementation, a name in `mobileone.bench.training_step.implementations.CONTENDERS`.
+        contender: Which implementation, a name in `CONTENDERS` of `implementations.py`.
         setting: How it is trained.
     """
 

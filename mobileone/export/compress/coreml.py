@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from mobileone.export.compress.bias_correction import correct_biases
 from mobileone.export.formats import coreml
-from mobileone.export.metadata import Metadata
-from mobileone.export.spec import ExportSpec
+from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.mlprogram import MLProgram
 from mobileone.io.coremltools_noise import quiet
 from mobileone.io.optional_import import need

@@ -22,11 +22,10 @@ from mobileone.export.compress.equalise import equalise
 from mobileone.export.formats import coreml, onnx
 from mobileone.export.isolation import isolated
 from mobileone.export.manifest import describe_files
-from mobileone.export.metadata import Metadata
 from mobileone.export.preprocess import normalise
-from mobileone.export.publish import publish_folder, staging
-from mobileone.export.spec import ExportSpec
+from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Runner
+from mobileone.io.atomic import publish_folder, staging
 from mobileone.reparameterize import reparameterize
 
 __all__ = ["DEFAULT_METHODS", "METHODS", "Method", "Row", "compress_model"]

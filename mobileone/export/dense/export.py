@@ -16,10 +16,8 @@ from mobileone.export.formats.pt2_reader import load_program
 from mobileone.export.formats.table import FLOAT16_TOLERANCE, FLOAT32_TOLERANCE, FORMATS
 from mobileone.export.isolation import isolated
 from mobileone.export.manifest import Manifest, TrainingState, describe_format
-from mobileone.export.metadata import Metadata
 from mobileone.export.preprocess import normalise
-from mobileone.export.publish import publish_folder, staging
-from mobileone.export.spec import ExportSpec
+from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Parity, fixed_images
 from mobileone.export.verify.structure import (
     count_kinds,
@@ -27,6 +25,7 @@ from mobileone.export.verify.structure import (
     structure_problems,
     unfused_layers,
 )
+from mobileone.io.atomic import publish_folder, staging
 
 __all__ = ["BOXES", "DENSE_FORMATS", "MAPS", "DenseKind", "export_dense"]
 

@@ -13,9 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mobileone.export.metadata import Metadata
 from mobileone.export.preprocess import WithPreprocessing
-from mobileone.export.spec import ExportSpec
+from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.mlprogram import MLProgram, Prediction
 from mobileone.export.verify.parity import NotVerifiedError, Runner
 from mobileone.io.coremltools_noise import quiet

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mobileone.export.formats.torch_export import program_of
-from mobileone.export.interface import tensor_interface
-from mobileone.export.metadata import Metadata
-from mobileone.export.preprocess import normalise
-from mobileone.export.spec import ExportSpec
+from mobileone.export.preprocess import normalise, tensor_interface
+from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Runner
 from mobileone.io.optional_import import need
 

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from mobileone.export.formats import coreml, onnx, torch_export, torchscript
-from mobileone.export.metadata import Metadata
-from mobileone.export.spec import ExportSpec
+from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify import coreml as coreml_checks
 from mobileone.export.verify.parity import Parity, Reference, Runner, check_logits
 

@@ -10,10 +10,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from mobileone.export.formats.pt2_reader import load_program
-from mobileone.export.interface import tensor_interface
-from mobileone.export.metadata import Metadata
-from mobileone.export.preprocess import normalise
-from mobileone.export.spec import ExportSpec
+from mobileone.export.preprocess import normalise, tensor_interface
+from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Runner
 
 __all__ = ["operations", "program_of", "runner", "spec", "write"]

@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mobileone.export.interface import tensor_interface
-from mobileone.export.metadata import Metadata
-from mobileone.export.preprocess import normalise
-from mobileone.export.spec import ExportSpec
+from mobileone.export.preprocess import normalise, tensor_interface
+from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Runner
 from mobileone.io.safe_pickle import UnsafeFileError
 
