@@ -170,9 +170,7 @@ class MobileOneBlock(nn.Module):
                 return self.act(self.attn(self._sum_branches(x)))
         relu = type(self.attn) is nn.Identity and type(self.act) is nn.ReLU
         relu = relu and not is_hooked(self.attn) and not is_hooked(self.act)
-        relu = (
-            relu and not plan.to_channels_last
-        )  # keep what the next block keeps: the output after the layout change
+        relu = relu and not plan.to_channels_last
         y = run_collapsed(self, plan, x, relu=relu, update_statistics=not recomputing)
         return y if relu else self.act(self.attn(y))
 

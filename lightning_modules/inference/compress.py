@@ -31,7 +31,7 @@ def compress_checkpoint(
         data: folder with ``train/<class>/*`` (for calibration) and ``val/<class>/*`` (for
             accuracy).
         directory: the folder to create.
-        methods: names from `METHODS` of `mobileone.export.compress`; null for those that may be of use.
+        methods: names from `METHODS` of `mobileone.export.compress`; null for all.
         calibration: how many training images the ranges of activations are taken from.
         limit: at most so many validation images; null for all.
 

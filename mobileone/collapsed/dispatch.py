@@ -47,7 +47,7 @@ class Plan(NamedTuple):
         geometry: The block's shape.
         dtype: Of the convolution.
         tensors: Its `parameters`.
-        to_channels_last: Whether the output, which the forms make in planes, goes back to channels-last.
+        to_channels_last: Whether the output goes back to channels-last.
     """
 
     path: Path

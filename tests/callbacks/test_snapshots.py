@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks.ema import EMA
 from callbacks.snapshots import Snapshots
+from tests.helpers.paths import REPOSITORY
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:You're resuming from a checkpoint that ended before the epoch ended",
@@ -309,7 +310,7 @@ if __name__ == "__main__":
 def test_a_full_disk_on_one_rank_leaves_the_others_in_step(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO)
-    path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+    path = os.pathsep.join([str(REPOSITORY), *sys.path])
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path)],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},

@@ -12,6 +12,7 @@ from PIL import Image
 
 from callbacks.ema import EMA
 from lightning_modules.data.datamodule import ImageDataModule
+from tests.helpers.paths import REPOSITORY
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def two_processes():
         script.write_text(traced + source)
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command = [*torchrun, "--nproc-per-node", "2", str(script), *map(str, arguments)]
-        path = {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+        path = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
         for attempt in (1, 2):
             try:
                 done = subprocess.run(

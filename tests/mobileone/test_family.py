@@ -9,7 +9,7 @@ import torch
 from timm.models import byobnet
 
 import mobileone
-from tests.variants import middle_is_slow
+from tests.helpers.variants import middle_is_slow
 
 # deploy parameters and fvcore's multiply-adds (M) of the fused model at 224 px
 PUBLISHED = {

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import mobileone
 from mobileone import FusedMobileOneBlock, MobileOneBlock
-from tests.variants import middle_is_slow
+from tests.helpers.variants import middle_is_slow
 
 FAMILY = sorted(timm.list_models("mobileone_*"))
 FOLDERS = {"ours": mobileone.reparameterize, "timm": reparameterize_model}

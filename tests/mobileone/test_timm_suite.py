@@ -4,12 +4,13 @@ import os
 import subprocess
 import sys
 import tarfile
-from pathlib import Path
 
 import pytest
 import timm
 
-HERE = Path(__file__).parent
+from tests.helpers.paths import REPOSITORY
+
+HERE = REPOSITORY / "tests" / "helpers"
 
 
 @pytest.fixture(scope="module")

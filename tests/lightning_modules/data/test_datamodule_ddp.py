@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +14,7 @@ from torch.utils.data import SequentialSampler
 from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.data.samplers import EvaluationSampler
 from lightning_modules.recipe.classifier import ImageClassifier
+from tests.helpers.paths import REPOSITORY
 
 
 def on(data, processes, rank=0):
@@ -120,7 +120,7 @@ def test_metrics_of_two_processes_are_those_of_one(make_folder, tmp_path):
     root = make_folder({"train": {"a": 10, "b": 10}, "val": {"a": 20, "b": 13}})
     (tmp_path / "ddp.py").write_text(SCRIPT)
     command = [sys.executable, tmp_path / "ddp.py", root, tmp_path]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     subprocess.run(command, check=True, timeout=300, env=environment)
     found = json.loads((tmp_path / "result.json").read_text())
 

@@ -21,7 +21,7 @@ from callbacks.signals import Interrupted, StopAtOnce
 from mobileone.export import Manifest, load_torchscript_artifact, worker
 
 _SPEC = importlib.util.spec_from_file_location(
-    "reparameterize_tests", Path(__file__).with_name("test_reparameterize.py")
+    "reparameterize_tests", Path(__file__).with_name("test_callback.py")
 )
 tests = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(tests)

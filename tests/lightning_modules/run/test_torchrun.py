@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.paths import PROGRAMS, REPOSITORY
+
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 def test_kills_leave_no_trace_and_one_rank_does_not_outlive_the_other():
-    """All processes at once, then rank 0 alone; `python tests/soak_torchrun.py` makes more."""
-    script = Path(__file__).parents[1] / "soak_torchrun.py"
+    """All processes at once, then rank 0 alone; the program makes more."""
+    script = PROGRAMS / "soak_torchrun.py"
     done = subprocess.run(
         [sys.executable, str(script), "--kills", "2", "--seed", "1"],
-        env={**os.environ, "PYTHONPATH": str(script.parents[1])},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
         timeout=580,

@@ -13,8 +13,8 @@ from docstring_parser import parse
 from PIL import Image
 from timm.data.readers.reader import Reader
 
+from lightning_modules.data import splits as catalogue_module
 from lightning_modules.data.datamodule import ImageDataModule
-from lightning_modules.data.datamodule import splits as catalogue_module
 from lightning_modules.data.image_io import read_image
 from lightning_modules.data.samplers import SampleKey
 from lightning_modules.errors import UnreadableImageError

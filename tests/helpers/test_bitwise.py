@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from tests.bitwise import differing
+from tests.helpers.bitwise import differing
 
 
 def checkpoint():

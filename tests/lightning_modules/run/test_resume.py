@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from lightning_modules.errors import UsageError
 from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.run.folder import RunFolder
 from lightning_modules.run.resume import find_continuation, newest_usable, why_unusable
+from tests.helpers.paths import PROGRAMS, REPOSITORY
 
 CONFIG = {"model": {"lr": 0.1, "model": "x"}, "trainer": {"max_epochs": 3}, "ckpt_path": None}
 FIT = (
@@ -392,9 +392,9 @@ def test_sigterm_exits_with_143_and_the_same_command_goes_on(tmp_path, cache):
 
 @pytest.mark.slow
 def test_kills_leave_no_trace(tmp_path):
-    """Five; `python tests/soak_resume.py` makes fifty. In a process that forks, without threads."""
-    script = Path(__file__).parents[1] / "soak_resume.py"
-    path = {"PYTHONPATH": str(script.parents[1]), "OMP_NUM_THREADS": "1"}
+    """Five kills, in a process that forks, without threads; the program makes more."""
+    script = PROGRAMS / "soak_resume.py"
+    path = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(script), "--kills", "5", "--seed", "5"],
         env={**os.environ, **path},

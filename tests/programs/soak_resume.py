@@ -1,6 +1,6 @@
 """Kill a training at random moments and restart it with the same command, until it is done.
 
-    python tests/soak_resume.py --kills 50
+    python tests/programs/soak_resume.py --kills 50
 
 Each finished training must have the weights, raw and averaged, the momenta and the schedules of one
 that was never killed, bit for bit, and whole artifacts. Prints where each kill fell.

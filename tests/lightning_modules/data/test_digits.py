@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from lightning_modules.data.datamodule import ImageDataModule, digits
+from lightning_modules.data import digits
+from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.data.digits import cache_root, digits_root, write_digits
 
 

@@ -16,6 +16,7 @@ from wandb.errors import CommError
 
 from lightning_modules.cli.main import main
 from lightning_modules.run.wandb_logger import SteadyWandbLogger
+from tests.helpers.paths import REPOSITORY
 
 FIT = (
     "fit --run.name w --model.model test_byobnet --data.dataset digits --data.batch_size 8 "
@@ -99,7 +100,7 @@ def start(url, epochs, *more):
         "WANDB_INIT_TIMEOUT": "3",
         "WANDB_FINISH_TIMEOUT": "3",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PYTHONPATH": str(REPOSITORY),
     }
     command = [sys.executable, "-m", "mobileone", *FIT, "--trainer.max_epochs", str(epochs), *more]
     return subprocess.Popen(

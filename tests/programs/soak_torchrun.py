@@ -1,6 +1,6 @@
 """Kill a training of two processes under torchrun at random moments, and start it again.
 
-    python tests/soak_torchrun.py --kills 6
+    python tests/programs/soak_torchrun.py --kills 6
 
 A kill takes all processes at once, as a machine that fails, or one rank alone: then torchrun must
 end the other by itself. The last training must have the weights, raw and averaged, the momenta and
@@ -47,7 +47,7 @@ class Attempt:
         self.mark = f"SOAK={secrets.token_hex(8)}"
         self.log = root / f"{name}.log"
         self._before = self.log.stat().st_size if self.log.exists() else 0
-        repository = str(Path(__file__).parents[1])
+        repository = str(Path(__file__).parents[2])
         key, value = self.mark.split("=")
         path = {"PYTHONPATH": repository, "OMP_NUM_THREADS": "1", key: value}
         with self.log.open("ab") as file:

@@ -15,12 +15,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lightning_modules.data.datamodule.shards import writer as shards_module
 from PIL import Image
 
 from lightning_modules.cli.main import main
 from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.data.samplers import SampleKey, ShardSampler
+from lightning_modules.data.shards import writer as shards_module
 from lightning_modules.data.shards.format import verify_shards
 from lightning_modules.data.shards.reader import open_shards
 from lightning_modules.data.shards.writer import make_shards

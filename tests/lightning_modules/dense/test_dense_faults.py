@@ -14,7 +14,7 @@ from lightning_modules.cli.main import main
 from lightning_modules.dense import saving
 from lightning_modules.dense.models import Detector, Segmenter
 from mobileone.io.atomic import sole_writer
-from tests.bitwise import differing
+from tests.helpers.bitwise import differing
 
 pytest.importorskip("segmentation_models_pytorch", reason="needs the extra `dense`")
 pytest.importorskip("pycocotools", reason="needs the extra `dense`")

@@ -3,13 +3,13 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 
 from lightning_modules.run.trainer import TimmSyncBatchNorm
+from tests.helpers.paths import REPOSITORY
 
 SCRIPT = """
 import sys, torch
@@ -78,7 +78,7 @@ def test_gradients_and_averages_are_those_of_the_joint_batch(name, make_folder, 
     (tmp_path / "train.py").write_text(SCRIPT)
     environment = {
         **os.environ,
-        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PYTHONPATH": str(REPOSITORY),
         "OMP_NUM_THREADS": "1",
     }
     for devices in ("1", "2"):

@@ -11,7 +11,7 @@ from mobileone.collapsed import Path, path_of
 from mobileone.collapsed.affine import AffineConvolution
 from mobileone.collapsed.branches import describe, parameters
 from mobileone.collapsed.gram import GramConvolution
-from tests.variants import middle_is_slow
+from tests.helpers.variants import middle_is_slow
 
 SHAPES = [
     {"in_chs": 3, "out_chs": 8, "stride": 2},  # stem
