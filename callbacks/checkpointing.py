@@ -13,8 +13,8 @@ from torch import Tensor
 from mobileone.io.atomic import publish_file, staging
 
 __all__ = [
-    "not_finite_in",
-    "not_finite_in_file",
+    "find_nonfinite",
+    "find_nonfinite_in_file",
     "on_rank_zero",
     "save_complete",
     "without_raising",
@@ -45,7 +45,7 @@ def save_complete(trainer: Trainer, final: Path, weights_only: bool = False) -> 
         failure = trainer.strategy.broadcast(_write(trainer, staged, final, weights_only))
         if failure:
             raise OSError(failure)
-        wrong = on_rank_zero(trainer, lambda: not_finite_in_file(staged))
+        wrong = on_rank_zero(trainer, lambda: find_nonfinite_in_file(staged))
         if wrong:
             raise FloatingPointError(
                 f"{final} is not written, for {wrong} is not finite after step "
@@ -89,7 +89,7 @@ def on_rank_zero(trainer: Trainer, work: Callable[[], str | None]) -> str | None
 _PARTS = ("state_dict", "current_model_state", "optimizer_states")
 
 
-def not_finite_in(checkpoint: Mapping[str, Any]) -> str | None:
+def find_nonfinite(checkpoint: Mapping[str, Any]) -> str | None:
     """The name of the first weight, statistic or momentum that is NaN or infinite, or None."""
     for part in _PARTS:
         for name, tensor in _tensors(checkpoint.get(part), part):
@@ -98,7 +98,7 @@ def not_finite_in(checkpoint: Mapping[str, Any]) -> str | None:
     return None
 
 
-def not_finite_in_file(path: Path) -> str | None:
+def find_nonfinite_in_file(path: Path) -> str | None:
     """The same of a file that this process has just written; None if Lightning's way is not its."""
     if not path.is_file():
         return None
@@ -106,7 +106,7 @@ def not_finite_in_file(path: Path) -> str | None:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # a plugin may write what it likes
         return None
-    return not_finite_in(checkpoint) if isinstance(checkpoint, Mapping) else None
+    return find_nonfinite(checkpoint) if isinstance(checkpoint, Mapping) else None
 
 
 def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:

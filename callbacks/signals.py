@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-__all__ = ["Interrupted", "StopAtOnce", "StopRequest", "interruptible"]
+__all__ = ["ForceQuit", "Interrupted", "ShutdownSignal", "interruptible"]
 
 
 class Interrupted(SIGTERMException):
@@ -28,11 +28,11 @@ class Interrupted(SIGTERMException):
         super().__init__(128 + signal.SIGINT)
 
 
-class StopAtOnce(KeyboardInterrupt):
+class ForceQuit(KeyboardInterrupt):
     """A second Ctrl-C: nothing is waited for."""
 
 
-class StopRequest:
+class ShutdownSignal:
     """Listens for SIGINT, SIGTERM and, in a SLURM job, for the signal before preemption.
 
     Lightning's own handlers would save in the middle of a step (SLURM), or break one off (SIGINT).
@@ -74,7 +74,7 @@ class StopRequest:
             signal.signal(number, handler)
         self._before = {}
 
-    def obey(self, trainer: Trainer) -> NoReturn:
+    def raise_if_set(self, trainer: Trainer) -> NoReturn:
         """End the fit. A preempted SLURM job is queued again first.
 
         Raises:
@@ -95,7 +95,7 @@ class StopRequest:
         if os.getpid() != self._listener:  # the terminal tells a loader's workers too
             return
         if self.received is not None:
-            raise StopAtOnce
+            raise ForceQuit
         self.received = signal.SIGINT
         if self._speaks:  # print() may be what was interrupted
             os.write(

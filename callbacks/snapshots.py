@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 from callbacks.checkpointing import on_rank_zero, save_complete
-from callbacks.signals import StopRequest
+from callbacks.signals import ShutdownSignal
 from mobileone.io.atomic import clean_stale, discard
 
 __all__ = ["Snapshots"]
@@ -62,7 +62,7 @@ class Snapshots(Checkpoint):
         self.keep = keep
         self.dirpath = dirpath
         self._folder: Path | None = None  # while there is something to save
-        self._stop = StopRequest()
+        self._stop = ShutdownSignal()
         self._saved_at = (0, 0.0)  # step, clock
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -91,7 +91,7 @@ class Snapshots(Checkpoint):
         whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if _validation_follows(trainer, batch_idx) or not whole:
             if stop and whole:
-                self._stop.obey(trainer)
+                self._stop.raise_if_set(trainer)
             return
         ahead = range(batch_idx + 1, batch_idx + 1 + trainer.accumulate_grad_batches)
         steps = trainer.global_step - self._saved_at[0]
@@ -99,7 +99,7 @@ class Snapshots(Checkpoint):
         if wanted or due or any(_validation_follows(trainer, index) for index in ahead):
             self._save(trainer, self._folder)
         if stop:
-            self._stop.obey(trainer)
+            self._stop.raise_if_set(trainer)
 
     def on_validation_batch_end(
         self,
@@ -112,7 +112,7 @@ class Snapshots(Checkpoint):
     ) -> None:
         """Stop if a signal has come; several processes cannot, for they differ in batches."""
         if self._stop.received is not None and trainer.world_size == 1:
-            self._stop.obey(trainer)
+            self._stop.raise_if_set(trainer)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

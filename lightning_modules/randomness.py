@@ -9,16 +9,16 @@ from hashlib import blake2b
 import numpy as np
 import torch
 
-__all__ = ["derive_seed", "isolated_rng", "seed_in_force"]
+__all__ = ["derive_seed", "isolated_rng", "resolve_seed"]
 
 
 def derive_seed(*parts: int) -> int:
-    """A 63-bit seed, a hash of ``parts``: neighbours such as (0, 1) and (1, 0) are unrelated."""
+    """A 63-bit seed, a hash of ``parts``: neighbors such as (0, 1) and (1, 0) are unrelated."""
     digest = blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
-def seed_in_force(*given: int | None) -> int:
+def resolve_seed(*given: int | None) -> int:
     """The first seed that is given, else the run's (`seed_everything`), else 0."""
     known = [seed for seed in given if seed is not None]
     return known[0] if known else int(os.environ.get("PL_GLOBAL_SEED", 0))

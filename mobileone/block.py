@@ -20,10 +20,10 @@ from mobileone.block_checks import (
 from mobileone.collapsed import CollapseMode, is_hooked, plan_collapsed, run_collapsed
 from mobileone.folding import (
     batch_norm_affine,
-    centre_pad,
+    center_pad,
     fold_conv_bn,
     identity_kernel,
-    read_needed_pixels,
+    slice_before_1x1,
 )
 
 __all__ = ["FusedMobileOneBlock", "MobileOneBlock"]
@@ -58,7 +58,7 @@ class FusedMobileOneBlock(nn.Module):
 
 
 class MobileOneBlock(nn.Module):
-    """Over-parameterised block of MobileOne (Vasu et al., CVPR 2023, Section 3.2 and Figure 3).
+    """Over-parameterized block of MobileOne (Vasu et al., CVPR 2023, Section 3.2 and Figure 3).
 
     In training, y = act(attn(Σᵢ BN(Wᵢ ∗ x) + BN(w ∗ x) + BN(x))): k convolution branches, a 1×1
     "scale" branch where K > 1, and a BatchNorm skip where input and output agree in shape.
@@ -72,7 +72,7 @@ class MobileOneBlock(nn.Module):
         stride: Stride of all branches.
         dilation: Dilation of the K×K branches.
         groups: Groups of all convolutions; `in_chs` makes a depthwise block.
-        num_conv_branches: The over-parameterisation factor k, at least 1.
+        num_conv_branches: The over-parameterization factor k, at least 1.
         use_scale: Build the 1×1 scale branch; needs K > 1. Default: build it where that holds.
         use_skip: Build the BatchNorm skip; needs `in_chs == out_chs` and stride 1. Default: build
             it where that holds.
@@ -132,7 +132,7 @@ class MobileOneBlock(nn.Module):
         self.conv_scale = None
         if kernel_size > 1 if use_scale is None else use_scale:
             self.conv_scale = layers.conv_norm_act(in_chs, out_chs, kernel_size=1, **shared)
-            read_needed_pixels(self.conv_scale.conv)
+            slice_before_1x1(self.conv_scale.conv)
         for norm in self.norms():
             check_norm(norm)
         drops = drop_path_rate > 0.0 and with_skip
@@ -233,7 +233,7 @@ class MobileOneBlock(nn.Module):
             Kernel of shape (C_out, C_in / groups, K, K) and bias of shape (C_out,).
 
         Raises:
-            ValueError: A normalisation layer keeps no running statistics.
+            ValueError: A normalization layer keeps no running statistics.
         """
         own = self.conv_kxk[0].conv
         terms: list[tuple[Tensor, Tensor]] = []
@@ -244,7 +244,7 @@ class MobileOneBlock(nn.Module):
         if self.conv_scale is not None:
             bn = self.conv_scale.bn
             affine = batch_norm_affine(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
-            weight = centre_pad(self.conv_scale.conv.weight, own.kernel_size[0])
+            weight = center_pad(self.conv_scale.conv.weight, own.kernel_size[0])
             terms.append(fold_conv_bn(weight, affine))
         if self.identity is not None:
             bn = self.identity
@@ -268,11 +268,11 @@ class MobileOneBlock(nn.Module):
             The block in deployed form.
 
         Raises:
-            ValueError: A normalisation layer keeps no running statistics.
+            ValueError: A normalization layer keeps no running statistics.
         """
         check_statistics(self.norms())
         if not self._is_affine():
-            self.notice.give()
+            self.notice.warn_once()
         with torch.no_grad():
             weight, bias = self.fold()
         fused = self.empty_fused()

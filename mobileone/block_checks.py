@@ -23,7 +23,7 @@ class FoldingNotice:
     def __init__(self) -> None:
         self.given = False
 
-    def give(self) -> None:
+    def warn_once(self) -> None:
         """Warn, unless this model's user was warned before."""
         if self.given:
             return
@@ -60,7 +60,7 @@ def check_block(
     if kernel_size % 2 == 0:
         raise ValueError(
             f"`kernel_size` (={kernel_size}) must be odd, so that the 1×1 and skip branches have "
-            "a centre to be folded into"
+            "a center to be folded into"
         )
     if use_scale and kernel_size == 1:
         raise ValueError("`use_scale` (=True) needs a `kernel_size` (=1) above 1")
@@ -76,7 +76,7 @@ def check_block(
 
 
 def check_norm_factory(factory: Any) -> None:
-    """Refuse a class of normalisation that never folds, before a layer of it is built.
+    """Refuse a class of normalization that never folds, before a layer of it is built.
 
     Args:
         factory: A layer class, also inside `functools.partial`; other callables pass.
@@ -91,7 +91,7 @@ def check_norm_factory(factory: Any) -> None:
 
 
 def check_norm(norm: nn.Module) -> None:
-    """Refuse a normalisation layer that never folds.
+    """Refuse a normalization layer that never folds.
 
     Raises:
         ValueError: It is not a BatchNorm with running statistics.

@@ -23,14 +23,14 @@ def expand(model: nn.Module, fused: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     The first convolution branch of each block takes the fused kernel, its BatchNorm the bias. The
     other branches keep the random kernels of `model`, behind BatchNorms whose scale is 0 (as in
-    zero-initialised residual branches), so they add nothing yet, differ from one another and can
+    zero-initialized residual branches), so they add nothing yet, differ from one another and can
     learn. BatchNorm's statistics cannot be had back from the weights: they are those of a fresh
     layer (0 and 1), so in training mode, where the batch's are used, the function is another one,
     and a training from there destroys it. `calibrate` measures them on images; without any, keep
     the BatchNorms in eval mode.
 
     Args:
-        model: a MobileOne in training form, freshly initialised; not changed.
+        model: a MobileOne in training form, freshly initialized; not changed.
         fused: weights of the same MobileOne in fused form, in any known layout.
 
     Returns:

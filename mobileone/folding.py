@@ -13,10 +13,10 @@ __all__ = [
     "StridedPointwise",
     "at_least_float32",
     "batch_norm_affine",
-    "centre_pad",
+    "center_pad",
     "fold_conv_bn",
     "identity_kernel",
-    "read_needed_pixels",
+    "slice_before_1x1",
 ]
 
 
@@ -52,11 +52,11 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def fold_conv_bn(weight: Tensor, affine: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Fold a bias-free convolution and the normalisation after it.
+    """Fold a bias-free convolution and the normalization after it.
 
     Args:
         weight: Kernel of shape (C_out, C_in / groups, K, K).
-        affine: Scale and shift of the normalisation, each of shape (C_out,).
+        affine: Scale and shift of the normalization, each of shape (C_out,).
 
     Returns:
         Kernel of the same shape and bias of shape (C_out,), in float32 or better.
@@ -79,11 +79,11 @@ def identity_kernel(channels: int, groups: int, kernel_size: int, like: Tensor) 
     """
     per_group = channels // groups
     eye = torch.eye(per_group, device=like.device, dtype=like.dtype)
-    return centre_pad(eye.repeat(groups, 1)[:, :, None, None], kernel_size)
+    return center_pad(eye.repeat(groups, 1)[:, :, None, None], kernel_size)
 
 
-def centre_pad(weight: Tensor, kernel_size: int) -> Tensor:
-    """Zero-pad a 1×1 kernel to K×K about its centre: (O, I, 1, 1) -> (O, I, K, K)."""
+def center_pad(weight: Tensor, kernel_size: int) -> Tensor:
+    """Zero-pad a 1×1 kernel to K×K about its center: (O, I, 1, 1) -> (O, I, K, K)."""
     margin = kernel_size // 2
     return F.pad(weight, [margin, margin, margin, margin])
 
@@ -104,7 +104,7 @@ class StridedPointwise(nn.Conv2d):
         return F.conv2d(x, self.weight, self.bias, groups=self.groups)
 
 
-def read_needed_pixels(conv: nn.Conv2d) -> None:
+def slice_before_1x1(conv: nn.Conv2d) -> None:
     """Turn a 1×1 convolution, not depthwise, into a `StridedPointwise` where it has a stride.
 
     Args:

@@ -35,7 +35,7 @@ class MobileOne(ByobNet):
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth, rising linearly over the stages to this rate.
         act_layer: timm's activation name.
-        norm_layer: timm's name of a BatchNorm; no other normalisation folds.
+        norm_layer: timm's name of a BatchNorm; no other normalization folds.
         num_conv_branches: k of every block but the stem, instead of the variant's.
         use_scale: Whether 3×3 blocks train with a 1×1 "scale" branch.
         use_skip: Whether blocks train with a BatchNorm skip, where shapes permit.

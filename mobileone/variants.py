@@ -15,7 +15,7 @@ class Variant:
     Attributes:
         depths: Number of depthwise-separable blocks in each of the four stages.
         alphas: Width factor of each stage; multiplies `BASE_WIDTHS`.
-        num_conv_branches: Over-parameterisation factor k of every block but the stem, which has 1.
+        num_conv_branches: Over-parameterization factor k of every block but the stem, which has 1.
         se_blocks: How many blocks, counted from the end of each stage, carry squeeze-and-excite.
     """
 

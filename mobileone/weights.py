@@ -75,7 +75,7 @@ def convert_keys(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def identify(state_dict: Mapping[str, Any]) -> WeightsInfo | None:
-    """Recognise which MobileOne a state dict of timm's layout belongs to.
+    """Recognize which MobileOne a state dict of timm's layout belongs to.
 
     Args:
         state_dict: Weights under timm's names; see `convert_keys`.

@@ -20,7 +20,7 @@ def _seed() -> None:
 
 
 @pytest.fixture
-def randomise() -> Callable[[nn.Module], nn.Module]:
+def randomize() -> Callable[[nn.Module], nn.Module]:
     """Give a model's BatchNorms statistics and affine terms as training leaves them.
 
     On fresh ones a folding that drops the running mean or the affine terms would still pass.

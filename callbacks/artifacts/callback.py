@@ -18,9 +18,15 @@ from torch import Tensor
 
 from callbacks.artifacts.folder import CheckpointFolder
 from callbacks.artifacts.publisher import Listener, Publisher, Ranking
-from callbacks.artifacts.queue import Request, network_of, pixels_of, spec_of, training_state
+from callbacks.artifacts.queue import (
+    Request,
+    first_images_uint8,
+    get_network,
+    spec_of,
+    training_state,
+)
 from callbacks.checkpointing import on_rank_zero, save_complete, without_raising
-from callbacks.signals import StopAtOnce, interruptible
+from callbacks.signals import ForceQuit, interruptible
 from mobileone.export import Metadata, TrainingState
 from mobileone.export.checkpoint import IMAGES_KEY
 from mobileone.export.formats.table import DEFAULT_FORMATS, check_formats
@@ -65,7 +71,7 @@ class ReparameterizeOnSave(ModelCheckpoint):
             trainer's `default_root_dir`.
         filename: name of a checkpoint; must contain `{step}`, so that names differ.
         formats: formats of the artifact, names from `mobileone.export.FORMATS`.
-        metadata: author, licence, description and version for the artifact.
+        metadata: author, license, description and version for the artifact.
         strict: raise when an export fails. Otherwise training goes on with a warning, the error is
             kept in `last_error` and beside the checkpoint, and the next validation tries again.
         background: export in a worker process while training goes on.
@@ -152,13 +158,13 @@ class ReparameterizeOnSave(ModelCheckpoint):
             raise RuntimeError(failure)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        network_of(pl_module), spec_of(pl_module)  # better now than after an epoch
+        get_network(pl_module), spec_of(pl_module)  # better now than after an epoch
         if _dry_run(trainer):
             return
         if trainer.ckpt_path is not None:
             self._report(on_rank_zero(trainer, lambda: self._recover(pl_module)))
         elif self._publisher is not None:
-            self._publisher.begin_anew()
+            self._publisher.warn_if_not_empty()
 
     def on_validation_batch_start(
         self,
@@ -170,7 +176,7 @@ class ReparameterizeOnSave(ModelCheckpoint):
     ) -> None:
         """Keep the first images of the fit to compare the files on."""
         if self._images is None and batch_idx == 0 and trainer.is_global_zero:
-            self._images = pixels_of(batch, spec_of(pl_module))
+            self._images = first_images_uint8(batch, spec_of(pl_module))
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the monitored metric's name, before an epoch is spent.
@@ -219,7 +225,7 @@ class ReparameterizeOnSave(ModelCheckpoint):
     ) -> None:
         """Let an export end that was under way, unless Ctrl-C says, again, that it need not."""
         super().on_exception(trainer, pl_module, exception)
-        if not isinstance(exception, StopAtOnce):
+        if not isinstance(exception, ForceQuit):
             self._report(self._drain_patiently(), _STOPS)
         self._leave()  # after Ctrl-C Lightning does not tear callbacks down
 
@@ -385,7 +391,7 @@ class ReparameterizeOnSave(ModelCheckpoint):
     ) -> Request:
         return Request(
             checkpoint,
-            network_of(pl_module),
+            get_network(pl_module),
             spec_of(pl_module),
             self.formats,
             training,

@@ -9,10 +9,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from callbacks.artifacts.folder import CheckpointFolder
-from callbacks.artifacts.queue import Exports, Outcome, Request
+from callbacks.artifacts.queue import ExportQueue, Outcome, Request
 from mobileone.export import Manifest, TrainingState
 from mobileone.export.manifest import MANIFEST_NAME
-from mobileone.io.atomic import clean_stale, sole_writer
+from mobileone.io.atomic import clean_stale, directory_lock
 
 __all__ = ["Listener", "Publisher", "Ranking"]
 
@@ -59,11 +59,11 @@ class Publisher:
         self._hold = contextlib.ExitStack()
         self.used = any(folder.path.glob("*.ckpt"))
         # for some seconds a killed run's data workers keep its folder
-        self._hold.enter_context(sole_writer(folder.path, 15.0 if self.used else 0.0))
+        self._hold.enter_context(directory_lock(folder.path, 15.0 if self.used else 0.0))
         clean_stale(folder.path)  # what a killed run has left
-        self.exports = Exports(folder, background, timeout)
+        self.exports = ExportQueue(folder, background, timeout)
 
-    def begin_anew(self) -> None:
+    def warn_if_not_empty(self) -> None:
         """Say so if there are checkpoints, which are then another run's."""
         if self.used:
             rank_zero_warn(
@@ -101,7 +101,7 @@ class Publisher:
             for missed, record in self._missed(path, ranking.best):
                 exports.submit(request(missed, record))
             ended += exports.poll()
-        return self._settle(ended, ranking, earlier)
+        return self._update_links_and_prune(ended, ranking, earlier)
 
     def recover(self, request: Callable[[str], Request], ranking: Ranking) -> str | None:
         """Bring links and artifacts up to the ranking: a killed run may not have come to it.
@@ -111,17 +111,17 @@ class Publisher:
         for path in dict.fromkeys([*ranking.best, ranking.last]):
             if path and not self.folder.has_artifact(path) and not self._rejected(path):
                 self.exports.submit(request(path))
-        return self._settle(self.exports.drain(), ranking) if ranking.last else None
+        return self._update_links_and_prune(self.exports.drain(), ranking) if ranking.last else None
 
     def poll(self, ranking: Ranking) -> str | None:
         """Take in an export that has ended meanwhile."""
         ended = self.exports.poll()
-        return self._settle(ended, ranking) if ended else None
+        return self._update_links_and_prune(ended, ranking) if ended else None
 
     def drain(self, ranking: Ranking) -> str | None:
         """Wait for all exports."""
         ended = self.exports.drain()
-        return self._settle(ended, ranking) if ended else None
+        return self._update_links_and_prune(ended, ranking) if ended else None
 
     def _rejected(self, path: str) -> bool:
         """Whether its artifact failed its checks, as it would again."""
@@ -142,7 +142,7 @@ class Publisher:
             if record
         ]
 
-    def _settle(
+    def _update_links_and_prune(
         self, ended: Sequence[Outcome], ranking: Ranking, earlier: Collection[str] = ()
     ) -> str | None:
         """Move the links, remove what is neither last nor best, tell the listeners."""

@@ -17,11 +17,19 @@ from callbacks.artifacts.folder import CheckpointFolder
 from mobileone.export import ExportSpec, Metadata, TrainingState, export_model
 from mobileone.export.checkpoint import model_weights, read_checkpoint
 from mobileone.export.isolation import isolated
-from mobileone.export.preprocess import denormalise
+from mobileone.export.preprocess import denormalize
 from mobileone.export.worker import ExportJob, Task, can_travel
 from mobileone.io.atomic import staging_folder
 
-__all__ = ["Exports", "Outcome", "Request", "network_of", "pixels_of", "spec_of", "training_state"]
+__all__ = [
+    "ExportQueue",
+    "Outcome",
+    "Request",
+    "first_images_uint8",
+    "get_network",
+    "spec_of",
+    "training_state",
+]
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,7 @@ class Outcome:
     failure: str | None
 
 
-class Exports:
+class ExportQueue:
     """A queue with at most one export under way.
 
     What has not ended well is on record beside its checkpoint from the moment it begins, so that
@@ -159,7 +167,7 @@ class Exports:
             self.folder.record_error(request.checkpoint, error, asdict(request.training))
 
 
-def network_of(pl_module: LightningModule) -> nn.Module:
+def get_network(pl_module: LightningModule) -> nn.Module:
     """The network that ships, without the wrapper of `torch.compile`.
 
     Raises:
@@ -185,12 +193,12 @@ def spec_of(pl_module: LightningModule) -> ExportSpec:
     return spec
 
 
-def pixels_of(batch: Any, spec: ExportSpec, count: int = 8) -> Tensor | None:
+def first_images_uint8(batch: Any, spec: ExportSpec, count: int = 8) -> Tensor | None:
     """The first 8-bit images of a batch (images, ...); None if they are not of the spec's size."""
     images = batch[0] if isinstance(batch, (list, tuple)) and batch else None
     if not isinstance(images, Tensor) or tuple(images.shape[1:]) != spec.input_size:
         return None
-    return denormalise(images[:count], spec)
+    return denormalize(images[:count], spec)
 
 
 def training_state(checkpoint: str, monitor: str, score: Tensor | None) -> TrainingState:

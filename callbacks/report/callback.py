@@ -34,7 +34,7 @@ class Report(Callback):
     of the first. The artifact
     is logged as a wandb Artifact of type "model", with the manifest as its metadata.
 
-    The LightningModule needs `export_spec` (class names, normalisation), for the images of highest
+    The LightningModule needs `export_spec` (class names, normalization), for the images of highest
     loss a `validation_step` and a `test_step` that return logits, and for the matrix
     `test_confusion`, as `ImageClassifier` has.
 
@@ -131,7 +131,7 @@ class Report(Callback):
         )
         spec = cast(ExportSpec, pl_module.export_spec)
         figure = samples_figure(
-            _denormalised(images, spec), targets, probabilities, spec.class_names
+            _denormalized(images, spec), targets, probabilities, spec.class_names
         )
         _publish(trainer, "samples", figure)
 
@@ -161,7 +161,7 @@ class Report(Callback):
             _log_artifact(trainer, path, Manifest.load(path), ["best", "latest"])
 
 
-def _denormalised(images: Tensor, spec: ExportSpec) -> Tensor:
+def _denormalized(images: Tensor, spec: ExportSpec) -> Tensor:
     shape = (-1, 1, 1)
     return images * torch.tensor(spec.std).view(shape) + torch.tensor(spec.mean).view(shape)
 
@@ -196,7 +196,7 @@ def _publish_worst(
         return
     losses, images, targets, probabilities = found
     spec = cast(ExportSpec, pl_module.export_spec)
-    pixels = _denormalised(images, spec)
+    pixels = _denormalized(images, spec)
     path = _folder(trainer) / f"{name}.json"
     write_worst(path, pixels, losses, targets, probabilities, spec.class_names)
     _publish(trainer, name, samples_figure(pixels, targets, probabilities, spec.class_names))

@@ -17,7 +17,7 @@ __all__ = ["confusion_figure", "curve_figures", "curves_figure", "read_curves", 
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 
-_RIGHT, _WRONG, _SHADE = "#0072b2", "#d55e00", "#999999"  # Okabe and Ito: for the colour-blind
+_RIGHT, _WRONG, _SHADE = "#0072b2", "#d55e00", "#999999"  # Okabe and Ito: for the color-blind
 _STYLES: dict[str, dict[str, Any]] = {
     "train/loss": {"color": _SHADE},
     "train/loss_epoch": {"color": _RIGHT, "marker": "o"},

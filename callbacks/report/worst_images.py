@@ -54,7 +54,7 @@ class WorstImages:
         """Look at a batch.
 
         Args:
-            images: (N, C, H, W), normalised.
+            images: (N, C, H, W), normalized.
             targets: (N,), class indices.
             logits: (N, number of classes).
         """

@@ -8,7 +8,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lightning_modules.cli.output import answer, fail, print_table
+from lightning_modules.cli.output import exit_with_error, print_table, run_or_exit
 
 __all__ = ["benchmark", "benchmark_parser", "profile", "profile_parser"]
 
@@ -107,7 +107,7 @@ def _training(name: str, options: Namespace) -> None:
     from mobileone.bench.training_step.measure import measure_training, training_table
 
     _show_progress()
-    result = answer(name, measure_training, **options.as_dict())
+    result = run_or_exit(name, measure_training, **options.as_dict())
     print_table(training_table(result))
     if options.directory is not None:
         print(f"{Path(options.directory)}/training.json, .csv, .png, .svg")
@@ -119,10 +119,10 @@ def _latency(name: str, options: Namespace) -> None:
     from mobileone.bench.show.tables import change_table, latency_table
 
     against = options.pop("against")
-    before = answer(name, lambda: Result.load(against)) if against else None
+    before = run_or_exit(name, lambda: Result.load(against)) if against else None
     result = _measure(name, measure_latency, options, latency_table)
     if before is not None:
-        print_table(answer(name, lambda: change_table(before, result)))
+        print_table(run_or_exit(name, lambda: change_table(before, result)))
 
 
 def _throughput(name: str, options: Namespace) -> None:
@@ -142,7 +142,7 @@ def _memory(name: str, options: Namespace) -> None:
 def _pareto(name: str, options: Namespace) -> None:
     from mobileone.bench.studies.pareto import draw_pareto
 
-    paths = answer(name, draw_pareto, **options.as_dict())
+    paths = run_or_exit(name, draw_pareto, **options.as_dict())
     print(", ".join(map(str, paths)))
 
 
@@ -187,10 +187,10 @@ def _measure(
     """Call a measurement with the models that were named, print and save what it returns."""
     suite, output = options.pop("suite"), options.pop("output")
     if output is not None and Path(output).suffix != ".json":
-        fail(name, f"`output` (={output!r}) must end in .json")
+        exit_with_error(name, f"`output` (={output!r}) must end in .json")
     named = options.pop("models")
     if not named and suite is None:
-        fail(name, "name models, such as mobileone_s0, or a suite: --suite paper, --suite 2026")
+        exit_with_error(name, "name models, such as mobileone_s0, or --suite paper, --suite 2026")
 
     def run() -> Any:
         from mobileone.bench.suites import get_suite
@@ -203,7 +203,7 @@ def _measure(
         return result
 
     _show_progress()
-    result = answer(name, run)
+    result = run_or_exit(name, run)
     print_table(table(result))
     if output is not None:
         print(f"{result.save(output)}, {result.write_csv(Path(output).with_suffix('.csv'))}")

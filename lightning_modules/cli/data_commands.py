@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lightning_modules.cli.output import answer, fail, print_table
+from lightning_modules.cli.output import exit_with_error, print_table, run_or_exit
 
 __all__ = ["data_benchmark_parser", "print_data_benchmark", "shards", "shards_parser"]
 
@@ -21,11 +21,11 @@ def shards(name: str, argv: list[str]) -> None:
     arguments = options.as_dict()
     checked = arguments.pop("verify")
     if checked is not None:
-        manifest, place = answer(name, verify_shards, root=checked), checked
+        manifest, place = run_or_exit(name, verify_shards, root=checked), checked
     elif arguments["source"] is None or arguments["destination"] is None:
-        fail(name, "give SRC and DST, or --verify DST; --help says more.")
+        exit_with_error(name, "give SRC and DST, or --verify DST; --help says more.")
     else:
-        manifest, place = answer(name, make_shards, **arguments), arguments["destination"]
+        manifest, place = run_or_exit(name, make_shards, **arguments), arguments["destination"]
     for split in manifest.splits.values():
         print(
             f"{split.name}: {split.num_samples} images of {len(manifest.classes)} classes in "
@@ -59,7 +59,7 @@ def print_data_benchmark(name: str, options: Namespace) -> None:
     from lightning_modules.run.warning_filters import silence_known_messages
 
     silence_known_messages()
-    result = answer(name, benchmark_data, **options.as_dict())
+    result = run_or_exit(name, benchmark_data, **options.as_dict())
     print_table(result.table())
     print(result.verdict)
     if options.directory is not None:

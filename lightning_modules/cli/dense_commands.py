@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_modules.cli.output import answer
+from lightning_modules.cli.output import run_or_exit
 from lightning_modules.dense.data import DetectionData, SegmentationData
 from lightning_modules.dense.export import export_detector, export_segmenter
 from lightning_modules.dense.models import Detector, Segmenter
@@ -78,7 +78,7 @@ class _SegmentCLI(_DenseCLI):
     description = f"Train a segmentation network, or score one. {_EXPORT.format('segment')}"
 
     def add_task_arguments(self, parser: LightningArgumentParser) -> None:
-        """Normalise the images as the model expects them."""
+        """Normalize the images as the model expects them."""
         super().add_task_arguments(parser)
         parser.link_arguments("model.model", "data.model")
 
@@ -113,5 +113,5 @@ def run(name: str, argv: list[str]) -> None:
     )
     parser.add_function_arguments(export, as_positional=True, as_group=False)
     options = parser.parse_args(rest)
-    manifest = answer(name, export, **options.as_dict())
+    manifest = run_or_exit(name, export, **options.as_dict())
     print(f"{', '.join(manifest.formats)} -> {Path(options.directory)}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from lightning_modules.cli.output import answer
+from lightning_modules.cli.output import run_or_exit
 
 __all__ = [
     "compress",
@@ -30,7 +30,7 @@ def predict(name: str, argv: list[str]) -> None:
     del options[_ARTIFACT]
     from lightning_modules.inference.predict import predict_folder
 
-    summary = answer(name, predict_folder, **options.as_dict())
+    summary = run_or_exit(name, predict_folder, **options.as_dict())
     print(f"{summary.images} images -> {summary.output}")
     for path, reason in summary.unreadable:
         print(f"unreadable: {path}: {reason}", file=sys.stderr)
@@ -68,7 +68,7 @@ def export(name: str, argv: list[str]) -> None:
     options = export_parser(name).parse_args(argv)
     from mobileone.export.checkpoint import export_checkpoint
 
-    manifest = answer(name, export_checkpoint, **options.as_dict())
+    manifest = run_or_exit(name, export_checkpoint, **options.as_dict())
     print(f"{', '.join(manifest.formats)} -> {Path(options.directory)}")
 
 
@@ -87,15 +87,15 @@ def export_parser(name: str) -> ArgumentParser:
 def inspect(name: str, argv: list[str]) -> None:
     """Run `mobileone inspect`; it exits with 1 if the files are not those that were written."""
     options = inspect_parser(name).parse_args(argv)
-    from mobileone.export.inspect import NotAsWrittenError, describe_artifact
+    from mobileone.export.inspect import ChecksumMismatchError, describe_artifact
 
     def describe(**arguments: Any) -> tuple[str, int]:
         try:
             return describe_artifact(**arguments), 0
-        except NotAsWrittenError as error:
+        except ChecksumMismatchError as error:
             return str(error), 1
 
-    text, code = answer(name, describe, **options.as_dict())
+    text, code = run_or_exit(name, describe, **options.as_dict())
     print(text)
     if code:
         sys.exit(code)
@@ -119,7 +119,7 @@ def compress(name: str, argv: list[str]) -> None:
     options = compress_parser(name).parse_args(argv)
     from lightning_modules.inference.compress import compress_checkpoint, format_rows
 
-    print(format_rows(answer(name, compress_checkpoint, **options.as_dict())))
+    print(format_rows(run_or_exit(name, compress_checkpoint, **options.as_dict())))
     print(f"-> {Path(options.directory)}")
 
 

@@ -4,12 +4,12 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
-__all__ = ["answer", "fail", "print_table"]
+__all__ = ["exit_with_error", "print_table", "run_or_exit"]
 
 T = TypeVar("T")
 
 
-def answer(name: str, function: Callable[..., T], **arguments: Any) -> T:
+def run_or_exit(name: str, function: Callable[..., T], **arguments: Any) -> T:
     """Call a function whose errors are messages for the user.
 
     Args:
@@ -26,10 +26,10 @@ def answer(name: str, function: Callable[..., T], **arguments: Any) -> T:
     try:
         return function(**arguments)
     except (ValueError, OSError, ImportError, RejectedError) as error:
-        fail(name, str(error))
+        exit_with_error(name, str(error))
 
 
-def fail(name: str, message: str) -> NoReturn:
+def exit_with_error(name: str, message: str) -> NoReturn:
     """Print a message and exit with code 2."""
     print(f"mobileone {name}: error: {message}", file=sys.stderr)
     sys.exit(2)

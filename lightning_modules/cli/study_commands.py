@@ -6,7 +6,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from lightning_modules.cli.output import answer, print_table
+from lightning_modules.cli.output import print_table, run_or_exit
 
 __all__ = ["report", "report_parser", "study", "study_parser"]
 
@@ -16,7 +16,7 @@ def study(name: str, argv: list[str]) -> None:
     options = study_parser(name).parse_args(argv)
     chosen = options.subcommand
     function, show = _study(chosen)
-    result = answer(f"{name} {chosen}", function, **options[chosen].as_dict())
+    result = run_or_exit(f"{name} {chosen}", function, **options[chosen].as_dict())
     print_table(show(result))
     directory = options[chosen].directory
     if directory is not None:
@@ -41,7 +41,7 @@ def report(name: str, argv: list[str]) -> None:
     options = report_parser(name).parse_args(argv)
     from lightning_modules.report.page import write_report
 
-    path = answer(name, write_report, **options.as_dict())
+    path = run_or_exit(name, write_report, **options.as_dict())
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_modules.randomness import seed_in_force
+from lightning_modules.randomness import resolve_seed
 
 __all__ = ["ResumableData"]
 
@@ -27,7 +27,7 @@ class ResumableData(LightningDataModule):
     @property
     def seed(self) -> int:
         """The seed in force: the argument, else the checkpoint's, else the run's, else 0."""
-        return seed_in_force(self._seed, self._restored_seed)
+        return resolve_seed(self._seed, self._restored_seed)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to see the same batches."""

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from lightning_modules.checks import check_model_name
 from lightning_modules.data.datamodule import ImageDataModule
-from lightning_modules.data.dataset import ImageSamples
+from lightning_modules.data.dataset import ImageClassificationDataset
 from lightning_modules.data.decoders import DECODERS, accept_tensors
 from lightning_modules.data.image_io import find_images
 from lightning_modules.data.shards.writer import make_shards
@@ -298,7 +298,7 @@ def _store(place: Path, readers: Sequence[str]) -> None:
 def _decode_by(decoder: str, loader: DataLoader) -> DataLoader:
     """The loader, before its first pass, with another decoder."""
     samples = loader.dataset
-    assert isinstance(samples, ImageSamples)
+    assert isinstance(samples, ImageClassificationDataset)
     if decoder != "pillow":
         samples.decode = DECODERS[decoder]
         samples.transform = PhasedTransform([(0, accept_tensors(samples.transform.at(0)))])

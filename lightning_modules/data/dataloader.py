@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_modules.data.dataset import ImageStream, collate
+from lightning_modules.data.dataset import IterableImageDataset, collate
 from lightning_modules.data.samplers import EpochSampler
 from lightning_modules.randomness import derive_seed
 
-__all__ = ["DataWorkerError", "EpochLoader", "LazyDataLoader", "image_loader"]
+__all__ = ["DataWorkerError", "DeferredStartDataLoader", "ResumableDataLoader", "image_loader"]
 
 _NAMES_SHOWN = 5
 
@@ -21,7 +21,7 @@ class DataWorkerError(RuntimeError):
     """A worker process of the loader has ended without an exception of its own."""
 
 
-class LazyDataLoader(DataLoader):
+class DeferredStartDataLoader(DataLoader):
     """Starts its workers at the first ``next``, not at ``iter``.
 
     Lightning creates the first iterator of a fit before it tells the sampler the epoch, and after
@@ -55,7 +55,7 @@ class LazyDataLoader(DataLoader):
         return 0
 
 
-class EpochLoader(LazyDataLoader):
+class ResumableDataLoader(DeferredStartDataLoader):
     """Goes on within an epoch, at the batch where the resumed run stopped.
 
     The place is asked for when a pass starts, and comes from the training loop's own counter. It
@@ -64,7 +64,7 @@ class EpochLoader(LazyDataLoader):
     ``configure_optimizers``. A count kept here would also be wrong after a batch that failed.
 
     Args:
-        options: of `LazyDataLoader`; the sampler is an `EpochSampler`.
+        options: of `DeferredStartDataLoader`; the sampler is an `EpochSampler`.
         batches_done: how many batches of the epoch are not to be repeated.
     """
 
@@ -95,15 +95,15 @@ def image_loader(
     persistent_workers: bool,
     batches_done: Callable[[], int] | None = None,
     **options: Any,
-) -> LazyDataLoader:
-    """A `LazyDataLoader` that leaves the global random generators alone.
+) -> DeferredStartDataLoader:
+    """A `DeferredStartDataLoader` that leaves the global random generators alone.
 
     Args:
-        dataset: `ImageSamples` or `ImageStream`.
+        dataset: `ImageClassificationDataset` or `IterableImageDataset`.
         seed: of the workers' base seed, which would otherwise be drawn from torch's generator.
         num_workers: processes beside this one.
         persistent_workers: keep them from one epoch to the next; ignored without workers.
-        batches_done: makes it an `EpochLoader`.
+        batches_done: makes it an `ResumableDataLoader`.
         options: batch_size, sampler, drop_last, pin_memory as `DataLoader` takes them.
     """
     options = {
@@ -115,11 +115,11 @@ def image_loader(
         **options,
     }
     loader = (
-        LazyDataLoader(**options)
+        DeferredStartDataLoader(**options)
         if batches_done is None
-        else EpochLoader(batches_done=batches_done, **options)
+        else ResumableDataLoader(batches_done=batches_done, **options)
     )
-    if isinstance(dataset, ImageStream):  # has no sampler of its own: Lightning tells this object
+    if isinstance(dataset, IterableImageDataset):  # Lightning calls this one
         loader.sampler.set_epoch = dataset.set_epoch  # type: ignore[attr-defined]
     return loader
 

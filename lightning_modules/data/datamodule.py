@@ -12,12 +12,12 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_modules.checks import check_targets
 from lightning_modules.data.base import ResumableData
 from lightning_modules.data.dataloader import image_loader
-from lightning_modules.data.dataset import ImageSamples, ImageStream
+from lightning_modules.data.dataset import ImageClassificationDataset, IterableImageDataset
 from lightning_modules.data.digits import digits_root, write_digits
 from lightning_modules.data.image_io import color_mode
 from lightning_modules.data.samplers import EpochSampler, EvaluationSampler, ShardSampler
 from lightning_modules.data.shards.reader import shard_lengths
-from lightning_modules.data.splits import FOLDER_NAMES, Catalogue, check_dataset_name
+from lightning_modules.data.splits import FOLDER_NAMES, DatasetSplits, check_dataset_name
 from lightning_modules.data.transforms import (
     PhasedTransform,
     eval_transform,
@@ -49,9 +49,9 @@ class ImageDataModule(ResumableData):
         classes: text file, one class a line, that fixes names and indices. By default the
             sorted folder names, or what the data set says.
         download: let torchvision or Hugging Face fetch the data.
-        input_size: side in pixels, or (channels, height, width); 1 channel reads grey, 4 RGBA.
-        mean: of the normalisation, one value or one a channel.
-        std: of the normalisation, one value or one a channel.
+        input_size: side in pixels, or (channels, height, width); 1 channel reads gray, 4 RGBA.
+        mean: of the normalization, one value or one a channel.
+        std: of the normalization, one value or one a channel.
         interpolation: of resizing in the evaluation and in the training crop.
         crop_pct: share of the resized short side that the evaluation keeps, in (0, 1].
         crop_mode: of the evaluation: "center", "border" or "squash".
@@ -144,7 +144,7 @@ class ImageDataModule(ResumableData):
         self._eval_transform = PhasedTransform([(0, eval_transform(self.data_config))])
         self._mode = color_mode(self.data_config["input_size"][0])
         self._digits = digits_root(root) if dataset == "digits" else None
-        self._catalogue = Catalogue(
+        self._splits = DatasetSplits(
             "" if self._digits else dataset,
             self._digits or (Path(root).expanduser() if root else None),
             train_split,
@@ -167,7 +167,7 @@ class ImageDataModule(ResumableData):
         Available before `setup` too: then the data set is prepared and listed at first use.
         """
         self.prepare_data()
-        index = self._catalogue.class_index
+        index = self._splits.class_index
         return sorted(index, key=index.__getitem__)
 
     @property
@@ -207,7 +207,7 @@ class ImageDataModule(ResumableData):
         if self._digits:
             write_digits(self._digits)
         elif self._download:
-            self._catalogue.download()
+            self._splits.download()
 
     def setup(self, stage: str) -> None:
         """List the files and check the classes of the splits that ``stage`` needs.
@@ -218,14 +218,14 @@ class ImageDataModule(ResumableData):
                 that nothing would be trained or a process would have none to evaluate.
         """
         needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
-        sources = {split: self._catalogue.source(split) for split in needed.get(stage, ())}
+        sources = {split: self._splits.source(split) for split in needed.get(stage, ())}
         for split, source in sources.items():
             if not isinstance(source, IterableDataset):
                 self._check_count(len(source), split)
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled, augmented batches, images float (N, C, H, W) and targets long (N,)."""
-        source = self._catalogue.source("train")
+        source = self._splits.source("train")
         if isinstance(source, IterableDataset):  # shuffles and shares out by itself
             return self._loader(source, self._train_transform, drop_last=self._drop_last)
         share = (self.seed, self._processes, self._rank)
@@ -271,7 +271,7 @@ class ImageDataModule(ResumableData):
             )
 
     def _evaluation_loader(self, split: str) -> DataLoader:
-        source = self._catalogue.source(split)
+        source = self._splits.source(split)
         if self._processes == 1 or isinstance(source, IterableDataset):
             return self._loader(source, self._eval_transform)
         sampler = EvaluationSampler(source, self._processes, self._rank)
@@ -280,15 +280,15 @@ class ImageDataModule(ResumableData):
     def _loader(self, source: Any, transform: PhasedTransform, **options: Any) -> DataLoader:
         workers = self._workers()
         dataset = (
-            ImageStream(source, transform, self.seed, workers)
+            IterableImageDataset(source, transform, self.seed, workers)
             if isinstance(source, IterableDataset)
-            else ImageSamples(
+            else ImageClassificationDataset(
                 source,
                 transform,
                 self._mode,
                 self.seed,
                 self._skip_unreadable,
-                num_classes=len(self._catalogue.class_index),
+                num_classes=len(self._splits.class_index),
             )
         )
         return image_loader(

@@ -21,10 +21,16 @@ from lightning_modules.data.transforms import PhasedTransform
 from lightning_modules.errors import UnreadableImageError
 from lightning_modules.randomness import derive_seed, isolated_rng
 
-__all__ = ["ImageSamples", "ImageStream", "Sample", "Unreadable", "collate"]
+__all__ = [
+    "ImageClassificationDataset",
+    "IterableImageDataset",
+    "Sample",
+    "SkippedImage",
+    "collate",
+]
 
 
-class Unreadable(NamedTuple):
+class SkippedImage(NamedTuple):
     """An image that another one stood in for."""
 
     name: str
@@ -36,17 +42,17 @@ class Sample(NamedTuple):
 
     image: Tensor
     target: int
-    skipped: list[Unreadable]
+    skipped: list[SkippedImage]
 
 
-class ImageSamples(Dataset[Sample]):
+class ImageClassificationDataset(Dataset[Sample]):
     """Reads, converts and transforms the images of one split.
 
     Args:
         source: timm's or torchvision's dataset, without a transform.
         transform: PIL image -> tensor, by epoch; what it draws at random depends on (seed, epoch,
             index) alone, not on the worker, on what was read before, or on global generators.
-        mode: Pillow's colour mode, see `color_mode`.
+        mode: Pillow's color mode, see `color_mode`.
         seed: of the augmentation.
         skip_unreadable: let the next readable image of the split stand in for a broken one
             (usually of the same class, for folders are read in order) instead of raising.
@@ -87,8 +93,8 @@ class ImageSamples(Dataset[Sample]):
         with isolated_rng(derive_seed(self.seed, epoch, index)):
             return Sample(self.transform.at(epoch)(image), target, skipped)
 
-    def _first_readable(self, index: int) -> tuple[Image.Image | Tensor, int, list[Unreadable]]:
-        skipped: list[Unreadable] = []
+    def _first_readable(self, index: int) -> tuple[Image.Image | Tensor, int, list[SkippedImage]]:
+        skipped: list[SkippedImage] = []
         for candidate in chain(range(index, len(self)), range(index)):
             try:
                 image, target = self._read(candidate)
@@ -99,7 +105,7 @@ class ImageSamples(Dataset[Sample]):
                         f"cannot read image {name} ({reason}). Repair or remove the file, or set "
                         "--data.skip_unreadable true to let another image stand in for it."
                     ) from error
-                skipped.append(Unreadable(name, reason))
+                skipped.append(SkippedImage(name, reason))
             else:
                 self._check_label(candidate, int(target))
                 return image, int(target), skipped
@@ -132,14 +138,14 @@ class ImageSamples(Dataset[Sample]):
         return str(samples[index][0]) if samples else f"number {index} of {self.source}"
 
 
-def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[Unreadable]]:
+def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[SkippedImage]]:
     """Images (N, C, H, W), targets (N,) and the unreadable files of the whole batch."""
     images = default_collate([sample.image for sample in samples])
     targets = torch.tensor([sample.target for sample in samples], dtype=torch.long)
     return images, targets, [file for sample in samples for file in sample.skipped]
 
 
-class ImageStream(IterableDataset[Sample]):
+class IterableImageDataset(IterableDataset[Sample]):
     """Transforms the images of a timm `IterableImageDataset`.
 
     timm's reader shuffles and shares out the shards; it drops images that it cannot decode. The

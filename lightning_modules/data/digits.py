@@ -37,7 +37,7 @@ def write_digits(root: Path) -> None:
 
     1,797 real 8x8 scans (UCI "Optical recognition of handwritten digits", the copy inside
     scikit-learn), 1,437 for training and 360 for validation, every digit in the same proportion.
-    Enlarged to 32x32 grey pixels (bilinear): a random crop of an 8x8 image would know only a
+    Enlarged to 32x32 gray pixels (bilinear): a random crop of an 8x8 image would know only a
     handful of places, and 32 is MobileOne's total stride.
 
     Returns at once if everything is there and intact. Otherwise writes the missing and the
@@ -104,10 +104,10 @@ def _render() -> dict[str, bytes]:
 
 
 def _png(pixels: np.ndarray) -> bytes:
-    """(8, 8) values 0..16 -> a 32x32 grey PNG."""
-    grey = Image.fromarray((pixels * 255 / 16).round().astype(np.uint8))
+    """(8, 8) values 0..16 -> a 32x32 gray PNG."""
+    gray = Image.fromarray((pixels * 255 / 16).round().astype(np.uint8))
     buffer = io.BytesIO()
-    grey.resize((_SIZE, _SIZE), Image.Resampling.BILINEAR).save(buffer, format="PNG")
+    gray.resize((_SIZE, _SIZE), Image.Resampling.BILINEAR).save(buffer, format="PNG")
     return buffer.getvalue()
 
 

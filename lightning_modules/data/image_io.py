@@ -1,4 +1,4 @@
-"""Turn an image file of any colour mode into 8-bit grey, RGB or RGBA."""
+"""Turn an image file of any color mode into 8-bit gray, RGB or RGBA."""
 
 import glob
 import warnings
@@ -33,7 +33,7 @@ def color_mode(channels: int) -> str:
     """
     if channels not in _MODES:
         raise ValueError(
-            f"input_size has {channels} channels, but images are read as grey (1), RGB (3) or "
+            f"input_size has {channels} channels, but images are read as gray (1), RGB (3) or "
             f"RGBA (4). Set the first number of --data.input_size to one of {sorted(_MODES)}."
         )
     return _MODES[channels]
@@ -71,17 +71,17 @@ def why_unreadable(error: Exception) -> str:
 def convert(image: Image.Image, mode: str) -> Image.Image:
     """``image`` in ``mode``, 8 bits a channel.
 
-    Pillow clips 16-bit grey at 255, which leaves a white image, and cuts fractions off, which
-    leaves a black one: here 16-bit grey is scaled, and so are floating-point values in 0..1.
+    Pillow clips 16-bit gray at 255, which leaves a white image, and cuts fractions off, which
+    leaves a black one: here 16-bit gray is scaled, and so are floating-point values in 0..1.
 
     Raises:
         ValueError: floating-point values beyond 0..1, whose white nobody knows.
     """
     if image.mode == "F":
         image = Image.fromarray((_unit_range(image) * 255).round().astype(np.uint8))
-    if image.mode.startswith("I"):  # 16-bit grey: "I;16", "I;16B" …; older Pillow says "I"
-        grey = np.asarray(image, dtype=np.float64) / 257
-        image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+    if image.mode.startswith("I"):  # 16-bit gray: "I;16", "I;16B" …; older Pillow says "I"
+        gray = np.asarray(image, dtype=np.float64) / 257
+        image = Image.fromarray(gray.round().clip(0, 255).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image if image.mode == mode else image.convert(mode)  # which would copy it

@@ -55,7 +55,7 @@ class ShardSampler(EpochSampler):
     the row of images which that makes; the stretches are equally long (padded as in
     `EpochSampler`), so that one may begin within a shard. Images are shuffled within windows of the
     stretch, as WebDataset's shuffle buffer does. A process thus reads about its share of the
-    bytes, a few neighbouring shards at a time.
+    bytes, a few neighboring shards at a time.
 
     Args:
         dataset: the images, in the order of the shards.

@@ -21,7 +21,7 @@ from lightning_modules.data.shards.reader import open_shards
 
 __all__ = [
     "FOLDER_NAMES",
-    "Catalogue",
+    "DatasetSplits",
     "check_dataset_name",
     "find_split",
     "is_indexed",
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 
-class Catalogue:
+class DatasetSplits:
     """Opens the splits "train", "val" and "test" through timm and checks them.
 
     Args:

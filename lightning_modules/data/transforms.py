@@ -82,7 +82,7 @@ def resolve_config(
 
 
 def eval_transform(config: dict[str, Any]) -> Transform:
-    """Resize, centre crop and normalise: PIL image -> float tensor (C, H, W)."""
+    """Resize, center crop and normalize: PIL image -> float tensor (C, H, W)."""
     return create_transform(**config, is_training=False)
 
 
@@ -100,7 +100,7 @@ def train_transform(config: dict[str, Any], **augmentation: Any) -> Transform:
     policy = augmentation.get("auto_augment")
     if policy and config["input_size"][0] == 4:
         raise ValueError(
-            f"auto_augment={policy!r} cannot be used with 4 input channels: Pillow's colour "
+            f"auto_augment={policy!r} cannot be used with 4 input channels: Pillow's color "
             "operations do not support RGBA. Set auto_augment to null, or use 3 channels."
         )
     if policy:
@@ -140,7 +140,7 @@ def _pretrained_cfg(model: str) -> dict[str, Any]:
 def _per_channel(
     name: str, given: tuple[float, ...] | None, default: tuple[float, ...], channels: int
 ) -> tuple[float, ...]:
-    """``given``, else the model's values; a grey image takes the mean of the three colours."""
+    """``given``, else the model's values; a gray image takes the mean of the three colors."""
     if given is None and channels == 1:
         return (sum(default) / len(default),)
     values = tuple(default if given is None else given)

@@ -152,12 +152,12 @@ class _DenseData(ResumableData):
 
 
 class SegmentationData(_DenseData):
-    """Images (N, 3, S, S), normalised, and masks (N, S, S) of class indices.
+    """Images (N, 3, S, S), normalized, and masks (N, S, S) of class indices.
 
     Training images of VOC are cropped and mirrored at random, others resized.
 
     Args:
-        model: timm name, whose normalisation is used.
+        model: timm name, whose normalization is used.
         download: fetch VOC.
         options: of the data set "shapes" (generated) or "voc" (Pascal VOC 2012 in torchvision's
             layout; `root` is the folder above VOCdevkit).

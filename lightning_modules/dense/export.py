@@ -35,7 +35,7 @@ def export_segmenter(
 ) -> Manifest:
     """Write a segmentation checkpoint's fused network, compared with it, and a manifest.
 
-    Core ML takes one RGB image, the other formats take normalised images (N, 3, size, size); all
+    Core ML takes one RGB image, the other formats take normalized images (N, 3, size, size); all
     return logits (N, classes, size, size).
 
     Args:
@@ -61,7 +61,7 @@ def export_detector(
     """Write a detection checkpoint's fused network, compared with it, and a manifest.
 
     Core ML's package takes one RGB image of the training's size and ends with non-maximum
-    suppression, as Vision expects it. The other formats take normalised images (N, 3, size, size)
+    suppression, as Vision expects it. The other formats take normalized images (N, 3, size, size)
     and return all anchors' boxes (N, A, 4), as corners in 0..1, and probabilities (N, A, classes).
     `detector.torchscript.pt` is everything, from a list of images (3, H, W) in 0..1 to boxes in
     pixels after suppression; it needs torchvision's operators where it runs.

@@ -11,8 +11,8 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from lightning_modules.checks import check_checkpoint_classes, check_model_name
 from lightning_modules.dense.sources import IGNORED
-from lightning_modules.randomness import derive_seed, seed_in_force
-from lightning_modules.recipe.nan_guard import LossGuard
+from lightning_modules.randomness import derive_seed, resolve_seed
+from lightning_modules.recipe.nonfinite_guard import NonFiniteGuard
 from lightning_modules.recipe.optimizers import build_optimizer, total_steps
 from lightning_modules.recipe.schedules import CosineSchedule
 from mobileone.dense import segmenter, ssdlite
@@ -56,13 +56,13 @@ class _DenseModule(LightningModule):
         self.save_hyperparameters()  # those of the subclass, too
         check_model_name(self.hparams["model"])
         self.class_names = ("background", *(f"class {n}" for n in range(1, num_classes)))
-        self._guard = LossGuard(skip_nonfinite)
+        self._guard = NonFiniteGuard(skip_nonfinite)
         self._restored_seed: int | None = None
 
     @property
     def seed(self) -> int:
         """The seed in force: the argument, else the checkpoint's, else the run's, else 0."""
-        return seed_in_force(self.hparams["seed"], self._restored_seed)
+        return resolve_seed(self.hparams["seed"], self._restored_seed)
 
     def setup(self, stage: str) -> None:
         """Take the names of the classes from the data."""
@@ -89,11 +89,11 @@ class _DenseModule(LightningModule):
         """Make the randomness of this batch independent of what was drawn before."""
         torch.manual_seed(derive_seed(self.seed, self.global_rank, self.current_epoch, batch_idx))
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self._guard.remember(self.model)
+            self._guard.save_buffers(self.model)
 
     def _step(self, loss: Tensor, images: int) -> Tensor:
-        """Log a scalar loss, if it is finite, and the learning rate; returns what to minimise."""
-        loss = self._guard.watch(loss)
+        """Log a scalar loss, if it is finite, and the learning rate; returns what to minimize."""
+        loss = self._guard.check_loss(loss)
         if self._guard.loss_is_finite:
             self.log("train/loss", loss, prog_bar=True, batch_size=images)
             self.log("train/loss_epoch", loss, on_step=False, on_epoch=True, batch_size=images)
@@ -108,7 +108,7 @@ class _DenseModule(LightningModule):
             FloatingPointError: it is not (see `skip_nonfinite`). The weights are still those before
                 the step.
         """
-        self._guard.check(self, optimizer)
+        self._guard.check_gradients(self, optimizer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let the checkpoint rebuild the network without a download, and name the classes."""
@@ -130,7 +130,7 @@ class _DenseModule(LightningModule):
 
 
 class Segmenter(_DenseModule):
-    """Segment images; batches are images (N, 3, H, W), normalised, and masks (N, H, W).
+    """Segment images; batches are images (N, 3, H, W), normalized, and masks (N, H, W).
 
     Logs `train/loss`, `val/loss` and `val/miou`, the mean over the classes of the intersection over
     union of all validation pixels.

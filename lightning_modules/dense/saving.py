@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks.checkpointing import on_rank_zero, save_complete
-from mobileone.io.atomic import clean_stale, publish_file, sole_writer, staging
+from mobileone.io.atomic import clean_stale, directory_lock, publish_file, staging
 
 __all__ = ["CompleteCheckpoint", "SoleRun"]
 
@@ -77,7 +77,7 @@ class SoleRun(Callback):
     def _take(self, resumed: object) -> str | None:
         try:
             for folder in self.folders:
-                self._hold.enter_context(sole_writer(folder, _PATIENCE if resumed else 0.0))
+                self._hold.enter_context(directory_lock(folder, _PATIENCE if resumed else 0.0))
                 clean_stale(folder)
         except FileExistsError as error:
             return str(error)

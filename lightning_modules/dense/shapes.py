@@ -44,7 +44,7 @@ class Shapes(Dataset[Picture]):
 
 
 def draw_shapes(generator: np.random.Generator, size: int) -> Picture:
-    """One to three shapes of any colour, apart from each other, on a noisy ground.
+    """One to three shapes of any color, apart from each other, on a noisy ground.
 
     Args:
         generator: Source of everything random.
@@ -65,8 +65,8 @@ def draw_shapes(generator: np.random.Generator, size: int) -> Picture:
             wanted -= len(boxes) > 0  # there is one already: do with fewer
             continue
         label = int(generator.integers(1, len(CLASSES)))
-        colour = tuple(generator.integers(130, 256, 3).tolist())
-        for canvas, fill in ((image, colour), (mask, label)):
+        color = tuple(generator.integers(130, 256, 3).tolist())
+        for canvas, fill in ((image, color), (mask, label)):
             _paint(ImageDraw.Draw(canvas), label, (x, y), radius, fill)
         boxes.append(box)
         labels.append(label)
@@ -81,12 +81,12 @@ def draw_shapes(generator: np.random.Generator, size: int) -> Picture:
 def _paint(
     draw: ImageDraw.ImageDraw,
     label: int,
-    centre: tuple[float, float],
+    center: tuple[float, float],
     radius: float,
     fill: int | tuple[int, ...],
 ) -> None:
-    """A circle, square or triangle whose bounding box is the square around ``centre``."""
-    x, y = centre
+    """A circle, square or triangle whose bounding box is the square around ``center``."""
+    x, y = center
     box = (x - radius, y - radius, x + radius, y + radius)
     if CLASSES[label] == "circle":
         draw.ellipse(box, fill=fill)

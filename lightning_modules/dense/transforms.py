@@ -14,7 +14,7 @@ __all__ = ["BoxTransform", "MaskTransform"]
 
 
 class MaskTransform:
-    """A picture with its mask -> image (3, S, S), normalised, and mask (S, S).
+    """A picture with its mask -> image (3, S, S), normalized, and mask (S, S).
 
     Args:
         mean: subtracted from images scaled to 0..1, one a channel.

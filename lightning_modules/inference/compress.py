@@ -45,7 +45,7 @@ def compress_checkpoint(
     path, root = Path(checkpoint), Path(data)
     model, spec = load_model(read_checkpoint(path), path)
     train = _spread(find_images(root / "train"), calibration)
-    images, targets = _labelled(root / "val", spec, limit)
+    images, targets = _labeled(root / "val", spec, limit)
     return compress_model(
         model.eval(), spec, Path(directory), read_pixels(train, spec), images, targets, methods
     )
@@ -65,7 +65,7 @@ def format_rows(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _labelled(folder: Path, spec: ExportSpec, limit: int | None) -> tuple[Tensor, Tensor]:
+def _labeled(folder: Path, spec: ExportSpec, limit: int | None) -> tuple[Tensor, Tensor]:
     """Validation images and their classes, from the names of their folders."""
     files = find_images(folder)
     files = files if limit is None else _spread(files, limit)

@@ -25,19 +25,19 @@ from mobileone.export.checkpoint import load_model, read_checkpoint
 from mobileone.export.formats import torchscript
 from mobileone.export.load import FILE_SUFFIXES
 from mobileone.export.manifest import MANIFEST_NAME
-from mobileone.export.preprocess import denormalise
+from mobileone.export.preprocess import denormalize
 from mobileone.export.verify.parity import Runner
 from mobileone.io.safe_pickle import UnsafeFileError
 
 __all__ = [
+    "PredictionCsvWriter",
     "PredictionSummary",
-    "PredictionTable",
     "load_classifier",
     "predict_folder",
     "read_pixels",
 ]
 
-# Normalised images (N, C, H, W) -> probabilities (N, classes) on the CPU
+# Normalized images (N, C, H, W) -> probabilities (N, classes) on the CPU
 Classifier = Callable[[Tensor], Tensor]
 _CPU = torch.device("cpu")
 
@@ -115,7 +115,7 @@ def predict_folder(
         _Files(paths, spec), batch_size, num_workers=num_workers, collate_fn=_collate
     )
     unreadable: list[tuple[str, str]] = []
-    with PredictionTable(Path(output), spec.class_names, top_k) as table:
+    with PredictionCsvWriter(Path(output), spec.class_names, top_k) as table:
         for batch in _with_progress(loader, progress):
             rows = iter(() if batch.images is None else classify(batch.images))
             for path, error in zip(batch.paths, batch.errors, strict=True):
@@ -161,7 +161,7 @@ def load_classifier(
 
 
 def _on(model: nn.Module, device: torch.device) -> Classifier:
-    """A model of normalised images -> logits, run on `device`."""
+    """A model of normalized images -> logits, run on `device`."""
     model = model.to(device)
 
     @torch.inference_mode()
@@ -175,7 +175,7 @@ def _of_pixels(run: Runner, name: str, spec: ExportSpec) -> Classifier:
     """A file that takes 8-bit images, as the phone has them."""
 
     def classify(images: Tensor) -> Tensor:
-        answers = run(denormalise(images, spec))
+        answers = run(denormalize(images, spec))
         return answers.softmax(dim=1) if FORMATS[name].output == "logits" else answers
 
     return classify
@@ -192,7 +192,7 @@ def read_pixels(paths: Sequence[Path], spec: ExportSpec) -> Tensor:
         path, image, error = files[index]
         if image is None:
             raise ValueError(f"{path} cannot be read: {error}")
-        pixels.append(denormalise(image, spec))
+        pixels.append(denormalize(image, spec))
     return torch.stack(pixels)
 
 
@@ -280,7 +280,7 @@ def _with_progress(loader: DataLoader, progress: bool) -> Iterator[_Batch]:
     )
 
 
-class PredictionTable:
+class PredictionCsvWriter:
     """Writes rows to ``<path>.partial`` and renames it to ``path`` at a regular exit.
 
     Args:
@@ -295,7 +295,7 @@ class PredictionTable:
         self._names = class_names
         self._top_k = top_k
 
-    def __enter__(self) -> "PredictionTable":
+    def __enter__(self) -> "PredictionCsvWriter":
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._partial.open("w", newline="", encoding="utf-8", errors="surrogateescape")
         self._writer = csv.writer(self._file)

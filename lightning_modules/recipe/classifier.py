@@ -20,11 +20,15 @@ from lightning_modules.checks import (
     check_model_name,
     check_targets,
 )
-from lightning_modules.randomness import derive_seed, seed_in_force
+from lightning_modules.randomness import derive_seed, resolve_seed
 from lightning_modules.recipe.distillation import Teacher, check_distillation
-from lightning_modules.recipe.finetuning import calibrate_start, hold_frozen_statistics, load_start
 from lightning_modules.recipe.finetuning import freeze as freeze_parts
-from lightning_modules.recipe.nan_guard import LossGuard, check_validation_loss
+from lightning_modules.recipe.finetuning import (
+    load_start,
+    recalibrate_bn_before_fit,
+    set_frozen_bn_eval,
+)
+from lightning_modules.recipe.nonfinite_guard import NonFiniteGuard, check_validation_loss
 from lightning_modules.recipe.optimizers import (
     build_optimizer,
     effective_batch_size,
@@ -168,7 +172,7 @@ class ImageClassifier(LightningModule):
         freeze_parts(self.model, freeze, norms=freeze_bn)
         if collapse != "auto":
             set_collapse(self.model, collapse)
-        self._guard = LossGuard(skip_nonfinite)
+        self._guard = NonFiniteGuard(skip_nonfinite)
         self.num_classes = num_classes
         self.train_loss = _mean()
         self.val_metrics = _metrics(num_classes, "val/")
@@ -197,7 +201,7 @@ class ImageClassifier(LightningModule):
     @property
     def seed(self) -> int:
         """The seed in force: the argument, else the checkpoint's, else the run's, else 0."""
-        return seed_in_force(self.hparams["seed"], self._restored_seed)
+        return resolve_seed(self.hparams["seed"], self._restored_seed)
 
     def setup(self, stage: str) -> None:
         """Take the class names and the transform from the data module, and check the classes.
@@ -221,7 +225,7 @@ class ImageClassifier(LightningModule):
             self.model.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (N, C, H, W), normalised, -> logits (N, num_classes)."""
+        """Images (N, C, H, W), normalized, -> logits (N, num_classes)."""
         if self._uses_channels_last():
             images = images.contiguous(memory_format=torch.channels_last)
         logits: Tensor = self.model(images)  # (N, C, H, W) -> (N, num_classes)
@@ -250,7 +254,7 @@ class ImageClassifier(LightningModule):
     def on_fit_start(self) -> None:
         """Calibrate what was expanded; have the teacher, if there is one, where the student is."""
         if self._to_calibrate:
-            calibrate_start(self.model, self.trainer, self.device)
+            recalibrate_bn_before_fit(self.model, self.trainer, self.device)
             self._to_calibrate = False
         if self.hparams["teacher"] is not None:
             spec = self.export_spec
@@ -264,13 +268,13 @@ class ImageClassifier(LightningModule):
 
     def on_train_start(self) -> None:
         """Hold what is frozen; validation puts the modes back as it found them."""
-        hold_frozen_statistics(self.model)
+        set_frozen_bn_eval(self.model)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make the randomness of this batch independent of what was drawn before."""
         torch.manual_seed(derive_seed(self.seed, self.global_rank, self.current_epoch, batch_idx))
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self._guard.remember(self.model)
+            self._guard.save_buffers(self.model)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the smoothed cross-entropy, a scalar.
@@ -287,7 +291,7 @@ class ImageClassifier(LightningModule):
         losses = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")
         if self._teacher is not None:
             losses = self._teacher.mix(losses, logits, images)
-        loss = self._guard.watch(losses.mean())
+        loss = self._guard.check_loss(losses.mean())
         if self._guard.loss_is_finite:
             self.log("train/loss", loss, prog_bar=True)
             self.train_loss.update(losses.detach())
@@ -304,7 +308,7 @@ class ImageClassifier(LightningModule):
             FloatingPointError: it is not (see `skip_nonfinite`). The weights are still those before
                 the step.
         """
-        self._guard.check(self, optimizer)
+        self._guard.check_gradients(self, optimizer)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Add a batch to `val/loss`, `val/acc1` and `val/acc5`; return the logits."""

@@ -42,8 +42,8 @@ class Teacher:
         num_classes: of the student; the teacher must have as many.
         in_chans: channels of the images.
         weights: a file; None for timm's pretrained weights.
-        mean: of the student's normalisation, one value a channel.
-        std: of the student's normalisation, one value a channel.
+        mean: of the student's normalization, one value a channel.
+        std: of the student's normalization, one value a channel.
         device: where the student trains.
         weight: share of the distillation loss in [0, 1]; the rest is the loss of the labels.
         temperature: of the distillation loss, greater than 0.
@@ -92,7 +92,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Images (N, C, H, W), normalised for the student, -> the teacher's logits (N, classes)."""
+        """Images (N, C, H, W), normalized for the student, -> the teacher's logits (N, classes)."""
         logits: Tensor = self.model(images * self._scale + self._shift)
         return logits.float()
 
@@ -102,7 +102,7 @@ class Teacher:
         Args:
             losses: of the labels, (N,).
             logits: of the student, (N, C).
-            images: normalised for the student, (N, C, H, W).
+            images: normalized for the student, (N, C, H, W).
 
         Returns:
             The loss of each image, (N,).

@@ -15,7 +15,7 @@ from mobileone import MobileOne, calibrate, expand
 from mobileone.io.safe_pickle import explain_refusal
 from mobileone.weights import convert_keys, identify
 
-__all__ = ["calibrate_start", "freeze", "hold_frozen_statistics", "load_start"]
+__all__ = ["freeze", "load_start", "recalibrate_bn_before_fit", "set_frozen_bn_eval"]
 
 _CALIBRATION_IMAGES = 512
 _LOST = (
@@ -26,7 +26,7 @@ _LOST = (
 def load_start(model: nn.Module, file: str, expand_fused: bool) -> bool:
     """Start from a weight file: timm's, Apple's or our own, in training form or fused.
 
-    A head of other classes stays as it was initialised. Nothing but tensors is read.
+    A head of other classes stays as it was initialized. Nothing but tensors is read.
 
     Args:
         model: timm's or ours, freshly built; loaded in place.
@@ -35,7 +35,7 @@ def load_start(model: nn.Module, file: str, expand_fused: bool) -> bool:
             otherwise the model takes the fused form.
 
     Returns:
-        Whether the weights were expanded, so that `calibrate_start` has to follow.
+        Whether the weights were expanded, so that `recalibrate_bn_before_fit` has to follow.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -65,7 +65,7 @@ def load_start(model: nn.Module, file: str, expand_fused: bool) -> bool:
     return fused and expand_fused
 
 
-def calibrate_start(model: nn.Module, trainer: Trainer, device: torch.device) -> None:
+def recalibrate_bn_before_fit(model: nn.Module, trainer: Trainer, device: torch.device) -> None:
     """Measure the BatchNorm statistics of expanded weights on the first training images.
 
     Args:
@@ -125,7 +125,7 @@ def freeze(model: nn.Module, parts: Sequence[str], norms: bool) -> None:
         raise ValueError(f"`freeze` (={list(parts)}) leaves no parameter to train")
 
 
-def hold_frozen_statistics(model: nn.Module) -> None:
+def set_frozen_bn_eval(model: nn.Module) -> None:
     """Put the BatchNorms without trainable parameters in eval mode: their statistics stay."""
     for module in model.modules():
         own = list(module.parameters()) if isinstance(module, _BatchNorm) else []
@@ -161,6 +161,6 @@ def _is_fused(weights: dict[str, Tensor], expand_fused: bool) -> bool:
         "measured on training images when a fit begins"
         if expand_fused
         else f"{_LOST}The network trains in fused form, without BatchNorm and "
-        "over-parameterisation: keep the learning rate low, or set model.expand_fused true"
+        "over-parameterization: keep the learning rate low, or set model.expand_fused true"
     )
     return True

@@ -8,10 +8,10 @@ from jsonargparse import Namespace
 from lightning_modules.errors import UsageError
 from lightning_modules.run.resume import epochs_done
 
-__all__ = ["check_length"]
+__all__ = ["validate_duration"]
 
 
-def check_length(config: Namespace, checkpoint: Mapping[str, Any] | None) -> None:
+def validate_duration(config: Namespace, checkpoint: Mapping[str, Any] | None) -> None:
     """Refuse a training without end, without a step, or without a validation, to save after.
 
     Args:

@@ -13,7 +13,7 @@ from lightning_modules.run.folder import RunFolder
 from lightning_modules.run.resume import newest_usable
 from mobileone.export.checkpoint import read_checkpoint
 
-__all__ = ["check_run_config", "hyper_parameters", "read_given", "with_config_of_the_run"]
+__all__ = ["check_run_config", "hyper_parameters", "load_ckpt_arg", "prepend_run_config"]
 
 _WHOLE = (
     "--trainer.limit_val_batches=1.0",
@@ -25,7 +25,7 @@ _WHOLE = (
 _OF_THE_DATA = ("num_classes", "in_chans", "pretrained", "weights", "_instantiator")
 
 
-def with_config_of_the_run(argv: list[str], whole: bool) -> list[str]:
+def prepend_run_config(argv: list[str], whole: bool) -> list[str]:
     """Put the configuration of `--ckpt_path`'s run before arguments that give none.
 
     Args:
@@ -51,11 +51,11 @@ def hyper_parameters(checkpoint: str) -> dict[str, Any]:
     Raises:
         UsageError: The checkpoint cannot be read.
     """
-    known = read_given(checkpoint).get("hyper_parameters", {})
+    known = load_ckpt_arg(checkpoint).get("hyper_parameters", {})
     return {k: v for k, v in known.items() if k not in _OF_THE_DATA}
 
 
-def read_given(checkpoint: str) -> dict[str, Any]:
+def load_ckpt_arg(checkpoint: str) -> dict[str, Any]:
     """The contents of the checkpoint that the user names.
 
     Raises:

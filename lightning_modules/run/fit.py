@@ -25,18 +25,18 @@ from callbacks.snapshots import Snapshots
 from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.errors import UsageError, message_for_user
 from lightning_modules.recipe.classifier import ImageClassifier
-from lightning_modules.run.check_args import check_length
+from lightning_modules.run.check_args import validate_duration
 from lightning_modules.run.checkpoint_args import (
     hyper_parameters,
-    read_given,
-    with_config_of_the_run,
+    load_ckpt_arg,
+    prepend_run_config,
 )
 from lightning_modules.run.config_files import check_configs, find_configs, option_value
-from lightning_modules.run.folder import RunFolder, RunRecords
+from lightning_modules.run.folder import RunFolder, SaveRunConfig
 from lightning_modules.run.parser import Parser
 from lightning_modules.run.resume import Continuation, find_continuation, newest_usable
 from lightning_modules.run.summary import fit_summary
-from lightning_modules.run.trainer import ExactTrainer, TimmSyncBatchNorm, end_after_rank_zero
+from lightning_modules.run.trainer import IntLimitTrainer, TimmSyncBatchNorm, wait_for_rank_zero
 from lightning_modules.run.wandb_logger import (
     WandbOptions,
     check_tracking,
@@ -70,15 +70,15 @@ def run(name: str, argv: list[str], cli: "type[TrainingCLI] | None" = None) -> "
     previous = sys.argv
     chosen = cli or TrainingCLI
     try:
-        argv = with_config_of_the_run(find_configs(argv), whole=name != "fit")
+        argv = prepend_run_config(find_configs(argv), whole=name != "fit")
         check_configs(argv)
         # a distributed strategy starts its other processes with this command line
         sys.argv = [*previous[:1], *chosen.program.split()[1:], name, *argv]
         return chosen(
             chosen.model_type,
             chosen.data_type,
-            save_config_callback=RunRecords,
-            trainer_class=ExactTrainer,
+            save_config_callback=SaveRunConfig,
+            trainer_class=IntLimitTrainer,
             seed_everything_default=0,
             auto_configure_optimizers=False,
             # the paper's epochs; no table of modules: `before_fit` says what matters
@@ -210,8 +210,8 @@ class TrainingCLI(LightningCLI):
                 f"leave --model.model out or set it to {trained}"
             )
         if self.subcommand == "fit":
-            contents = None if config.ckpt_path is None else read_given(config.ckpt_path)
-            check_length(config, contents)
+            contents = None if config.ckpt_path is None else load_ckpt_arg(config.ckpt_path)
+            validate_duration(config, contents)
         config.weights_only = True  # a checkpoint holds tensors and primitives, nothing to run
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -250,13 +250,13 @@ class TrainingCLI(LightningCLI):
             super()._run_subcommand(subcommand)
             for line in finish_tracking(self.trainer.loggers):
                 print(line)
-        except SIGTERMException as stop:  # all processes obey it after the same step
+        except SIGTERMException as stop:  # all processes raise_if_set it after the same step
             self._say_how_to_continue()
-            end_after_rank_zero(self.trainer)
+            wait_for_rank_zero(self.trainer)
             sys.exit(stop.code or 128 + signal.SIGTERM)
-        except FloatingPointError:  # on all ranks, see LossGuard
+        except FloatingPointError:  # on all ranks, see NonFiniteGuard
             self._say_how_to_continue()
-            end_after_rank_zero(self.trainer)
+            wait_for_rank_zero(self.trainer)
             raise
         except BaseException:
             self._say_how_to_continue()
@@ -291,7 +291,7 @@ class TrainingCLI(LightningCLI):
     def _say_how_to_continue(self) -> None:
         """Unless it was refused before it began: the same would happen again."""
         records = cast(Any, self.trainer).callbacks
-        began = any(isinstance(record, RunRecords) and record.began for record in records)
+        began = any(isinstance(record, SaveRunConfig) and record.began for record in records)
         last = newest_usable(self.run.path)[0] if self.run is not None and began else None
         if last is not None:
             # a line of its own, wherever the progress bar was stopped

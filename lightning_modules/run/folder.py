@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from mobileone.io.atomic import replace_text
 
-__all__ = ["RunFolder", "RunRecords"]
+__all__ = ["RunFolder", "SaveRunConfig"]
 
 _RECORD = "run.json"
 
@@ -136,7 +136,7 @@ class RunFolder:
             link.unlink(missing_ok=True)
 
 
-class RunRecords(SaveConfigCallback):
+class SaveRunConfig(SaveConfigCallback):
     """Keep a fit's configuration, once nothing can go wrong with it, and point `latest` to it.
 
     Attributes:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from callbacks.checkpointing import not_finite_in
+from callbacks.checkpointing import find_nonfinite
 from lightning_modules.errors import UsageError
 from lightning_modules.run.folder import RunFolder
 from mobileone.export.checkpoint import read_checkpoint
@@ -130,7 +130,7 @@ def why_unusable(checkpoint: Path) -> str | None:
         return f"it is damaged or cut short ({error})"
     if "optimizer_states" not in contents:
         return "it holds weights only"
-    wrong = not_finite_in(contents)
+    wrong = find_nonfinite(contents)
     return None if wrong is None else f"it holds values that are not finite ({wrong})"
 
 

@@ -12,10 +12,10 @@ from lightning.pytorch.plugins import LayerSync
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
-__all__ = ["ExactTrainer", "TimmSyncBatchNorm", "end_after_rank_zero"]
+__all__ = ["IntLimitTrainer", "TimmSyncBatchNorm", "wait_for_rank_zero"]
 
 
-class ExactTrainer(Trainer):
+class IntLimitTrainer(Trainer):
     """Lightning's `Trainer`, whose limit of 1 is one batch and of 1.0 all of them.
 
     The parser takes the first type of a union that fits. Lightning writes `Optional[Union[int,
@@ -75,7 +75,7 @@ _KEY = "mobileone/rank-0-has-ended"
 _PARENT = os.getppid()  # now, while it surely lives
 
 
-def end_after_rank_zero(trainer: Trainer, seconds: float = _SECONDS) -> None:
+def wait_for_rank_zero(trainer: Trainer, seconds: float = _SECONDS) -> None:
     """Wait, on ranks above 0, until rank 0 has nothing left to do; on rank 0, let them go.
 
     Whoever watches over the processes (Lightning's launcher, torchrun, SLURM) ends all of them as

@@ -14,37 +14,37 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from lightning_modules.run.folder import RunFolder
 
 __all__ = [
-    "SteadyWandbLogger",
+    "FaultTolerantWandbLogger",
     "WandbOptions",
     "check_tracking",
+    "finish_timeout",
     "finish_tracking",
     "how_to_send",
     "make_loggers",
-    "patience",
 ]
 
 _FINISH_SECONDS = 120.0
 
 
-class SteadyWandbLogger(WandbLogger):
+class FaultTolerantWandbLogger(WandbLogger):
     """Goes on without wandb when wandb fails, and tells how to send the log later.
 
     A connection that is lost while the run is under way costs nothing: wandb writes the log to the
     run folder first, and sends what it can. But its calls raise when its own process has died, and
     at the end it would wait for the server without limit. Here a failing call is said once, and the
-    end waits as long as `patience` says.
+    end waits as long as `finish_timeout` says.
 
     Args:
         options: of `WandbLogger`.
 
     Attributes:
-        trouble: what went wrong last, or None.
+        last_error: what went wrong last, or None.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._wandb_init.pop("anonymous", None)  # wandb warns of this key even where it is None
-        self.trouble: str | None = None
+        self.last_error: str | None = None
 
     @property
     def online(self) -> bool:
@@ -58,15 +58,17 @@ class SteadyWandbLogger(WandbLogger):
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         """As the base class, but for errors."""
-        self._attempt(lambda: super(SteadyWandbLogger, self).log_metrics(metrics, step))
+        self._attempt(lambda: super(FaultTolerantWandbLogger, self).log_metrics(metrics, step))
 
     def log_hyperparams(self, params: Any) -> None:
         """As the base class, but for errors."""
-        self._attempt(lambda: super(SteadyWandbLogger, self).log_hyperparams(params))
+        self._attempt(lambda: super(FaultTolerantWandbLogger, self).log_hyperparams(params))
 
     def log_image(self, key: str, images: list[Any], step: int | None = None, **more: Any) -> None:
         """As the base class, but for errors."""
-        self._attempt(lambda: super(SteadyWandbLogger, self).log_image(key, images, step, **more))
+        self._attempt(
+            lambda: super(FaultTolerantWandbLogger, self).log_image(key, images, step, **more)
+        )
 
     @rank_zero_only
     def connect(self) -> None:
@@ -87,22 +89,22 @@ class SteadyWandbLogger(WandbLogger):
         try:
             self.experiment.finish()
         except Exception as error:
-            self.trouble = self.trouble or _line(error)
-        if self.trouble is None:
+            self.last_error = self.last_error or _line(error)
+        if self.last_error is None:
             return None
-        return f"wandb has not got the whole log ({self.trouble}). {how_to_send(self.folder)}"
+        return f"wandb has not got the whole log ({self.last_error}). {how_to_send(self.folder)}"
 
     @rank_zero_only
     def _attempt(self, call: Callable[[], Any]) -> None:
         try:
             call()
         except Exception as error:
-            if self.trouble is None:
+            if self.last_error is None:
                 rank_zero_warn(
                     f"wandb does not take everything ({_line(error)}): training goes on, and the "
                     "metrics are in metrics/version_*/metrics.csv too"
                 )
-            self.trouble = _line(error)
+            self.last_error = _line(error)
 
 
 def how_to_send(folder: str) -> str:
@@ -110,7 +112,7 @@ def how_to_send(folder: str) -> str:
     return f"It is kept in {folder}; to send it: wandb sync {folder}"
 
 
-def patience() -> Any:
+def finish_timeout() -> Any:
     """wandb's settings that bound the wait at a run's end; the environment goes before them."""
     import wandb
 
@@ -177,15 +179,15 @@ def make_loggers(run: RunFolder, options: WandbOptions) -> list[Logger]:
 
 def finish_tracking(loggers: list[Logger]) -> list[str]:
     """End the runs that wandb should have got by now; a line for each of which it has not all."""
-    of_wandb = [logger for logger in loggers if isinstance(logger, SteadyWandbLogger)]
-    due = [logger for logger in of_wandb if logger.online or logger.trouble is not None]
+    of_wandb = [logger for logger in loggers if isinstance(logger, FaultTolerantWandbLogger)]
+    due = [logger for logger in of_wandb if logger.online or logger.last_error is not None]
     return [line for logger in due if (line := logger.finish()) is not None]
 
 
 def _wandb_logger(
     run: RunFolder, options: WandbOptions, mode: Literal["offline", "online"], **more: Any
-) -> SteadyWandbLogger:
-    return SteadyWandbLogger(
+) -> FaultTolerantWandbLogger:
+    return FaultTolerantWandbLogger(
         mode=mode,
         offline=mode == "offline",
         save_dir=run.path,
@@ -200,11 +202,11 @@ def _wandb_logger(
     )
 
 
-def _connected(run: RunFolder, options: WandbOptions) -> SteadyWandbLogger:
+def _connected(run: RunFolder, options: WandbOptions) -> FaultTolerantWandbLogger:
     import wandb
     from wandb.errors import CommError
 
-    logger = _wandb_logger(run, options, "online", settings=patience())
+    logger = _wandb_logger(run, options, "online", settings=finish_timeout())
     try:
         logger.connect()  # wandb retries for a while
         return logger
@@ -221,9 +223,9 @@ def _connected(run: RunFolder, options: WandbOptions) -> SteadyWandbLogger:
     wandb.teardown()
     offline = _wandb_logger(run, options, "offline")
     offline.connect()
-    offline.trouble = f"it could not be reached: {reason}"
+    offline.last_error = f"it could not be reached: {reason}"
     rank_zero_warn(
-        f"wandb: {offline.trouble}. This run is logged offline. {how_to_send(offline.folder)}"
+        f"wandb: {offline.last_error}. This run is logged offline. {how_to_send(offline.folder)}"
     )
     return offline
 

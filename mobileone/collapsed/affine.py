@@ -43,9 +43,9 @@ class AffineConvolution(torch.autograd.Function):
         kernel = _in_rows(kernel)
         x = x.contiguous()
         z = F.conv2d(x, kernel)
-        norms = [_normalise(z, gamma[0], geometry.eps[0])]
+        norms = [_normalize(z, gamma[0], geometry.eps[0])]
         if geometry.skip:
-            norms.append(_normalise(x, gamma[1], geometry.eps[1]))
+            norms.append(_normalize(x, gamma[1], geometry.eps[1]))
         bias = torch.stack(
             [b - norm.scale * norm.mean for b, norm in zip(beta, norms, strict=True)]
         ).sum(0)
@@ -93,7 +93,7 @@ def _in_rows(kernel: Tensor) -> Tensor:
     return kernel.reshape(kernel.shape[:2])[..., None, None]
 
 
-def _normalise(z: Tensor, gamma: Tensor, eps: float) -> _Norm:
+def _normalize(z: Tensor, gamma: Tensor, eps: float) -> _Norm:
     mean, var = passes.channel_moments(z)
     var.clamp_(min=0.0)
     inverse = (var + eps).rsqrt()

@@ -18,10 +18,10 @@ __all__ = [
     "Branches",
     "Collapsed",
     "WindowStatistics",
+    "branch_backward",
     "branch_means",
     "branch_variances",
     "collapse",
-    "pull_back",
 ]
 
 
@@ -48,14 +48,14 @@ class Branches:
         gamma: γᵢ of the B branches and then of the skip, (B or B + 1, G, O).
         beta: Σᵢ βᵢ, (G, O).
         eps: ε of each branch, (B or B + 1, 1, 1).
-        centre: Index in a window of each skip output's input, (O,); None without a skip.
+        center: Index in a window of each skip output's input, (O,); None without a skip.
     """
 
     kernels: Tensor
     gamma: Tensor
     beta: Tensor
     eps: Tensor
-    centre: Tensor | None
+    center: Tensor | None
 
 
 class Collapsed(NamedTuple):
@@ -95,9 +95,9 @@ class BranchGrads(NamedTuple):
 def branch_means(branches: Branches, mean: Tensor) -> Tensor:
     """μᵢ of every branch, the skip last, (B or B + 1, G, O), from m (G, J), in m's dtype."""
     means = torch.matmul(branches.kernels.to(mean.dtype), mean[:, :, None]).squeeze(-1)
-    if branches.centre is None:
+    if branches.center is None:
         return means
-    return torch.cat((means, mean[None, :, branches.centre]))
+    return torch.cat((means, mean[None, :, branches.center]))
 
 
 def branch_variances(branches: Branches, cov: Tensor, product: Tensor) -> Tensor:
@@ -106,24 +106,24 @@ def branch_variances(branches: Branches, cov: Tensor, product: Tensor) -> Tensor
     `product` is Wᵢ C of the convolution branches, (B, G, O, J).
     """
     variances = (product * branches.kernels).sum(-1)
-    if branches.centre is not None:
-        own = cov.diagonal(dim1=-2, dim2=-1)[:, branches.centre]  # (G, O)
+    if branches.center is not None:
+        own = cov.diagonal(dim1=-2, dim2=-1)[:, branches.center]  # (G, O)
         variances = torch.cat((variances, own[None]))
     return variances.clamp_(min=0.0)
 
 
 def collapse(branches: Branches, mean: Tensor, var: Tensor) -> Collapsed:
     """Compute Ŵ and b̂ from m (G, J) and the branches' variances."""
-    kernels, centre = branches.kernels, branches.centre
+    kernels, center = branches.kernels, branches.center
     scale = branches.gamma * (var + branches.eps).rsqrt()
     weight = (scale[: len(kernels), ..., None] * kernels).sum(0)
-    if centre is not None:
-        weight[:, torch.arange(len(centre), device=centre.device), centre] += scale[-1]
+    if center is not None:
+        weight[:, torch.arange(len(center), device=center.device), center] += scale[-1]
     bias = branches.beta - torch.matmul(weight.to(mean.dtype), mean[:, :, None]).squeeze(-1)
     return Collapsed(weight, bias, var, scale)
 
 
-def pull_back(
+def branch_backward(
     weight_grad: Tensor,
     bias_grad: Tensor,
     branches: Branches,
@@ -136,11 +136,11 @@ def pull_back(
     ∂L/∂b̂.
     ⟨P, Wᵢ⟩ = ∂L/∂aᵢ reaches γᵢ and vᵢ, and vᵢ reaches Wᵢ and C; ∂L/∂m = −Ŵᵀq.
     """
-    kernels, centre, (m, cov, n) = branches.kernels, branches.centre, stats
+    kernels, center, (m, cov, n) = branches.kernels, branches.center, stats
     count, a = len(kernels), folded.scale
     da = (weight_grad * kernels).sum(-1)  # (B, G, O)
-    if centre is not None:
-        own = weight_grad[:, torch.arange(len(centre), device=centre.device), centre]
+    if center is not None:
+        own = weight_grad[:, torch.arange(len(center), device=center.device), center]
         da = torch.cat((da, own[None]))
     inverse = (folded.var + branches.eps).rsqrt()
     dv = -0.5 * da * a * inverse.square()
@@ -152,8 +152,8 @@ def pull_back(
     slope = torch.matmul(
         tall.transpose(1, 2), slanted.transpose(0, 1).reshape(groups, -1, window)
     ).div_(n)
-    if centre is not None:
-        slope[:, centre, centre] += 2.0 * dv[-1] / n
+    if center is not None:
+        slope[:, center, center] += 2.0 * dv[-1] / n
     pulled = torch.matmul(bias_grad[:, None], folded.weight.to(m.dtype)) / n
     pulled += torch.matmul(m[:, None], slope.to(m.dtype))
     return BranchGrads(dw, da * inverse, bias_grad, slope, -pulled.squeeze(1))

@@ -139,7 +139,7 @@ def unsupported_reason(block: BranchedBlock) -> str | None:
     ):
         return "a branch that is not a plain convolution and a BatchNorm, or unlike the others"
     if not all(map(_is_plain_norm, block.norms())):
-        return "a BatchNorm that is synchronised, frozen, or without affine or running terms"
+        return "a BatchNorm that is synchronized, frozen, or without affine or running terms"
     names = ("conv_kxk", "conv_scale", "drop_path", "identity")
     parts = _with_parts([block._modules.get(name) for name in names])
     if _has_any_global_hook() or any(map(is_hooked, parts)):
@@ -175,16 +175,16 @@ def gather_branches(geometry: Geometry, tensors: Sequence[Tensor], dtype: torch.
     kernels = [_as_rows(kernel, geometry) for kernel in tensors[:count]]
     gamma, beta = tensors[count : count + norms], tensors[count + norms :]
     device = kernels[0].device
-    centre = None
+    center = None
     if geometry.skip:
         area = geometry.kernel_size**2
-        centre = torch.arange(outputs, device=device) * area + area // 2
+        center = torch.arange(outputs, device=device) * area + area // 2
     return Branches(
         kernels=torch.stack(kernels).to(dtype),
         gamma=torch.stack(tuple(gamma)).to(dtype).view(norms, groups, outputs),
         beta=torch.stack(tuple(beta)).to(dtype).sum(0).view(groups, outputs),
         eps=torch.tensor(geometry.eps, dtype=dtype, device=device).view(norms, 1, 1),
-        centre=centre,
+        center=center,
     )
 
 

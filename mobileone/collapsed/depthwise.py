@@ -14,13 +14,13 @@ from mobileone.collapsed import cpu_kernels as native
 from mobileone.collapsed.algebra import (
     Collapsed,
     WindowStatistics,
+    branch_backward,
     branch_means,
     branch_variances,
     collapse,
-    pull_back,
 )
 from mobileone.collapsed.branches import Geometry, branch_gradients, gather_branches
-from mobileone.collapsed.moments import far_means, thin_channels
+from mobileone.collapsed.moments import dominant_means, ill_conditioned_channels
 
 __all__ = ["DepthwiseConvolution", "has_kernels", "kernels_for"]
 
@@ -61,12 +61,12 @@ class DepthwiseConvolution(torch.autograd.Function):
         mean, cov = kernels.depthwise_moments(x, stride)
         height, width = geometry.output_size(*x.shape[2:])
         branches = gather_branches(geometry, tensors, cov.dtype)
-        thin = thin_channels(mean, cov, branches.kernels)
+        thin = ill_conditioned_channels(mean, cov, branches.kernels)
         which = thin.nonzero().squeeze(-1)
         if len(which):
             kernels.depthwise_careful_moments(x, stride, which, mean, cov)
         var = branch_variances(branches, cov, torch.matmul(branches.kernels, cov))
-        shift = far_means(mean[:, 4], cov[:, 4, 4])  # of the centre tap, (C,)
+        shift = dominant_means(mean[:, 4], cov[:, 4, 4])  # of the center tap, (C,)
         folded = collapse(branches, mean - shift[:, None], var)
         y = kernels.depthwise_forward(x, stride, shift, folded.weight, folded.bias, relu)
         ctx.geometry, ctx.number = geometry, len(x) * height * width
@@ -82,9 +82,9 @@ class DepthwiseConvolution(torch.autograd.Function):
         folded, tensors = Collapsed(*rest[:4]), rest[4:]
         geometry, g = ctx.geometry, g.contiguous()
         stride, kernels = geometry.stride, kernels_for(x)
-        shift = far_means(m[:, 4], cov[:, 4, 4])
+        shift = dominant_means(m[:, 4], cov[:, 4, 4])
         weight_grad, bias_grad = kernels.depthwise_weight_grad(g, y, x, stride, m, thin)
-        grads = pull_back(
+        grads = branch_backward(
             weight_grad[:, None],
             bias_grad[:, None],
             gather_branches(geometry, tensors, cov.dtype),

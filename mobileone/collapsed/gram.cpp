@@ -25,7 +25,7 @@ constexpr int64_t TASKS = 16;               // into which the work is divided, o
 
 typedef int Index __attribute__((vector_size(LANES * sizeof(int))));
 
-// Sums of neighbouring lanes: those of a in the first half, those of b in the second.
+// Sums of neighboring lanes: those of a in the first half, those of b in the second.
 inline V pairs(const V& a, const V& b) {
   const Index even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
   return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);

@@ -12,22 +12,22 @@ from mobileone.collapsed.algebra import (
     Branches,
     Collapsed,
     WindowStatistics,
+    branch_backward,
     branch_means,
     branch_variances,
     collapse,
-    pull_back,
 )
 from mobileone.collapsed.branches import Geometry, branch_gradients, gather_branches
 from mobileone.collapsed.moments import (
-    Care,
+    Float64Level,
     algebra_dtype,
-    care_needed,
-    columns,
+    col2im,
+    im2col,
     image,
-    is_far,
+    mean_dominates,
+    required_precision,
     row_products,
     rows,
-    uncolumns,
     window_statistics,
 )
 
@@ -46,22 +46,22 @@ class GramConvolution(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, geometry: Geometry, relu: bool, dtype: torch.dtype, *tensors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        windows = columns(x, geometry)
+        windows = im2col(x, geometry)
         stats, shift = window_statistics(windows)
         algebra = algebra_dtype(geometry, x.dtype)
         branches, cov, product = _products(geometry, tensors, stats, algebra)
         var = branch_variances(branches, cov, product)
         conv_var, inward = var[: geometry.branches], ctx.needs_input_grad[0]
-        care = care_needed(stats, branches.kernels, product, conv_var, inward)
-        if care is Care.SUMS:
+        care = required_precision(stats, branches.kernels, product, conv_var, inward)
+        if care is Float64Level.SUMS:
             stats, _ = window_statistics(windows.double())
         if care:
             branches, cov, product = _products(geometry, tensors, stats, torch.float64)
             var = branch_variances(branches, cov, product)
-        far = care is Care.SUMS or is_far(stats)
+        far = care is Float64Level.SUMS or mean_dominates(stats)
         folded = collapse(branches, stats.mean - shift if far else stats.mean, var)
         # under autocast the product is as narrow as the branches' own, whatever care is needed
-        careful = care >= Care.PRODUCT and dtype == tensors[0].dtype
+        careful = care >= Float64Level.PRODUCT and dtype == tensors[0].dtype
         y = _product(folded, windows, shift if far else None, torch.float64 if careful else dtype)
         y = y.to(dtype)
         if relu:
@@ -90,17 +90,19 @@ class GramConvolution(torch.autograd.Function):
             g = torch.ops.aten.threshold_backward(g, y, 0)
         # narrow gradients would lose P in cancellation, and S, of order 1/n, underflows in float16
         wide = g.to(torch.promote_types(g.dtype, torch.float32))
-        g, total, rest = _centre(wide, in_place=y is not None or wide is not g)
-        windows, g, rest = columns(x, geometry), rows(g, geometry), rest.view(len(m), -1)
+        g, total, rest = _center(wide, in_place=y is not None or wide is not g)
+        windows, g, rest = im2col(x, geometry), rows(g, geometry), rest.view(len(m), -1)
         windows = windows.to(torch.promote_types(x.dtype, torch.float32))
-        left, right = (g.double(), windows.double()) if ctx.care is Care.SUMS else (g, windows)
+        left, right = (
+            (g.double(), windows.double()) if ctx.care is Float64Level.SUMS else (g, windows)
+        )
         weight_grad = row_products(left, right, shift.to(right.dtype))
         weight_grad -= rest[..., None] * (m - shift)[:, None, :]  # about the mean, (G, O, J)
         branches = gather_branches(geometry, tensors, cov.dtype)
         if ctx.far:
             right, m = right - shift[..., None], m - shift
         stats = WindowStatistics(m, cov, ctx.number)
-        grads = pull_back(weight_grad.to(cov.dtype), rest, branches, stats, folded)
+        grads = branch_backward(weight_grad.to(cov.dtype), rest, branches, stats, folded)
         grads = grads._replace(beta=total.view_as(rest))
         dx = None
         if ctx.needs_input_grad[0]:
@@ -108,7 +110,7 @@ class GramConvolution(torch.autograd.Function):
             dwindows = torch.matmul(folded.weight.to(dtype).mT, left)
             _add_product(dwindows, grads.slope.to(dtype), right.to(dtype))
             dwindows += grads.offset.to(dtype)[..., None]
-            dx = uncolumns(dwindows, geometry, x.shape).to(x.dtype)
+            dx = col2im(dwindows, geometry, x.shape).to(x.dtype)
         return dx, None, None, None, *branch_gradients(geometry, grads, tensors)
 
 
@@ -134,7 +136,7 @@ def _products(
     return branches, cov, torch.matmul(branches.kernels, cov)
 
 
-def _centre(g: Tensor, in_place: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _center(g: Tensor, in_place: bool) -> tuple[Tensor, Tensor, Tensor]:
     """g − ḡ of g (N, C_out, H', W'), Σ g and Σ (g − ḡ), (C_out,) in float64.
 
     BatchNorm passes nothing of ḡ on but to β, and products with it would only cancel. What is

@@ -11,17 +11,17 @@ from mobileone.collapsed.algebra import WindowStatistics
 from mobileone.collapsed.branches import Geometry
 
 __all__ = [
-    "Care",
+    "Float64Level",
     "algebra_dtype",
-    "care_needed",
-    "columns",
-    "far_means",
+    "col2im",
+    "dominant_means",
+    "ill_conditioned_channels",
+    "im2col",
     "image",
-    "is_far",
+    "mean_dominates",
+    "required_precision",
     "row_products",
     "rows",
-    "thin_channels",
-    "uncolumns",
     "window_statistics",
 ]
 
@@ -40,7 +40,7 @@ _THIN = 4.0
 from which the small algebra is done in float64."""
 
 _ROUGH = 32.0
-"""The same from which Ŵ x is, as the rounding of Ŵ shows: branches normalise theirs away."""
+"""The same from which Ŵ x is, as the rounding of Ŵ shows: branches normalize theirs away."""
 
 _THINNEST = 8.0
 """The same from which sums over windows are taken in float64 as well, if there are few of them."""
@@ -53,7 +53,7 @@ _ALIKE = 0.25
 in float32."""
 
 
-class Care(IntEnum):
+class Float64Level(IntEnum):
     """What runs in float64."""
 
     NONE = 0
@@ -71,7 +71,7 @@ def algebra_dtype(geometry: Geometry, dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if light else torch.promote_types(dtype, torch.float32)
 
 
-def columns(x: Tensor, geometry: Geometry) -> Tensor:
+def im2col(x: Tensor, geometry: Geometry) -> Tensor:
     """Windows of an input (N, C_in, H, W) as matrices (M, G, J, L), one window a column.
 
     M is N, or 1 where small images of a pointwise block are joined: L is then N · H · W.
@@ -87,7 +87,7 @@ def columns(x: Tensor, geometry: Geometry) -> Tensor:
     return unfolded.view(batch, geometry.groups, geometry.window, -1)
 
 
-def uncolumns(matrix: Tensor, geometry: Geometry, shape: torch.Size) -> Tensor:
+def col2im(matrix: Tensor, geometry: Geometry, shape: torch.Size) -> Tensor:
     """The adjoint of `columns`: sum (M, G, J, L) into an image of the given shape."""
     if geometry.pointwise:
         return image(matrix, shape)
@@ -147,9 +147,9 @@ def row_products(a: Tensor, b: Tensor, shift: Tensor) -> Tensor:
     return torch.matmul(a, (b - shift[..., None]).mT).sum(0, dtype=torch.float64)
 
 
-def care_needed(
+def required_precision(
     stats: WindowStatistics, kernels: Tensor, product: Tensor, var: Tensor, inward: bool
-) -> Care:
+) -> Float64Level:
     """Whether rounding would be magnified in what is made of the windows.
 
     That is so where squares overflow; where vᵢ is far below what the weights could make of it,
@@ -173,21 +173,23 @@ def care_needed(
         worst |= (explained > (1 - _ALIKE) * total * var).any()
     # the only look at the numbers: a GPU is waited for
     levels = (var * _THIN < size).any(), (var * _ROUGH < size).any(), worst
-    return Care(int(torch.stack([n * level.int() for n, level in enumerate(levels, 1)]).max()))
+    return Float64Level(
+        int(torch.stack([n * level.int() for n, level in enumerate(levels, 1)]).max())
+    )
 
 
-def is_far(stats: WindowStatistics) -> bool:
+def mean_dominates(stats: WindowStatistics) -> bool:
     """Whether a mean outweighs the spread, so that products with the windows would cancel."""
     variance = stats.cov.diagonal(dim1=-2, dim2=-1)
     return bool((stats.mean.square() > _FAR * variance).any())
 
 
-def far_means(mean: Tensor, var: Tensor) -> Tensor:
+def dominant_means(mean: Tensor, var: Tensor) -> Tensor:
     """The means that outweigh the spread, in float32, and 0 for the others: a shift is not free."""
     return torch.where(mean.square() <= var, 0.0, mean).float()
 
 
-def thin_channels(mean: Tensor, cov: Tensor, kernels: Tensor) -> Tensor:
+def ill_conditioned_channels(mean: Tensor, cov: Tensor, kernels: Tensor) -> Tensor:
     """Channels of a depthwise block whose sums are to be taken in float64: (C,), booleans.
 
     Those of which a branch's variance is a small part of the moments that it is made of, from

@@ -52,7 +52,7 @@ struct Shape {
 };
 
 // A zero-padded plane whose columns are split by their remainder modulo the stride, so that the
-// taps of neighbouring outputs are neighbours in memory. Rows have room for loads past their end.
+// taps of neighboring outputs are neighbors in memory. Rows have room for loads past their end.
 template <int STRIDE, typename T = float>
 struct Padded {
   int64_t height, width, margin, phase;
@@ -113,7 +113,7 @@ struct Differences {
   }
 };
 
-// Σ coefficient · row of M neighbouring vectors, added to them.
+// Σ coefficient · row of M neighboring vectors, added to them.
 template <int M>
 inline void add_taps(const TapList& list, const float* from, V (&sums)[M]) {
   for (int t = 0; t < list.count; ++t) {

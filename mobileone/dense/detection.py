@@ -50,16 +50,16 @@ class SSDFeatures(nn.Module):
 
 
 class SSDBoxes(nn.Module):
-    """An SSD from normalised images to boxes, before non-maximum suppression: what a phone runs.
+    """An SSD from normalized images to boxes, before non-maximum suppression: what a phone runs.
 
     Boxes are decoded as `torchvision.models.detection.ssd.SSD` does (Liu et al., arXiv 1512.02325,
-    section 2.2): an anchor's centre moves by parts of its sides, its sides grow by exponentials.
+    section 2.2): an anchor's center moves by parts of its sides, its sides grow by exponentials.
 
     Args:
         network: An SSD of torchvision, with images of one size.
     """
 
-    centres: Tensor
+    centers: Tensor
     sides: Tensor
     largest: Tensor
 
@@ -75,7 +75,7 @@ class SSDBoxes(nn.Module):
         images = ImageList(example, [(height, width)])
         anchors = network.anchor_generator(images, features)[0]  # (A, 4), corners in pixels
         corners = anchors / torch.tensor([width, height, width, height])
-        self.register_buffer("centres", (corners[:, :2] + corners[:, 2:]) / 2)
+        self.register_buffer("centers", (corners[:, :2] + corners[:, 2:]) / 2)
         self.register_buffer("sides", corners[:, 2:] - corners[:, :2])
         self._move, _, self._growth, _ = network.box_coder.weights  # of x as of y
         self.register_buffer("largest", torch.tensor(network.box_coder.bbox_xform_clip))
@@ -88,10 +88,10 @@ class SSDBoxes(nn.Module):
         """
         answer = self.head(list(self.backbone(images).values()))
         offsets = answer["bbox_regression"]  # (N, A, 4)
-        centres = self.centres + offsets[..., :2] / self._move * self.sides
+        centers = self.centers + offsets[..., :2] / self._move * self.sides
         growth = torch.minimum(offsets[..., 2:] / self._growth, self.largest)
         sides = growth.exp() * self.sides
-        boxes = torch.cat([centres - sides / 2, centres + sides / 2], dim=-1).clamp(0, 1)
+        boxes = torch.cat([centers - sides / 2, centers + sides / 2], dim=-1).clamp(0, 1)
         return boxes, answer["cls_logits"].softmax(dim=-1)
 
 

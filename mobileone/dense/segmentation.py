@@ -35,7 +35,7 @@ class DeepLabV3(nn.Module):
         self.head = head
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (N, 3, H, W), normalised, -> logits (N, classes, H, W)."""
+        """Images (N, 3, H, W), normalized, -> logits (N, classes, H, W)."""
         size = images.shape[-2:]
         logits = self.head(self.backbone(images)[-1])  # (N, C, H/s, W/s) -> (N, classes, H/s, W/s)
         return F.interpolate(logits, size, mode="bilinear", align_corners=False)

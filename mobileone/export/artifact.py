@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mobileone.export.formats.table import DEFAULT_FORMATS, FORMATS, check_formats
 from mobileone.export.isolation import isolated
 from mobileone.export.manifest import Manifest, TrainingState, describe_format
-from mobileone.export.preprocess import normalise
+from mobileone.export.preprocess import normalize
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Parity, Reference, fixed_images
 from mobileone.export.verify.structure import (
@@ -50,13 +50,13 @@ def export_model(
     PyTorch's modes are left as they were.
 
     Args:
-        model: classifier in any mode, dtype and device; (N, C, H, W) normalised -> (N, classes).
+        model: classifier in any mode, dtype and device; (N, C, H, W) normalized -> (N, classes).
             Any model that timm can reparameterize, or that has nothing to fuse.
         spec: what the model expects and returns.
         directory: the artifact folder to create.
         formats: names from `FORMATS`.
         run: where in training the weights come from.
-        metadata: author, licence, description, version.
+        metadata: author, license, description, version.
         images: 8-bit images (N, C, H, W) for the parity check, such as the model was trained on:
             a trained network may overflow half precision on others. None takes synthetic ones.
         overwrite: replace an existing `directory`.
@@ -82,7 +82,7 @@ def export_model(
         logits = _logits(reference, spec, images)
         fused = reparameterize(reference)
         checked = Reference(fused, logits, images)
-        expected = fused_kinds(fused, normalise(images[:1], spec))
+        expected = fused_kinds(fused, normalize(images[:1], spec))
         problems = unfused_layers(fused)
         staged = folder / "artifact"
         staged.mkdir()
@@ -139,7 +139,7 @@ def _inference_copy(model: nn.Module) -> nn.Module:
 
 
 def _logits(model: nn.Module, spec: ExportSpec, images: Tensor) -> Tensor:
-    logits = model(normalise(images, spec))
+    logits = model(normalize(images, spec))
     expected = (len(images), spec.num_classes)
     if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

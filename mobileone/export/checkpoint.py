@@ -38,7 +38,7 @@ def export_checkpoint(
             averaged) is what ships.
         directory: the artifact folder to create.
         formats: names from `FORMATS`.
-        metadata: author, licence, description, version.
+        metadata: author, license, description, version.
         overwrite: replace an existing `directory`.
 
     Raises:
@@ -110,7 +110,7 @@ def load_model(contents: Mapping[str, Any], path: Path) -> tuple[nn.Module, Expo
     """
     if "export_spec" not in contents:
         raise ValueError(
-            f"{path} has no `export_spec` (class names, input size, normalisation): it was not "
+            f"{path} has no `export_spec` (class names, input size, normalization): it was not "
             "written by ImageClassifier; put `spec.to_dict()` there in `on_save_checkpoint`"
         )
     try:

@@ -10,12 +10,12 @@ from mobileone.export.manifest import MANIFEST_NAME, Manifest, describe_files
 from mobileone.export.spec import ExportSpec
 from mobileone.export.verify.structure import count_kinds
 
-__all__ = ["NotAsWrittenError", "describe_artifact"]
+__all__ = ["ChecksumMismatchError", "describe_artifact"]
 
 _NAMES_SHOWN = 8
 
 
-class NotAsWrittenError(ValueError):
+class ChecksumMismatchError(ValueError):
     """The files of an artifact are not those of its manifest; the text describes it."""
 
 
@@ -28,7 +28,7 @@ def describe_artifact(path: str | Path) -> str:
 
     Raises:
         FileNotFoundError: it is not an artifact folder.
-        NotAsWrittenError: files differ from the manifest; its text is the description so far.
+        ChecksumMismatchError: files differ from the manifest; its text is the description so far.
         ValueError: the manifest cannot be read, or the file says nothing of itself.
         ImportError: a file needs a package that is not installed.
     """
@@ -41,7 +41,7 @@ def describe_artifact(path: str | Path) -> str:
         manifest.verify(path)
         lines.append(_row("files", "as they were written (sizes and SHA-256)"))
     except ValueError as error:
-        raise NotAsWrittenError(
+        raise ChecksumMismatchError(
             "\n".join([*lines, _row("files", f"NOT AS WRITTEN: {error}")])
         ) from error
     for name, entry in manifest.formats.items():
@@ -85,7 +85,7 @@ def _header(manifest: Manifest) -> list[str]:
     metrics = ", ".join(f"{k} {v:.4g}" for k, v in training.metrics.items() if v is not None)
     rows = {
         **_spec_rows(manifest.spec),
-        "colours": manifest.channel_order,
+        "colors": manifest.channel_order,
         "parameters": f"{manifest.parameters:,}",
         "training": f"epoch {training.epoch}, step {training.step}, {training.checkpoint}",
         "metrics": metrics or "none",

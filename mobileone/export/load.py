@@ -67,7 +67,7 @@ def load_runner(path: str | Path, name: str | None = None) -> Loaded:
 def load_torchscript_artifact(path: str | Path) -> tuple[nn.Module, Manifest]:
     """The TorchScript module of an artifact folder, its files verified, and the manifest.
 
-    The module maps normalised float images (N, C, H, W) to logits (N, classes), on the CPU.
+    The module maps normalized float images (N, C, H, W) to logits (N, classes), on the CPU.
 
     Raises:
         FileNotFoundError: `path` is not an artifact folder, or holds no TorchScript file.

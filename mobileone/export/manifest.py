@@ -61,9 +61,9 @@ class Manifest:
     """Everything that is known about an artifact.
 
     Attributes:
-        spec: model, classes, input size, normalisation, resize and crop.
+        spec: model, classes, input size, normalization, resize and crop.
         training: epoch, step, metrics, checkpoint.
-        metadata: author, licence, description, version.
+        metadata: author, license, description, version.
         parameters: number of parameters of the fused model.
         channel_order: `RGB`, `L` (gray) or `unspecified`.
         formats: by format name: `path`, `input`, `output`, `bytes`, `files` (by path: `bytes`,

@@ -1,4 +1,4 @@
-"""Per-channel normalisation of 8-bit images, as a function and as the first layer of a model."""
+"""Per-channel normalization of 8-bit images, as a function and as the first layer of a model."""
 
 from typing import Any
 
@@ -7,18 +7,18 @@ from torch import Tensor, nn
 
 from mobileone.export.spec import ExportSpec
 
-__all__ = ["WithPreprocessing", "denormalise", "normalise", "tensor_interface"]
+__all__ = ["WithPreprocessing", "denormalize", "normalize", "tensor_interface"]
 
 
-def normalise(images: Tensor, spec: ExportSpec) -> Tensor:
+def normalize(images: Tensor, spec: ExportSpec) -> Tensor:
     """Scale 8-bit images (N, C, H, W) to 0..1, subtract the mean, divide by the std."""
     mean = torch.tensor(spec.mean).view(-1, 1, 1)  # (C, 1, 1)
     std = torch.tensor(spec.std).view(-1, 1, 1)
     return (images.float() / 255 - mean) / std
 
 
-def denormalise(images: Tensor, spec: ExportSpec) -> Tensor:
-    """The 8-bit images that normalised ones (N, C, H, W) were made from; exact if they were."""
+def denormalize(images: Tensor, spec: ExportSpec) -> Tensor:
+    """The 8-bit images that normalized ones (N, C, H, W) were made from; exact if they were."""
     mean = torch.tensor(spec.mean).view(-1, 1, 1)  # (C, 1, 1)
     std = torch.tensor(spec.std).view(-1, 1, 1)
     pixels = (images.detach().float().cpu() * std + mean) * 255
@@ -29,7 +29,7 @@ class WithPreprocessing(nn.Module):
     """Pixel values 0..255 to probabilities: `softmax(model((x - 255 mean) / (255 std)))`.
 
     The affine map is a layer of its own and not folded into the first convolution: a padded
-    convolution pads *after* the normalisation with zeros, which a folded bias would turn into
+    convolution pads *after* the normalization with zeros, which a folded bias would turn into
     `-mean / std` at the borders. Core ML's own image scale is one number for all channels.
     """
 
@@ -53,14 +53,14 @@ class WithPreprocessing(nn.Module):
 
 
 def tensor_interface(spec: ExportSpec) -> dict[str, Any]:
-    """Normalised float images (N, C, H, W) in, logits (N, classes) out; N is free."""
+    """Normalized float images (N, C, H, W) in, logits (N, classes) out; N is free."""
     return {
         "input": {
             "type": "tensor",
             "dtype": "float32",
             "shape": ["N", *spec.input_size],
             "layout": "NCHW",
-            "normalised": True,
+            "normalized": True,
         },
         "output": {
             "type": "tensor",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 __all__ = [
     "clean_stale",
+    "directory_lock",
     "discard",
     "flush",
     "point_link",
@@ -19,7 +20,6 @@ __all__ = [
     "publish_folder",
     "replace_text",
     "replacing",
-    "sole_writer",
     "staging",
     "staging_folder",
 ]
@@ -93,7 +93,7 @@ def staging_folder(parent: Path) -> Path:
 
 
 @contextmanager
-def sole_writer(folder: Path, patience: float = 0.0) -> Iterator[None]:
+def directory_lock(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """Hold `folder` for this process, also against a crash; nothing is written for it.
 
     Args:

@@ -3,10 +3,10 @@
 from importlib import import_module
 from types import ModuleType
 
-__all__ = ["need"]
+__all__ = ["import_optional"]
 
 
-def need(package: str, use: str, install: str) -> ModuleType:
+def import_optional(package: str, use: str, install: str) -> ModuleType:
     """Import `package`.
 
     Args:

@@ -11,13 +11,13 @@ from torch import nn
 from mobileone import MobileOneBlock
 
 
-def build(shape, randomise, dtype=torch.float64, attn=False):
+def build(shape, randomize, dtype=torch.float64, attn=False):
     """A block of ours and timm's with the same weights and worn-in BatchNorms."""
     layers = byobnet.get_layer_fns(byobnet.model_cfgs["mobileone_s4"])
     if not attn:
         layers.attn = None
     shape = {"kernel_size": 3, "stride": 1, "groups": 1, "num_conv_branches": 1, **shape}
-    ours = randomise(MobileOneBlock(**shape, layers=layers, dtype=dtype))
+    ours = randomize(MobileOneBlock(**shape, layers=layers, dtype=dtype))
     for parameter in ours.parameters():
         if parameter.ndim == 4:
             nn.init.normal_(parameter)
@@ -83,14 +83,14 @@ def rms(tensor):
 
 
 @pytest.fixture
-def twin(randomise):
+def twin(randomize):
     """The helpers above, `build` with worn-in BatchNorms."""
 
-    def build_randomised(shape, dtype=torch.float64, attn=False):
-        return build(shape, randomise, dtype, attn)
+    def build_randomized(shape, dtype=torch.float64, attn=False):
+        return build(shape, randomize, dtype, attn)
 
     return SimpleNamespace(
-        build=build_randomised,
+        build=build_randomized,
         step=step,
         feature_map=feature_map,
         assert_same=assert_same,

@@ -32,7 +32,7 @@ SHAPES = [
 ]
 
 
-def batch_normalised(z, bn):
+def batch_normalized(z, bn):
     """BatchNorm of a training batch, written out."""
     mean = z.mean((0, 2, 3), keepdim=True)
     var = ((z - mean) ** 2).mean((0, 2, 3), keepdim=True)
@@ -48,22 +48,22 @@ def expected_training_output(block, x):
             z = F.conv2d(
                 x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups
             )
-            terms.append(batch_normalised(z, branch.bn))
+            terms.append(batch_normalized(z, branch.bn))
     if block.identity is not None:
-        terms.append(batch_normalised(x, block.identity))
+        terms.append(batch_normalized(x, block.identity))
     return sum(terms).relu()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_training_sums_the_normalised_branches(shape, randomise):
-    block = randomise(MobileOneBlock(**shape, dtype=torch.float64))
+def test_training_sums_the_normalized_branches(shape, randomize):
+    block = randomize(MobileOneBlock(**shape, dtype=torch.float64))
     x = torch.randn(4, shape["in_chs"], 9, 7, dtype=torch.float64)
     torch.testing.assert_close(block(x), expected_training_output(block, x), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_evaluation_is_one_convolution_and_equals_the_branches(shape, randomise, monkeypatch):
-    block = randomise(MobileOneBlock(**shape, dtype=torch.float64)).eval()
+def test_evaluation_is_one_convolution_and_equals_the_branches(shape, randomize, monkeypatch):
+    block = randomize(MobileOneBlock(**shape, dtype=torch.float64)).eval()
     x = torch.randn(2, shape["in_chs"], 9, 7, dtype=torch.float64)
     expected = block._sum_branches(x).relu()
     calls = []
@@ -74,8 +74,8 @@ def test_evaluation_is_one_convolution_and_equals_the_branches(shape, randomise,
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_evaluation_follows_a_changed_weight_at_once(randomise):
-    block = randomise(MobileOneBlock(4, 4, groups=4)).eval()
+def test_evaluation_follows_a_changed_weight_at_once(randomize):
+    block = randomize(MobileOneBlock(4, 4, groups=4)).eval()
     x = torch.randn(1, 4, 5, 5)
     before = block(x)
     with torch.no_grad():
@@ -86,14 +86,14 @@ def test_evaluation_follows_a_changed_weight_at_once(randomise):
     torch.testing.assert_close(after, block._sum_branches(x).relu())
 
 
-def test_evaluation_is_differentiable(randomise):
-    block = randomise(MobileOneBlock(4, 4, groups=4, num_conv_branches=2)).eval()
+def test_evaluation_is_differentiable(randomize):
+    block = randomize(MobileOneBlock(4, 4, groups=4, num_conv_branches=2)).eval()
     block(torch.randn(1, 4, 5, 5)).sum().backward()
     assert all(p.grad is not None for p in block.parameters())
 
 
-def test_frozen_batch_norm_in_training_uses_the_one_convolution(randomise):
-    block = randomise(MobileOneBlock(4, 4, groups=4, dtype=torch.float64)).train()
+def test_frozen_batch_norm_in_training_uses_the_one_convolution(randomize):
+    block = randomize(MobileOneBlock(4, 4, groups=4, dtype=torch.float64)).train()
     for bn in block.norms():
         bn.eval()
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
@@ -122,7 +122,7 @@ def test_stochastic_depth_spares_the_skip():
     block = MobileOneBlock(4, 4, groups=4, drop_path_rate=0.999, dtype=torch.float64).train()
     assert isinstance(block.drop_path, DropPath)
     x = torch.randn(4, 4, 6, 6, dtype=torch.float64)
-    torch.testing.assert_close(block(x), batch_normalised(x, block.identity).relu())
+    torch.testing.assert_close(block(x), batch_normalized(x, block.identity).relu())
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_blocks_with_a_norm_that_never_folds_are_refused(layers):
 
 
 @pytest.mark.parametrize("convert", [convert_sync_batchnorm, freeze_batch_norm_2d])
-def test_blocks_with_synchronised_or_frozen_norms_are_built(convert):
+def test_blocks_with_synchronized_or_frozen_norms_are_built(convert):
     def norm(channels, **kwargs):
         return convert(BatchNormAct2d(channels, **kwargs))
 

@@ -19,8 +19,8 @@ def shapes():
     "name",
     ["mobileone_s0", pytest.param("mobileone_s4", marks=pytest.mark.slow), "mobileone_mu1"],
 )
-def test_expanded_weights_compute_what_the_fused_ones_do(name, randomise, shapes):
-    fused = mobileone.reparameterize(randomise(timm.create_model(name).double()).eval())
+def test_expanded_weights_compute_what_the_fused_ones_do(name, randomize, shapes):
+    fused = mobileone.reparameterize(randomize(timm.create_model(name).double()).eval())
     model = timm.create_model(name).double().eval()
     model.load_state_dict(mobileone.expand(model, fused.state_dict()))
     expected = fused(shapes)
@@ -34,8 +34,8 @@ def test_expanded_weights_compute_what_the_fused_ones_do(name, randomise, shapes
     assert error < 1e-10
 
 
-def test_the_other_branches_can_learn(randomise, shapes):
-    fused = mobileone.reparameterize(randomise(timm.create_model("mobileone_mu0").double()).eval())
+def test_the_other_branches_can_learn(randomize, shapes):
+    fused = mobileone.reparameterize(randomize(timm.create_model("mobileone_mu0").double()).eval())
     model = timm.create_model("mobileone_mu0").double()
     model.load_state_dict(mobileone.expand(model, fused.state_dict()))
     block = model.stages[1][2]

@@ -137,8 +137,8 @@ def test_fused_weights_without_a_stem_never_convert_the_model():
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_partly_folded_weights_load_exactly_or_not_at_all(strict, randomise):
-    source = randomise(mu0())
+def test_partly_folded_weights_load_exactly_or_not_at_all(strict, randomize):
+    source = randomize(mu0())
     x = torch.randn(1, 3, 64, 64)
     expected = source(x)
     weights = fuse_stem(source).state_dict()
@@ -150,7 +150,7 @@ def test_partly_folded_weights_load_exactly_or_not_at_all(strict, randomise):
     torch.testing.assert_close(alike(x), expected)
 
 
-def test_weights_folded_but_for_the_stem_are_recognised():
+def test_weights_folded_but_for_the_stem_are_recognized():
     source, model = mu0(), mu0()
     stem = source.stem
     mixed = mobileone.reparameterize(source)
@@ -179,8 +179,8 @@ def test_an_entry_of_another_kind_is_named(value):
         model.load_state_dict(weights)
 
 
-def test_headless_fused_weights_load_without_the_head(randomise):
-    source = randomise(mu0())
+def test_headless_fused_weights_load_without_the_head(randomize):
+    source = randomize(mu0())
     weights = {k: v for k, v in fused_weights(source).items() if not k.startswith("head.")}
     loaded = mu0(num_classes=5)
     missing = loaded.load_state_dict(weights, strict=False).missing_keys

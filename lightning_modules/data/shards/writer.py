@@ -27,7 +27,7 @@ from lightning_modules.data.shards.format import (
     scan_shard,
     write_beside,
 )
-from lightning_modules.data.splits import Catalogue, find_split
+from lightning_modules.data.splits import DatasetSplits, find_split
 from mobileone.io.atomic import flush
 
 __all__ = ["make_shards"]
@@ -108,18 +108,18 @@ def _plan(
     root: Path, classes: str | None, images_per_shard: int, seed: int
 ) -> tuple[list[str], list[_Shard]]:
     """The names of the classes, and every shard."""
-    catalogue = Catalogue("", root, "train", "validation", None, classes)
+    splits = DatasetSplits("", root, "train", "validation", None, classes)
     parts = {"train": "train", "validation": "val"}
     if root.is_dir() and find_split(root, "test") is not None:
         parts["test"] = "test"
     shards = []
     for split, part in parts.items():
-        images = [(str(file), int(label)) for file, label in catalogue.source(part).reader.samples]
+        images = [(str(file), int(label)) for file, label in splits.source(part).reader.samples]
         if split == "train":  # a shard must hold images of all classes
             random.Random(seed).shuffle(images)
         for number, first in enumerate(range(0, len(images), images_per_shard)):
             shards.append(_Shard(split, number, first, images[first : first + images_per_shard]))
-    index = catalogue.class_index
+    index = splits.class_index
     return sorted(index, key=index.__getitem__), shards
 
 

@@ -13,14 +13,14 @@ from mobileone.bench.inference.deploy_form import (
     DeployForm,
     deploy_form,
     relative_error,
-    settle_norms,
+    reset_bn_statistics,
 )
 from mobileone.bench.inference.timing import Run
 from mobileone.bench.results import Row
 from mobileone.bench.runtimes import RUNTIMES
 from mobileone.bench.suites import input_size_of
 
-__all__ = ["Contender", "Setting", "prepare"]
+__all__ = ["BenchmarkCase", "Setting", "prepare"]
 
 _SETTLING = 4  # images that BatchNorm's statistics are of
 _TOLERANCE = {"float32": 1e-3, "float16": 5e-2}  # as for artifacts: the order of sums; 11 bits
@@ -51,7 +51,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Contender:
+class BenchmarkCase:
     """A network in a runtime.
 
     Attributes:
@@ -76,7 +76,7 @@ def prepare(
     runtimes: Sequence[str],
     folder: Path,
     setting: Setting,
-) -> list[Contender]:
+) -> list[BenchmarkCase]:
     """A network in each of several runtimes.
 
     Args:
@@ -91,7 +91,7 @@ def prepare(
     channels, height, width = input_size_of(model, setting.image_size)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        settle_norms(model, torch.randn(_SETTLING, channels, height, width))
+        reset_bn_statistics(model, torch.randn(_SETTLING, channels, height, width))
         x = torch.randn(setting.batch_size, channels, height, width)
     form = deploy_form(model, x[:1])
     with torch.inference_mode():
@@ -112,7 +112,9 @@ def prepare(
     ]
 
 
-def _in_runtime(row: Row, form: DeployForm, x: Tensor, expected: Tensor, path: Path) -> Contender:
+def _in_runtime(
+    row: Row, form: DeployForm, x: Tensor, expected: Tensor, path: Path
+) -> BenchmarkCase:
     runtime = RUNTIMES[row["runtime"]]
     row = row | {"precision": runtime.precision, "failure": None}
     placed = x.to(row["device"])
@@ -131,10 +133,10 @@ def _in_runtime(row: Row, form: DeployForm, x: Tensor, expected: Tensor, path: P
             raise RuntimeError(f"its output differs from PyTorch's by {error:.2g} (relative)")
     except Exception as failure:  # whatever a converter raises: the others are measured still
         reason = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
-        return Contender(row | {"failure": reason}, form.model, placed, path, None)
+        return BenchmarkCase(row | {"failure": reason}, form.model, placed, path, None)
     checked.append(run)
     row |= {"relative_error": error, "prepare_s": time.perf_counter() - started}
-    return Contender(row, form.model, placed, path, load)
+    return BenchmarkCase(row, form.model, placed, path, load)
 
 
 def _tensor(output: Any) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mobileone.reparameterize import reparameterize
 
-__all__ = ["DeployForm", "deploy_form", "relative_error", "settle_norms"]
+__all__ = ["DeployForm", "deploy_form", "relative_error", "reset_bn_statistics"]
 
 _TOLERANCE = 1e-3
 """Of float32 outputs, relative to the largest: folding changes the order of sums only."""
@@ -45,7 +45,7 @@ def deploy_form(model: nn.Module, x: Tensor) -> DeployForm:
 
     Args:
         model: In eval mode, with BatchNorm statistics that are not the initial ones, or the
-            check says little; see `settle_norms`.
+            check says little; see `reset_bn_statistics`.
         x: (N, C, H, W), on the same device.
 
     Raises:
@@ -70,7 +70,7 @@ def deploy_form(model: nn.Module, x: Tensor) -> DeployForm:
 
 
 @torch.no_grad()
-def settle_norms(model: nn.Module, x: Tensor) -> nn.Module:
+def reset_bn_statistics(model: nn.Module, x: Tensor) -> nn.Module:
     """Set BatchNorm's statistics to those of a batch, so that activations are of ordinary size.
 
     With the initial statistics those of an untrained MobileOne grow beyond 1e8, other networks'

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mobileone.bench.inference.case import Setting, prepare
-from mobileone.bench.inference.timing import get_protocol, summarise, time_in_turn
+from mobileone.bench.inference.timing import get_protocol, summarize, time_in_turn
 from mobileone.bench.results import Result
 from mobileone.bench.runtimes import check_runtimes, missing_runtimes
 from mobileone.bench.suites import build_model, check_models
@@ -101,7 +101,7 @@ def measure_modules(
         with pinned(threads) as processors:
             times = time_in_turn(ready, chosen)
     rows = [
-        contender.row | (summarise(times[str(i)]) if str(i) in times else {})
+        contender.row | (summarize(times[str(i)]) if str(i) in times else {})
         for i, contender in enumerate(contenders)
     ]
     how = chosen.to_dict() | {

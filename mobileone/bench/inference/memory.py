@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from mobileone.bench.inference.case import Contender, Setting, prepare
+from mobileone.bench.inference.case import BenchmarkCase, Setting, prepare
 from mobileone.bench.inference.latency import check_device
 from mobileone.bench.results import Result, Row
 from mobileone.bench.runtimes import RUNTIMES, check_runtimes, runtimes_for
@@ -103,7 +103,7 @@ def _check_own_memory(runtimes: Sequence[str] | None, device: str) -> tuple[str,
     return chosen
 
 
-def _measured(contender: Contender) -> Row:
+def _measured(contender: BenchmarkCase) -> Row:
     row = contender.row | {
         "weights_mib": sum(p.numel() * p.element_size() for p in contender.model.parameters())
         / _MIB

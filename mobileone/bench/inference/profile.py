@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mobileone.bench.inference.deploy_form import deploy_form, settle_norms
+from mobileone.bench.inference.deploy_form import deploy_form, reset_bn_statistics
 from mobileone.bench.inference.memory_traffic import memory_traffic
 from mobileone.bench.paper import paper_row
 from mobileone.bench.results import Result, Row
@@ -64,7 +64,7 @@ def profile_module(name: str, model: nn.Module, image_size: int | None = None) -
     x = torch.zeros(1, channels, height, width)
     train, stages = _own_parameters(model), _stage_names(model)
     images = torch.randn(_SETTLING, *x.shape[1:], generator=torch.Generator().manual_seed(0))
-    form = deploy_form(settle_norms(model, images), images[:1])
+    form = deploy_form(reset_bn_statistics(model, images), images[:1])
     own = _own_counts(form.model, x)
     uncounted = own.pop("uncounted")
     total = _add(own, lambda layer: "", train)[""]

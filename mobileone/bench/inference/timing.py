@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["PROTOCOLS", "Protocol", "Run", "get_protocol", "summarise", "time_in_turn"]
+__all__ = ["PROTOCOLS", "Protocol", "Run", "get_protocol", "summarize", "time_in_turn"]
 
 Run = Callable[[], Any]
 """One inference on an input that exists already; returns when the output exists."""
@@ -109,7 +109,7 @@ def time_in_turn(
     return times
 
 
-def summarise(times: list[float]) -> dict[str, float | int]:
+def summarize(times: list[float]) -> dict[str, float | int]:
     """Statistics in milliseconds: `min_ms`, `median_ms`, `p90_ms`, `mean_ms`, `max_ms`, `timed`."""
     milliseconds = 1e3 * np.asarray(times)
     return {

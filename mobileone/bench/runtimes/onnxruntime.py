@@ -22,7 +22,7 @@ def convert(model: nn.Module, x: Tensor, path: Path) -> None:
 
 
 def load(path: Path, x: Tensor, threads: int) -> Run:
-    """Open a session with all optimisations of the graph."""
+    """Open a session with all optimizations of the graph."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -11,7 +11,7 @@ from mobileone.bench.runtimes.eager import complete
 
 __all__ = ["convert", "load"]
 
-_PROFILED = 3  # the executor observes the first calls and optimises after them
+_PROFILED = 3  # the executor observes the first calls and optimizes after them
 
 
 def convert(model: nn.Module, x: Tensor, path: Path) -> None:
@@ -24,7 +24,7 @@ def convert(model: nn.Module, x: Tensor, path: Path) -> None:
 
 
 def load(path: Path, x: Tensor, threads: int) -> Run:
-    """Read, and run until the executor has optimised."""
+    """Read, and run until the executor has optimized."""
     with warnings.catch_warnings():
         _ignore_deprecation()
         run = complete(torch.jit.load(path, map_location=x.device), x)

@@ -12,8 +12,8 @@ from mobileone.io.atomic import replacing
 
 __all__ = ["COLORS", "HATCHES", "MARKERS", "plain_ticks", "save_figure"]
 
-# Okabe and Ito, 2008: distinct for the colour-blind; the order alternates dark and light, so
-# that neighbours differ in a grey print as well. Markers and hatches tell the same once more.
+# Okabe and Ito, 2008: distinct for the color-blind; the order alternates dark and light, so
+# that neighbors differ in a gray print as well. Markers and hatches tell the same once more.
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")

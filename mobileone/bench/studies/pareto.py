@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Point", "draw_pareto", "measured_points", "paper_points", "pareto_front"]
 
-# Okabe and Ito, for the colour-blind; in gray print shapes and line styles tell as well
+# Okabe and Ito, for the color-blind; in gray print shapes and line styles tell as well
 _OURS, _OTHERS, _PAPER = "#d55e00", "#0072b2", "#777777"
 
 
@@ -154,10 +154,10 @@ def _point(model: str, latency: float) -> Point | None:
 def _draw_set(axes: "Axes", points: Sequence[Point], name: str, own: bool) -> None:
     front = pareto_front(points)
     line = ("-", 1.4) if own else ("--", 1.0)
-    colour = "black" if own else _PAPER
+    color = "black" if own else _PAPER
     axes.plot(
         [p.latency for p in front], [p.top1 for p in front], line[0], linewidth=line[1],
-        color=colour, drawstyle="steps-post", zorder=1, label=f"Pareto front, {name}",
+        color=color, drawstyle="steps-post", zorder=1, label=f"Pareto front, {name}",
     )  # fmt: skip
     for family, marker in ((True, "s"), (False, "o")):
         chosen = [p for p in points if p.family == family]

@@ -10,7 +10,7 @@ from torch import Tensor
 __all__ = ["ImageKind", "sample_images"]
 
 ImageKind = Literal["photos", "noise"]
-"""`photos`: neighbours are alike, as in what networks train on; `noise`: nothing is."""
+"""`photos`: neighbors are alike, as in what networks train on; `noise`: nothing is."""
 
 _PHOTOS = ("china.jpg", "flower.jpg")
 _SMALLEST = 0.4  # side of a crop, of the photograph's height
@@ -21,7 +21,7 @@ def sample_images(kind: ImageKind, number: int, size: int) -> Tensor:
 
     Args:
         kind: Which images. Photographs are the two that scikit-learn ships, in square crops of
-            random place and size, normalised as ImageNet's.
+            random place and size, normalized as ImageNet's.
         number: How many.
         size: Height and width in pixels.
     """

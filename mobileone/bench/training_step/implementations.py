@@ -14,7 +14,7 @@ from torch import nn
 
 from mobileone.block import MobileOneBlock
 from mobileone.collapsed import CollapseMode
-from mobileone.folding import read_needed_pixels
+from mobileone.folding import slice_before_1x1
 from mobileone.reparameterize import set_collapse
 
 __all__ = ["CONTENDERS", "build_contender", "change_of", "check_contender", "plain_network"]
@@ -104,6 +104,6 @@ def build_contender(name: str, variant: str, device: str, channels_last: bool = 
         torch.manual_seed(0)
         model = CONTENDERS[name](variant)
     if change_of(name, device, channels_last) is not None:
-        read_needed_pixels(model.stem.conv_scale.conv)
+        slice_before_1x1(model.stem.conv_scale.conv)
     form = torch.channels_last if channels_last else torch.contiguous_format
     return model.to(device).to(memory_format=form).train()

@@ -19,7 +19,7 @@ from mobileone.bench.show.charts import COLORS, HATCHES, save_figure
 from mobileone.bench.threads import check_threads
 from mobileone.bench.training_step.images import ImageKind
 from mobileone.bench.training_step.implementations import CONTENDERS, change_of, check_contender
-from mobileone.bench.training_step.worker import StepTime, Trainee, TraineeError, TrainingSetting
+from mobileone.bench.training_step.worker import StepTime, StepWorker, TraineeError, TrainingSetting
 
 __all__ = ["measure_training", "training_figure", "training_table"]
 
@@ -57,7 +57,7 @@ def measure_training(
         device: "cpu" or "cuda".
         channels_last: Memory format of models and images.
         amp: Run the forward pass under autocast in bfloat16.
-        images: "photos", crops of two photographs, whose pixels are like their neighbours as in
+        images: "photos", crops of two photographs, whose pixels are like their neighbors as in
             what networks train on, or "noise". Close statistics cost a collapsed stem some time.
         directory: Where to save training.json, .csv, .png and .svg; None: nowhere.
 
@@ -112,7 +112,7 @@ def _measure_model(
     times: dict[str, list[StepTime]] = {name: [] for name in contenders}
     needs: dict[str, Row] = {}
     with ExitStack() as stack:
-        at_work: dict[str, Trainee] = {}
+        at_work: dict[str, StepWorker] = {}
 
         @contextmanager
         def survived(name: str) -> Iterator[None]:
@@ -126,7 +126,7 @@ def _measure_model(
 
         for i, name in enumerate(contenders):
             _log.info("%s, %s (%d of %d): prepare", model, name, i + 1, len(contenders))
-            trainee = Trainee(model, name, setting)
+            trainee = StepWorker(model, name, setting)
             stack.callback(trainee.close)
             with survived(name):
                 trainee.prepare()

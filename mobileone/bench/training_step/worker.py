@@ -18,7 +18,7 @@ from mobileone.bench.training_step.images import ImageKind, sample_images
 from mobileone.bench.training_step.implementations import build_contender
 from mobileone.bench.training_step.memory import kept_bytes, peak_bytes
 
-__all__ = ["Memory", "StepTime", "Trainee", "TraineeError", "TrainingSetting", "training_step"]
+__all__ = ["Memory", "StepTime", "StepWorker", "TraineeError", "TrainingSetting", "training_step"]
 
 _WARMUP = 2  # steps in which compilers run and libraries set themselves up
 _LIMIT = 1800.0  # seconds for an answer: compilers take minutes, a hung process for ever
@@ -81,7 +81,7 @@ class TraineeError(RuntimeError):
     """A contender could not be trained; the message says why."""
 
 
-class Trainee:
+class StepWorker:
     """A contender in a process of its own: neither its end nor its state touches the others.
 
     Args:
@@ -168,10 +168,10 @@ class _Training:
             self._step()
 
     def step(self) -> StepTime:
-        self._synchronise()
+        self._synchronize()
         started, cpu_started = time.perf_counter(), time.process_time()
         self._step()
-        self._synchronise()
+        self._synchronize()
         return StepTime(time.perf_counter() - started, time.process_time() - cpu_started)
 
     def memory(self) -> Memory:
@@ -180,7 +180,7 @@ class _Training:
             kept = kept_bytes(self.model, self.x)
         return Memory(kept / len(self.x), peak / len(self.x))
 
-    def _synchronise(self) -> None:
+    def _synchronize(self) -> None:
         if self.x.is_cuda:
             torch.cuda.synchronize(self.x.device)
 

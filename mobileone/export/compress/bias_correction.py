@@ -1,4 +1,4 @@
-"""Bias correction: quantised layers whose outputs have the mean that they had before.
+"""Bias correction: quantized layers whose outputs have the mean that they had before.
 
 Rounded weights shift a layer's mean output by `E[Wq x] - E[W x]`, channel by channel, and the next
 layers add to it. The shift is measured on images and taken off the bias (Nagel et al., ICCV 2019,
@@ -16,7 +16,7 @@ from mobileone.export.verify.layers import layers_in_order, on_layers
 
 __all__ = ["correct_biases"]
 
-_UNLIKE = 0.5  # quantised weights are nearer to their own than this
+_UNLIKE = 0.5  # quantized weights are nearer to their own than this
 
 
 @torch.no_grad()
@@ -26,7 +26,7 @@ def correct_biases(network: nn.Module, weights: Sequence[Tensor], images: Tensor
     Args:
         network: fused, in eval mode; (N, C, H, W) -> (N, classes).
         weights: those of its convolutions and linear layers, rounded, in the order of execution.
-        images: normalised, (N, C, H, W); activations are held for all of them at once.
+        images: normalized, (N, C, H, W); activations are held for all of them at once.
 
     Returns:
         The network with its own weights and new biases.

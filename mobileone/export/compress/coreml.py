@@ -12,14 +12,14 @@ from mobileone.export.formats import coreml
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.mlprogram import MLProgram
 from mobileone.io.coremltools_noise import quiet
-from mobileone.io.optional_import import need
+from mobileone.io.optional_import import import_optional
 
-__all__ = ["correct", "palettize", "quantise_weights"]
+__all__ = ["correct", "palettize", "quantize_weights"]
 
 _USE = "Core ML compression"
 
 
-def quantise_weights(source: Path, path: Path, calibration: Tensor) -> None:
+def quantize_weights(source: Path, path: Path, calibration: Tensor) -> None:
     """8-bit integers and one scale an output channel."""
 
     def work(optimize: Any, mlmodel: Any) -> Any:
@@ -67,6 +67,6 @@ def correct(
 
 def _rewrite(source: Path, path: Path, work: Callable[[Any, Any], Any]) -> None:
     with quiet():
-        ct = need("coremltools", _USE, "coremltools")
-        optimize = need("coremltools.optimize.coreml", _USE, "coremltools")
+        ct = import_optional("coremltools", _USE, "coremltools")
+        optimize = import_optional("coremltools.optimize.coreml", _USE, "coremltools")
         work(optimize, ct.models.MLModel(str(source), skip_model_load=True)).save(str(path))

@@ -1,7 +1,7 @@
-"""Smaller files: quantised weights for Core ML, 8-bit arithmetic for ONNX, and what they cost.
+"""Smaller files: quantized weights for Core ML, 8-bit arithmetic for ONNX, and what they cost.
 
 A method is a row of `METHODS`: a plain one, and what may mend it. Reparameterized networks lose
-more to 8 bits than others; per-channel weights, equalised ranges (`equalise.py`) and corrected
+more to 8 bits than others; per-channel weights, equalized ranges (`equalize.py`) and corrected
 biases (`correct.py`) bring most of it back.
 """
 
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from mobileone.export.compress import coreml as compress_coreml
 from mobileone.export.compress import onnx as compress_onnx
-from mobileone.export.compress.equalise import equalise
+from mobileone.export.compress.equalize import equalize
 from mobileone.export.formats import coreml, onnx
 from mobileone.export.isolation import isolated
 from mobileone.export.manifest import describe_files
-from mobileone.export.preprocess import normalise
+from mobileone.export.preprocess import normalize
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Runner
 from mobileone.io.atomic import publish_folder, staging
@@ -33,7 +33,7 @@ __all__ = ["DEFAULT_METHODS", "METHODS", "Method", "Row", "compress_model"]
 
 _CORRECTED = "_corrected"  # how the name of a method ends that corrects biases
 
-# Writes the second path from the first; gets calibration images, normalised
+# Writes the second path from the first; gets calibration images, normalized
 Compress = Callable[[Path, Path, Tensor], None]
 
 
@@ -44,13 +44,13 @@ class Method:
     Attributes:
         kind: `coreml` or `onnx`, the file that it starts from.
         compress: writes the smaller file.
-        equalised: equalise the network's weight ranges first (`equalise.py`).
+        equalized: equalize the network's weight ranges first (`equalize.py`).
         corrected: correct the biases afterwards (`correct.py`).
     """
 
     kind: str
     compress: Compress
-    equalised: bool
+    equalized: bool
     corrected: bool
 
 
@@ -117,17 +117,17 @@ def compress_model(
         staged = folder / "compressed"
         staged.mkdir()
         fused = reparameterize(model)
-        expected = model(normalise(images, spec)).softmax(dim=1)
+        expected = model(normalize(images, spec)).softmax(dim=1)
         size = 4 * sum(p.numel() for p in fused.parameters())
         rows = [_row("float32", size, expected, expected, targets)]
         networks = {False: fused}
-        if any(METHODS[name].equalised for name in chosen):
-            networks[True] = equalise(fused)
-        inputs = normalise(calibration, spec)
+        if any(METHODS[name].equalized for name in chosen):
+            networks[True] = equalize(fused)
+        inputs = normalize(calibration, spec)
         for name in chosen:
             method, kind = METHODS[name], _KINDS[METHODS[name].kind]
-            network = networks[method.equalised]
-            source = Path(scratch) / f"{('plain', 'equalised')[method.equalised]}{kind.suffix}"
+            network = networks[method.equalized]
+            source = Path(scratch) / f"{('plain', 'equalized')[method.equalized]}{kind.suffix}"
             if not source.exists():
                 kind.write(network, spec, source, Metadata())
             path = staged / f"{name}{kind.suffix}"
@@ -173,21 +173,21 @@ _KINDS = {
 }
 
 _PLAIN: dict[str, tuple[str, Compress]] = {
-    "coreml_int8": ("coreml", compress_coreml.quantise_weights),
+    "coreml_int8": ("coreml", compress_coreml.quantize_weights),
     "coreml_palette8": ("coreml", partial(compress_coreml.palettize, bits=8)),
     "coreml_palette6": ("coreml", partial(compress_coreml.palettize, bits=6)),
     "coreml_palette4": ("coreml", partial(compress_coreml.palettize, bits=4)),
-    "onnx_int8_tensor": ("onnx", partial(compress_onnx.quantise, per_channel=False)),
-    "onnx_int8": ("onnx", partial(compress_onnx.quantise, per_channel=True)),
+    "onnx_int8_tensor": ("onnx", partial(compress_onnx.quantize, per_channel=False)),
+    "onnx_int8": ("onnx", partial(compress_onnx.quantize, per_channel=True)),
 }
 
 METHODS = {
-    f"{name}{'_equalised' * equalised}{_CORRECTED * corrected}": Method(
-        kind, compress, equalised, corrected
+    f"{name}{'_equalized' * equalized}{_CORRECTED * corrected}": Method(
+        kind, compress, equalized, corrected
     )
     for name, (kind, compress) in _PLAIN.items()
-    for equalised in (False, True)
+    for equalized in (False, True)
     for corrected in (False, True)
 }
 # ranges made equal do not help where activations stay float16 (docs/compression.md)
-DEFAULT_METHODS = tuple(n for n, m in METHODS.items() if m.kind == "onnx" or not m.equalised)
+DEFAULT_METHODS = tuple(n for n, m in METHODS.items() if m.kind == "onnx" or not m.equalized)

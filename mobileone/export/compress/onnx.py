@@ -1,4 +1,4 @@
-"""ONNX with 8-bit weights and activations, by onnxruntime's static quantisation."""
+"""ONNX with 8-bit weights and activations, by onnxruntime's static quantization."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from mobileone.export.formats import onnx
 from mobileone.export.spec import ExportSpec
-from mobileone.io.optional_import import need
+from mobileone.io.optional_import import import_optional
 
-__all__ = ["correct", "quantise"]
+__all__ = ["correct", "quantize"]
 
 _USE = "ONNX int8"
 _LAYERS = ("Conv", "Gemm")
@@ -20,9 +20,9 @@ _BATCH = 32
 Floats = np.ndarray[Any, Any]
 
 
-def quantise(source: Path, path: Path, calibration: Tensor, *, per_channel: bool) -> None:
+def quantize(source: Path, path: Path, calibration: Tensor, *, per_channel: bool) -> None:
     """Activation ranges from the calibration images; one weight scale a tensor or a channel."""
-    quantization = need("onnxruntime.quantization", _USE, onnx.EXTRA)
+    quantization = import_optional("onnxruntime.quantization", _USE, onnx.EXTRA)
     prepared = _prepared(source)
     quantization.quant_pre_process(str(source), str(prepared))
     quantization.quantize_static(
@@ -44,14 +44,14 @@ def correct(
     path: Path,
     calibration: Tensor,
 ) -> None:
-    """Correct the biases of a quantised file, by its own arithmetic: see `correct.py`."""
-    proto = need("onnx", _USE, onnx.EXTRA)
-    quantised = proto.load(path)
+    """Correct the biases of a quantized file, by its own arithmetic: see `correct.py`."""
+    proto = import_optional("onnx", _USE, onnx.EXTRA)
+    quantized = proto.load(path)
     expected = _means(proto.load(_prepared(source)), calibration)
     for name, mean in expected.items():  # in order: each sees those before it corrected
-        shift = mean - _means(quantised, calibration, only=name)[name]
-        _add_to_bias(quantised.graph, name, shift)
-    proto.save(quantised, path)
+        shift = mean - _means(quantized, calibration, only=name)[name]
+        _add_to_bias(quantized.graph, name, shift)
+    proto.save(quantized, path)
 
 
 def _prepared(source: Path) -> Path:
@@ -71,7 +71,7 @@ class _Reader:
 
 def _means(model: Any, images: Tensor, only: str | None = None) -> dict[str, Floats]:
     """The mean output of each layer by channel, in order of execution; of one layer if named."""
-    proto = need("onnx", _USE, onnx.EXTRA)
+    proto = import_optional("onnx", _USE, onnx.EXTRA)
     watched = copy.deepcopy(model)
     graph, names, outputs = watched.graph, [], []
     for node in list(graph.node):
@@ -101,7 +101,7 @@ def _weighted(answers: Sequence[Sequence[Floats]], sizes: Sequence[int]) -> list
 
 def _add_to_bias(graph: Any, layer: str, shift: Floats) -> None:
     """Biases are 32-bit integers with a scale, or numbers."""
-    proto = need("onnx", _USE, onnx.EXTRA)
+    proto = import_optional("onnx", _USE, onnx.EXTRA)
     (node,) = [n for n in graph.node if n.name == layer]
     if len(node.input) < 3:
         raise ValueError(f"the layer {layer!r} has no bias to correct")

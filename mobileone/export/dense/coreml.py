@@ -1,7 +1,7 @@
 """Core ML for networks that return maps or boxes: an RGB image in, tensors out.
 
 A detector becomes a pipeline of the network and Core ML's own non-maximum suppression, which is
-what Vision recognises: its request then returns `VNRecognizedObjectObservation`s.
+what Vision recognizes: its request then returns `VNRecognizedObjectObservation`s.
 """
 
 import shutil
@@ -20,7 +20,7 @@ from mobileone.export.spec import ExportSpec
 from mobileone.export.verify.mlprogram import MLProgram
 from mobileone.export.verify.parity import NotVerifiedError
 from mobileone.io.coremltools_noise import quiet
-from mobileone.io.optional_import import need
+from mobileone.io.optional_import import import_optional
 
 __all__ = ["DenseProgram", "Detections", "Suppression", "write_boxes", "write_map"]
 
@@ -44,7 +44,7 @@ class Suppression(NamedTuple):
 class Detections(NamedTuple):
     """What the pipeline answers: confidence (B, classes) and coordinates (B, 4).
 
-    Coordinates are x and y of the centre, width and height, as parts of the image's sides.
+    Coordinates are x and y of the center, width and height, as parts of the image's sides.
     """
 
     confidence: Tensor
@@ -74,9 +74,9 @@ def write_map(
     """Convert a network of RGB images and save the `.mlpackage` folder at ``path``.
 
     Args:
-        network: fused, in eval mode, float32, on the CPU; normalised images (1, 3, H, W) -> logits
+        network: fused, in eval mode, float32, on the CPU; normalized images (1, 3, H, W) -> logits
             (1, classes, H, W).
-        spec: size and normalisation of the images; the latter goes into the file.
+        spec: size and normalization of the images; the latter goes into the file.
         path: folder to write; must not exist.
         precision: of weights and arithmetic.
     """
@@ -104,9 +104,9 @@ def write_boxes(
     `coordinates` (B, 4), as `Detections` has them.
 
     Args:
-        network: fused, in eval mode, float32, on the CPU; normalised images (1, 3, H, W) -> boxes
+        network: fused, in eval mode, float32, on the CPU; normalized images (1, 3, H, W) -> boxes
             (1, A, 4) as corners in 0..1 and probabilities (1, A, classes), background first.
-        spec: size, normalisation and names of the classes, background first.
+        spec: size, normalization and names of the classes, background first.
         path: folder to write; must not exist.
         suppression: the thresholds that hold by default.
         precision: of weights and arithmetic.
@@ -114,7 +114,7 @@ def write_boxes(
     converted = path.with_name(f"converted-{path.name}")
     names = [_RAW + CONFIDENCE, _RAW + COORDINATES]
     with quiet():
-        ct = need("coremltools", "Core ML", "coremltools")
+        ct = import_optional("coremltools", "Core ML", "coremltools")
         model = _convert(_Candidates(network, spec), spec, names, converted, precision)
         chosen = suppression or Suppression()
         last = ct.models.MLModel(_suppression(ct, model.get_spec(), spec, chosen))
@@ -125,7 +125,7 @@ def write_boxes(
 def _convert(
     network: nn.Module, spec: ExportSpec, names: Sequence[str], package: Path, precision: Precision
 ) -> Any:
-    ct = need("coremltools", "Core ML", "coremltools")
+    ct = import_optional("coremltools", "Core ML", "coremltools")
     example = torch.zeros(1, *spec.input_size)
     traced = torch.jit.trace(network, example, check_trace=False)
     return ct.convert(

@@ -16,7 +16,7 @@ from mobileone.export.formats.pt2_reader import load_program
 from mobileone.export.formats.table import FLOAT16_TOLERANCE, FLOAT32_TOLERANCE, FORMATS
 from mobileone.export.isolation import isolated
 from mobileone.export.manifest import Manifest, TrainingState, describe_format
-from mobileone.export.preprocess import normalise
+from mobileone.export.preprocess import normalize
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Parity, fixed_images
 from mobileone.export.verify.structure import (
@@ -87,7 +87,7 @@ def export_dense(
     """Write a fused network in each format, compare, and publish the folder as a whole.
 
     Args:
-        network: fused, in eval mode, float32, on the CPU; normalised images (N, 3, H, W) -> what
+        network: fused, in eval mode, float32, on the CPU; normalized images (N, 3, H, W) -> what
             ``kind`` says.
         spec: what it expects; background is the first class.
         directory: folder to make; may be there and empty.
@@ -116,8 +116,8 @@ def export_dense(
     with isolated(), staging(directory.parent) as folder:
         staged = folder / "files"
         staged.mkdir()
-        expected = _answers(network(normalise(compared, spec)))
-        kinds = fused_kinds(network, normalise(compared[:1], spec))
+        expected = _answers(network(normalize(compared, spec)))
+        kinds = fused_kinds(network, normalize(compared[:1], spec))
         entries = {}
         for name in chosen:
             path = staged / FORMATS[name].filename
@@ -166,7 +166,7 @@ def _run(name: str, path: Path, spec: ExportSpec, kind: DenseKind, images: Tenso
     """What the file answers to 8-bit images."""
     if name == "coreml":
         return kind.answer(DenseProgram(path), images)
-    inputs = normalise(images, spec)
+    inputs = normalize(images, spec)
     if name == "onnx":
         session = onnx.session(str(path))
         given = {session.get_inputs()[0].name: inputs.numpy()}

@@ -18,7 +18,7 @@ from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.mlprogram import MLProgram, Prediction
 from mobileone.export.verify.parity import NotVerifiedError, Runner
 from mobileone.io.coremltools_noise import quiet
-from mobileone.io.optional_import import need
+from mobileone.io.optional_import import import_optional
 
 __all__ = ["Precision", "columns", "operations", "runner", "runtime", "spec", "write"]
 
@@ -40,7 +40,7 @@ def write(
     """Convert `model` and save the `.mlpackage` folder at `path`.
 
     One or three channels become an image input (gray or RGB) of the evaluation size, any other
-    number a multi-array input. Either way pixel values run from 0 to 255: the normalisation is
+    number a multi-array input. Either way pixel values run from 0 to 255: the normalization is
     inside the model, and so is the softmax.
 
     Args:
@@ -87,7 +87,9 @@ def write(
 def spec(path: Path) -> ExportSpec:
     """What the package says of itself."""
     with quiet():
-        described = need("coremltools.models.utils", _USE, "coremltools").load_spec(str(path))
+        described = import_optional("coremltools.models.utils", _USE, "coremltools").load_spec(
+            str(path)
+        )
     return ExportSpec.from_json(described.description.metadata.userDefined.get("spec", ""))
 
 
@@ -150,7 +152,7 @@ def columns(answer: Prediction, spec: ExportSpec) -> list[int]:
 
 
 def _coremltools() -> types.ModuleType:
-    return need("coremltools", _USE, "coremltools")
+    return import_optional("coremltools", _USE, "coremltools")
 
 
 def _input(ct: Any, shape: tuple[int, ...]) -> Any:
@@ -172,7 +174,7 @@ def _feed(image: Tensor) -> Any:
 
 def _interface(spec: ExportSpec, precision: str) -> dict[str, Any]:
     channels, height, width = spec.input_size
-    pixels = {"name": INPUT, "range": [0, 255], "normalised": False}
+    pixels = {"name": INPUT, "range": [0, 255], "normalized": False}
     if channels in (1, 3):
         color_space = "GRAYSCALE" if channels == 1 else "RGB"
         pixels |= {"type": "image", "color_space": color_space, "height": height, "width": width}

@@ -1,4 +1,4 @@
-"""ONNX: a graph that maps normalised images to logits, run by onnxruntime.
+"""ONNX: a graph that maps normalized images to logits, run by onnxruntime.
 
 Needs the extra `onnx`; its packages are imported by the functions that use them.
 """
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from mobileone.export.formats.torch_export import program_of
-from mobileone.export.preprocess import normalise, tensor_interface
+from mobileone.export.preprocess import normalize, tensor_interface
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Runner
-from mobileone.io.optional_import import need
+from mobileone.io.optional_import import import_optional
 
 __all__ = ["EXTRA", "operations", "runner", "session", "spec", "write"]
 
@@ -45,9 +45,9 @@ def write(
     Raises:
         ImportError: the extra is not installed.
     """
-    onnx = need("onnx", _USE, EXTRA)
-    need("onnxscript", _USE, EXTRA)
-    need("onnxruntime", _USE, EXTRA)
+    onnx = import_optional("onnx", _USE, EXTRA)
+    import_optional("onnxscript", _USE, EXTRA)
+    import_optional("onnxruntime", _USE, EXTRA)
     program = torch.onnx.export(
         program_of(model, spec),
         input_names=["images"],
@@ -82,14 +82,16 @@ def runner(path: Path, spec: ExportSpec) -> Runner:
     name = opened.get_inputs()[0].name
 
     def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(opened.run(None, {name: normalise(images, spec).numpy()})[0])
+        return torch.from_numpy(opened.run(None, {name: normalize(images, spec).numpy()})[0])
 
     return run
 
 
 def spec(path: Path) -> ExportSpec:
     """What the file says of itself."""
-    properties = {p.key: p.value for p in need("onnx", _USE, EXTRA).load(path).metadata_props}
+    properties = {
+        p.key: p.value for p in import_optional("onnx", _USE, EXTRA).load(path).metadata_props
+    }
     return ExportSpec.from_json(properties.get("spec", ""))
 
 
@@ -99,7 +101,7 @@ def session(model: str | bytes) -> Any:
     Raises:
         ImportError: the extra is not installed.
     """
-    onnxruntime = need("onnxruntime", _USE, EXTRA)
+    onnxruntime = import_optional("onnxruntime", _USE, EXTRA)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors: the rest is about the machine, not about the file
@@ -108,5 +110,5 @@ def session(model: str | bytes) -> Any:
 
 def operations(path: Path) -> Counter[str]:
     """How often each operation stands in the file."""
-    onnx = need("onnx", _USE, EXTRA)
+    onnx = import_optional("onnx", _USE, EXTRA)
     return Counter(node.op_type for node in onnx.load(path).graph.node)

@@ -1,4 +1,4 @@
-"""torch.export: a `.pt2` program that maps normalised images to logits."""
+"""torch.export: a `.pt2` program that maps normalized images to logits."""
 
 import io
 from collections import Counter
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from mobileone.export.formats.pt2_reader import load_program
-from mobileone.export.preprocess import normalise, tensor_interface
+from mobileone.export.preprocess import normalize, tensor_interface
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Runner
 
@@ -56,7 +56,7 @@ def runner(path: Path, spec: ExportSpec) -> Runner:
 
     @torch.no_grad()
     def run(images: Tensor) -> Tensor:
-        return module(normalise(images, spec))
+        return module(normalize(images, spec))
 
     return run
 

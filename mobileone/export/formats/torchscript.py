@@ -1,4 +1,4 @@
-"""TorchScript: a traced module that maps normalised images to logits."""
+"""TorchScript: a traced module that maps normalized images to logits."""
 
 import io
 import re
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mobileone.export.preprocess import normalise, tensor_interface
+from mobileone.export.preprocess import normalize, tensor_interface
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Runner
 from mobileone.io.safe_pickle import UnsafeFileError
@@ -67,7 +67,7 @@ def runner(path: Path, spec: ExportSpec) -> Runner:
 
     @torch.no_grad()
     def run(images: Tensor) -> Tensor:
-        return module(normalise(images, spec))
+        return module(normalize(images, spec))
 
     return run
 

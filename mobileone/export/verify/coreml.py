@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mobileone.export.formats.coreml import columns, runtime
-from mobileone.export.preprocess import WithPreprocessing, normalise
+from mobileone.export.preprocess import WithPreprocessing, normalize
 from mobileone.export.spec import ExportSpec
 from mobileone.export.verify.layers import layers_in_order
 from mobileone.export.verify.mlprogram import MLProgram
@@ -82,7 +82,7 @@ def _exact(
     precision: torch.dtype,
     tolerance: float,
 ) -> Parity:
-    # the synthetic images have colours: gray ones cannot tell RGB from BGR
+    # the synthetic images have colors: gray ones cannot tell RGB from BGR
     images = torch.cat([reference.images, fixed_images(spec, 2)])
     answer = MLProgram(path).predict(images, rounding=False)
     order = columns(answer, spec)
@@ -132,7 +132,7 @@ def weights_parity(
     """
     written = [_Layer(*layer) for layer in MLProgram(path).layers()]
     with layers_in_order(reference.model) as modules:
-        reference.model(normalise(reference.images[:1], spec))
+        reference.model(normalize(reference.images[:1], spec))
     own = [_Layer(module.weight, module.bias) for module in modules]
     if Counter(w.weight.shape for w in written) != Counter(o.weight.shape for o in own):
         raise NotVerifiedError("the converter has rearranged the layers")

@@ -20,7 +20,7 @@ from torch import Tensor
 from mobileone.export.verify.mlprogram_ops import KERNELS
 from mobileone.export.verify.parity import NotVerifiedError
 from mobileone.io.coremltools_noise import quiet
-from mobileone.io.optional_import import need
+from mobileone.io.optional_import import import_optional
 
 __all__ = ["MLProgram", "Prediction"]
 
@@ -90,7 +90,7 @@ class MLProgram:
 
     def __init__(self, path: Path) -> None:
         with quiet():
-            need("coremltools", "an .mlpackage", "coremltools")
+            import_optional("coremltools", "an .mlpackage", "coremltools")
             from coremltools.libmilstoragepython import _BlobStorageReader
             from coremltools.models.utils import load_spec
 
@@ -139,7 +139,7 @@ class MLProgram:
         return Prediction(labels, classes[0], torch.cat(probabilities), torch.cat(logits))
 
     def _pixels(self, image: Tensor) -> Tensor:
-        """(C, H, W) of 0..255 as the program is given them: (1, C, H, W) in its colour order."""
+        """(C, H, W) of 0..255 as the program is given them: (1, C, H, W) in its color order."""
         if self._input.type.WhichOneof("Type") == "multiArrayType":
             shape = tuple(self._input.type.multiArrayType.shape)[1:]
             order = "as it is"
@@ -147,7 +147,7 @@ class MLProgram:
             described = self._input.type.imageType
             order = described.ColorSpace.Name(described.colorSpace)
             if order not in ("RGB", "BGR", "GRAYSCALE"):
-                raise NotVerifiedError(f"images of colour space {order}")
+                raise NotVerifiedError(f"images of color space {order}")
             channels = 1 if order == "GRAYSCALE" else 3
             shape = (channels, described.height, described.width)
         if tuple(image.shape) != shape:

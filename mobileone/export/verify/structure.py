@@ -38,7 +38,7 @@ def fused_kinds(fused: nn.Module, images: Tensor) -> dict[str, int]:
 
     Args:
         fused: the reparameterized network.
-        images: normalised, (N, C, H, W).
+        images: normalized, (N, C, H, W).
     """
     with _Recorder() as recorder:
         fused(images)

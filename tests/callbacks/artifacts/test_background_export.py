@@ -1,4 +1,4 @@
-"""Exports in a worker process: training does not wait, and nothing that happens there stops it."""
+"""Exports in a worker process: training does not wait, and nothing there stops it."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ from lightning.pytorch import Callback
 
 from callbacks.artifacts.callback import ReparameterizeOnSave
 from callbacks.artifacts.folder import CheckpointFolder
-from callbacks.signals import Interrupted, StopAtOnce
+from callbacks.signals import ForceQuit, Interrupted
 from mobileone.export import Manifest, load_torchscript_artifact, worker
 
 _SPEC = importlib.util.spec_from_file_location(
@@ -175,7 +175,7 @@ def test_an_exception_in_training_lets_the_export_end(make, tmp_path, folder, st
     assert tests.contents(folder) == tests.expected(0)
 
 
-@pytest.mark.parametrize("stop", [StopAtOnce, Interrupted])
+@pytest.mark.parametrize("stop", [ForceQuit, Interrupted])
 def test_ctrl_c_ends_an_export_that_would_take_minutes(
     make, tmp_path, folder, started, monkeypatch, stop
 ):
@@ -194,7 +194,7 @@ def test_ctrl_c_ends_an_export_that_would_take_minutes(
     with warnings.catch_warnings(record=True) as caught, pytest.raises(SystemExit):
         warnings.simplefilter("always")
         tests.fit(tests.Classifier([0.5]), make(), tmp_path, max_epochs=2, callbacks=[Stops()])
-    signal.signal(signal.SIGINT, before)  # Lightning ignores further Ctrl-C after StopAtOnce
+    signal.signal(signal.SIGINT, before)  # Lightning ignores further Ctrl-C after ForceQuit
     assert time.monotonic() - clock[0] < 50
     assert (folder / f"{tests.name(0)}.ckpt").is_file()
     assert not any("Training goes on" in str(warning.message) for warning in caught)

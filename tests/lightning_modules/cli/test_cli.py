@@ -185,7 +185,7 @@ def test_a_limit_of_one_is_one_batch_whatever_was_imported_before(monkeypatch, c
     assert [repr(trainer[name]) for name in limits] == ["1"] * 4
 
 
-def test_grey_images_need_no_second_option():
+def test_gray_images_need_no_second_option():
     main(["fit", *TINY, "--data.input_size", "[1,32,32]", "--trainer.fast_dev_run", "true"])
 
 

@@ -13,7 +13,7 @@ from docstring_parser import parse
 from PIL import Image
 from timm.data.readers.reader import Reader
 
-from lightning_modules.data import splits as catalogue_module
+from lightning_modules.data import splits as splits_module
 from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.data.image_io import read_image
 from lightning_modules.data.samplers import SampleKey
@@ -236,7 +236,7 @@ def test_bad_arguments(pets, options, message):
         ready(pets, **options)
 
 
-def test_auto_augment_needs_colours_that_pillow_can_change(pets):
+def test_auto_augment_needs_colors_that_pillow_can_change(pets):
     options = {"input_size": (4, 8, 8), "mean": (0.5,), "std": (0.5,)}
     with pytest.raises(ValueError, match="do not support RGBA"):
         ready(pets, auto_augment="original", **options)
@@ -322,10 +322,10 @@ def test_nothing_readable(pets):
         list(loader)
 
 
-# --- colour modes
+# --- color modes
 
 
-def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+def test_sixteen_bit_gray_is_scaled_not_clipped(tmp_path):
     values = np.array([[0, 257 * 100, 65535]], dtype=np.uint16)
     Image.fromarray(values).save(tmp_path / "deep.png")
     with (tmp_path / "deep.png").open("rb") as file:
@@ -352,7 +352,7 @@ def test_floating_point_images_are_scaled_or_refused(make_folder):
 def test_a_label_that_is_no_class_is_named(pets, monkeypatch):
     """In any batch, and whether or not unreadable images are skipped."""
     data = ready(pets, batch_size=2, num_workers=0, skip_unreadable=True)
-    samples = data._catalogue.source("train").reader.samples
+    samples = data._splits.source("train").reader.samples
     samples[7] = (samples[7][0], 5)
     with pytest.raises(
         UnreadableImageError, match=r"dog/.*\.png has the label 5, and the 2 classes"
@@ -380,7 +380,7 @@ def _rgba(path):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("write", [_cmyk, _palette, _rgba])
-def test_colour_modes_become_rgb(tmp_path, write):
+def test_color_modes_become_rgb(tmp_path, write):
     write(tmp_path / "image")
     with (tmp_path / "image").open("rb") as file:
         image = read_image(file, "RGB")
@@ -497,7 +497,7 @@ def test_stream_hears_of_the_epoch(monkeypatch, workers, persistent):
     def open_split(*args, **kwargs):
         return IterableImageDataset(None, reader=_Numbers())
 
-    monkeypatch.setattr(catalogue_module, "open_split", open_split)
+    monkeypatch.setattr(splits_module, "open_split", open_split)
     data = ImageDataModule(
         dataset="wds/numbers",
         input_size=8,

@@ -59,10 +59,10 @@ def test_crops_and_flips_are_the_same_up_to_rounding(photographs, interpolation)
 
 
 def test_other_images_are_pillows(photographs):
-    grey, png = io.BytesIO(), io.BytesIO()
-    Image.new("L", (5, 4), 90).save(grey, "JPEG")
+    gray, png = io.BytesIO(), io.BytesIO()
+    Image.new("L", (5, 4), 90).save(gray, "JPEG")
     Image.new("RGB", (5, 4), (1, 2, 3)).save(png, "PNG")
-    for file in (grey, png):
+    for file in (gray, png):
         file.seek(0)
         assert isinstance(read_tensor(file, "RGB"), Image.Image)
     assert isinstance(read_tensor(io.BytesIO(photographs[0]), "L"), Image.Image)

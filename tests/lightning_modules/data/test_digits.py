@@ -49,7 +49,7 @@ def test_every_digit_is_there_once_in_the_right_place(written):
 
 def test_pixels_are_the_scan_enlarged(written):
     images, _ = load_digits(return_X_y=True)
-    at = (np.arange(32) + 0.5) / 4 - 0.5  # the centre of each new pixel among the old ones
+    at = (np.arange(32) + 0.5) / 4 - 0.5  # the center of each new pixel among the old ones
     weights = np.stack([np.interp(at, np.arange(8), row) for row in np.eye(8)], axis=1)  # (32, 8)
     for path in sorted(written.glob("*/*/*.png"))[::97]:
         scan = images[int(path.stem)].reshape(8, 8) * 255 / 16

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 SIZES = [(50, 40), (64, 64), (40, 70), (90, 48), (64, 48), (48, 64)]  # width, height
-GRAY = 2  # the image without colours
+GRAY = 2  # the image without colors
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from lightning_modules.cli.main import main
 from lightning_modules.dense import saving
 from lightning_modules.dense.models import Detector, Segmenter
-from mobileone.io.atomic import sole_writer
+from mobileone.io.atomic import directory_lock
 from tests.helpers.bitwise import differing
 
 pytest.importorskip("segmentation_models_pytorch", reason="needs the extra `dense`")
@@ -155,7 +155,7 @@ def test_a_second_run_in_the_same_folder_is_refused(coco, capsys, monkeypatch):
     monkeypatch.setattr(saving, "_PATIENCE", 0.1)
     folder = fit("detect", coco, "--trainer.max_epochs", "1").resolve()
     before = {path: path.read_bytes() for path in folder.parent.rglob("*.ckpt")}
-    with sole_writer(folder), pytest.raises(SystemExit, match="2"):
+    with directory_lock(folder), pytest.raises(SystemExit, match="2"):
         fit("detect", coco)
     assert f"another run writes to {folder}" in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in folder.parent.rglob("*.ckpt")}

@@ -154,10 +154,10 @@ def test_segmentation_learns_and_ships(tmp_path):
     program = DenseProgram(tmp_path / "out/model.mlpackage")
     # both files' scores, by sets of pixels counted here
     data = SegmentationData(model="mobileone_mu0", size=64, count=128, num_workers=0)
-    normalised, pictures = data.split(False), data.split(False).source
+    normalized, pictures = data.split(False), data.split(False).source
     confusions = torch.zeros(2, 4, 4)
-    for index in range(len(normalised)):
-        image, mask = normalised[index]
+    for index in range(len(normalized)):
+        image, mask = normalized[index]
         answers = script(image[None]), program.map(pictures[index].image)
         for confusion, logits in zip(confusions, answers, strict=True):
             pairs = mask * 4 + logits[0].argmax(dim=0)

@@ -166,7 +166,7 @@ def test_file_names_of_any_kind(checkpoint, tmp_path):
     assert {row["path"] for row in rows(tmp_path / "out.csv")} == {str(folder / n) for n in names}
 
 
-def test_all_colour_modes(checkpoint, tmp_path):
+def test_all_color_modes(checkpoint, tmp_path):
     folder = tmp_path / "modes"
     folder.mkdir()
     for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):

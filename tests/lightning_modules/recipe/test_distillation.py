@@ -28,18 +28,18 @@ def teacher_file(tmp_path):
     return str(tmp_path / "t.pth")
 
 
-def test_teacher_sees_its_own_normalisation(teacher_file):
+def test_teacher_sees_its_own_normalization(teacher_file):
     theirs = timm.create_model("test_byobnet", num_classes=2)
     theirs.load_state_dict(torch.load(teacher_file, weights_only=True))
     cfg = timm.data.resolve_data_config(model=theirs)
     pixels, mean, std = torch.rand(2, 3, 32, 32), (0.1, 0.2, 0.3), (0.9, 0.8, 0.7)
     teacher = Teacher("test_byobnet", 2, 3, teacher_file, mean, std, torch.device("cpu"))
 
-    def normalised(mean, std):
+    def normalized(mean, std):
         return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
-    expected = theirs.eval()(normalised(cfg["mean"], cfg["std"]))
-    torch.testing.assert_close(teacher(normalised(mean, std)), expected)
+    expected = theirs.eval()(normalized(cfg["mean"], cfg["std"]))
+    torch.testing.assert_close(teacher(normalized(mean, std)), expected)
 
 
 def student(**options):

@@ -76,9 +76,9 @@ def test_the_body_is_the_files_and_the_head_is_new(source, origin, tmp_path, cap
 
 @pytest.mark.parametrize("expand", [True, False])
 def test_fused_weights_are_fine_tuned_and_say_what_is_lost(
-    source, expand, randomise, pets, tmp_path
+    source, expand, randomize, pets, tmp_path
 ):
-    fused = mobileone.reparameterize(randomise(source).eval())
+    fused = mobileone.reparameterize(randomize(source).eval())
     torch.save(fused.state_dict(), tmp_path / "fused.pth")
     options = {"weights": str(tmp_path / "fused.pth"), "expand_fused": expand}
     with pytest.warns(UserWarning, match="the branches and BatchNorm's statistics .* are lost"):

@@ -12,7 +12,7 @@ from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.data.image_io import read_image
 from lightning_modules.errors import UnreadableImageError
 from lightning_modules.recipe.classifier import ImageClassifier
-from lightning_modules.recipe.nan_guard import LossGuard, _finite
+from lightning_modules.recipe.nonfinite_guard import NonFiniteGuard, _finite
 
 LEFT_OUT = r"step \d+ \(epoch 0\) is left out: its (loss is|gradients are) not finite"
 
@@ -110,9 +110,9 @@ def test_gradients_so_large_that_their_squares_overflow_are_finite():
 
 
 def test_an_infinite_loss_spoils_its_gradients_for_the_other_ranks_to_see():
-    guard = LossGuard(1)
+    guard = NonFiniteGuard(1)
     weight = torch.ones(1, requires_grad=True)
-    guard.watch(weight.sum() + torch.inf).backward()
+    guard.check_loss(weight.sum() + torch.inf).backward()
     assert weight.grad.isnan().all() and not guard.loss_is_finite
 
 
@@ -202,8 +202,8 @@ def test_a_real_bomb_of_a_few_kilobytes(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
 def test_of_an_animation_the_first_picture_counts(tmp_path, suffix):
-    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
-    first, *others = [Image.new("RGB", (9, 9), colour) for colour in colours]
+    colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    first, *others = [Image.new("RGB", (9, 9), color) for color in colors]
     lossless = {"lossless": True} if suffix == "webp" else {}
     first.save(tmp_path / f"a.{suffix}", save_all=True, append_images=others, **lossless)
     with (tmp_path / f"a.{suffix}").open("rb") as file:

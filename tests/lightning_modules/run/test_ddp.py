@@ -22,7 +22,7 @@ from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.run.trainer import TimmSyncBatchNorm
 
 
-def synchronised(self, x):
+def synchronized(self, x):
     # torch has kernels of SyncBatchNorm for GPUs only; this is its definition
     if not self.training:
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
@@ -56,7 +56,7 @@ if __name__ == "__main__":
     data = ImageDataModule(root, batch_size=8 // devices, input_size=32, seed=3, num_workers=0)
     options, gradients, ema = {}, Gradients(), EMA(0.9)
     if devices > 1:
-        torch.nn.SyncBatchNorm.forward = synchronised
+        torch.nn.SyncBatchNorm.forward = synchronized
         # and DDP refuses the layer on CPUs
         torch.nn.parallel.DistributedDataParallel._passing_sync_batchnorm_handle = lambda *a: None
         options = {"strategy": "ddp", "plugins": [TimmSyncBatchNorm()]}

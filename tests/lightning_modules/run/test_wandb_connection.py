@@ -15,7 +15,7 @@ import wandb
 from wandb.errors import CommError
 
 from lightning_modules.cli.main import main
-from lightning_modules.run.wandb_logger import SteadyWandbLogger
+from lightning_modules.run.wandb_logger import FaultTolerantWandbLogger
 from tests.helpers.paths import REPOSITORY
 
 FIT = (
@@ -214,7 +214,7 @@ class Dead:
 
 def test_a_dead_wandb_process_is_said_once(tmp_path):
     run = Dead()
-    logger = SteadyWandbLogger(save_dir=tmp_path, experiment=run, offline=True)
+    logger = FaultTolerantWandbLogger(save_dir=tmp_path, experiment=run, offline=True)
     with pytest.warns(UserWarning, match="does not take everything.*Connection lost") as caught:
         for step in range(3):
             logger.log_metrics({"loss": 1.0}, step)

@@ -78,10 +78,10 @@ def test_the_affine_form_trains_as_timms_block(shape, size, attn, monkeypatch, t
 
 
 @pytest.mark.parametrize("kernel_size", [3, 5])
-def test_dilation_collapses_as_well(kernel_size, randomise, twin):
+def test_dilation_collapses_as_well(kernel_size, randomize, twin):
     # timm's block ignores dilation: compare with our own branches
     block, _ = twin.build({"in_chs": 6, "out_chs": 6, "groups": 6})
-    block = randomise(MobileOneBlock(6, 6, kernel_size, dilation=2, groups=6, dtype=torch.float64))
+    block = randomize(MobileOneBlock(6, 6, kernel_size, dilation=2, groups=6, dtype=torch.float64))
     x = twin.feature_map(2, 6, 11, 8)
     state = {name: value.clone() for name, value in block.state_dict().items()}
     set_collapse(block, "always")
@@ -92,8 +92,8 @@ def test_dilation_collapses_as_well(kernel_size, randomise, twin):
     twin.assert_same(collapsed, twin.step(block, x, g))
 
 
-def test_stochastic_depth_runs_the_branches(randomise, twin):
-    block = randomise(MobileOneBlock(4, 4, groups=4, drop_path_rate=0.5, dtype=torch.float64))
+def test_stochastic_depth_runs_the_branches(randomize, twin):
+    block = randomize(MobileOneBlock(4, 4, groups=4, drop_path_rate=0.5, dtype=torch.float64))
     set_collapse(block, "always")
     x = twin.feature_map(64, 4, 5, 5)
     assert path_of(block, x) is Path.BRANCHES
@@ -105,10 +105,10 @@ def test_stochastic_depth_runs_the_branches(randomise, twin):
 @pytest.mark.parametrize("function", [GramConvolution, AffineConvolution])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("relu", [False, True])
-def test_gradcheck(function, shape, relu, randomise, twin):
+def test_gradcheck(function, shape, relu, randomize, twin):
     few = {key: min(value, 4) if "chs" in key else value for key, value in shape.items()}
     few["groups"] = min(few.get("groups", 1), 4)
-    block = randomise(MobileOneBlock(**few, dtype=torch.float64))
+    block = randomize(MobileOneBlock(**few, dtype=torch.float64))
     geometry = describe(block)
     if function is AffineConvolution and not (geometry.pointwise and geometry.branches == 1):
         pytest.skip("the affine form is for one pointwise branch")
@@ -122,8 +122,8 @@ def test_gradcheck(function, shape, relu, randomise, twin):
 
 
 @pytest.mark.parametrize("variant", middle_is_slow(f"mobileone_s{n}" for n in range(5)))
-def test_whole_networks_train_as_timms(variant, randomise, twin):
-    theirs = randomise(getattr(byobnet, variant)(num_classes=5)).double()
+def test_whole_networks_train_as_timms(variant, randomize, twin):
+    theirs = randomize(getattr(byobnet, variant)(num_classes=5)).double()
     ours = timm.create_model(variant, num_classes=5).double()
     ours.load_state_dict(theirs.state_dict())
     set_collapse(ours, "always")

@@ -7,8 +7,8 @@ from torch import fx
 
 
 @pytest.fixture
-def model(randomise):
-    return randomise(timm.create_model("mobileone_mu0", num_classes=3)).eval()
+def model(randomize):
+    return randomize(timm.create_model("mobileone_mu0", num_classes=3)).eval()
 
 
 @pytest.fixture

@@ -385,7 +385,7 @@ def test_narrow_gradients_lose_nothing_in_cancellation(twin):
         assert error <= 1.2 * allowed + 1e-3 * truth.grad.norm(), name
 
 
-def test_synchronised_batch_norm_runs_the_branches():
+def test_synchronized_batch_norm_runs_the_branches():
     block = MobileOneBlock(6, 6, groups=6)
     set_collapse(block, "always")
     assert path_of(convert_sync_batchnorm(block), image(6)) is Path.BRANCHES

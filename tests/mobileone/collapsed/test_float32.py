@@ -220,11 +220,11 @@ def test_depthwise_derivatives_of_smooth_planes_are_as_accurate(size, stride, me
 @needs_kernels
 @pytest.mark.parametrize("seed", [1, 3])
 def test_a_fresh_network_on_digits_is_more_accurate(seed, twin):
-    """Grey, smooth, mostly background: some branch of the stem sees nearly nothing of them."""
+    """Gray, smooth, mostly background: some branch of the stem sees nearly nothing of them."""
     torch.manual_seed(seed)
     digits = torch.from_numpy(load_digits().images[32 * seed :][:32]).float()[:, None] / 16
-    grey = F.interpolate(digits, 64, mode="bilinear", antialias=True).expand(-1, 3, -1, -1)
-    x = (grey - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / 0.225
+    gray = F.interpolate(digits, 64, mode="bilinear", antialias=True).expand(-1, 3, -1, -1)
+    x = (gray - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / 0.225
     ours = timm.create_model("mobileone_s0", num_classes=10)
     theirs = byobnet.mobileone_s0(num_classes=10)
     theirs.load_state_dict(ours.state_dict())

@@ -26,10 +26,10 @@ def smp_or_skip(architecture):
         for name in SEGMENTERS
     ],
 )
-def test_fused_segmentation_is_exact(architecture, randomise):
+def test_fused_segmentation_is_exact(architecture, randomize):
     """Against the sum of the branches, in float64."""
     smp_or_skip(architecture)
-    network = randomise(segmenter(architecture, "mobileone_s0", 3)).double().eval()
+    network = randomize(segmenter(architecture, "mobileone_s0", 3)).double().eval()
     fused = fuse(network)
     assert not any(isinstance(m, MobileOneBlock | nn.BatchNorm2d) for m in fused.modules())
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
@@ -62,9 +62,9 @@ def _by_branches(network):
     return changed
 
 
-def test_fused_detector_is_exact(randomise):
+def test_fused_detector_is_exact(randomize):
     network = ssdlite("mobileone_s0", 4, size=96).double().eval()
-    randomise(network)
+    randomize(network)
     fused = fuse(network)
     assert not any(isinstance(m, MobileOneBlock | nn.BatchNorm2d) for m in fused.modules())
     images = torch.randn(2, 3, 96, 96, dtype=torch.float64)
@@ -117,9 +117,9 @@ def test_the_smallest_anchor_is_on_the_finest_map():
     network = ssdlite("mobileone_mu0", 4, size=96, smallest_anchor=0.35).eval()
     graph = SSDBoxes(network)
     square = (graph.sides - 0.35).abs().amax(dim=1) < 1e-4
-    centres = graph.centres[square] * 6  # of the 6 x 6 places
-    assert len(centres) == 36 and len(centres.unique(dim=0)) == 36
-    assert torch.allclose(centres % 1, torch.tensor(0.5), atol=1e-3)
+    centers = graph.centers[square] * 6  # of the 6 x 6 places
+    assert len(centers) == 36 and len(centers.unique(dim=0)) == 36
+    assert torch.allclose(centers % 1, torch.tensor(0.5), atol=1e-3)
     assert graph.sides.min() >= 0.35 / 3**0.5 - 1e-4 and graph.sides.max() <= 1
 
 

@@ -10,7 +10,7 @@ from mobileone import MobileOneBlock
 from mobileone.export import ExportSpec
 
 
-def randomise_norms(model: nn.Module) -> nn.Module:
+def randomize_norms(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.running_mean.normal_()
@@ -29,7 +29,7 @@ def tiny(channels: int = 3, classes: int = 3) -> nn.Module:
         nn.Flatten(),
         nn.Linear(8, classes),
     )
-    return randomise_norms(model).eval()
+    return randomize_norms(model).eval()
 
 
 def spec_for(
@@ -52,8 +52,8 @@ def make_spec():
 
 
 @pytest.fixture(scope="session")
-def randomise():
-    return randomise_norms
+def randomize():
+    return randomize_norms
 
 
 @pytest.fixture

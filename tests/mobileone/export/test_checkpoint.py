@@ -9,8 +9,8 @@ FORMATS = ["torchscript"]
 
 
 @pytest.fixture(scope="module")
-def model(randomise):
-    return randomise(timm.create_model("mobileone_s0", num_classes=3, in_chans=1)).eval()
+def model(randomize):
+    return randomize(timm.create_model("mobileone_s0", num_classes=3, in_chans=1)).eval()
 
 
 @pytest.fixture
@@ -57,9 +57,9 @@ def test_images_in_the_checkpoint_are_compared_on(contents, tmp_path):
     assert manifest.formats["torchscript"]["parity"]["images"] == 5
 
 
-def test_arguments_of_the_model_are_used(contents, randomise, tmp_path):
+def test_arguments_of_the_model_are_used(contents, randomize, tmp_path):
     other = timm.create_model("mobileone_s0", num_classes=3, in_chans=1, global_pool="max")
-    contents["state_dict"] = {f"model.{k}": v for k, v in randomise(other).state_dict().items()}
+    contents["state_dict"] = {f"model.{k}": v for k, v in randomize(other).state_dict().items()}
     contents["hyper_parameters"]["model_kwargs"] = {"global_pool": "max"}
     path = save(contents, tmp_path / "x.ckpt")
     export_checkpoint(path, tmp_path / "artifact", FORMATS)

@@ -19,7 +19,7 @@ from mobileone.export import (
     export_model,
     load_runner,
 )
-from mobileone.export.preprocess import normalise
+from mobileone.export.preprocess import normalize
 
 __all__ = ["TrainingState"]  # for the scripts below
 
@@ -69,7 +69,7 @@ def test_every_format_takes_what_is_unusual(name, channels, size, names, tmp_pat
     run = load_runner(tmp_path / "artifact", name).run
     assert FORMATS[name].spec(tmp_path / "artifact" / FORMATS[name].filename) == spec
     with torch.no_grad():
-        expected = model(normalise(images, spec))
+        expected = model(normalize(images, spec))
     if FORMATS[name].output == "probabilities":
         expected = expected.softmax(1)
     scale = expected.abs().max()

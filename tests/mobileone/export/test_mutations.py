@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import mobileone
 from mobileone.export import FORMATS, ExportSpec, Metadata, RejectedError, export_model
 from mobileone.export.formats import coreml
-from mobileone.export.preprocess import normalise
+from mobileone.export.preprocess import normalize
 
 pytest.importorskip("coremltools")
 pytestmark = pytest.mark.slow
@@ -38,7 +38,7 @@ WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
 
 
 def digits(count):
-    """Real images in three colours, (count, 3, 32, 48)."""
+    """Real images in three colors, (count, 3, 32, 48)."""
     from sklearn.datasets import load_digits
 
     scans = torch.from_numpy(load_digits().images[: 3 * count].copy()).float()
@@ -56,7 +56,7 @@ def network():
     torch.manual_seed(0)
     model = timm.create_model("mobileone_s0", num_classes=len(NAMES)).train()
     images = digits(128)
-    inputs, classes = normalise(images, SPEC), images[:, 1].float().mean((1, 2)).argsort().argsort()
+    inputs, classes = normalize(images, SPEC), images[:, 1].float().mean((1, 2)).argsort().argsort()
     classes = classes * len(NAMES) // len(images)  # by the brightness of the second channel
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -65,10 +65,10 @@ def network():
         for x in inputs.split(64):
             model(x)
         features = model.eval().forward_head(model.forward_features(inputs), pre_logits=True)
-        centred = (features - features.mean(0)).double()
+        centered = (features - features.mean(0)).double()
         wanted = F.one_hot(classes, len(NAMES)).double() * 10
-        gram = centred @ centred.T + 10 * centred.square().sum(1).mean() * torch.eye(128)
-        weight = (centred.T @ torch.linalg.solve(gram, wanted - wanted.mean(0))).T
+        gram = centered @ centered.T + 10 * centered.square().sum(1).mean() * torch.eye(128)
+        weight = (centered.T @ torch.linalg.solve(gram, wanted - wanted.mean(0))).T
         model.head.fc.weight.copy_(weight)
         model.head.fc.bias.copy_(wanted.mean(0) - weight @ features.mean(0).double())
     return model
@@ -137,7 +137,7 @@ def test_the_good_one_is_published(good, publish):
 
 
 @pytest.mark.parametrize("field", ["mean", "std"])
-def test_a_wrong_normalisation(copied, publish, field):
+def test_a_wrong_normalization(copied, publish, field):
     """One channel's constant, a hundredth of the range away, in the program."""
     value = {"mean": 255 * SPEC.mean[1], "std": 1 / (255 * SPEC.std[1])}[field]
     kind = {"mean": "sub", "std": "mul"}[field]

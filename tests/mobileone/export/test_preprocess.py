@@ -3,7 +3,7 @@ import copy
 import torch
 from torch import nn
 
-from mobileone.export.preprocess import WithPreprocessing, normalise
+from mobileone.export.preprocess import WithPreprocessing, normalize
 
 
 def reference(images, spec):
@@ -13,10 +13,10 @@ def reference(images, spec):
     return torch.stack(rows, dim=1)
 
 
-def test_normalise_is_per_channel(make_spec):
+def test_normalize_is_per_channel(make_spec):
     spec = make_spec(4)
     images = torch.randint(0, 256, (2, 4, 8, 8), dtype=torch.uint8)
-    assert torch.allclose(normalise(images, spec).double(), reference(images, spec), atol=1e-5)
+    assert torch.allclose(normalize(images, spec).double(), reference(images, spec), atol=1e-5)
 
 
 def test_the_layer_is_exact_at_the_borders_too_where_folding_into_the_convolution_is_not(make_spec):
@@ -41,10 +41,10 @@ def test_the_layer_is_exact_at_the_borders_too_where_folding_into_the_convolutio
     assert difference[:, :, 0].max() > 0.1
 
 
-def test_half_precision_costs_less_than_half_a_grey_level(make_spec):
+def test_half_precision_costs_less_than_half_a_gray_level(make_spec):
     spec = make_spec()
     pixels = torch.arange(256.0).view(1, 1, 16, 16).expand(1, 3, 16, 16)
     layer = WithPreprocessing(nn.Identity(), spec)
     half = (pixels.half() - layer.mean.half()) * layer.scale.half()
-    grey_level = 1 / (255 * torch.tensor(spec.std)).view(1, 3, 1, 1)
-    assert ((half.double() - reference(pixels, spec)).abs() / grey_level).max() < 0.5
+    gray_level = 1 / (255 * torch.tensor(spec.std)).view(1, 3, 1, 1)
+    assert ((half.double() - reference(pixels, spec)).abs() / gray_level).max() < 0.5

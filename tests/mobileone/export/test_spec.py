@@ -47,7 +47,7 @@ def test_lists_become_tuples_of_plain_numbers():
         ({"std": [0.2, float("nan"), 0.1]}, "finite"),
         ({"crop_pct": 0}, r"\(0, 1\]"),
         ({"model_name": ""}, "empty"),
-        ({"colour": 1}, "unknown fields"),
+        ({"color": 1}, "unknown fields"),
     ],
 )
 def test_a_wrong_field_is_named(change, message):

@@ -14,7 +14,7 @@ from lightning_modules.recipe.classifier import ImageClassifier
 
 pytest.importorskip("webdataset", reason="needs the extra `shards`")
 
-# An image's number is its colour, so it can be read from what the network gets.
+# An image's number is its color, so it can be read from what the network gets.
 SCRIPT = """
 import json, sys, torch
 from lightning.pytorch import Trainer
@@ -74,7 +74,7 @@ if __name__ == "__main__":
 
 
 def write_images(root, count):
-    """`count` training images and seven for validation, each in the colour of its number."""
+    """`count` training images and seven for validation, each in the color of its number."""
     for split, first, images in (("train", 1, count), ("val", 101, 7)):
         for number in range(first, first + images):
             folder = root / split / ("odd" if number % 2 else "even")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mobileone.bench.inference import timing
-from mobileone.bench.inference.timing import Protocol, get_protocol, summarise, time_in_turn
+from mobileone.bench.inference.timing import Protocol, get_protocol, summarize, time_in_turn
 from mobileone.bench.threads import check_threads, pinned, torch_threads
 
 
@@ -87,7 +87,7 @@ def test_the_protocols_are_those_of_their_sources():
 
 
 def test_statistics():
-    summary = summarise([0.001 * n for n in range(1, 12)])
+    summary = summarize([0.001 * n for n in range(1, 12)])
     assert summary == pytest.approx(
         {"min_ms": 1, "median_ms": 6, "p90_ms": 10, "mean_ms": 6, "max_ms": 11, "timed": 11}
     )

@@ -10,7 +10,7 @@ from torch import nn
 
 from mobileone import MobileOneBlock
 from mobileone.bench.results import Result
-from mobileone.bench.training_step import worker as trainee_module
+from mobileone.bench.training_step import worker as worker_module
 from mobileone.bench.training_step.images import sample_images
 from mobileone.bench.training_step.implementations import (
     CONTENDERS,
@@ -21,7 +21,7 @@ from mobileone.bench.training_step.implementations import (
 from mobileone.bench.training_step.measure import measure_training, training_figure, training_table
 from mobileone.bench.training_step.memory import kept_bytes, peak_bytes
 from mobileone.bench.training_step.worker import (
-    Trainee,
+    StepWorker,
     TraineeError,
     TrainingSetting,
     training_step,
@@ -140,8 +140,8 @@ def test_timms_stem_is_made_safe_where_it_would_die_and_the_result_says_so():
 
 
 def test_a_contender_that_hangs_is_ended(monkeypatch):
-    monkeypatch.setattr(trainee_module, "_LIMIT", 0.2)
-    trainee = Trainee("mobileone_s0", "plain", TrainingSetting(2, 32))
+    monkeypatch.setattr(worker_module, "_LIMIT", 0.2)
+    trainee = StepWorker("mobileone_s0", "plain", TrainingSetting(2, 32))
     os.kill(trainee._process.pid, signal.SIGSTOP)
     with pytest.raises(TraineeError, match=r"no answer to 'prepare' in 0\.2 seconds"):
         trainee.prepare()
@@ -152,7 +152,7 @@ def test_a_contender_that_hangs_is_ended(monkeypatch):
 def test_a_contender_that_dies_leaves_the_others_measured(monkeypatch):
     from mobileone.bench.training_step import measure as training
 
-    class Mortal(Trainee):
+    class Mortal(StepWorker):
         def step(self):
             if self._name == "timm":
                 os.kill(self._process.pid, signal.SIGSEGV)
@@ -162,7 +162,7 @@ def test_a_contender_that_dies_leaves_the_others_measured(monkeypatch):
             super().__init__(model, contender, setting)
             self._name = contender
 
-    monkeypatch.setattr(training, "Trainee", Mortal)
+    monkeypatch.setattr(training, "StepWorker", Mortal)
     result = measure_training(
         ["mobileone_s0"], ["timm", "plain"], 2, 32, rounds=2, threads=1,
         channels_last=True, images="noise",
@@ -183,7 +183,7 @@ def test_a_contender_that_dies_leaves_the_others_measured(monkeypatch):
 
 
 def test_an_error_in_the_process_is_told():
-    trainee = Trainee("mobileone_s0", "plain", TrainingSetting(1, 32, images="noise"))
+    trainee = StepWorker("mobileone_s0", "plain", TrainingSetting(1, 32, images="noise"))
     try:  # one value a channel in the last layers
         with pytest.raises(TraineeError, match="ValueError: Expected more than 1 value"):
             trainee.prepare()

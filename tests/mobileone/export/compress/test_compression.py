@@ -1,4 +1,4 @@
-"""Equalised ranges, and compressed files against arithmetic and coremltools' own reading."""
+"""Equalized ranges, and compressed files against arithmetic and coremltools' own reading."""
 
 import json
 
@@ -11,10 +11,10 @@ from torch.nn import functional as F
 import mobileone
 from mobileone.export import Metadata, load_runner
 from mobileone.export.compress.bias_correction import correct_biases
-from mobileone.export.compress.equalise import _pairs, equalise
+from mobileone.export.compress.equalize import _pairs, equalize
 from mobileone.export.compress.methods import DEFAULT_METHODS, METHODS, compress_model
 from mobileone.export.formats import coreml, onnx
-from mobileone.export.preprocess import normalise
+from mobileone.export.preprocess import normalize
 from mobileone.export.verify.mlprogram import MLProgram
 from mobileone.export.verify.mlprogram_ops import KERNELS
 from mobileone.io.coremltools_noise import quiet
@@ -30,11 +30,11 @@ def ranges(model):
     return max(spans)
 
 
-def test_equalising_changes_the_ranges_and_not_the_function(randomise):
-    model = randomise(timm.create_model("mobileone_mu1", num_classes=7)).double().eval()
+def test_equalizing_changes_the_ranges_and_not_the_function(randomize):
+    model = randomize(timm.create_model("mobileone_mu1", num_classes=7)).double().eval()
     fused = mobileone.reparameterize(model)
     before = {name: value.clone() for name, value in fused.state_dict().items()}
-    equal = equalise(fused)
+    equal = equalize(fused)
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
         expected = model(images)
@@ -43,8 +43,8 @@ def test_equalising_changes_the_ranges_and_not_the_function(randomise):
     assert all(torch.equal(value, before[name]) for name, value in fused.state_dict().items())
 
 
-def test_every_neighbour_of_a_plain_network_is_a_pair():
-    """43 layers in a row have 42 neighbours; in S4 squeeze-and-excitation stands between some.
+def test_every_neighbor_of_a_plain_network_is_a_pair():
+    """43 layers in a row have 42 neighbors; in S4 squeeze-and-excitation stands between some.
 
     It follows twelve layers, the last of all among them, and has a pair of its own inside.
     """
@@ -59,7 +59,7 @@ def test_ranges_of_a_pair_meet_in_the_middle():
     first, second = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 1, 1)
     first.weight.data = torch.tensor([[8.0, 0.0], [0.0, 1.0]]).view(2, 2, 1, 1)
     second.weight.data = torch.tensor([[2.0, 9.0]]).view(1, 2, 1, 1)
-    equal = equalise(nn.Sequential(first, nn.ReLU(), second), sweeps=1)
+    equal = equalize(nn.Sequential(first, nn.ReLU(), second), sweeps=1)
     assert equal[0].weight.flatten().tolist() == pytest.approx([4.0, 0.0, 0.0, 3.0])
     assert equal[2].weight.flatten().tolist() == pytest.approx([4.0, 3.0])
 
@@ -74,7 +74,7 @@ def test_packed_indices_are_read_lowest_bits_first():
 
 
 @pytest.fixture(scope="module")
-def wide(randomise):
+def wide(randomize):
     """Layers with more weights than the 2048 below which coremltools leaves them alone."""
     torch.manual_seed(2)
     model = nn.Sequential(
@@ -84,7 +84,7 @@ def wide(randomise):
         nn.Flatten(),
         nn.Linear(64, 3),
     )
-    return randomise(model).eval()
+    return randomize(model).eval()
 
 
 @pytest.mark.parametrize("name", ["coreml_int8", "coreml_palette6", "coreml_palette4"])
@@ -110,8 +110,8 @@ def test_a_folder_of_files_and_their_table(wide, make_spec, tmp_path):
     spec = make_spec()
     images = torch.randint(0, 256, (12, 3, 32, 48), dtype=torch.uint8)
     with torch.no_grad():
-        targets = wide(normalise(images, spec)).argmax(1)
-    methods = ["coreml_int8", "onnx_int8_tensor", "onnx_int8_equalised_corrected"]
+        targets = wide(normalize(images, spec)).argmax(1)
+    methods = ["coreml_int8", "onnx_int8_tensor", "onnx_int8_equalized_corrected"]
     rows = compress_model(wide, spec, tmp_path / "small", images, images, targets, methods)
     assert [row.method for row in rows] == ["float32", *methods]
     assert rows[0].accuracy == rows[0].agreement == 1
@@ -124,7 +124,7 @@ def test_a_folder_of_files_and_their_table(wide, make_spec, tmp_path):
     assert files == {
         "coreml_int8.mlpackage",
         "onnx_int8_tensor.onnx",
-        "onnx_int8_equalised_corrected.onnx",
+        "onnx_int8_equalized_corrected.onnx",
         "compression.json",
     }
     for file in files - {"compression.json"}:
@@ -138,8 +138,8 @@ def test_a_folder_of_files_and_their_table(wide, make_spec, tmp_path):
 def test_every_method_comes_plain_and_mended():
     assert len(METHODS) == 4 * 6
     assert set(DEFAULT_METHODS) < set(METHODS)
-    assert not METHODS["onnx_int8"].equalised and not METHODS["onnx_int8"].corrected
-    assert METHODS["coreml_palette4_equalised_corrected"].equalised
+    assert not METHODS["onnx_int8"].equalized and not METHODS["onnx_int8"].corrected
+    assert METHODS["coreml_palette4_equalized_corrected"].equalized
 
 
 def rounded(weight):
@@ -192,7 +192,7 @@ def test_corrected_files_answer_with_the_right_mean(wide, make_spec, tmp_path, n
     spec = make_spec()
     images = torch.randint(0, 256, (8, 3, 32, 48), dtype=torch.uint8)
     with torch.no_grad():
-        mean = wide(normalise(images, spec)).mean(0)
+        mean = wide(normalize(images, spec)).mean(0)
     shifts = []
     for method in (name, f"{name}_corrected"):
         folder = tmp_path / method

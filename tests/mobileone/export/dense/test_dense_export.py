@@ -15,7 +15,7 @@ from mobileone.dense.detection import SSDBoxes
 from mobileone.export.dense.coreml import DenseProgram, Detections, Suppression, write_boxes
 from mobileone.export.dense.export import BOXES, DENSE_FORMATS, MAPS, export_dense
 from mobileone.export.inspect import describe_artifact
-from mobileone.export.preprocess import normalise
+from mobileone.export.preprocess import normalize
 from mobileone.export.spec import ExportSpec
 from mobileone.export.verify.mlprogram_ops import KERNELS
 
@@ -77,7 +77,7 @@ def test_a_detector_ships_in_every_format(detector, tmp_path):
     # the free batch size, and the names, of the ONNX file as its user sees them
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `onnx`")
     session = onnxruntime.InferenceSession(str(tmp_path / "out/model.onnx"))
-    images = normalise(pixels(3), spec(96))
+    images = normalize(pixels(3), spec(96))
     boxes, scores = session.run(["boxes", "scores"], {"images": images.numpy()})
     expected = SSDBoxes(detector)(images)
     assert torch.allclose(torch.from_numpy(boxes), expected[0], atol=1e-4)
@@ -95,7 +95,7 @@ def test_a_segmenter_ships_in_every_format(architecture, tmp_path):
     program = DenseProgram(tmp_path / "out/model.mlpackage")
     image = pixels(1, 64, seed=5)
     with torch.no_grad():
-        expected = network(normalise(image, spec(64)))
+        expected = network(normalize(image, spec(64)))
     found = program.map(image[0])
     assert (found - expected).abs().max() < 5e-2 * expected.abs().max()
 
@@ -110,7 +110,7 @@ def test_core_mls_boxes_are_the_networks(detector, tmp_path):
     (image,) = pixels(1, seed=3)
     found = DenseProgram(path).candidates(image)
     with torch.no_grad():
-        boxes, scores = SSDBoxes(detector)(normalise(image[None], spec(96)))
+        boxes, scores = SSDBoxes(detector)(normalize(image[None], spec(96)))
     assert torch.allclose(found.confidence, scores[0, :, 1:], atol=1e-4)
     assert torch.allclose(box_convert(found.coordinates, "cxcywh", "xyxy"), boxes[0], atol=1e-4)
 

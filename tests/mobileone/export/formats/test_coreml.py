@@ -43,7 +43,7 @@ def operations(proto):
 @pytest.mark.parametrize(
     ("channels", "space", "size"), [(3, "RGB", (32, 48)), (1, "GRAYSCALE", (48, 32))]
 )
-def test_the_input_is_an_image_of_the_right_size_and_colours(convert, channels, space, size):
+def test_the_input_is_an_image_of_the_right_size_and_colors(convert, channels, space, size):
     proto, interface, _ = convert(channels, size=size)
     (feature,) = proto.description.input
     image = feature.type.imageType
@@ -88,7 +88,7 @@ def test_weights_and_arithmetic_are_half_precision(convert):
     assert proto.specificationVersion == 7  # iOS 16
 
 
-def test_the_program_is_normalisation_two_fused_convolutions_and_softmax(convert):
+def test_the_program_is_normalization_two_fused_convolutions_and_softmax(convert):
     types = [op.type for op in operations(convert()[0])]
     assert types.count("conv") == 2
     assert types.count("sub") == types.count("mul") == 1
@@ -119,7 +119,7 @@ def test_without_a_mac_there_is_no_runtime(convert, make_spec):
 def test_the_runtime_agrees(convert, make_model, make_spec):
     spec = make_spec(3, (32, 48), NAMES)
     images = fixed_images(spec)
-    expected = make_model()(coreml.normalise(images, spec)).softmax(1)
+    expected = make_model()(coreml.normalize(images, spec)).softmax(1)
     assert torch.allclose(coreml.runtime(convert()[2], spec)(images), expected, atol=5e-3)
 
 

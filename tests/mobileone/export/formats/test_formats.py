@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mobileone.export import FORMATS, export_model, load_runner
-from mobileone.export.preprocess import normalise
+from mobileone.export.preprocess import normalize
 from mobileone.export.verify.parity import NotVerifiedError
 from mobileone.export.verify.structure import count_kinds
-from mobileone.io.optional_import import need
+from mobileone.io.optional_import import import_optional
 
 PACKAGES = {"onnx": "onnxruntime", "coreml": "coremltools", "coreml_fp32": "coremltools"}
 
@@ -33,7 +33,7 @@ def test_any_batch_of_images_gets_the_models_answers(written, make_spec, batch):
     assert loaded.format == name and loaded.spec == make_spec()
     run = loaded.run
     with torch.no_grad():
-        expected = model(normalise(images, spec))
+        expected = model(normalize(images, spec))
     if FORMATS[name].output == "probabilities":
         expected = expected.softmax(1)
     tolerance = 1e-2 if name == "coreml" else 1e-4
@@ -72,7 +72,7 @@ def test_a_missing_package_is_named_with_its_pip_command(
     monkeypatch.setitem(sys.modules, "coremltools", None)
     with pytest.raises(ImportError, match="pip install 'coremltools'"):
         export_model(make_model(), make_spec(), tmp_path / "artifact", ["coreml"])
-    assert need("json", "x", "y").dumps([]) == "[]"
+    assert import_optional("json", "x", "y").dumps([]) == "[]"
 
 
 def test_the_first_file_that_can_run_is_taken(make_model, make_spec, tmp_path, monkeypatch):

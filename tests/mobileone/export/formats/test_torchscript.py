@@ -10,10 +10,10 @@ from mobileone.export.spec import Metadata
 
 
 @pytest.mark.parametrize("name", ["mobileone_s0", "repvgg_a0"])
-def test_the_file_equals_timms_unfused_model(tmp_path, make_spec, randomise, name):
+def test_the_file_equals_timms_unfused_model(tmp_path, make_spec, randomize, name):
     """Reference: timm's own blocks with the same weights, branches and BatchNorm unfused."""
     entrypoint = getattr(timm.models.byobnet, name)
-    reference = randomise(entrypoint(num_classes=3)).eval()
+    reference = randomize(entrypoint(num_classes=3)).eval()
     ours = timm.create_model(name, num_classes=3)
     ours.load_state_dict(reference.state_dict())
     write(mobileone.reparameterize(ours.eval()), make_spec(), tmp_path / "m.pt", Metadata())
@@ -23,7 +23,7 @@ def test_the_file_equals_timms_unfused_model(tmp_path, make_spec, randomise, nam
     assert (got - expected).abs().max() / expected.abs().max() < 1e-4
 
 
-def test_float64_fusing_is_exact(make_model, randomise):
+def test_float64_fusing_is_exact(make_model, randomize):
     model = make_model().double()
     blocks, images = model[0], torch.randn(2, 3, 16, 16, dtype=torch.float64)
     branches = [*blocks.conv_kxk, blocks.conv_scale]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import mobileone
 from mobileone.export import FORMATS, Metadata
 from mobileone.export.formats import coreml
-from mobileone.export.preprocess import normalise
+from mobileone.export.preprocess import normalize
 from mobileone.export.verify.mlprogram import MLProgram
 from mobileone.export.verify.mlprogram_ops import KERNELS
 from mobileone.export.verify.parity import NotVerifiedError, Reference
@@ -26,7 +26,7 @@ WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
 
 
 def digits(count=6, size=(32, 48)):
-    """Real 8-bit images: handwritten digits, each channel its own digit, so that colours count."""
+    """Real 8-bit images: handwritten digits, each channel its own digit, so that colors count."""
     from sklearn.datasets import load_digits
 
     scans = torch.from_numpy(load_digits().images[: 3 * count].copy()).float()
@@ -42,7 +42,7 @@ def network(make_model):
 @pytest.fixture(scope="module")
 def reference(network, make_spec):
     images = digits()
-    logits = network(normalise(images, make_spec())).detach()
+    logits = network(normalize(images, make_spec())).detach()
     return Reference(mobileone.reparameterize(network), logits, images)
 
 
@@ -62,7 +62,7 @@ def faults(path, spec, reference, name="coreml"):
     """The names of the checks that a package fails."""
     row = FORMATS[name]
     found = {key for key, parity in row.check(path, spec, reference).items() if not parity.accepted}
-    expected = fused_kinds(reference.model, normalise(reference.images, spec))
+    expected = fused_kinds(reference.model, normalize(reference.images, spec))
     if structure_problems(count_kinds(row.operations(path)), expected):
         found.add("structure")
     return found
@@ -122,7 +122,7 @@ def test_a_gray_program_and_one_of_four_channels(make_model, make_spec, tmp_path
     for channels in (1, 4):
         spec, model = make_spec(channels), make_model(channels)
         images = torch.randint(0, 256, (3, channels, 32, 48), dtype=torch.uint8)
-        logits = model(normalise(images, spec)).detach()
+        logits = model(normalize(images, spec)).detach()
         reference = Reference(mobileone.reparameterize(model), logits, images)
         path = tmp_path / f"{channels}.mlpackage"
         coreml.write(reference.model, spec, path, Metadata())
@@ -138,7 +138,7 @@ def test_images_of_another_size_are_refused(package):
 
 
 @pytest.mark.parametrize("field", ["mean", "std"])
-def test_a_wrong_normalisation(reference, make_spec, tmp_path, field):
+def test_a_wrong_normalization(reference, make_spec, tmp_path, field):
     import dataclasses
 
     value = getattr(make_spec(), field)
@@ -155,7 +155,7 @@ def test_rgb_declared_as_bgr(copied, reference, make_spec):
     edit(copied, change)
     assert faults(copied, make_spec(), reference) == {"parity", "program_parity"}
     images = reference.images[:, :1].expand(-1, 3, -1, -1)
-    logits = reference.model(normalise(images, make_spec())).detach()
+    logits = reference.model(normalize(images, make_spec())).detach()
     gray = Reference(reference.model, logits, images)
     assert faults(copied, make_spec(), gray) == {"program_parity"}  # gray data do not hide it
 

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["LossGuard", "check_validation_loss"]
+__all__ = ["NonFiniteGuard", "check_validation_loss"]
 
 _LOWER = (
     "lower `lr`, warm it up (`warmup_epochs`; `warmup_steps` of segment and detect), or train with "
@@ -21,11 +21,11 @@ _ADVICE = (
 )
 
 
-class LossGuard:
+class NonFiniteGuard:
     """Keeps NaN and infinity out of weights, running statistics and averages.
 
-    A module calls `remember` before the first batch of an optimizer step, hands each loss through
-    `watch`, and calls `check` in `on_before_optimizer_step`. A loss that is not finite gets
+    A module calls `save_buffers` before the first batch of an optimizer step, hands each loss
+    through `check_loss`, and calls `check_gradients` in `on_before_optimizer_step`. A loss that is not finite gets
     gradients that are not, so that where the processes add up their gradients all of them learn
     of it, and all stop or all leave the step out, without a question of their own.
 
@@ -33,7 +33,7 @@ class LossGuard:
         limit: how many steps in a row may be left out; 0 stops at the first.
 
     Attributes:
-        loss_is_finite: whether the loss that `watch` saw last was.
+        loss_is_finite: whether the loss that `check_loss` saw last was.
 
     Raises:
         ValueError: `limit` is negative.
@@ -48,7 +48,7 @@ class LossGuard:
         self._in_a_row = 0
         self._kept: list[tuple[Tensor, Tensor]] = []
 
-    def remember(self, model: nn.Module) -> None:
+    def save_buffers(self, model: nn.Module) -> None:
         """Keep the buffers as they are before a step: its forward passes update statistics."""
         self._lost = None
         if not self.limit:
@@ -59,7 +59,7 @@ class LossGuard:
         for buffer, copy in self._kept:
             copy.copy_(buffer)
 
-    def watch(self, loss: Tensor) -> Tensor:
+    def check_loss(self, loss: Tensor) -> Tensor:
         """Note whether a loss is finite; its gradients are NaN if it is not.
 
         An infinite loss can have finite gradients, which would hide it from the other ranks.
@@ -70,7 +70,7 @@ class LossGuard:
         self._lost = float(loss.detach())
         return loss * torch.nan
 
-    def check(self, module: LightningModule, optimizer: Optimizer) -> None:
+    def check_gradients(self, module: LightningModule, optimizer: Optimizer) -> None:
         """Look at the gradients of a step, and drop them if one is not finite.
 
         An optimizer leaves parameters without gradient as they are, and the buffers are put back:

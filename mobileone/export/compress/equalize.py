@@ -1,4 +1,4 @@
-"""Cross-layer equalisation: the same function, with weights that quantise better.
+"""Cross-layer equalization: the same function, with weights that quantize better.
 
 Between two convolutions with only a ReLU in between, `relu(s z) = s relu(z)` for s > 0, so that an
 output channel of the first may be divided by s if that input channel of the second is multiplied
@@ -11,17 +11,17 @@ import copy
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["equalise"]
+__all__ = ["equalize"]
 
 _LOWEST = 1e-12  # a channel without weights on one side stays as it is
 
 
 @torch.no_grad()
-def equalise(fused: nn.Module, sweeps: int = 20) -> nn.Module:
-    """A copy of a fused network in eval mode with its weight ranges equalised.
+def equalize(fused: nn.Module, sweeps: int = 20) -> nn.Module:
+    """A copy of a fused network in eval mode with its weight ranges equalized.
 
     Args:
-        fused: any network that torch.fx can trace; layers without such a neighbour stay.
+        fused: any network that torch.fx can trace; layers without such a neighbor stay.
         sweeps: passes over all pairs; the ranges converge within a few.
 
     Raises:
@@ -31,7 +31,7 @@ def equalise(fused: nn.Module, sweeps: int = 20) -> nn.Module:
     pairs = _pairs(model)
     for _ in range(sweeps):
         for first, second in pairs:
-            _equalise_pair(first, second)
+            _equalize_pair(first, second)
     return model
 
 
@@ -56,7 +56,7 @@ def _pairs(model: nn.Module) -> list[tuple[nn.Conv2d, nn.Conv2d]]:
     return found
 
 
-def _equalise_pair(first: nn.Conv2d, second: nn.Conv2d) -> None:
+def _equalize_pair(first: nn.Conv2d, second: nn.Conv2d) -> None:
     incoming = _input_channels_first(second)  # (channels between, ...)
     r1 = first.weight.flatten(1).abs().amax(dim=1)
     r2 = incoming.flatten(1).abs().amax(dim=1)
