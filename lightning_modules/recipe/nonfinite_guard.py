@@ -25,9 +25,9 @@ class NonFiniteGuard:
     """Keeps NaN and infinity out of weights, running statistics and averages.
 
     A module calls `save_buffers` before the first batch of an optimizer step, hands each loss
-    through `check_loss`, and calls `check_gradients` in `on_before_optimizer_step`. A loss that is not finite gets
-    gradients that are not, so that where the processes add up their gradients all of them learn
-    of it, and all stop or all leave the step out, without a question of their own.
+    through `check_loss`, and calls `check_gradients` in `on_before_optimizer_step`. A loss that is
+    not finite gets gradients that are not, so that where the processes add up their gradients all
+    of them learn of it, and all stop or all leave the step out, without a collective of their own.
 
     Args:
         limit: how many steps in a row may be left out; 0 stops at the first.
