@@ -97,9 +97,10 @@ class ImageClassifier(LightningModule):
         distill_temperature: of both models' probabilities in the distillation loss.
         channels_last: memory format on CUDA. On a CPU it is not used: collapsed blocks read planes
             (docs/collapsed-training.md has both layouts' times).
-        collapse: how MobileOne's blocks train: `auto` in the cheapest of the exact forms, `always`
-            in the one that keeps least memory, `never` branch by branch. All give the same numbers
-            up to rounding, so any checkpoint goes on with any; other networks have `auto` only.
+        collapse: how MobileOne's blocks train: `auto` in the cheapest of the exact forms (on
+            CUDA branch by branch, for none was measured there), `always` in the one that keeps
+            least memory, `never` branch by branch. All give the same numbers up to rounding, so a
+            checkpoint of one continues with any other; other networks have `auto` only.
         skip_nonfinite: how many steps in a row may be left out because their loss or a gradient is
             NaN or infinite; 0 stops at the first.
         seed: of dropout; None for the checkpoint's, else that of `seed_everything`, else 0.

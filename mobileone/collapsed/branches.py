@@ -33,7 +33,7 @@ __all__ = [
 
 
 CollapseMode = Literal["auto", "always", "never"]
-"""`auto`: the cheapest form; `always`: the one that keeps least memory; `never`: the branches."""
+"""`auto`: the cheapest form (on CUDA branches); `always`: least memory; `never`: the branches."""
 
 
 class BranchedBlock(Protocol):

@@ -12,8 +12,7 @@ from mobileone.collapsed.branches import CollapseMode, Geometry
 __all__ = ["Path", "Setting", "choose", "costs"]
 
 # Costs are counted in multiply-adds of a matrix product, forward and backward together. Measured
-# on a core of an AMD EPYC (Zen 4), where a product runs at 45 GFMA/s: 45 are a nanosecond. On CUDA
-# nothing was measured: there the same table compares what goes through memory.
+# on a core of an AMD EPYC (Zen 4), where a product runs at 45 GFMA/s: 45 are a nanosecond.
 _PASS = 8  # an element through a pointwise operation or a kernel of ours
 _UNFOLD = 60  # an element of a window matrix, written and summed back
 _THIN = 600  # the same where every channel has its own, and the products are thin
@@ -111,7 +110,6 @@ def costs(geometry: Geometry, windows: int, width: int, setting: Setting) -> dic
         filled = (1 + math.ceil(width / _LANES) * _LANES / width) / 2
         table[Path.DEPTHWISE] = inputs * filled * _MOMENTS + outputs * _CHANNEL
         table[Path.DEPTHWISE] += _CALL["statistics"]
-    # one pass takes kernels, of which there are none on CUDA
     if setting.kernels and setting.device == "cpu" and geometry.pointwise and branches == 1:
         table[Path.AFFINE] = product + norms * n * outputs * 4 * _PASS + _CALL["affine"]
     if setting.channels_last:  # the forms turn input and output to planes, and gradients back
@@ -124,9 +122,15 @@ def costs(geometry: Geometry, windows: int, width: int, setting: Setting) -> dic
 def choose(
     geometry: Geometry, windows: int, width: int, setting: Setting, mode: CollapseMode
 ) -> Path:
-    """Pick a block's form."""
+    """Pick a block's form.
+
+    On CUDA `auto` takes the branches: no form was measured there, and the table's constants are a
+    CPU's. `always` collapses there too.
+    """
     if mode == "never" or windows < 2:
         return Path.BRANCHES  # of one value a channel there is no variance: BatchNorm says so
+    if mode == "auto" and setting.device == "cuda":
+        return Path.BRANCHES
     table = costs(geometry, windows, width, setting)
     if mode == "always":
         return Path.DEPTHWISE if Path.DEPTHWISE in table else Path.GRAM
