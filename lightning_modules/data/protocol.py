@@ -1,0 +1,123 @@
+"""What a data module must offer: the complete contract, checked in one place."""
+
+from collections.abc import Mapping, Sequence
+from inspect import getattr_static
+from typing import Any, Protocol, cast
+
+from mobileone.export.spec import ExportSpec
+
+__all__ = ["ClassificationData", "CurriculumData", "check_data_module", "in_chans", "num_classes"]
+
+
+class ClassificationData(Protocol):
+    """A LightningDataModule of classified images; two attributes are all that is added to it.
+
+    They are read before the Trainer exists, so set them in ``__init__``, or write properties.
+    Batches are ``(images, targets)``: float (N, C, H, W), normalized, and class indices, long (N,).
+
+    Attributes:
+        class_names: names of the classes in the order of their indices: one output of the network
+            each.
+        data_config: timm's description of an evaluation image: ``input_size`` (C, H, W), ``mean``
+            and ``std`` (a value a channel, of images in 0..1), ``interpolation``, ``crop_pct``
+            and, if it is not "center", ``crop_mode``. `timm.data.resolve_data_config` returns one.
+    """
+
+    @property
+    def class_names(self) -> Sequence[str]: ...
+    @property
+    def data_config(self) -> Mapping[str, Any]: ...
+
+
+class CurriculumData(ClassificationData, Protocol):
+    """What the `Curriculum` callback needs in addition, if it has any phases."""
+
+    def set_curriculum(self, phases: Sequence[tuple[int, int, float]]) -> None:
+        """Train with these phases from now on, called before the training loader is made.
+
+        Args:
+            phases: first epoch, side of the images in pixels and strength of the augmentation
+                (0..1) of each phase; the first starts at epoch 0.
+        """
+
+
+_NEEDED = {
+    "class_names": (
+        "the names of the classes in the order of their indices; the network gets one output each, "
+        "and the exported model carries them",
+        'self.class_names = ["cat", "dog"]',
+    ),
+    "data_config": (
+        "size and normalization of the images in timm's words; the exported model repeats them",
+        'self.data_config = {"input_size": (3, 224, 224), "mean": (0.485, 0.456, 0.406), '
+        '"std": (0.229, 0.224, 0.225), "interpolation": "bilinear", "crop_pct": 0.875}',
+    ),
+    "set_curriculum": (
+        "the method by which the Curriculum callback changes image size and augmentation; without "
+        "it leave `curriculum.phases` empty",
+        "def set_curriculum(self, phases):  # [(first epoch, pixels, strength), ...]",
+    ),
+}
+"""Name -> what it is for, and how it is written."""
+
+_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct")
+
+
+def check_data_module(data: object, needs_curriculum: bool = False) -> ClassificationData:
+    """Return ``data`` as what it is, or say what it lacks.
+
+    Args:
+        data: a data module.
+        needs_curriculum: whether it must have `set_curriculum`, too.
+
+    Raises:
+        ValueError: an attribute is missing or has a value that cannot be.
+    """
+    _require(data, "class_names", "data_config", *["set_curriculum"] * needs_curriculum)
+    checked = cast(ClassificationData, data)
+    config = checked.data_config
+    faults = [f"lacks {key}" for key in _KEYS if key not in config]
+    faults += [f"has an unknown {key}" for key in config if key not in (*_KEYS, "crop_mode")]
+    if faults:
+        raise ValueError(
+            f"`data_config` of {type(data).__name__} {', '.join(faults)}. It needs "
+            f"{', '.join(_KEYS)} and may have crop_mode, for example:\n"
+            f"    {_NEEDED['data_config'][1]}"
+        )
+    try:
+        ExportSpec("any", tuple(checked.class_names), **config)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{type(data).__name__}: {error}") from error
+    return checked
+
+
+def num_classes(data: object) -> int:
+    """How many classes a data module has.
+
+    Raises:
+        ValueError: it has no `class_names`.
+    """
+    _require(data, "class_names")
+    return len(cast(ClassificationData, data).class_names)
+
+
+def in_chans(data: object) -> int:
+    """How many channels the images of a data module have.
+
+    Raises:
+        ValueError: it has no `data_config`.
+    """
+    _require(data, "data_config")
+    return int(cast(ClassificationData, data).data_config["input_size"][0])
+
+
+def _require(data: object, *names: str) -> None:
+    # statically: a property would run the user's code, and hide an AttributeError of its own
+    missing = [name for name in names if getattr_static(data, name, None) is None]
+    if missing:
+        lines = [f"{name}: {_NEEDED[name][0]}\n    {_NEEDED[name][1]}" for name in missing]
+        raise ValueError(
+            f"the data module {type(data).__name__} lacks {', '.join(missing)}. Set attributes in "
+            "`__init__` (they are read before `setup`), or write them as properties:\n"
+            + "\n".join(lines)
+        )
