@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
 from lightning_modules.data.transforms import resolve_config
+from lightning_modules.run.config_files import packaged_configs
 from lightning_modules.run.fit import TrainingCLI, run
 from mobileone.bench.paper import UNVERIFIED, paper_table
 from mobileone.bench.results import Result, Row
@@ -37,9 +39,7 @@ PARTS: tuple[Part, ...] = ("k", "branches", "recipe")
 
 _NONE = {"num_conv_branches": 1, "use_scale": False, "use_skip": False}
 
-# the paper's phases (see callbacks/curriculum.py), of 300 epochs: first epoch, share of the size,
-# strength
-_PHASES = ((0, 160 / 224, 0.3), (38, 192 / 224, 0.7), (113, 1.0, 1.0))
+_RECIPE = "imagenet/base"
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,7 @@ def ablation_settings(
             f'{", ".join(VARIANTS)}, or `parts` ["recipe"] alone'
         )
     own = VARIANTS[model].num_conv_branches if model in VARIANTS else None
-    phases = [[epoch, max(1, round(share * size)), s] for epoch, share, s in _PHASES]
-    curriculum = ("--curriculum.phases", json.dumps(phases))
+    curriculum = ("--curriculum.phases", json.dumps(_recipe_phases(size)))
     plain = ("--curriculum.phases", "[]")
     constant = ("--model.weight_decay_end", repr(weight_decay))
     annealed = ("--model.weight_decay_end", repr(weight_decay / 10))
@@ -168,6 +167,16 @@ def study_ablation(
     result.write_csv(directory / "ablation.csv")
     save_figure(ablation_figure(result), directory / "ablation")
     return result
+
+
+def _recipe_phases(size: int) -> list[list[float]]:
+    """The recipe's phases (first epoch of 300, pixels, strength), scaled to another image size."""
+    recipe = yaml.safe_load(packaged_configs()[_RECIPE].read_text(encoding="utf-8"))
+    full = recipe["data"]["input_size"]
+    return [
+        [epoch, max(1, round(pixels * size / full)), strength]
+        for epoch, pixels, strength in recipe["curriculum"]["phases"]
+    ]
 
 
 class _Parsed(TrainingCLI):
