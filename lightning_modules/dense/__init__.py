@@ -1,1 +1,1 @@
-"""Training of detection and segmentation networks."""
+"""Training of detection and segmentation networks: an optional task that the core never imports."""

@@ -1,1 +1,5 @@
-"""Use of a finished network: labels for folders of images, and smaller files."""
+"""Use of a finished network.
+
+`predict` labels folders of images with a checkpoint or an artifact; `compress` writes smaller
+files and measures what they lose.
+"""

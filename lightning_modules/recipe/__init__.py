@@ -1,1 +1,6 @@
-"""The recipe of the paper: classifier, optimizer, schedules, fine-tuning, distillation."""
+"""What is optimized, and how.
+
+`classifier.ImageClassifier` is the LightningModule; `optimizers` and `schedules` build what it
+steps, `finetuning` loads and freezes weights, `distillation` adds a teacher, `nonfinite_guard`
+stops a run before NaN reaches the weights.
+"""

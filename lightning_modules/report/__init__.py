@@ -1,1 +1,4 @@
-"""One HTML page of results and a run."""
+"""One HTML page of benchmark results and a run.
+
+`page.write_report` writes it; the file needs no network and no other file.
+"""

@@ -1,1 +1,4 @@
-"""The experiments of the paper that train."""
+"""The experiments of the paper that train.
+
+`ablation` trains variants of the network and the recipe (Tables 5, 6 and 8).
+"""

@@ -1,1 +1,5 @@
-"""Files that are written whole, read safely, and packages that may be missing."""
+"""Files that appear complete or not at all, safe reading, and packages that may be missing.
+
+`atomic` writes, `safe_pickle` reads without running code, `optional_import` names the extra to
+install, `user_modules` imports modules of the user's own.
+"""

@@ -1,1 +1,1 @@
-"""Latency, throughput and memory of fused networks."""
+"""Latency, throughput, memory and operations of fused networks."""

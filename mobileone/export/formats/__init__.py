@@ -1,1 +1,1 @@
-"""The file formats: one file a format, one row in the table."""
+"""The file formats: one file a format, one row in `table.FORMATS`."""
