@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mobileone import MobileOneBlock
+from tests.helpers.norms import randomize_bn
 
 SHAPES = [
     {"in_chs": 3, "out_chs": 8, "stride": 2},  # stem
@@ -55,15 +56,15 @@ def expected_training_output(block, x):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_training_sums_the_normalized_branches(shape, randomize):
-    block = randomize(MobileOneBlock(**shape, dtype=torch.float64))
+def test_training_sums_the_normalized_branches(shape):
+    block = randomize_bn(MobileOneBlock(**shape, dtype=torch.float64))
     x = torch.randn(4, shape["in_chs"], 9, 7, dtype=torch.float64)
     torch.testing.assert_close(block(x), expected_training_output(block, x), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_evaluation_is_one_convolution_and_equals_the_branches(shape, randomize, monkeypatch):
-    block = randomize(MobileOneBlock(**shape, dtype=torch.float64)).eval()
+def test_evaluation_is_one_convolution_and_equals_the_branches(shape, monkeypatch):
+    block = randomize_bn(MobileOneBlock(**shape, dtype=torch.float64)).eval()
     x = torch.randn(2, shape["in_chs"], 9, 7, dtype=torch.float64)
     expected = block._sum_branches(x).relu()
     calls = []
@@ -74,8 +75,8 @@ def test_evaluation_is_one_convolution_and_equals_the_branches(shape, randomize,
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_evaluation_follows_a_changed_weight_at_once(randomize):
-    block = randomize(MobileOneBlock(4, 4, groups=4)).eval()
+def test_evaluation_follows_a_changed_weight_at_once():
+    block = randomize_bn(MobileOneBlock(4, 4, groups=4)).eval()
     x = torch.randn(1, 4, 5, 5)
     before = block(x)
     with torch.no_grad():
@@ -86,14 +87,14 @@ def test_evaluation_follows_a_changed_weight_at_once(randomize):
     torch.testing.assert_close(after, block._sum_branches(x).relu())
 
 
-def test_evaluation_is_differentiable(randomize):
-    block = randomize(MobileOneBlock(4, 4, groups=4, num_conv_branches=2)).eval()
+def test_evaluation_is_differentiable():
+    block = randomize_bn(MobileOneBlock(4, 4, groups=4, num_conv_branches=2)).eval()
     block(torch.randn(1, 4, 5, 5)).sum().backward()
     assert all(p.grad is not None for p in block.parameters())
 
 
-def test_frozen_batch_norm_in_training_uses_the_one_convolution(randomize):
-    block = randomize(MobileOneBlock(4, 4, groups=4, dtype=torch.float64)).train()
+def test_frozen_batch_norm_in_training_uses_the_one_convolution():
+    block = randomize_bn(MobileOneBlock(4, 4, groups=4, dtype=torch.float64)).train()
     for bn in block.norms():
         bn.eval()
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64)

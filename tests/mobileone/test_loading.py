@@ -12,6 +12,7 @@ import mobileone
 from mobileone import FusedMobileOneBlock, MobileOneBlock
 from mobileone.model import MobileOne
 from mobileone.variants import Variant
+from tests.helpers.norms import randomize_bn
 
 TINY = Variant((1, 1, 1, 1), (0.25, 0.25, 0.25, 0.25))  # no row of the family
 
@@ -137,8 +138,8 @@ def test_fused_weights_without_a_stem_never_convert_the_model():
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_partly_folded_weights_load_exactly_or_not_at_all(strict, randomize):
-    source = randomize(mu0())
+def test_partly_folded_weights_load_exactly_or_not_at_all(strict):
+    source = randomize_bn(mu0())
     x = torch.randn(1, 3, 64, 64)
     expected = source(x)
     weights = fuse_stem(source).state_dict()
@@ -179,8 +180,8 @@ def test_an_entry_of_another_kind_is_named(value):
         model.load_state_dict(weights)
 
 
-def test_headless_fused_weights_load_without_the_head(randomize):
-    source = randomize(mu0())
+def test_headless_fused_weights_load_without_the_head():
+    source = randomize_bn(mu0())
     weights = {k: v for k, v in fused_weights(source).items() if not k.startswith("head.")}
     loaded = mu0(num_classes=5)
     missing = loaded.load_state_dict(weights, strict=False).missing_keys

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import mobileone
 from mobileone import FusedMobileOneBlock, MobileOneBlock
+from tests.helpers.norms import randomize_bn
 from tests.helpers.variants import middle_is_slow
 
 FAMILY = sorted(timm.list_models("mobileone_*"))
@@ -35,8 +36,8 @@ def relative_error(y, expected):
 
 
 @pytest.mark.parametrize("name", middle_is_slow(FAMILY))
-def test_folding_is_exact(name, randomize):
-    model = randomize(timm.create_model(name, num_classes=5).double()).eval()
+def test_folding_is_exact(name):
+    model = randomize_bn(timm.create_model(name, num_classes=5).double()).eval()
     x = torch.randn(2, 3, 32, 64, dtype=torch.float64)
     with torch.no_grad():
         expected = branches_only(model, x)
@@ -46,8 +47,8 @@ def test_folding_is_exact(name, randomize):
 
 
 @pytest.mark.parametrize("name", ["mobileone_s0", "mobileone_s4"])
-def test_folded_model_equals_timms_multi_branch_model(name, randomize):
-    model = randomize(timm.create_model(name, num_classes=5).double()).eval()
+def test_folded_model_equals_timms_multi_branch_model(name):
+    model = randomize_bn(timm.create_model(name, num_classes=5).double()).eval()
     theirs = getattr(byobnet, name)(num_classes=5).double().eval()
     theirs.load_state_dict(model.state_dict())
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
@@ -55,8 +56,8 @@ def test_folded_model_equals_timms_multi_branch_model(name, randomize):
         assert relative_error(mobileone.reparameterize(model)(x), theirs(x)) < 1e-10
 
 
-def test_original_stays_and_nothing_but_the_plain_network_remains(randomize):
-    model = randomize(timm.create_model("mobileone_s4")).eval()
+def test_original_stays_and_nothing_but_the_plain_network_remains():
+    model = randomize_bn(timm.create_model("mobileone_s4")).eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     fused = mobileone.reparameterize(model)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -85,8 +86,8 @@ def test_nested_models_and_lone_blocks_fold(fold):
 @pytest.mark.parametrize(
     "convert", [convert_sync_batchnorm, nn.SyncBatchNorm.convert_sync_batchnorm]
 )
-def test_folds_after_conversion_to_sync_batch_norm(convert, randomize):
-    model = randomize(timm.create_model("mobileone_mu0").double()).eval()
+def test_folds_after_conversion_to_sync_batch_norm(convert):
+    model = randomize_bn(timm.create_model("mobileone_mu0").double()).eval()
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     expected = model(x)
     converted = convert(model).eval()
@@ -95,8 +96,8 @@ def test_folds_after_conversion_to_sync_batch_norm(convert, randomize):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_folds_with_frozen_batch_norm(training, randomize):
-    model = randomize(timm.create_model("mobileone_mu0").double()).eval()
+def test_folds_with_frozen_batch_norm(training):
+    model = randomize_bn(timm.create_model("mobileone_mu0").double()).eval()
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     expected = model(x)
     frozen = freeze_batch_norm_2d(model).train(training)
@@ -105,9 +106,9 @@ def test_folds_with_frozen_batch_norm(training, randomize):
     assert relative_error(mobileone.reparameterize(frozen)(x), expected) < 1e-10
 
 
-def test_folds_with_dilation(randomize):
+def test_folds_with_dilation():
     model = timm.create_model("mobileone_mu0", output_stride=8, dtype=torch.float64)
-    model = randomize(model).eval()
+    model = randomize_bn(model).eval()
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     assert relative_error(mobileone.reparameterize(model)(x), branches_only(model, x)) < 1e-10
 
@@ -118,8 +119,8 @@ def test_folds_on_the_meta_device():
     assert fused(torch.empty(1, 3, 64, 64, device="meta")).shape == (1, 1000)
 
 
-def test_half_precision_is_folded_in_float32(randomize):
-    block = randomize(MobileOneBlock(8, 8, groups=8, num_conv_branches=4)).bfloat16().eval()
+def test_half_precision_is_folded_in_float32():
+    block = randomize_bn(MobileOneBlock(8, 8, groups=8, num_conv_branches=4)).bfloat16().eval()
     fused = block.fuse()
     assert fused.reparam_conv.weight.dtype == torch.bfloat16
     exact, _ = MobileOneBlock.fold(block.double())
@@ -128,8 +129,8 @@ def test_half_precision_is_folded_in_float32(randomize):
 
 
 @pytest.mark.parametrize("fold", FOLDERS.values(), ids=FOLDERS)
-def test_folding_in_training_mode_warns_once_and_uses_running_statistics(fold, randomize):
-    model = randomize(timm.create_model("mobileone_mu0").double()).train()
+def test_folding_in_training_mode_warns_once_and_uses_running_statistics(fold):
+    model = randomize_bn(timm.create_model("mobileone_mu0").double()).train()
     for _ in range(2):  # for each model that is folded, not once a process
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -156,8 +157,8 @@ def test_folding_without_running_statistics_is_refused():
         block.fuse()
 
 
-def test_fused_model_is_saved_and_loaded_whole(randomize):
-    fused = mobileone.reparameterize(randomize(timm.create_model("mobileone_mu0")).eval())
+def test_fused_model_is_saved_and_loaded_whole():
+    fused = mobileone.reparameterize(randomize_bn(timm.create_model("mobileone_mu0")).eval())
     file = io.BytesIO()
     torch.save(fused, file)
     file.seek(0)
@@ -166,8 +167,8 @@ def test_fused_model_is_saved_and_loaded_whole(randomize):
 
 
 @pytest.mark.parametrize("name", ["repvgg_a0", "fastvit_t8"])
-def test_other_timm_models_fold_too(name, randomize):
-    model = randomize(timm.create_model(name, num_classes=3).double()).eval()
+def test_other_timm_models_fold_too(name):
+    model = randomize_bn(timm.create_model(name, num_classes=3).double()).eval()
     fused = mobileone.reparameterize(model)
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     assert relative_error(fused(x), model(x)) < 1e-9

@@ -14,6 +14,7 @@ from callbacks.ema import EMA
 from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.recipe.optimizers import build_optimizer
+from tests.helpers.norms import randomize_bn
 
 NAME = "mobileone_mu0"
 pytestmark = pytest.mark.filterwarnings("ignore:Found .* module\\(s\\) in eval mode at the start")
@@ -75,10 +76,8 @@ def test_the_body_is_the_files_and_the_head_is_new(source, origin, tmp_path, cap
 
 
 @pytest.mark.parametrize("expand", [True, False])
-def test_fused_weights_are_fine_tuned_and_say_what_is_lost(
-    source, expand, randomize, pets, tmp_path
-):
-    fused = mobileone.reparameterize(randomize(source).eval())
+def test_fused_weights_are_fine_tuned_and_say_what_is_lost(source, expand, pets, tmp_path):
+    fused = mobileone.reparameterize(randomize_bn(source).eval())
     torch.save(fused.state_dict(), tmp_path / "fused.pth")
     options = {"weights": str(tmp_path / "fused.pth"), "expand_fused": expand}
     with pytest.warns(UserWarning, match="the branches and BatchNorm's statistics .* are lost"):

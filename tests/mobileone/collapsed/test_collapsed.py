@@ -11,6 +11,8 @@ from mobileone.collapsed import Path, path_of
 from mobileone.collapsed.affine import AffineConvolution
 from mobileone.collapsed.branches import describe, parameters
 from mobileone.collapsed.gram import GramConvolution
+from tests.helpers import twin
+from tests.helpers.norms import randomize_bn
 from tests.helpers.variants import middle_is_slow
 
 SHAPES = [
@@ -30,7 +32,7 @@ SHAPES = [
 SIZES = [(4, 9, 7), (1, 16, 16), (3, 1, 1), (1, 3, 2), (2, 12, 11)]
 
 
-def agree(twin, ours, theirs, x, path):
+def agree(ours, theirs, x, path):
     """Assert that both blocks take the same step, ours in the given form."""
     assert path_of(ours, x) is path
     g = torch.randn_like(ours.eval()(x))
@@ -39,14 +41,14 @@ def agree(twin, ours, theirs, x, path):
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_shape_trains_as_timms_block(shape, size, twin):
+def test_every_shape_trains_as_timms_block(shape, size):
     ours, theirs = twin.build(shape)
     set_collapse(ours, "always")
-    agree(twin, ours, theirs, twin.feature_map(size[0], shape["in_chs"], *size[1:]), Path.GRAM)
+    agree(ours, theirs, twin.feature_map(size[0], shape["in_chs"], *size[1:]), Path.GRAM)
 
 
 @pytest.mark.parametrize("momentum", [0.3, None])
-def test_running_statistics_move_as_batch_norms_do(momentum, twin):
+def test_running_statistics_move_as_batch_norms_do(momentum):
     ours, theirs = twin.build({"in_chs": 4, "out_chs": 4, "groups": 4})
     set_collapse(ours, "always")
     for block in (ours, theirs):
@@ -54,22 +56,22 @@ def test_running_statistics_move_as_batch_norms_do(momentum, twin):
             if isinstance(norm, nn.BatchNorm2d):
                 norm.momentum = momentum
     for _ in range(3):
-        agree(twin, ours, theirs, twin.feature_map(2, 4, 5, 5), Path.GRAM)
+        agree(ours, theirs, twin.feature_map(2, 4, 5, 5), Path.GRAM)
         ours.zero_grad(), theirs.zero_grad()
     assert ours.identity.num_batches_tracked == 3
 
 
 @pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[7]], ids=str)
-def test_attention_follows_the_collapsed_sum(shape, twin):
+def test_attention_follows_the_collapsed_sum(shape):
     ours, theirs = twin.build(shape, attn=True)
     set_collapse(ours, "always")
-    agree(twin, ours, theirs, twin.feature_map(3, 8, 7, 9), Path.GRAM)
+    agree(ours, theirs, twin.feature_map(3, 8, 7, 9), Path.GRAM)
 
 
 @pytest.mark.parametrize("size", [(4, 9, 7), (1, 16, 16), (3, 1, 1)], ids=str)
 @pytest.mark.parametrize("shape", [SHAPES[5], SHAPES[6]], ids=str)
 @pytest.mark.parametrize("attn", [False, True])
-def test_the_affine_form_trains_as_timms_block(shape, size, attn, monkeypatch, twin):
+def test_the_affine_form_trains_as_timms_block(shape, size, attn, monkeypatch):
     ours, theirs = twin.build(shape, attn=attn)
     monkeypatch.setattr("mobileone.collapsed.dispatch.choose", lambda *_: Path.AFFINE)
     x = twin.feature_map(size[0], 8, *size[1:])
@@ -78,10 +80,12 @@ def test_the_affine_form_trains_as_timms_block(shape, size, attn, monkeypatch, t
 
 
 @pytest.mark.parametrize("kernel_size", [3, 5])
-def test_dilation_collapses_as_well(kernel_size, randomize, twin):
+def test_dilation_collapses_as_well(kernel_size):
     # timm's block ignores dilation: compare with our own branches
     block, _ = twin.build({"in_chs": 6, "out_chs": 6, "groups": 6})
-    block = randomize(MobileOneBlock(6, 6, kernel_size, dilation=2, groups=6, dtype=torch.float64))
+    block = randomize_bn(
+        MobileOneBlock(6, 6, kernel_size, dilation=2, groups=6, dtype=torch.float64)
+    )
     x = twin.feature_map(2, 6, 11, 8)
     state = {name: value.clone() for name, value in block.state_dict().items()}
     set_collapse(block, "always")
@@ -92,8 +96,8 @@ def test_dilation_collapses_as_well(kernel_size, randomize, twin):
     twin.assert_same(collapsed, twin.step(block, x, g))
 
 
-def test_stochastic_depth_runs_the_branches(randomize, twin):
-    block = randomize(MobileOneBlock(4, 4, groups=4, drop_path_rate=0.5, dtype=torch.float64))
+def test_stochastic_depth_runs_the_branches():
+    block = randomize_bn(MobileOneBlock(4, 4, groups=4, drop_path_rate=0.5, dtype=torch.float64))
     set_collapse(block, "always")
     x = twin.feature_map(64, 4, 5, 5)
     assert path_of(block, x) is Path.BRANCHES
@@ -105,10 +109,10 @@ def test_stochastic_depth_runs_the_branches(randomize, twin):
 @pytest.mark.parametrize("function", [GramConvolution, AffineConvolution])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("relu", [False, True])
-def test_gradcheck(function, shape, relu, randomize, twin):
+def test_gradcheck(function, shape, relu):
     few = {key: min(value, 4) if "chs" in key else value for key, value in shape.items()}
     few["groups"] = min(few.get("groups", 1), 4)
-    block = randomize(MobileOneBlock(**few, dtype=torch.float64))
+    block = randomize_bn(MobileOneBlock(**few, dtype=torch.float64))
     geometry = describe(block)
     if function is AffineConvolution and not (geometry.pointwise and geometry.branches == 1):
         pytest.skip("the affine form is for one pointwise branch")
@@ -122,8 +126,8 @@ def test_gradcheck(function, shape, relu, randomize, twin):
 
 
 @pytest.mark.parametrize("variant", middle_is_slow(f"mobileone_s{n}" for n in range(5)))
-def test_whole_networks_train_as_timms(variant, randomize, twin):
-    theirs = randomize(getattr(byobnet, variant)(num_classes=5)).double()
+def test_whole_networks_train_as_timms(variant):
+    theirs = randomize_bn(getattr(byobnet, variant)(num_classes=5)).double()
     ours = timm.create_model(variant, num_classes=5).double()
     ours.load_state_dict(theirs.state_dict())
     set_collapse(ours, "always")

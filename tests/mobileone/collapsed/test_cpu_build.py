@@ -5,10 +5,12 @@ import timm
 import torch
 from torch import fx
 
+from tests.helpers.norms import randomize_bn
+
 
 @pytest.fixture
-def model(randomize):
-    return randomize(timm.create_model("mobileone_mu0", num_classes=3)).eval()
+def model():
+    return randomize_bn(timm.create_model("mobileone_mu0", num_classes=3)).eval()
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from mobileone import MobileOneBlock, set_collapse
 from mobileone.bench.training_step.memory import kept_bytes
 from mobileone.collapsed import Path, path_of
+from tests.helpers import twin
 
 BLOCKS = [
     {"in_chs": 6, "out_chs": 6, "groups": 6, "num_conv_branches": 2},
@@ -37,7 +38,7 @@ def branches_of(block):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("shape", BLOCKS, ids=str)
-def test_checkpointing_updates_statistics_once(shape, reentrant, twin):
+def test_checkpointing_updates_statistics_once(shape, reentrant):
     plain, _ = twin.build(shape, dtype=torch.float32)
     set_collapse(plain, "always")
     wrapped = copy.deepcopy(plain)
@@ -63,7 +64,7 @@ def test_checkpointing_updates_statistics_once(shape, reentrant, twin):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mode", ["auto", "always"])
 @pytest.mark.parametrize("shape", BLOCKS, ids=str)
-def test_autocast_keeps_the_statistics_in_float32(shape, mode, dtype, twin):
+def test_autocast_keeps_the_statistics_in_float32(shape, mode, dtype):
     block, _ = twin.build(shape, dtype=torch.float32)
     block.act = nn.Identity()  # else a rounding tosses what an output near 0 passes back
     set_collapse(block, mode)
@@ -335,7 +336,7 @@ def test_forward_derivatives_are_those_of_the_branches():
 
 @pytest.mark.parametrize("size", [(9, 8), (14, 14)], ids=str)  # images joined, and one by one
 @pytest.mark.parametrize("shape", BLOCKS, ids=str)
-def test_what_a_block_returns_may_be_changed_in_place(shape, size, twin):
+def test_what_a_block_returns_may_be_changed_in_place(shape, size):
     block, _ = twin.build(shape)
     block.act = nn.Identity()
     set_collapse(block, "always")
@@ -366,7 +367,7 @@ def test_float64_is_left_alone_by_autocast():
     torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_narrow_gradients_lose_nothing_in_cancellation(twin):
+def test_narrow_gradients_lose_nothing_in_cancellation():
     """A loss pushes whole channels; BatchNorm passes on what is left about the mean."""
     block, _ = twin.build(BLOCKS[2], dtype=torch.float32)
     block.act = nn.Identity()
@@ -391,7 +392,7 @@ def test_synchronized_batch_norm_runs_the_branches():
     assert path_of(convert_sync_batchnorm(block), image(6)) is Path.BRANCHES
 
 
-def test_a_frozen_parameter_gets_no_gradient_and_the_others_theirs(twin):
+def test_a_frozen_parameter_gets_no_gradient_and_the_others_theirs():
     block, _ = twin.build(BLOCKS[2])
     block.conv_kxk[1].conv.weight.requires_grad_(False)
     branches = branches_of(block)
@@ -449,7 +450,7 @@ def network():
 # the compiler hides this warning of its own by a way that errors do not go
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize("mode", ["auto", "always", "never"])
-def test_compiled_models_train_as_eager_ones_in_the_same_form(twin, mode):
+def test_compiled_models_train_as_eager_ones_in_the_same_form(mode):
     torch.compiler.reset()
     eager = network()
     set_collapse(eager, mode)
@@ -465,7 +466,7 @@ def test_compiled_models_train_as_eager_ones_in_the_same_form(twin, mode):
         assert kept_bytes(compiled, x) <= 1.01 * kept_bytes(eager, x)
 
 
-def test_a_compiler_that_takes_no_break_is_told_the_way(twin):
+def test_a_compiler_that_takes_no_break_is_told_the_way():
     torch.compiler.reset()
     model = network()
     x, g = torch.randn(4, 3, 16, 16).double(), torch.randn(4, 3).double()

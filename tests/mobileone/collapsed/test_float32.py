@@ -15,6 +15,7 @@ from timm.models import byobnet
 from mobileone import MobileOneBlock, set_collapse
 from mobileone.collapsed import Path, gram, path_of
 from mobileone.collapsed import cpu_kernels as native
+from tests.helpers import twin
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="no compiler for the kernels")
 
@@ -86,9 +87,7 @@ def choose(monkeypatch):
     return lambda path: monkeypatch.setattr("mobileone.collapsed.dispatch.choose", lambda *_: path)
 
 
-def assert_as_accurate(
-    twin, shape, x, path, act=False, mode="auto", prepare=None, along=0.0, worst=None
-):
+def assert_as_accurate(shape, x, path, act=False, mode="auto", prepare=None, along=0.0, worst=None):
     """Ours and timm's block in float32, both against timm's in float64.
 
     By default without the rectifier: whether an output near 0 passes it is the toss of a rounding.
@@ -129,19 +128,19 @@ def assert_as_accurate(
 @needs_kernels
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("shape", DEPTHWISE, ids=str)
-def test_the_depthwise_kernels_train_as_timms_block(shape, size, twin, choose):
+def test_the_depthwise_kernels_train_as_timms_block(shape, size, choose):
     choose(Path.DEPTHWISE)
     x = twin.feature_map(size[0], 6, *size[1:], dtype=torch.float32)
-    assert_as_accurate(twin, shape, x, Path.DEPTHWISE, act=True)
+    assert_as_accurate(shape, x, Path.DEPTHWISE, act=True)
 
 
 @needs_kernels
 @pytest.mark.parametrize("size", [(4, 7, 7), (2, 17, 34), (1, 70, 70)], ids=str)
 @pytest.mark.parametrize("shape", POINTWISE[:2], ids=str)
-def test_the_pointwise_kernels_train_as_timms_block(shape, size, twin, choose):
+def test_the_pointwise_kernels_train_as_timms_block(shape, size, choose):
     choose(Path.AFFINE)
     x = twin.feature_map(size[0], 16, *size[1:], dtype=torch.float32)
-    assert_as_accurate(twin, shape, x, Path.AFFINE, act=True)
+    assert_as_accurate(shape, x, Path.AFFINE, act=True)
 
 
 def form(shape):
@@ -155,32 +154,32 @@ def form(shape):
 @pytest.mark.parametrize("along", [0.0, 1.0])
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("shape", [*DEPTHWISE, *POINTWISE], ids=str)
-def test_no_less_accurate_than_the_branches(shape, kind, along, twin, choose):
+def test_no_less_accurate_than_the_branches(shape, kind, along, choose):
     choose(form(shape))
     x = INPUTS[kind](twin.feature_map(8, shape["in_chs"], 14, 14)).float()
-    assert_as_accurate(twin, shape, x, form(shape), along=along)
+    assert_as_accurate(shape, x, form(shape), along=along)
 
 
 @needs_kernels
 @pytest.mark.parametrize("shape", [*DEPTHWISE, *POINTWISE], ids=str)
-def test_values_near_overflow_keep_their_digits(shape, twin, choose):
+def test_values_near_overflow_keep_their_digits(shape, choose):
     """timm's block gives no numbers there, or zeros: what ours gives must be right by itself."""
     choose(form(shape))
     x = (twin.feature_map(4, shape["in_chs"], 7, 7) * 2e17).float()
-    assert_as_accurate(twin, shape, x, form(shape), worst=3e-6)
+    assert_as_accurate(shape, x, form(shape), worst=3e-6)
 
 
 @needs_kernels
 @pytest.mark.parametrize("along", [0.0, 1.0])
 @pytest.mark.parametrize("shape", [*DEPTHWISE, *POINTWISE, STEM], ids=str)
-def test_always_no_less_accurate_where_inputs_are_nearly_equal(shape, along, twin):
+def test_always_no_less_accurate_where_inputs_are_nearly_equal(shape, along):
     """Smooth images, and channels alike to 1 %: there sums cancel, in the Gram form most of all."""
     x = twin.feature_map(8, shape["in_chs"], 14, 14)
     near = F.interpolate(torch.randn_like(x[:, :, :3, :3]), 14, mode="bilinear")
     for common in (torch.randn_like(x[:, :1]), near):
         image = (common + 0.01 * torch.randn_like(x)).float()
         path = Path.DEPTHWISE if "groups" in shape else Path.GRAM
-        assert_as_accurate(twin, shape, image, path, mode="always", along=along)
+        assert_as_accurate(shape, image, path, mode="always", along=along)
 
 
 @needs_kernels
@@ -188,22 +187,22 @@ def test_always_no_less_accurate_where_inputs_are_nearly_equal(shape, along, twi
 @pytest.mark.parametrize("mean", [0.0, 3.8])
 @pytest.mark.parametrize("part", [0.5, 0.72, 0.86, 0.97])
 @pytest.mark.parametrize(("channels", "branches"), [(64, 4), (160, 4), (64, 1)])
-def test_no_less_accurate_where_the_weights_cancel(channels, branches, part, mean, along, twin):
+def test_no_less_accurate_where_the_weights_cancel(channels, branches, part, mean, along):
     """On both sides of every limit from which something runs in float64."""
     shape = {"in_chs": channels, "out_chs": channels, "kernel_size": 1}
     shape["num_conv_branches"] = branches
     x = alike(channels, part, mean)
-    assert_as_accurate(twin, shape, x, Path.GRAM, mode="always", prepare=cancel, along=along)
+    assert_as_accurate(shape, x, Path.GRAM, mode="always", prepare=cancel, along=along)
 
 
 @needs_kernels
 @pytest.mark.parametrize("branches", [1, 4])
 @pytest.mark.parametrize("part", [0.8, 0.97, 0.9999])
-def test_no_less_accurate_where_all_outputs_are_one(part, branches, twin):
+def test_no_less_accurate_where_all_outputs_are_one(part, branches):
     """Kernels without a sign see what the channels share, and the gradient ignores just that."""
     shape = {"in_chs": 64, "out_chs": 72, "kernel_size": 1, "num_conv_branches": branches}
     x = alike(64, part)
-    assert_as_accurate(twin, shape, x, Path.GRAM, mode="always", prepare=unsign, along=1.0)
+    assert_as_accurate(shape, x, Path.GRAM, mode="always", prepare=unsign, along=1.0)
 
 
 @needs_kernels
@@ -211,15 +210,15 @@ def test_no_less_accurate_where_all_outputs_are_one(part, branches, twin):
 @pytest.mark.parametrize("mean", [0.0, 3.0, 300.0])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [14, 56])
-def test_depthwise_derivatives_of_smooth_planes_are_as_accurate(size, stride, mean, along, twin):
+def test_depthwise_derivatives_of_smooth_planes_are_as_accurate(size, stride, mean, along):
     shape = {"in_chs": 6, "out_chs": 6, "groups": 6, "stride": stride}
     x = smooth(size, 3) + mean
-    assert_as_accurate(twin, shape, x, Path.DEPTHWISE, mode="always", prepare=laplace, along=along)
+    assert_as_accurate(shape, x, Path.DEPTHWISE, mode="always", prepare=laplace, along=along)
 
 
 @needs_kernels
 @pytest.mark.parametrize("seed", [1, 3])
-def test_a_fresh_network_on_digits_is_more_accurate(seed, twin):
+def test_a_fresh_network_on_digits_is_more_accurate(seed):
     """Gray, smooth, mostly background: some branch of the stem sees nearly nothing of them."""
     torch.manual_seed(seed)
     digits = torch.from_numpy(load_digits().images[32 * seed :][:32]).float()[:, None] / 16
@@ -243,7 +242,7 @@ def gradient_and_logits(step, weights):
 
 
 @needs_kernels
-def test_the_product_is_as_accurate_where_windows_are_many(twin):
+def test_the_product_is_as_accurate_where_windows_are_many():
     """The error of C falls with their number, that of a rounded kernel does not."""
     shape = {"in_chs": 3, "out_chs": 8, "kernel_size": 1, "num_conv_branches": 2}
     ours, theirs = twin.build(shape, dtype=torch.float32)
@@ -258,7 +257,7 @@ def test_the_product_is_as_accurate_where_windows_are_many(twin):
 
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
-def test_under_autocast_products_stay_narrow_whatever_care_is_needed(narrow, twin, monkeypatch):
+def test_under_autocast_products_stay_narrow_whatever_care_is_needed(narrow, monkeypatch):
     dtypes, product = [], gram._product
     monkeypatch.setattr(gram, "_product", lambda *a: dtypes.append(a[-1]) or product(*a))
     shape = {"in_chs": 64, "out_chs": 64, "kernel_size": 1, "num_conv_branches": 4}
@@ -284,16 +283,16 @@ def test_the_weight_gradient_is_about_the_mean_and_not_its_float():
         torch.testing.assert_close(product[:, 4], truth, rtol=1e-5, atol=1e-5)
 
 
-def test_planes_too_small_for_the_kernels_take_another_form(twin):
+def test_planes_too_small_for_the_kernels_take_another_form():
     for size in [(4, 1, 1), (3, 1, 5), (2, 2, 2)]:
         x = twin.feature_map(size[0], 6, *size[1:], dtype=torch.float32)
         path = path_of(MobileOneBlock(6, 6, groups=6), x)
         assert path is not Path.DEPTHWISE
-        assert_as_accurate(twin, DEPTHWISE[0], x, path)
+        assert_as_accurate(DEPTHWISE[0], x, path)
 
 
 @needs_kernels
-def test_sums_do_not_depend_on_the_number_of_threads(twin, choose):
+def test_sums_do_not_depend_on_the_number_of_threads(choose):
     choose(Path.DEPTHWISE)
     block = MobileOneBlock(5, 5, groups=5)
     x = twin.feature_map(3, 5, 20, 20, dtype=torch.float32)
@@ -317,14 +316,14 @@ def test_not_a_number_passes_the_kernels(choose):
         assert block(x).isnan().any()
 
 
-def test_without_a_compiler_the_branches_run(monkeypatch, twin):
+def test_without_a_compiler_the_branches_run(monkeypatch):
     monkeypatch.setattr(native, "library", lambda: None)
     for shape in [DEPTHWISE[0], POINTWISE[0]]:
         x = twin.feature_map(4, shape["in_chs"], 14, 14, dtype=torch.float32)
         block = MobileOneBlock(**shape)
         path = path_of(block, x)
         assert path in (Path.BRANCHES, Path.GRAM)
-        assert_as_accurate(twin, shape, x, path)
+        assert_as_accurate(shape, x, path)
         set_collapse(block, "always")
         assert path_of(block, x) is Path.GRAM
 
@@ -340,8 +339,8 @@ def test_the_build_fails_with_a_warning_at_most(compiler, tmp_path):
     path = {"absent": "/nowhere", "broken": str(tmp_path)}.get(compiler, os.environ["PATH"])
     code = (
         "import torch; from mobileone import MobileOneBlock;"
-        "from mobileone.collapsed import native;"
-        "assert native.library() is None; MobileOneBlock(4, 4, groups=4)(torch.ones(2, 4, 5, 5))"
+        "from mobileone.collapsed import cpu_kernels;"
+        "assert cpu_kernels.library() is None; MobileOneBlock(4, 4, groups=4)(torch.ones(2, 4, 5, 5))"
     )
     environment = {
         **os.environ,

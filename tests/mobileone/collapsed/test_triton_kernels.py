@@ -12,6 +12,7 @@ from mobileone import MobileOneBlock
 from mobileone.collapsed import Path, path_of
 from mobileone.collapsed.branches import describe
 from mobileone.collapsed.cost_model import Setting, choose
+from tests.helpers import twin
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs Triton, which comes with CUDA wheels"
@@ -106,7 +107,7 @@ def test_on_cuda_blocks_collapse_only_where_they_are_asked_to(kernels):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @needs_triton
 @pytest.mark.parametrize("stride", [1, 2])
-def test_on_a_cuda_device_the_kernels_train_as_timms_block(stride, twin):
+def test_on_a_cuda_device_the_kernels_train_as_timms_block(stride):
     shape = {"in_chs": 8, "out_chs": 8, "groups": 8, "num_conv_branches": 4, "stride": stride}
     ours, theirs = (block.cuda() for block in twin.build(shape, dtype=torch.float32))
     x = twin.feature_map(8, 8, 56, 55, dtype=torch.float32).cuda()

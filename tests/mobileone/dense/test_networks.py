@@ -12,6 +12,7 @@ from mobileone import reparameterize
 from mobileone.block import MobileOneBlock
 from mobileone.dense import SEGMENTERS, deeplabv3, fuse, segmenter, ssdlite
 from mobileone.dense.detection import SSDBoxes
+from tests.helpers.norms import randomize_bn
 
 
 def smp_or_skip(architecture):
@@ -26,10 +27,10 @@ def smp_or_skip(architecture):
         for name in SEGMENTERS
     ],
 )
-def test_fused_segmentation_is_exact(architecture, randomize):
+def test_fused_segmentation_is_exact(architecture):
     """Against the sum of the branches, in float64."""
     smp_or_skip(architecture)
-    network = randomize(segmenter(architecture, "mobileone_s0", 3)).double().eval()
+    network = randomize_bn(segmenter(architecture, "mobileone_s0", 3)).double().eval()
     fused = fuse(network)
     assert not any(isinstance(m, MobileOneBlock | nn.BatchNorm2d) for m in fused.modules())
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
@@ -62,9 +63,9 @@ def _by_branches(network):
     return changed
 
 
-def test_fused_detector_is_exact(randomize):
+def test_fused_detector_is_exact():
     network = ssdlite("mobileone_s0", 4, size=96).double().eval()
-    randomize(network)
+    randomize_bn(network)
     fused = fuse(network)
     assert not any(isinstance(m, MobileOneBlock | nn.BatchNorm2d) for m in fused.modules())
     images = torch.randn(2, 3, 96, 96, dtype=torch.float64)

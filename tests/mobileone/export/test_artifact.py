@@ -21,13 +21,14 @@ from mobileone.export import (
 )
 from mobileone.export.formats import table as formats_module
 from mobileone.export.isolation import isolated
+from tests.helpers.tiny import tiny_network, tiny_spec
 
 FORMATS = ["torchscript"]
 
 
-def test_the_folder_holds_both_formats_and_says_what_was_checked(make_model, make_spec, tmp_path):
+def test_the_folder_holds_both_formats_and_says_what_was_checked(tmp_path):
     pytest.importorskip("coremltools")
-    manifest = export_model(make_model(), make_spec(), tmp_path / "artifact")
+    manifest = export_model(tiny_network(), tiny_spec(), tmp_path / "artifact")
     names = {p.name for p in (tmp_path / "artifact").iterdir()}
     assert names == {"model.torchscript.pt", "model.mlpackage", "manifest.json"}
     assert [p.name for p in tmp_path.iterdir()] == ["artifact"]
@@ -56,72 +57,72 @@ def sabotage(monkeypatch):
     monkeypatch.setitem(formats_module.FORMATS, "torchscript", bad)
 
 
-def test_a_wrong_file_is_not_published_under_its_name(make_model, make_spec, tmp_path, monkeypatch):
+def test_a_wrong_file_is_not_published_under_its_name(tmp_path, monkeypatch):
     folder = tmp_path / "artifact"
     with monkeypatch.context() as patched:
         sabotage(patched)
         with pytest.raises(RejectedError, match=r"torchscript: parity: relative error .* 0\.001"):
-            export_model(make_model(), make_spec(), folder, FORMATS)
+            export_model(tiny_network(), tiny_spec(), folder, FORMATS)
     assert [p.name for p in tmp_path.iterdir()] == ["artifact.rejected"]
     manifest = Manifest.load(tmp_path / "artifact.rejected")
     manifest.verify(tmp_path / "artifact.rejected")
     assert manifest.formats["torchscript"]["parity"]["max_relative_error"] > 0.1
     assert "relative error" in manifest.problems[0]
-    export_model(make_model(), make_spec(), folder, FORMATS)
+    export_model(tiny_network(), tiny_spec(), folder, FORMATS)
     assert [p.name for p in tmp_path.iterdir()] == ["artifact"]
 
 
-def test_a_rejected_artifact_leaves_the_older_one(make_model, make_spec, tmp_path, monkeypatch):
+def test_a_rejected_artifact_leaves_the_older_one(tmp_path, monkeypatch):
     folder = tmp_path / "artifact"
-    first = export_model(make_model(), make_spec(), folder, FORMATS)
+    first = export_model(tiny_network(), tiny_spec(), folder, FORMATS)
     sabotage(monkeypatch)
     with pytest.raises(RejectedError):
-        export_model(make_model(), make_spec(), folder, FORMATS, overwrite=True)
+        export_model(tiny_network(), tiny_spec(), folder, FORMATS, overwrite=True)
     assert Manifest.load(folder) == first
 
 
-def test_the_images_that_are_given_are_compared_on(make_model, make_spec, tmp_path):
+def test_the_images_that_are_given_are_compared_on(tmp_path):
     images = torch.randint(0, 256, (5, 3, 32, 48), dtype=torch.uint8)
     manifest = export_model(
-        make_model(), make_spec(), tmp_path / "artifact", FORMATS, images=images
+        tiny_network(), tiny_spec(), tmp_path / "artifact", FORMATS, images=images
     )
     assert manifest.images == "given"
     assert manifest.formats["torchscript"]["parity"]["images"] == 5
 
 
-def test_a_failure_leaves_no_trace_and_the_older_artifact(
-    make_model, make_spec, tmp_path, monkeypatch
-):
+def test_a_failure_leaves_no_trace_and_the_older_artifact(tmp_path, monkeypatch):
     folder = tmp_path / "artifact"
-    first = export_model(make_model(), make_spec(), folder, FORMATS)
+    first = export_model(tiny_network(), tiny_spec(), folder, FORMATS)
 
     def full(self, directory):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Manifest, "save", full)
     with pytest.raises(OSError, match="No space"):
-        export_model(make_model(), make_spec(), folder, FORMATS, overwrite=True)
+        export_model(tiny_network(), tiny_spec(), folder, FORMATS, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["artifact"]
     assert Manifest.load(folder) == first
     first.verify(folder)
 
 
-def test_an_existing_folder_is_replaced_only_on_demand(make_model, make_spec, tmp_path):
+def test_an_existing_folder_is_replaced_only_on_demand(tmp_path):
     folder = tmp_path / "artifact"
-    export_model(make_model(), make_spec(), folder, FORMATS, TrainingState(step=1))
+    export_model(tiny_network(), tiny_spec(), folder, FORMATS, TrainingState(step=1))
     with pytest.raises(FileExistsError, match="overwriting"):
-        export_model(make_model(), make_spec(), folder, FORMATS, TrainingState(step=2))
+        export_model(tiny_network(), tiny_spec(), folder, FORMATS, TrainingState(step=2))
     assert Manifest.load(folder).training.step == 1
-    export_model(make_model(), make_spec(), folder, FORMATS, TrainingState(step=2), overwrite=True)
+    export_model(
+        tiny_network(), tiny_spec(), folder, FORMATS, TrainingState(step=2), overwrite=True
+    )
     assert Manifest.load(folder).training.step == 2
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_is_left_as_it_was(make_model, make_spec, tmp_path, training):
-    model = make_model().bfloat16().to(memory_format=torch.channels_last).train(training)
+def test_the_model_is_left_as_it_was(tmp_path, training):
+    model = tiny_network().bfloat16().to(memory_format=torch.channels_last).train(training)
     model[0].requires_grad_(False)
     before = copy.deepcopy(model)
-    export_model(model, make_spec(), tmp_path / "artifact", FORMATS)
+    export_model(model, tiny_spec(), tmp_path / "artifact", FORMATS)
     assert [m.training for m in model.modules()] == [m.training for m in before.modules()]
     for ours, theirs in zip(model.parameters(), before.parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -163,15 +164,13 @@ def modes():
 
 @pytest.mark.parametrize("inference", [True, False])
 @pytest.mark.parametrize("formats", [["torchscript"], ["coreml"]])
-def test_random_states_and_modes_are_left_as_they_were(
-    make_model, make_spec, tmp_path, formats, inference
-):
+def test_random_states_and_modes_are_left_as_they_were(tmp_path, formats, inference):
     if "coreml" in formats:
         pytest.importorskip("coremltools")
-    model = Dicer(make_model())
+    model = Dicer(tiny_network())
     with torch.inference_mode(inference), torch.autocast("cpu", enabled=not inference):
         before = modes()
-        export_model(model, make_spec(), tmp_path / "artifact", formats)
+        export_model(model, tiny_spec(), tmp_path / "artifact", formats)
         assert modes() == before
 
 
@@ -191,18 +190,18 @@ def test_isolation_holds_when_the_work_fails():
     assert modes() == before
 
 
-def test_a_wrong_number_of_classes_is_named(make_model, make_spec, tmp_path):
+def test_a_wrong_number_of_classes_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"returned \(8, 5\).*3 class names"):
-        export_model(make_model(classes=5), make_spec(), tmp_path / "artifact", FORMATS)
+        export_model(tiny_network(classes=5), tiny_spec(), tmp_path / "artifact", FORMATS)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("channels", "names"), [(1, ("a", "b")), (4, ("a", "b", "c")), (3, ("only",))]
 )
-def test_channels_and_classes_may_be_few_or_many(make_model, make_spec, tmp_path, channels, names):
-    spec = make_spec(channels, (64, 96), names)
-    model = make_model(channels, len(names))
+def test_channels_and_classes_may_be_few_or_many(tmp_path, channels, names):
+    spec = tiny_spec(channels, (64, 96), names)
+    model = tiny_network(channels, len(names))
     manifest = export_model(model, spec, tmp_path / "artifact", FORMATS)
     module, loaded = load_torchscript_artifact(tmp_path / "artifact")
     assert loaded.spec == spec
@@ -212,28 +211,28 @@ def test_channels_and_classes_may_be_few_or_many(make_model, make_spec, tmp_path
         assert torch.allclose(module(images), model(images), rtol=1e-4, atol=1e-5)
 
 
-def test_the_metadata_is_completed(make_model, make_spec, tmp_path):
+def test_the_metadata_is_completed(tmp_path):
     run = TrainingState(3, 400, {"val/acc1": 0.5}, "x.ckpt")
-    manifest = export_model(make_model(), make_spec(), tmp_path / "1", FORMATS, run)
+    manifest = export_model(tiny_network(), tiny_spec(), tmp_path / "1", FORMATS, run)
     assert manifest.metadata.version == "epoch 3, step 400"
     assert "tiny" in manifest.metadata.description
     mine = Metadata("Ada", "MIT", "mine", "7")
-    manifest = export_model(make_model(), make_spec(), tmp_path / "2", FORMATS, run, mine)
+    manifest = export_model(tiny_network(), tiny_spec(), tmp_path / "2", FORMATS, run, mine)
     assert manifest.metadata == mine
 
 
-def test_a_compiled_model_is_unwrapped(make_model, make_spec, tmp_path):
-    model = make_model()
-    export_model(torch.compile(model), make_spec(), tmp_path / "artifact", FORMATS)
+def test_a_compiled_model_is_unwrapped(tmp_path):
+    model = tiny_network()
+    export_model(torch.compile(model), tiny_spec(), tmp_path / "artifact", FORMATS)
     images = torch.randn(2, 3, 32, 48)
     module, _ = load_torchscript_artifact(tmp_path / "artifact")
     with torch.no_grad():
         assert torch.allclose(module(images), model(images), rtol=1e-4, atol=1e-5)
 
 
-def test_loading_refuses_a_tampered_folder(make_model, make_spec, tmp_path):
+def test_loading_refuses_a_tampered_folder(tmp_path):
     folder = tmp_path / "artifact"
-    export_model(make_model(), make_spec(), folder, FORMATS)
+    export_model(tiny_network(), tiny_spec(), folder, FORMATS)
     file = folder / "model.torchscript.pt"
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(ValueError, match="does not match its manifest"):
@@ -248,8 +247,8 @@ def test_importing_the_package_does_not_import_coremltools_or_lightning():
     assert out.stdout.strip() == "set()"
 
 
-def test_a_model_without_anything_to_fuse_is_exported(make_spec, tmp_path):
+def test_a_model_without_anything_to_fuse_is_exported(tmp_path):
     model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
-    manifest = export_model(model, make_spec(), tmp_path / "artifact", FORMATS)
+    manifest = export_model(model, tiny_spec(), tmp_path / "artifact", FORMATS)
     assert manifest.formats["torchscript"]["parity"]["max_relative_error"] < 1e-5
     assert not any(isinstance(m, MobileOneBlock) for m in model.modules())

@@ -4,24 +4,26 @@ import torch
 
 from mobileone.export import export_checkpoint, load_torchscript_artifact
 from mobileone.export.checkpoint import model_weights
+from tests.helpers.norms import randomize_bn
+from tests.helpers.tiny import tiny_spec
 
 FORMATS = ["torchscript"]
 
 
 @pytest.fixture(scope="module")
-def model(randomize):
-    return randomize(timm.create_model("mobileone_s0", num_classes=3, in_chans=1)).eval()
+def model():
+    return randomize_bn(timm.create_model("mobileone_s0", num_classes=3, in_chans=1)).eval()
 
 
 @pytest.fixture
-def contents(model, make_spec):
+def contents(model):
     return {
         "epoch": 3,
         "global_step": 400,
         "state_dict": {f"model.{k}": v for k, v in model.state_dict().items()}
         | {"metric.total": torch.ones(1)},
         "hyper_parameters": {"model": "mobileone_s0", "num_classes": None, "model_kwargs": None},
-        "export_spec": make_spec(1).to_dict(),
+        "export_spec": tiny_spec(1).to_dict(),
     }
 
 
@@ -57,9 +59,9 @@ def test_images_in_the_checkpoint_are_compared_on(contents, tmp_path):
     assert manifest.formats["torchscript"]["parity"]["images"] == 5
 
 
-def test_arguments_of_the_model_are_used(contents, randomize, tmp_path):
+def test_arguments_of_the_model_are_used(contents, tmp_path):
     other = timm.create_model("mobileone_s0", num_classes=3, in_chans=1, global_pool="max")
-    contents["state_dict"] = {f"model.{k}": v for k, v in randomize(other).state_dict().items()}
+    contents["state_dict"] = {f"model.{k}": v for k, v in randomize_bn(other).state_dict().items()}
     contents["hyper_parameters"]["model_kwargs"] = {"global_pool": "max"}
     path = save(contents, tmp_path / "x.ckpt")
     export_checkpoint(path, tmp_path / "artifact", FORMATS)

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from mobileone.export.preprocess import WithPreprocessing, normalize
+from tests.helpers.tiny import tiny_spec
 
 
 def reference(images, spec):
@@ -13,14 +14,14 @@ def reference(images, spec):
     return torch.stack(rows, dim=1)
 
 
-def test_normalize_is_per_channel(make_spec):
-    spec = make_spec(4)
+def test_normalize_is_per_channel():
+    spec = tiny_spec(4)
     images = torch.randint(0, 256, (2, 4, 8, 8), dtype=torch.uint8)
     assert torch.allclose(normalize(images, spec).double(), reference(images, spec), atol=1e-5)
 
 
-def test_the_layer_is_exact_at_the_borders_too_where_folding_into_the_convolution_is_not(make_spec):
-    spec = make_spec()
+def test_the_layer_is_exact_at_the_borders_too_where_folding_into_the_convolution_is_not():
+    spec = tiny_spec()
     conv = nn.Conv2d(3, 5, 3, padding=1).double()
     head = nn.Sequential(conv, nn.Flatten(1)).double()
     images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
@@ -41,8 +42,8 @@ def test_the_layer_is_exact_at_the_borders_too_where_folding_into_the_convolutio
     assert difference[:, :, 0].max() > 0.1
 
 
-def test_half_precision_costs_less_than_half_a_gray_level(make_spec):
-    spec = make_spec()
+def test_half_precision_costs_less_than_half_a_gray_level():
+    spec = tiny_spec()
     pixels = torch.arange(256.0).view(1, 1, 16, 16).expand(1, 3, 16, 16)
     layer = WithPreprocessing(nn.Identity(), spec)
     half = (pixels.half() - layer.mean.half()) * layer.scale.half()

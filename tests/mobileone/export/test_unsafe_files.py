@@ -14,6 +14,7 @@ from mobileone.export.checkpoint import read_checkpoint
 from mobileone.export.formats import torch_export, torchscript
 from mobileone.export.spec import Metadata
 from mobileone.io.safe_pickle import UnsafeFileError
+from tests.helpers.tiny import tiny_network, tiny_spec
 
 PROGRAM = "models/model.json"
 WEIGHTS = "data/weights/model_weights_config.json"
@@ -35,10 +36,10 @@ def pickled(value: object, **options: object) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory, make_model, make_spec):
+def records(tmp_path_factory):
     """What a sound .pt2 file holds."""
     path = tmp_path_factory.mktemp("sound") / "model.pt2"
-    torch_export.write(make_model(), make_spec(), path, Metadata())
+    torch_export.write(tiny_network(), tiny_spec(), path, Metadata())
     assert len(torch_export.operations(path)) > 3
     reader = torch._C.PyTorchFileReader(str(path))
     names = [n for n in reader.get_all_records() if n != "version" and ".data/" not in n]

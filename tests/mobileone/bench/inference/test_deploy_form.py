@@ -9,6 +9,7 @@ from torch import nn
 from mobileone.bench.inference import deploy_form as module
 from mobileone.bench.inference.deploy_form import deploy_form, reset_bn_statistics
 from mobileone.bench.suites import build_model, check_models, input_size_of
+from tests.helpers.norms import randomize_bn
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 PLAIN = [
@@ -28,18 +29,18 @@ PLAIN = [
         *(pytest.param(name, marks=pytest.mark.slow) for name in PLAIN),
     ],
 )
-def test_folding_keeps_the_function_and_leaves_no_norm(name, randomize):
+def test_folding_keeps_the_function_and_leaves_no_norm(name):
     # timm folds RepViT into float32 whatever it was
     dtype, tolerance = (torch.float32, 1e-3) if name == "repvit_m0_9" else (torch.float64, 1e-8)
-    model, x = randomize(build_model(name)).to(dtype), X.to(dtype)
+    model, x = randomize_bn(build_model(name)).to(dtype), X.to(dtype)
     form = deploy_form(model, x)
     torch.testing.assert_close(form.model(x), model(x), rtol=tolerance, atol=tolerance)
     assert not form.branches_left and form.norms_left == 0
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in form.model.modules())
 
 
-def test_mobileone_has_the_function_of_timms_own_unfolded_branches(randomize):
-    theirs = randomize(byobnet.mobileone_s0()).eval().double()
+def test_mobileone_has_the_function_of_timms_own_unfolded_branches():
+    theirs = randomize_bn(byobnet.mobileone_s0()).eval().double()
     ours = build_model("mobileone_s0").double()
     ours.load_state_dict(theirs.state_dict())
     form = deploy_form(ours, X.double())
@@ -67,14 +68,14 @@ class Reused(nn.Module):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_a_norm_that_is_not_the_only_reader_stays(inplace, randomize):
-    model = randomize(Reused(inplace)).eval()
+def test_a_norm_that_is_not_the_only_reader_stays(inplace):
+    model = randomize_bn(Reused(inplace)).eval()
     form = deploy_form(model, X)
     assert (form.norms_folded, form.norms_left) == (0, 1)
     torch.testing.assert_close(form.model(X), model(X))
 
 
-def test_wrongly_folded_branches_are_refused(monkeypatch, randomize):
+def test_wrongly_folded_branches_are_refused(monkeypatch):
     def broken(model):
         wrong = module.deepcopy(model)
         with torch.no_grad():

@@ -18,6 +18,8 @@ from mobileone.export.preprocess import normalize
 from mobileone.export.verify.mlprogram import MLProgram
 from mobileone.export.verify.mlprogram_ops import KERNELS
 from mobileone.io.coremltools_noise import quiet
+from tests.helpers.norms import randomize_bn
+from tests.helpers.tiny import tiny_spec
 
 
 def ranges(model):
@@ -30,8 +32,8 @@ def ranges(model):
     return max(spans)
 
 
-def test_equalizing_changes_the_ranges_and_not_the_function(randomize):
-    model = randomize(timm.create_model("mobileone_mu1", num_classes=7)).double().eval()
+def test_equalizing_changes_the_ranges_and_not_the_function():
+    model = randomize_bn(timm.create_model("mobileone_mu1", num_classes=7)).double().eval()
     fused = mobileone.reparameterize(model)
     before = {name: value.clone() for name, value in fused.state_dict().items()}
     equal = equalize(fused)
@@ -74,7 +76,7 @@ def test_packed_indices_are_read_lowest_bits_first():
 
 
 @pytest.fixture(scope="module")
-def wide(randomize):
+def wide():
     """Layers with more weights than the 2048 below which coremltools leaves them alone."""
     torch.manual_seed(2)
     model = nn.Sequential(
@@ -84,16 +86,16 @@ def wide(randomize):
         nn.Flatten(),
         nn.Linear(64, 3),
     )
-    return randomize(model).eval()
+    return randomize_bn(model).eval()
 
 
 @pytest.mark.parametrize("name", ["coreml_int8", "coreml_palette6", "coreml_palette4"])
-def test_compressed_packages_are_read_as_coremltools_reads_them(wide, make_spec, tmp_path, name):
+def test_compressed_packages_are_read_as_coremltools_reads_them(wide, tmp_path, name):
     ct = pytest.importorskip("coremltools")
     from coremltools.optimize.coreml import decompress_weights
 
     source, small, large = (tmp_path / f"{n}.mlpackage" for n in ("source", "small", "large"))
-    coreml.write(mobileone.reparameterize(wide), make_spec(), source, Metadata())
+    coreml.write(mobileone.reparameterize(wide), tiny_spec(), source, Metadata())
     METHODS[name].compress(source, small, torch.zeros(1))
     with quiet():
         decompress_weights(ct.models.MLModel(str(small), skip_model_load=True)).save(str(large))
@@ -104,10 +106,10 @@ def test_compressed_packages_are_read_as_coremltools_reads_them(wide, make_spec,
     assert torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2)
 
 
-def test_a_folder_of_files_and_their_table(wide, make_spec, tmp_path):
+def test_a_folder_of_files_and_their_table(wide, tmp_path):
     pytest.importorskip("coremltools")
     pytest.importorskip("onnxruntime")
-    spec = make_spec()
+    spec = tiny_spec()
     images = torch.randint(0, 256, (12, 3, 32, 48), dtype=torch.uint8)
     with torch.no_grad():
         targets = wide(normalize(images, spec)).argmax(1)
@@ -186,10 +188,10 @@ def test_weights_of_another_network_are_refused(wide):
 
 
 @pytest.mark.parametrize("name", ["coreml_palette4", "onnx_int8_tensor"])
-def test_corrected_files_answer_with_the_right_mean(wide, make_spec, tmp_path, name):
+def test_corrected_files_answer_with_the_right_mean(wide, tmp_path, name):
     """The last layer's mean is that of the logits, whatever reads the file."""
     pytest.importorskip({"coreml": "coremltools", "onnx": "onnxruntime"}[METHODS[name].kind])
-    spec = make_spec()
+    spec = tiny_spec()
     images = torch.randint(0, 256, (8, 3, 32, 48), dtype=torch.uint8)
     with torch.no_grad():
         mean = wide(normalize(images, spec)).mean(0)

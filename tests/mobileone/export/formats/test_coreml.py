@@ -9,6 +9,7 @@ from mobileone import reparameterize
 from mobileone.export.formats import coreml
 from mobileone.export.spec import Metadata
 from mobileone.export.verify.parity import NotVerifiedError, fixed_images
+from tests.helpers.tiny import tiny_network, tiny_spec
 
 ct = pytest.importorskip("coremltools")
 
@@ -16,7 +17,7 @@ NAMES = ('the "cat", sat', "crème brûlée", "猫")
 
 
 @pytest.fixture(scope="module")
-def convert(make_model, make_spec, tmp_path_factory):
+def convert(tmp_path_factory):
     """Convert the tiny model once a spec; returns Core ML's description and operations."""
     done = {}
 
@@ -24,8 +25,8 @@ def convert(make_model, make_spec, tmp_path_factory):
         key = (channels, names, size)
         if key not in done:
             path = tmp_path_factory.mktemp("coreml") / "model.mlpackage"
-            spec = make_spec(channels, size, names)
-            model = reparameterize(make_model(channels, len(names)))
+            spec = tiny_spec(channels, size, names)
+            model = reparameterize(tiny_network(channels, len(names)))
             metadata = Metadata("Ada Ö.", "MIT", 'says "hi"', "1.2")
             interface = coreml.write(model, spec, path, metadata)
             proto = ct.models.MLModel(str(path), skip_model_load=True).get_spec()
@@ -110,22 +111,20 @@ def test_nothing_else_is_left_beside(convert):
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="macOS has the runtime")
-def test_without_a_mac_there_is_no_runtime(convert, make_spec):
+def test_without_a_mac_there_is_no_runtime(convert):
     with pytest.raises(NotVerifiedError, match="macOS only"):
-        coreml.runtime(convert()[2], make_spec())
+        coreml.runtime(convert()[2], tiny_spec())
 
 
 @pytest.mark.skipif(sys.platform != "darwin", reason="needs macOS")
-def test_the_runtime_agrees(convert, make_model, make_spec):
-    spec = make_spec(3, (32, 48), NAMES)
+def test_the_runtime_agrees(convert):
+    spec = tiny_spec(3, (32, 48), NAMES)
     images = fixed_images(spec)
-    expected = make_model()(coreml.normalize(images, spec)).softmax(1)
+    expected = tiny_network()(coreml.normalize(images, spec)).softmax(1)
     assert torch.allclose(coreml.runtime(convert()[2], spec)(images), expected, atol=5e-3)
 
 
-def test_conversion_is_silent_but_hides_nothing_else(
-    make_model, make_spec, tmp_path, capfd, caplog, monkeypatch
-):
+def test_conversion_is_silent_but_hides_nothing_else(tmp_path, capfd, caplog, monkeypatch):
     convert = ct.convert
 
     def talkative(*args, **kwargs):
@@ -137,7 +136,7 @@ def test_conversion_is_silent_but_hides_nothing_else(
     monkeypatch.setattr(ct, "convert", talkative)
     with pytest.warns(UserWarning, match="be careful"):
         coreml.write(
-            reparameterize(make_model()), make_spec(), tmp_path / "m.mlpackage", Metadata()
+            reparameterize(tiny_network()), tiny_spec(), tmp_path / "m.mlpackage", Metadata()
         )
     out, err = capfd.readouterr()
     assert out == ""

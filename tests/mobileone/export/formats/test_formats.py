@@ -10,27 +10,28 @@ from mobileone.export.preprocess import normalize
 from mobileone.export.verify.parity import NotVerifiedError
 from mobileone.export.verify.structure import count_kinds
 from mobileone.io.optional_import import import_optional
+from tests.helpers.tiny import tiny_network, tiny_spec
 
 PACKAGES = {"onnx": "onnxruntime", "coreml": "coremltools", "coreml_fp32": "coremltools"}
 
 
 @pytest.fixture(scope="module", params=FORMATS)
-def written(request, make_model, make_spec, tmp_path_factory):
+def written(request, tmp_path_factory):
     """The tiny model in one format: its name, the model, spec, folder and manifest."""
     name = request.param
     if name in PACKAGES:
         pytest.importorskip(PACKAGES[name])
     folder = tmp_path_factory.mktemp(name) / "artifact"
-    model, spec = make_model(), make_spec()
+    model, spec = tiny_network(), tiny_spec()
     return name, model, spec, folder, export_model(model, spec, folder, [name])
 
 
 @pytest.mark.parametrize("batch", [1, 5])
-def test_any_batch_of_images_gets_the_models_answers(written, make_spec, batch):
+def test_any_batch_of_images_gets_the_models_answers(written, batch):
     name, model, spec, folder, _ = written
     images = torch.randint(0, 256, (batch, 3, 32, 48), dtype=torch.uint8)
     loaded = load_runner(folder, name)
-    assert loaded.format == name and loaded.spec == make_spec()
+    assert loaded.format == name and loaded.spec == tiny_spec()
     run = loaded.run
     with torch.no_grad():
         expected = model(normalize(images, spec))
@@ -62,22 +63,20 @@ def test_the_file_names_differ():
     assert len({row.filename for row in FORMATS.values()}) == len(FORMATS)
 
 
-def test_a_missing_package_is_named_with_its_pip_command(
-    make_model, make_spec, tmp_path, monkeypatch
-):
+def test_a_missing_package_is_named_with_its_pip_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ImportError, match=r"pip install 'mobileone-lightning\[onnx\]'"):
-        export_model(make_model(), make_spec(), tmp_path / "artifact", ["onnx"])
+        export_model(tiny_network(), tiny_spec(), tmp_path / "artifact", ["onnx"])
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setitem(sys.modules, "coremltools", None)
     with pytest.raises(ImportError, match="pip install 'coremltools'"):
-        export_model(make_model(), make_spec(), tmp_path / "artifact", ["coreml"])
+        export_model(tiny_network(), tiny_spec(), tmp_path / "artifact", ["coreml"])
     assert import_optional("json", "x", "y").dumps([]) == "[]"
 
 
-def test_the_first_file_that_can_run_is_taken(make_model, make_spec, tmp_path, monkeypatch):
+def test_the_first_file_that_can_run_is_taken(tmp_path, monkeypatch):
     folder = tmp_path / "artifact"
-    export_model(make_model(), make_spec(), folder, ["torchscript", "torch_export"])
+    export_model(tiny_network(), tiny_spec(), folder, ["torchscript", "torch_export"])
 
     def cannot(path, spec):
         raise NotVerifiedError("not here")
@@ -96,12 +95,12 @@ def replaced(row, runner):
     return dataclasses.replace(row, runner=runner)
 
 
-def test_the_onnx_file_describes_itself(make_model, make_spec, tmp_path):
+def test_the_onnx_file_describes_itself(tmp_path):
     onnx = pytest.importorskip("onnx")
     import json
 
-    spec = make_spec(names=('the "cat", sat', "crème brûlée", "猫"))
-    export_model(make_model(), spec, tmp_path / "artifact", ["onnx"])
+    spec = tiny_spec(names=('the "cat", sat', "crème brûlée", "猫"))
+    export_model(tiny_network(), spec, tmp_path / "artifact", ["onnx"])
     proto = onnx.load(tmp_path / "artifact" / "model.onnx")
     properties = {p.key: p.value for p in proto.metadata_props}
     assert json.loads(properties["spec"])["class_names"] == list(spec.class_names)

@@ -18,6 +18,7 @@ from mobileone.export.verify.mlprogram import MLProgram
 from mobileone.export.verify.mlprogram_ops import KERNELS
 from mobileone.export.verify.parity import NotVerifiedError, Reference
 from mobileone.export.verify.structure import count_kinds, fused_kinds, structure_problems
+from tests.helpers.tiny import tiny_network, tiny_spec
 
 pytest.importorskip("coremltools")
 
@@ -35,21 +36,21 @@ def digits(count=6, size=(32, 48)):
 
 
 @pytest.fixture(scope="module")
-def network(make_model):
-    return make_model()
+def network():
+    return tiny_network()
 
 
 @pytest.fixture(scope="module")
-def reference(network, make_spec):
+def reference(network):
     images = digits()
-    logits = network(normalize(images, make_spec())).detach()
+    logits = network(normalize(images, tiny_spec())).detach()
     return Reference(mobileone.reparameterize(network), logits, images)
 
 
 @pytest.fixture(scope="module")
-def package(reference, make_spec, tmp_path_factory):
+def package(reference, tmp_path_factory):
     path = tmp_path_factory.mktemp("package") / "model.mlpackage"
-    coreml.write(reference.model, make_spec(), path, Metadata())
+    coreml.write(reference.model, tiny_spec(), path, Metadata())
     return path
 
 
@@ -85,18 +86,18 @@ def operations_of(proto):
 # -- What it answers -------------------------------------------------------------------------
 
 
-def test_a_good_package_is_the_network(package, reference, make_spec):
-    assert faults(package, make_spec(), reference) == set()
-    checks = FORMATS["coreml"].check(package, make_spec(), reference)
+def test_a_good_package_is_the_network(package, reference):
+    assert faults(package, tiny_spec(), reference) == set()
+    checks = FORMATS["coreml"].check(package, tiny_spec(), reference)
     assert checks["program_parity"].max_relative_error < 1e-5
     assert 1e-6 < checks["parity"].max_relative_error < 1e-2  # half precision shows
     assert checks["parity"].top1_agreement == 1
     assert checks["program_parity"].images == len(reference.images) + 2
 
 
-def test_the_answers_are_those_of_arithmetic_written_again(package, network, make_spec):
+def test_the_answers_are_those_of_arithmetic_written_again(package, network):
     """Weights from the checkpoint's branches, in numpy's half precision between operations."""
-    spec, images = make_spec(), digits(2)
+    spec, images = tiny_spec(), digits(2)
     answer = MLProgram(package).predict(images)
     x = images.numpy().astype(np.float16)
     mean = (255 * np.array(spec.mean, np.float32)).astype(np.float16).reshape(-1, 1, 1)
@@ -118,9 +119,9 @@ def test_the_answers_are_those_of_arithmetic_written_again(package, network, mak
     assert answer.classes == spec.class_names
 
 
-def test_a_gray_program_and_one_of_four_channels(make_model, make_spec, tmp_path):
+def test_a_gray_program_and_one_of_four_channels(tmp_path):
     for channels in (1, 4):
-        spec, model = make_spec(channels), make_model(channels)
+        spec, model = tiny_spec(channels), tiny_network(channels)
         images = torch.randint(0, 256, (3, channels, 32, 48), dtype=torch.uint8)
         logits = model(normalize(images, spec)).detach()
         reference = Reference(mobileone.reparameterize(model), logits, images)
@@ -138,40 +139,40 @@ def test_images_of_another_size_are_refused(package):
 
 
 @pytest.mark.parametrize("field", ["mean", "std"])
-def test_a_wrong_normalization(reference, make_spec, tmp_path, field):
+def test_a_wrong_normalization(reference, tmp_path, field):
     import dataclasses
 
-    value = getattr(make_spec(), field)
-    wrong = dataclasses.replace(make_spec(), **{field: (value[0] + 0.01, *value[1:])})
+    value = getattr(tiny_spec(), field)
+    wrong = dataclasses.replace(tiny_spec(), **{field: (value[0] + 0.01, *value[1:])})
     coreml.write(reference.model, wrong, tmp_path / "m.mlpackage", Metadata())
-    assert "program_parity" in faults(tmp_path / "m.mlpackage", make_spec(), reference)
+    assert "program_parity" in faults(tmp_path / "m.mlpackage", tiny_spec(), reference)
 
 
-def test_rgb_declared_as_bgr(copied, reference, make_spec):
+def test_rgb_declared_as_bgr(copied, reference):
     def change(proto):
         image = proto.description.input[0].type.imageType
         image.colorSpace = image.ColorSpace.Value("BGR")
 
     edit(copied, change)
-    assert faults(copied, make_spec(), reference) == {"parity", "program_parity"}
+    assert faults(copied, tiny_spec(), reference) == {"parity", "program_parity"}
     images = reference.images[:, :1].expand(-1, 3, -1, -1)
-    logits = reference.model(normalize(images, make_spec())).detach()
+    logits = reference.model(normalize(images, tiny_spec())).detach()
     gray = Reference(reference.model, logits, images)
-    assert faults(copied, make_spec(), gray) == {"program_parity"}  # gray data do not hide it
+    assert faults(copied, tiny_spec(), gray) == {"program_parity"}  # gray data do not hide it
 
 
-def test_swapped_channels(reference, make_spec, tmp_path):
+def test_swapped_channels(reference, tmp_path):
     wrong = copy.deepcopy(reference.model)
     first = next(m for m in wrong.modules() if isinstance(m, nn.Conv2d))
     first.weight.data = first.weight.data[:, [2, 1, 0]]
-    coreml.write(wrong, make_spec(), tmp_path / "m.mlpackage", Metadata())
-    assert faults(tmp_path / "m.mlpackage", make_spec(), reference) >= {
+    coreml.write(wrong, tiny_spec(), tmp_path / "m.mlpackage", Metadata())
+    assert faults(tmp_path / "m.mlpackage", tiny_spec(), reference) >= {
         "program_parity",
         "weights_parity",
     }
 
 
-def test_a_permuted_label_list(copied, reference, make_spec):
+def test_a_permuted_label_list(copied, reference):
     def change(proto):
         (classify,) = [op for op in operations_of(proto) if op.type == "classify"]
         labels = classify.inputs["classes"].arguments[0].value.immediateValue.list.values
@@ -180,16 +181,16 @@ def test_a_permuted_label_list(copied, reference, make_spec):
         labels[1].CopyFrom(first)
 
     edit(copied, change)
-    assert faults(copied, make_spec(), reference) == {"parity", "program_parity"}
+    assert faults(copied, tiny_spec(), reference) == {"parity", "program_parity"}
 
 
-def test_labels_of_other_classes_are_an_error(package, reference, make_spec):
+def test_labels_of_other_classes_are_an_error(package, reference):
     with pytest.raises(ValueError, match="not the model's classes"):
-        faults(package, make_spec(names=("a", "b", "z")), reference)
+        faults(package, tiny_spec(names=("a", "b", "z")), reference)
 
 
 @pytest.mark.parametrize("layer", ["first", "depthwise", "classifier"])
-def test_one_perturbed_weight(copied, reference, make_spec, layer):
+def test_one_perturbed_weight(copied, reference, layer):
     """In the weight file itself: one half-precision number, 2 % larger.
 
     The first layer's changes no answer here: its channel's ReLU is never open.
@@ -203,10 +204,10 @@ def test_one_perturbed_weight(copied, reference, make_spec, layer):
     contents = (copied / WEIGHTS).read_bytes()
     assert contents.count(stored.tobytes()) == 1
     (copied / WEIGHTS).write_bytes(contents.replace(stored.tobytes(), changed.tobytes()))
-    assert "weights_parity" in faults(copied, make_spec(), reference)
+    assert "weights_parity" in faults(copied, tiny_spec(), reference)
 
 
-def test_a_layer_left_unfused(network, reference, make_spec, tmp_path):
+def test_a_layer_left_unfused(network, reference, tmp_path):
     class Branches(nn.Module):
         """What a block computes, branch by branch."""
 
@@ -219,8 +220,8 @@ def test_a_layer_left_unfused(network, reference, make_spec, tmp_path):
 
     partly = copy.deepcopy(reference.model)
     partly[0] = Branches(network[0]).eval()
-    coreml.write(partly, make_spec(), tmp_path / "m.mlpackage", Metadata())
-    found = faults(tmp_path / "m.mlpackage", make_spec(), reference)
+    coreml.write(partly, tiny_spec(), tmp_path / "m.mlpackage", Metadata())
+    found = faults(tmp_path / "m.mlpackage", tiny_spec(), reference)
     assert "structure" in found
     assert "parity" not in found  # the function is the same
 
@@ -228,11 +229,9 @@ def test_a_layer_left_unfused(network, reference, make_spec, tmp_path):
 # -- What it does not know -------------------------------------------------------------------
 
 
-def test_an_unknown_operation_is_not_verified_and_never_passed(
-    package, reference, make_spec, monkeypatch
-):
+def test_an_unknown_operation_is_not_verified_and_never_passed(package, reference, monkeypatch):
     monkeypatch.delitem(KERNELS, "relu")
-    checks = FORMATS["coreml"].check(package, make_spec(), reference)
+    checks = FORMATS["coreml"].check(package, tiny_spec(), reference)
     for parity in (checks["parity"], checks["program_parity"]):
         assert parity.status == "not verified"
         assert "does not know the operation `relu`" in parity.reason

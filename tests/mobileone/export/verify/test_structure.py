@@ -11,6 +11,7 @@ from mobileone.export.verify.structure import (
     structure_problems,
     unfused_layers,
 )
+from tests.helpers.tiny import tiny_network, tiny_spec
 
 
 def test_operations_are_known_by_every_formats_names():
@@ -51,8 +52,8 @@ def test_a_fused_network_has_one_convolution_a_layer(name, convolutions):
     assert len(unfused_layers(model)) == 43
 
 
-def test_branches_are_seen(make_model, monkeypatch):
-    model, images = make_model(), torch.randn(1, 3, 32, 48)
+def test_branches_are_seen(monkeypatch):
+    model, images = tiny_network(), torch.randn(1, 3, 32, 48)
     assert fused_kinds(mobileone.reparameterize(model), images)["convolutions"] == 2
     branches = {"convolutions": 4, "norms": 3, "additions": 2}
     problems = structure_problems(branches, {"convolutions": 2, "norms": 0, "additions": 0})
@@ -66,11 +67,11 @@ def test_branches_are_seen(make_model, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["torchscript", "torch_export", "coreml"])
-def test_written_files_of_s4_have_its_squeeze_and_excitations(make_spec, tmp_path, name):
+def test_written_files_of_s4_have_its_squeeze_and_excitations(tmp_path, name):
     """43 layers, and two convolutions in each of twelve; nothing is added up."""
     pytest.importorskip({"coreml": "coremltools"}.get(name, "torch"))
     fused = mobileone.reparameterize(timm.create_model("mobileone_s4", num_classes=3).eval())
-    row, spec = FORMATS[name], make_spec(3, (32, 32))
+    row, spec = FORMATS[name], tiny_spec(3, (32, 32))
     row.write(fused, spec, tmp_path / row.filename, Metadata())
     written = count_kinds(row.operations(tmp_path / row.filename))
     assert written == {"convolutions": 43 + 2 * 12, "norms": 0, "additions": 0}

@@ -1,23 +1,24 @@
-"""What the tests of collapsed training share: timm's block beside ours, and a step of either."""
+"""timm's block next to ours, and a training step of either."""
 
 import copy
-from types import SimpleNamespace
 
-import pytest
 import torch
 from timm.models import byobnet
 from torch import nn
 
 from mobileone import MobileOneBlock
+from tests.helpers.norms import randomize_bn
+
+__all__ = ["assert_same", "build", "feature_map", "known", "relative_errors", "rms", "step"]
 
 
-def build(shape, randomize, dtype=torch.float64, attn=False):
+def build(shape, dtype=torch.float64, attn=False):
     """A block of ours and timm's with the same weights and worn-in BatchNorms."""
     layers = byobnet.get_layer_fns(byobnet.model_cfgs["mobileone_s4"])
     if not attn:
         layers.attn = None
     shape = {"kernel_size": 3, "stride": 1, "groups": 1, "num_conv_branches": 1, **shape}
-    ours = randomize(MobileOneBlock(**shape, layers=layers, dtype=dtype))
+    ours = randomize_bn(MobileOneBlock(**shape, layers=layers, dtype=dtype))
     for parameter in ours.parameters():
         if parameter.ndim == 4:
             nn.init.normal_(parameter)
@@ -80,20 +81,3 @@ def known(block, x, g):
 def rms(tensor):
     largest = tensor.abs().max().item() or 1.0  # squares of values near overflow are not numbers
     return largest * (tensor / largest).square().mean().sqrt().item()
-
-
-@pytest.fixture
-def twin(randomize):
-    """The helpers above, `build` with worn-in BatchNorms."""
-
-    def build_randomized(shape, dtype=torch.float64, attn=False):
-        return build(shape, randomize, dtype, attn)
-
-    return SimpleNamespace(
-        build=build_randomized,
-        step=step,
-        feature_map=feature_map,
-        assert_same=assert_same,
-        known=known,
-        relative_errors=relative_errors,
-    )

@@ -1,0 +1,54 @@
+"""Other Python processes: programs of tests/programs, the command, two ranks of a torchrun."""
+
+import os
+import subprocess
+import sys
+
+from tests.helpers.paths import PROGRAMS, REPOSITORY
+
+__all__ = ["environment", "run_on_two_ranks", "run_program", "run_python", "start_python"]
+
+
+def environment(**variables):
+    """This process's variables and others; the repository is importable, one thread a process."""
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
+
+
+def start_python(*arguments, variables=None, **options):
+    """Start `python *arguments`, for example "-m", "mobileone"; returns the Popen."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment(**variables or {}), text=True, **options)
+
+
+def run_python(*arguments, variables=None, timeout=240, **options):
+    """Run `python *arguments`; returns stdout and stderr. Fails if the process does."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=environment(**variables or {}),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        **options,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def run_program(name, *arguments, **options):
+    """Run a file of tests/programs to its end, as `run_python` does."""
+    return run_python(PROGRAMS / name, *arguments, **options)
+
+
+def run_on_two_ranks(name, *arguments):
+    """Run a file of tests/programs as both ranks of a torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    # rarely (three of some eighty) a forked loader worker never leaves fork: once more, then
+    for attempt in (1, 2):
+        try:
+            return run_python(*torchrun, PROGRAMS / name, *arguments, timeout=200)
+        except subprocess.TimeoutExpired as error:
+            where = (error.stderr or b"")[-10_000:].decode(errors="replace")
+            print(f"attempt {attempt} hangs:\n{where}", file=sys.stderr)
+            if attempt == 2:
+                raise
