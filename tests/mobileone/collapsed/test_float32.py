@@ -2,8 +2,6 @@
 
 import copy
 import os
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -16,6 +14,8 @@ from mobileone import MobileOneBlock, set_collapse
 from mobileone.collapsed import Path, gram, path_of
 from mobileone.collapsed import cpu_kernels as native
 from tests.helpers import twin
+from tests.helpers.processes import run_python
+from tests.helpers.variants import slow
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="no compiler for the kernels")
 
@@ -330,30 +330,24 @@ def test_without_a_compiler_the_branches_run(monkeypatch):
 
 @pytest.mark.parametrize(
     "compiler",
-    ["absent", *(pytest.param(c, marks=pytest.mark.slow) for c in ("broken", "unwanted"))],
+    ["absent", slow("broken"), slow("unwanted")],
 )
 def test_the_build_fails_with_a_warning_at_most(compiler, tmp_path):
     broken = tmp_path / "g++"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
-    path = {"absent": "/nowhere", "broken": str(tmp_path)}.get(compiler, os.environ["PATH"])
     code = (
-        "import torch; from mobileone import MobileOneBlock;"
-        "from mobileone.collapsed import cpu_kernels;"
-        "assert cpu_kernels.library() is None; MobileOneBlock(4, 4, groups=4)(torch.ones(2, 4, 5, 5))"
+        "import torch, os; os.environ.pop('CXX', None); from mobileone import MobileOneBlock;"
+        "from mobileone.collapsed import cpu_kernels; assert cpu_kernels.library() is None;"
+        "MobileOneBlock(4, 4, groups=4)(torch.ones(2, 4, 5, 5))"
     )
-    environment = {
-        **os.environ,
-        "PATH": path,
+    variables = {
+        "PATH": {"absent": "/nowhere", "broken": str(tmp_path)}.get(compiler, os.environ["PATH"]),
         "MOBILEONE_NATIVE": "0" if compiler == "unwanted" else "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
         "XDG_CACHE_HOME": str(tmp_path),
     }
-    environment.pop("CXX", None)
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout) == (0, "")
+    done = run_python("-c", code, variables=variables)
+    assert done.stdout == ""
     lines = done.stderr.splitlines()
     assert len(lines) == (compiler != "unwanted")
     assert all("without its CPU kernels" in line for line in lines)
