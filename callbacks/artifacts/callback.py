@@ -3,7 +3,7 @@
 import inspect
 import math
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,23 +18,25 @@ from torch import Tensor
 
 from callbacks.artifacts.folder import CheckpointFolder
 from callbacks.artifacts.publisher import Listener, Publisher, Ranking
-from callbacks.artifacts.queue import (
-    Request,
+from callbacks.artifacts.shipped import (
+    Architecture,
+    architecture,
     first_images_uint8,
     get_network,
-    spec_of,
-    training_state,
+    get_spec,
+    rebuilt,
 )
-from callbacks.checkpointing import on_rank_zero, save_complete, without_raising
+from callbacks.checkpointing import on_rank_zero, save_complete
 from callbacks.signals import ForceQuit, interruptible
-from mobileone.export import Metadata, TrainingState
+from mobileone.export import ExportJob, Metadata
 from mobileone.export.checkpoint import IMAGES_KEY
 from mobileone.export.formats.table import DEFAULT_FORMATS, check_formats
+from mobileone.export.worker import ExportResult
 
 __all__ = ["ReparameterizeOnSave"]
 
-_GOES_ON = "Training goes on; the next validation tries again."
-_STOPS = "The checkpoint is whole; the run tries again when it is continued."
+_CONTINUES = "Training continues; the next validation tries again."
+_STOPS = "The checkpoint is complete; the run tries again when it is continued."
 
 
 class ReparameterizeOnSave(ModelCheckpoint):
@@ -46,17 +48,20 @@ class ReparameterizeOnSave(ModelCheckpoint):
     <dirpath>/last.ckpt, last/, best.ckpt, best/    relative links
     ```
 
-    The artifact is built from the `state_dict` inside the checkpoint file (the averaged weights
-    where weights are averaged). Each new file appears complete, then the links move, then what is
-    neither the last nor among the best is removed: a kill at any moment leaves a usable last
-    checkpoint and artifact. One process may write to a `dirpath` at a time.
+    The artifact is built from the checkpoint file: its `state_dict` (the averaged weights where
+    weights are averaged), in the network that its hyper-parameters name. Where these do not give
+    the module's network, the network itself is copied for its architecture.
+
+    Each new file appears complete, then the links move, then what is neither the last nor among
+    the best is removed: a kill at any moment leaves a usable last checkpoint and artifact. One
+    process may write to a `dirpath` at a time.
 
     The module must keep its network in `self.model` and offer an `export_spec`
     (`mobileone.export.ExportSpec`). Strategies that write one checkpoint file are supported.
 
-    With `background`, a worker process converts a copy on the CPU while training goes on. The next
-    validation waits for it, and so does the end of the fit; a worker that dies or hangs is a
-    failed export.
+    With `background`, a worker process exports the checkpoint on the CPU while training continues.
+    The next validation waits for it, and so does the end of the fit; a worker that dies or hangs is
+    a failed export.
 
     Every format is compared with the network on the first validation images, which are kept in the
     checkpoint for later exports (unless `save_weights_only`). An artifact above a
@@ -66,15 +71,15 @@ class ReparameterizeOnSave(ModelCheckpoint):
     Args:
         monitor: metric that ranks the checkpoints.
         mode: `max` if more is better, `min` if less is.
-        save_top_k: how many of the best to keep beside the last; -1 keeps all, 0 only the last.
+        save_top_k: how many of the best to keep next to the last; -1 keeps all, 0 only the last.
         dirpath: folder for it all; None takes `checkpoints` in the logger's folder, or in the
             trainer's `default_root_dir`.
         filename: name of a checkpoint; must contain `{step}`, so that names differ.
         formats: formats of the artifact, names from `mobileone.export.FORMATS`.
         metadata: author, license, description and version for the artifact.
-        strict: raise when an export fails. Otherwise training goes on with a warning, the error is
-            kept in `last_error` and beside the checkpoint, and the next validation tries again.
-        background: export in a worker process while training goes on.
+        strict: raise when an export fails. Otherwise training continues with a warning, the error
+            is kept in `last_error` and next to the checkpoint, and the next validation tries again.
+        background: export in a worker process while training continues.
         timeout: seconds after which a worker is stopped.
         save_weights_only: leave optimizers, schedulers and callbacks out of the checkpoints.
 
@@ -120,6 +125,7 @@ class ReparameterizeOnSave(ModelCheckpoint):
         self.last_error: str | None = None
         self._publisher: Publisher | None = None
         self._images: Tensor | None = None
+        self._rebuilt: Architecture | None = None
         self.listeners: list[Listener] = []
 
     # -- What others may ask -----------------------------------------------------------------
@@ -152,17 +158,19 @@ class ReparameterizeOnSave(ModelCheckpoint):
             super().setup(trainer, pl_module, stage)
         if stage != "fit" or _dry_run(trainer):
             return
-        # before a checkpoint is restored, which takes time and tells nothing of it
+        # before a checkpoint is restored, which takes time and says nothing of it
         failure = on_rank_zero(trainer, lambda: self._take_folder(trainer))
         if failure:
             raise RuntimeError(failure)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        get_network(pl_module), spec_of(pl_module)  # better now than after an epoch
+        get_network(pl_module), get_spec(pl_module)  # better now than after an epoch
         if _dry_run(trainer):
             return
+        if trainer.is_global_zero:
+            self._rebuilt = rebuilt(pl_module)
         if trainer.ckpt_path is not None:
-            self._report(on_rank_zero(trainer, lambda: self._recover(pl_module)))
+            self._report(self._on_rank_zero(trainer, lambda: self._recover(pl_module)))
         elif self._publisher is not None:
             self._publisher.warn_if_not_empty()
 
@@ -176,7 +184,7 @@ class ReparameterizeOnSave(ModelCheckpoint):
     ) -> None:
         """Keep the first images of the fit to compare the files on."""
         if self._images is None and batch_idx == 0 and trainer.is_global_zero:
-            self._images = first_images_uint8(batch, spec_of(pl_module))
+            self._images = first_images_uint8(batch, get_spec(pl_module))
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the monitored metric's name, before an epoch is spent.
@@ -210,15 +218,14 @@ class ReparameterizeOnSave(ModelCheckpoint):
         publisher = self._publisher
         if publisher is None or self.strict:  # strict: all ranks stop at the next validation
             return
-        self._report(without_raising(lambda: publisher.poll(self._ranking)))
+        self._report(_attempt(lambda: publisher.poll(self._ranking)))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wait for the last export."""
         super().on_train_end(trainer, pl_module)
         if _dry_run(trainer):
             return
-        failure = on_rank_zero(trainer, self._drain)
-        self._conclude(failure, _STOPS)
+        self._conclude(self._on_rank_zero(trainer, self._drain), _STOPS)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -250,17 +257,14 @@ class ReparameterizeOnSave(ModelCheckpoint):
         except BaseException:
             self._restore(before)
             raise
-        training = TrainingState(
-            epoch=trainer.current_epoch,
-            step=trainer.global_step,
-            metrics={k: float(v) for k, v in trainer.callback_metrics.items()},
-            checkpoint=Path(path).name,
+        logged = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        result = self._on_rank_zero(
+            trainer, lambda: self._publish(pl_module, path, logged, earlier)
         )
-        failure = on_rank_zero(trainer, lambda: self._publish(pl_module, path, training, earlier))
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))
-        self._conclude(failure)
+        self._conclude(result)
 
     def format_checkpoint_name(
         self,
@@ -363,67 +367,81 @@ class ReparameterizeOnSave(ModelCheckpoint):
             self._publisher.close()
             self._publisher = None
 
-    def _recover(self, pl_module: LightningModule) -> str | None:
-        """Make up for what a killed run has not come to. Returns what went wrong."""
+    def _recover(self, pl_module: LightningModule) -> ExportResult | None:
+        """Make up for what a killed run has not come to."""
         assert self._publisher is not None
-
-        def request(checkpoint: str) -> Request:
-            score = self.best_k_models.get(checkpoint)
-            state = training_state(checkpoint, str(self.monitor), score)
-            return self._request(pl_module, checkpoint, state)
-
-        return self._publisher.recover(request, self._ranking)
+        return self._publisher.recover(partial(self._job, pl_module), self._ranking)
 
     def _publish(
-        self,
-        pl_module: LightningModule,
-        path: str,
-        training: TrainingState,
-        earlier: set[str],
-    ) -> str | None:
-        """All that rank 0 does once the checkpoint is complete. Returns what went wrong."""
+        self, pl_module: LightningModule, path: str, logged: dict[str, float], earlier: set[str]
+    ) -> ExportResult | None:
+        """All that rank 0 does once the checkpoint is complete."""
         assert self._publisher is not None
-        request = partial(self._request, pl_module)
-        return self._publisher.publish(path, training, request, self._ranking, earlier)
+        make_job = partial(self._job, pl_module)
+        return self._publisher.publish(path, logged, make_job, self._ranking, earlier)
 
-    def _request(
-        self, pl_module: LightningModule, checkpoint: str, training: TrainingState
-    ) -> Request:
-        return Request(
-            checkpoint,
-            get_network(pl_module),
-            spec_of(pl_module),
+    def _job(
+        self, pl_module: LightningModule, checkpoint: str, metrics: Mapping[str, float] | None
+    ) -> ExportJob:
+        """The export of a checkpoint; of one from before a kill only the score is known."""
+        network = get_network(pl_module)
+        score = self.best_k_models.get(checkpoint)
+        known = {} if score is None else {str(self.monitor): float(score)}
+        return ExportJob(
+            Path(checkpoint),
+            CheckpointFolder.artifact_of(checkpoint),
             self.formats,
-            training,
             self.metadata,
-            self._images,
+            overwrite=True,
+            metrics=known if metrics is None else metrics,
+            spec=get_spec(pl_module),
+            images=self._images,
+            network=None if architecture(network) == self._rebuilt else network,
         )
 
-    def _drain(self) -> str | None:
+    def _drain(self) -> ExportResult | None:
         return self._publisher.drain(self._ranking) if self._publisher is not None else None
 
-    def _drain_patiently(self) -> str | None:
+    def _drain_patiently(self) -> ExportResult | None:
         """Wait for exports of a run that stops; Ctrl-C ends them and the wait."""
         if self._publisher is not None and self._publisher.exports.under_way:
             rank_zero_info("waiting for the export of the last checkpoint; Ctrl-C leaves it out")
         try:
             with interruptible():
-                return without_raising(self._drain)
+                return _attempt(self._drain)
         except KeyboardInterrupt:
-            return "the export of the last checkpoint was left out"
+            reason = "the export of the last checkpoint was left out"
+            return ExportResult(self.last_model_path, "failed", reason=reason)
 
-    def _conclude(self, failure: str | None, then: str = _GOES_ON) -> None:
-        """Every rank agrees on what went wrong: stop here if it is meant to."""
-        if failure and self.strict:
-            self.last_error = failure
-            raise RuntimeError(failure)
-        self._report(failure, then)
+    @staticmethod
+    def _on_rank_zero(
+        trainer: Trainer, work: Callable[[], ExportResult | None]
+    ) -> ExportResult | None:
+        """Run `work` on rank 0; every rank gets the result, so that all continue or all stop."""
+        result = _attempt(work) if trainer.is_global_zero else None
+        return trainer.strategy.broadcast(result)
 
-    def _report(self, failure: str | None, then: str = _GOES_ON) -> None:
-        if failure is not None:
-            self.last_error = failure or None
-        if failure:
-            rank_zero_warn(f"{failure}\n{then}")
+    def _conclude(self, result: ExportResult | None, then: str = _CONTINUES) -> None:
+        """Every rank agrees on the result: stop here if it is meant to."""
+        if result and result.reason and self.strict:
+            self.last_error = result.reason
+            raise RuntimeError(result.reason)
+        self._report(result, then)
+
+    def _report(self, result: ExportResult | None, then: str = _CONTINUES) -> None:
+        if result is None:
+            return
+        self.last_error = result.reason
+        if result.reason:
+            rank_zero_warn(f"{result.reason}\n{then}")
+
+
+def _attempt(work: Callable[[], ExportResult | None]) -> ExportResult | None:
+    """Run `work`; an exception, as a listener may raise, is a failed result."""
+    try:
+        return work()
+    except Exception as error:
+        return ExportResult("", "failed", reason=f"{type(error).__name__}: {error}")
 
 
 def _dry_run(trainer: Trainer) -> bool:

@@ -3,11 +3,10 @@
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from mobileone.export.artifact import REJECTED
 from mobileone.export.manifest import MANIFEST_NAME
-from mobileone.io.atomic import discard, point_link, publish_file, staging
+from mobileone.io.atomic import atomic_write, discard, flush, point_link
 
 __all__ = ["CheckpointFolder"]
 
@@ -32,7 +31,7 @@ class CheckpointFolder:
 
     @classmethod
     def rejected_of(cls, checkpoint: str | Path) -> Path:
-        """Where its artifact lies if it failed its checks."""
+        """Where its artifact is if it failed its checks."""
         artifact = cls.artifact_of(checkpoint)
         return artifact.with_name(artifact.name + REJECTED)
 
@@ -75,20 +74,38 @@ class CheckpointFolder:
         self._error_file(checkpoint).unlink(missing_ok=True)
         Path(checkpoint).unlink(missing_ok=True)
 
-    def record_error(self, checkpoint: str, error: str, training: Mapping[str, Any]) -> None:
-        """Note beside the checkpoint why it has no artifact, and what a later attempt needs."""
-        text = json.dumps({"error": error, "training": training}, indent=2)
-        with staging(self.path) as folder:
-            beside = folder / self._error_file(checkpoint).name
-            beside.write_text(text + "\n", encoding="utf-8")
-            publish_file(beside, self._error_file(checkpoint))
+    def record_error(
+        self, checkpoint: str | Path, status: str, error: str, metrics: Mapping[str, float]
+    ) -> None:
+        """Note next to the checkpoint why it has no artifact, and what a later attempt needs."""
+        record = {"status": status, "error": error, "training": {"metrics": dict(metrics)}}
+        with atomic_write(self._error_file(checkpoint)) as tmp_path:
+            tmp_path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            flush(tmp_path)
 
-    def recorded_error(self, checkpoint: str) -> dict[str, Any] | None:
-        """What `record_error` noted, or None."""
+    def missed_metrics(self, checkpoint: str | Path) -> dict[str, float] | None:
+        """The metrics of a checkpoint whose export failed; None if it did not."""
         file = self._error_file(checkpoint)
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        if not file.is_file():
+            return None
+        metrics: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))["training"][
+            "metrics"
+        ]
+        return metrics
 
-    def clear_error(self, checkpoint: str) -> None:
+    def is_rejected(self, checkpoint: str | Path) -> bool:
+        """Whether its last export failed the checks, as it would again."""
+        file = self._error_file(checkpoint)
+        if not file.is_file():
+            return False
+        # records of older versions have no status: their rejected folder tells
+        rejected = (self.rejected_of(checkpoint) / MANIFEST_NAME).is_file()
+        default = "rejected" if rejected else "failed"
+        return bool(
+            json.loads(file.read_text(encoding="utf-8")).get("status", default) == "rejected"
+        )
+
+    def clear_error(self, checkpoint: str | Path) -> None:
         """Forget an error: the artifact exists."""
         self._error_file(checkpoint).unlink(missing_ok=True)
 

@@ -1,7 +1,7 @@
-"""What rank 0 does with the folder of a fit: exports, links, removals, and who is told."""
+"""What rank 0 does with the folder of a fit: exports, links, removals, notifications."""
 
 import contextlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,15 +9,17 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from callbacks.artifacts.folder import CheckpointFolder
-from callbacks.artifacts.queue import ExportQueue, Outcome, Request
-from mobileone.export import Manifest, TrainingState
-from mobileone.export.manifest import MANIFEST_NAME
+from callbacks.artifacts.queue import ExportQueue
+from mobileone.export import ExportJob, Manifest
+from mobileone.export.worker import ExportResult
 from mobileone.io.atomic import clean_stale, directory_lock
 
-__all__ = ["Listener", "Publisher", "Ranking"]
+__all__ = ["Listener", "MakeJob", "Publisher", "Ranking"]
 
 # Called with the folder and the manifest of a published artifact
 Listener = Callable[[Path, Manifest], None]
+# The export of a checkpoint with the metrics of its validation; None if only its score is known
+MakeJob = Callable[[str, Mapping[str, float] | None], ExportJob]
 
 
 class Ranking(NamedTuple):
@@ -30,15 +32,15 @@ class Ranking(NamedTuple):
 class Publisher:
     """Holds a folder of checkpoints for one fit.
 
-    Methods that end exports return what went wrong with the newest of them, empty if nothing; None
-    if none has ended.
+    Methods that end exports return the newest result, a failure before a success; None if no
+    export has ended.
 
     Args:
-        trainer: of the fit; its loggers get the measurements.
-        folder: of checkpoints and artifacts.
+        trainer: the Trainer of the fit; its loggers get the measurements.
+        folder: the folder of checkpoints and artifacts.
         background: export in a worker process.
         timeout: seconds after which a worker is stopped.
-        listeners: told of each published artifact, after the links have moved.
+        listeners: called with each published artifact, after the links have moved.
         removable: whether a checkpoint may be removed, given the newest one.
 
     Raises:
@@ -79,73 +81,64 @@ class Publisher:
     def publish(
         self,
         path: str,
-        training: TrainingState,
-        request: Callable[[str, TrainingState], Request],
+        metrics: Mapping[str, float],
+        make_job: MakeJob,
         ranking: Ranking,
         earlier: Collection[str],
-    ) -> str | None:
+    ) -> ExportResult | None:
         """Export a checkpoint that is complete, and those that were missed before.
 
         Args:
             path: the checkpoint.
-            training: where in training it stands.
-            request: the export of any checkpoint.
+            metrics: what its validation logged.
+            make_job: the export of any checkpoint.
             ranking: with the new checkpoint in it.
             earlier: checkpoints that were kept before it came.
         """
-        exports = self.exports
-        ended = exports.drain()  # those of the validation before
-        exports.submit(request(path, training))
-        ended += exports.poll()
-        if not any(o.failure and o.checkpoint == path for o in ended):
-            for missed, record in self._missed(path, ranking.best):
-                exports.submit(request(missed, record))
-            ended += exports.poll()
-        return self._update_links_and_prune(ended, ranking, earlier)
+        results = self.exports.drain()  # those of the validation before
+        self.exports.submit(make_job(path, metrics))
+        results += self.exports.poll()
+        if not any(r.checkpoint == path and r.status != "published" for r in results):
+            for missed, known in self._missed(path, ranking.best):
+                self.exports.submit(make_job(missed, known))
+            results += self.exports.poll()
+        return self._update_links_and_prune(results, ranking, earlier)
 
-    def recover(self, request: Callable[[str], Request], ranking: Ranking) -> str | None:
+    def recover(self, make_job: MakeJob, ranking: Ranking) -> ExportResult | None:
         """Bring links and artifacts up to the ranking: a killed run may not have come to it.
 
         Waits for the exports, since a run that is done has no later moment to do so.
         """
+        if not ranking.last:
+            return None
         for path in dict.fromkeys([*ranking.best, ranking.last]):
-            if path and not self.folder.has_artifact(path) and not self._rejected(path):
-                self.exports.submit(request(path))
-        return self._update_links_and_prune(self.exports.drain(), ranking) if ranking.last else None
+            if not self.folder.has_artifact(path) and not self.folder.is_rejected(path):
+                self.exports.submit(make_job(path, None))
+        return self._update_links_and_prune(self.exports.drain(), ranking)
 
-    def poll(self, ranking: Ranking) -> str | None:
+    def poll(self, ranking: Ranking) -> ExportResult | None:
         """Take in an export that has ended meanwhile."""
-        ended = self.exports.poll()
-        return self._update_links_and_prune(ended, ranking) if ended else None
+        results = self.exports.poll()
+        return self._update_links_and_prune(results, ranking) if results else None
 
-    def drain(self, ranking: Ranking) -> str | None:
+    def drain(self, ranking: Ranking) -> ExportResult | None:
         """Wait for all exports."""
-        ended = self.exports.drain()
-        return self._update_links_and_prune(ended, ranking) if ended else None
+        results = self.exports.drain()
+        return self._update_links_and_prune(results, ranking) if results else None
 
-    def _rejected(self, path: str) -> bool:
-        """Whether its artifact failed its checks, as it would again."""
-        record = self.folder.recorded_error(path)
-        return record is not None and "RejectedError: " in record["error"]
-
-    def _missed(self, current: str, best: Sequence[str]) -> list[tuple[str, TrainingState]]:
+    def _missed(
+        self, current: str, best: Sequence[str]
+    ) -> Iterator[tuple[str, Mapping[str, float]]]:
         """The best checkpoints whose export failed, but for those that were rejected."""
-        folder = self.folder
-        records = {
-            path: folder.recorded_error(path)
-            for path in best
-            if path != current and not folder.has_artifact(path) and not self._rejected(path)
-        }
-        return [
-            (path, TrainingState(**record["training"]))
-            for path, record in records.items()
-            if record
-        ]
+        for path in best:
+            metrics = self.folder.missed_metrics(path)
+            if path != current and metrics is not None and not self.folder.is_rejected(path):
+                yield path, metrics
 
     def _update_links_and_prune(
-        self, ended: Sequence[Outcome], ranking: Ranking, earlier: Collection[str] = ()
-    ) -> str | None:
-        """Move the links, remove what is neither last nor best, tell the listeners."""
+        self, results: Sequence[ExportResult], ranking: Ranking, earlier: Collection[str] = ()
+    ) -> ExportResult | None:
+        """Move the links, remove what is neither last nor best, notify loggers and listeners."""
         folder, last = self.folder, ranking.last
         before = {*earlier, *folder.linked_checkpoints()}
         folder.move_link("last", [last])
@@ -154,21 +147,17 @@ class Publisher:
         for old in sorted(before - keep):
             if self.removable(old, last):
                 folder.remove(old)
-        for outcome in ended:
-            self._tell(outcome)
-        failures = [outcome.failure for outcome in ended if outcome.failure]
-        return ["", *failures][-1] if ended else None
+        for result in results:
+            self._notify(result)
+        failed = [result for result in results if result.status != "published"]
+        return [None, *results, *failed][-1]
 
-    def _tell(self, outcome: Outcome) -> None:
-        """Log how far the files are from the network, and hand on what was published."""
-        artifact = self.folder.artifact_of(outcome.checkpoint)
-        published = outcome.failure is None
-        place = artifact if published else self.folder.rejected_of(outcome.checkpoint)
-        if not (place / MANIFEST_NAME).is_file():
+    def _notify(self, result: ExportResult) -> None:
+        """Log how far the files are from the network, and call the listeners."""
+        if result.manifest is None:
             return
-        manifest = Manifest.load(place)
         for logger in self.trainer.loggers:
-            logger.log_metrics(manifest.measurements(), step=manifest.training.step)
-        if published:
+            logger.log_metrics(result.manifest.measurements(), step=result.manifest.training.step)
+        if result.status == "published":
             for listener in self.listeners:
-                listener(artifact, manifest)
+                listener(self.folder.artifact_of(result.checkpoint), result.manifest)

@@ -19,7 +19,7 @@ from callbacks.report.figures import confusion_figure, curves_figure, read_curve
 from callbacks.report.worst_images import WorstImages, write_worst
 from mobileone.export.manifest import MANIFEST_NAME, Manifest
 from mobileone.export.spec import ExportSpec
-from mobileone.io.atomic import replacing
+from mobileone.io.atomic import atomic_write
 
 __all__ = ["Report"]
 
@@ -180,7 +180,7 @@ def _publish(trainer: Trainer, name: str, figure: Figure) -> None:
     if _dry_run(trainer):
         return
     final = _folder(trainer) / f"{name}.png"
-    with replacing(final) as beside, warnings.catch_warnings():
+    with atomic_write(final) as beside, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph \d+")  # names in a script without font
         figure.savefig(beside, dpi=120, format="png")
     for logger in trainer.loggers:

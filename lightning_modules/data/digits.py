@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mobileone.io.atomic import replace_text, replacing
+from mobileone.io.atomic import atomic_write, replace_text
 
 __all__ = ["cache_root", "digits_root", "write_digits"]
 
@@ -54,7 +54,7 @@ def write_digits(root: Path) -> None:
     for name, content in files.items():
         path = root / name
         if not path.is_file() or path.read_bytes() != content:
-            with replacing(path) as beside:
+            with atomic_write(path) as beside:
                 beside.write_bytes(content)
     index = {"format": _FORMAT, "sha256": {name: _digest(data) for name, data in files.items()}}
     replace_text(root / _INDEX, json.dumps(index, indent=0))  # last: it says "complete"

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mobileone.io.atomic import replace_text, replacing
+from mobileone.io.atomic import atomic_write, replace_text
 
 __all__ = [
     "KINDS",
@@ -163,7 +163,7 @@ class Result:
         }
         columns = list(dict.fromkeys(column for row in self.rows for column in row))
         with (
-            replacing(Path(path)) as beside,
+            atomic_write(Path(path)) as beside,
             beside.open("w", encoding="utf-8", newline="") as file,
         ):
             writer = csv.DictWriter(file, [*columns, *origin], lineterminator="\n")

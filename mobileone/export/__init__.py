@@ -1,7 +1,7 @@
 """What a trained model becomes: fused artifacts, verified."""
 
 from mobileone.export.artifact import RejectedError, export_model
-from mobileone.export.checkpoint import export_checkpoint
+from mobileone.export.checkpoint import ExportJob, export_checkpoint
 from mobileone.export.formats.table import FORMATS
 from mobileone.export.load import load_runner, load_torchscript_artifact
 from mobileone.export.manifest import Manifest, TrainingState
@@ -9,6 +9,7 @@ from mobileone.export.spec import ExportSpec, Metadata
 
 __all__ = [
     "FORMATS",
+    "ExportJob",
     "ExportSpec",
     "Manifest",
     "Metadata",

@@ -1,6 +1,8 @@
 """From a training checkpoint to an artifact, without the training code."""
 
+import copy
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,74 @@ from torch import Tensor, nn
 
 from mobileone.export.artifact import export_model
 from mobileone.export.formats.table import DEFAULT_FORMATS
+from mobileone.export.isolation import isolated
 from mobileone.export.manifest import Manifest, TrainingState
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.io.safe_pickle import explain_refusal
 
-__all__ = ["IMAGES_KEY", "export_checkpoint", "load_model", "model_weights", "read_checkpoint"]
+__all__ = [
+    "IMAGES_KEY",
+    "ExportJob",
+    "build_network",
+    "export_checkpoint",
+    "load_model",
+    "model_weights",
+    "read_checkpoint",
+]
 
 IMAGES_KEY = "export_images"  # in a checkpoint: validation images, 8-bit (N, C, H, W)
+_SPEC_KEY = "export_spec"
 _COMPILED = "_orig_mod."  # what torch.compile puts before a module's names
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """A checkpoint whose artifact is wanted: the weights are read when the job runs.
+
+    Attributes:
+        checkpoint: the `.ckpt` file; its `state_dict` is what ships.
+        directory: the artifact folder to create.
+        formats: names from `FORMATS`.
+        metadata: author, license, description, version.
+        overwrite: replace an existing `directory`.
+        metrics: what the checkpoint's validation logged.
+        spec: what the network expects; None takes the checkpoint's `export_spec`.
+        images: 8-bit images (N, C, H, W) to compare on; None takes those that the checkpoint
+            brings along, or synthetic ones.
+        network: has the architecture if the checkpoint cannot rebuild it; copied, not changed.
+    """
+
+    checkpoint: Path
+    directory: Path
+    formats: tuple[str, ...] = DEFAULT_FORMATS
+    metadata: Metadata | None = None
+    overwrite: bool = False
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    spec: ExportSpec | None = None
+    images: Tensor | None = None
+    network: nn.Module | None = None
+
+    def run(self) -> Manifest:
+        """Read the checkpoint and publish its artifact: see `export_checkpoint` for the errors."""
+        with isolated():
+            contents = read_checkpoint(self.checkpoint)
+            if self.spec is not None:
+                contents = {**contents, _SPEC_KEY: self.spec.to_dict()}
+            model, spec = load_model(contents, self.checkpoint, self.network)
+        training = TrainingState(
+            contents.get("epoch"), contents.get("global_step"), self.metrics, self.checkpoint.name
+        )
+        images = contents.get(IMAGES_KEY) if self.images is None else self.images
+        return export_model(
+            model,
+            spec,
+            self.directory,
+            self.formats,
+            training,
+            self.metadata,
+            images=images,
+            overwrite=self.overwrite,
+        )
 
 
 def export_checkpoint(
@@ -46,22 +108,8 @@ def export_checkpoint(
         FileExistsError: `directory` exists and `overwrite` is false.
         ValueError: the file is damaged, or lacks what is needed to rebuild the model.
     """
-    path = Path(checkpoint)
-    contents = read_checkpoint(path)
-    model, spec = load_model(contents, path)
-    run = TrainingState(
-        epoch=contents.get("epoch"), step=contents.get("global_step"), checkpoint=path.name
-    )
-    return export_model(
-        model,
-        spec,
-        directory,
-        formats,
-        run,
-        metadata,
-        images=contents.get(IMAGES_KEY),
-        overwrite=overwrite,
-    )
+    job = ExportJob(Path(checkpoint), Path(directory), tuple(formats), metadata, overwrite)
+    return job.run()
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -102,29 +150,59 @@ def model_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-def load_model(contents: Mapping[str, Any], path: Path) -> tuple[nn.Module, ExportSpec]:
+def load_model(
+    contents: Mapping[str, Any], path: Path, network: nn.Module | None = None
+) -> tuple[nn.Module, ExportSpec]:
     """Rebuild the network of a checkpoint and read its spec.
 
+    Args:
+        contents: of the checkpoint.
+        path: its file, for errors.
+        network: has the architecture; a copy on the CPU gets the weights. None builds it.
+
     Raises:
-        ValueError: the checkpoint has no spec, or its weights do not fit the named model.
+        ValueError: the checkpoint has no spec, timm does not know the model's name, or the weights
+            do not fit the model.
     """
-    if "export_spec" not in contents:
+    if _SPEC_KEY not in contents:
         raise ValueError(
             f"{path} has no `export_spec` (class names, input size, normalization): it was not "
             "written by ImageClassifier; put `spec.to_dict()` there in `on_save_checkpoint`"
         )
     try:
-        spec = ExportSpec.from_dict(contents["export_spec"])
+        spec = ExportSpec.from_dict(contents[_SPEC_KEY])
     except (ValueError, TypeError) as error:
         raise ValueError(f"the `export_spec` of {path} is not valid: {error}") from error
-    hyper_parameters = contents.get("hyper_parameters", {})
-    name = hyper_parameters.get("model") or spec.model_name
-    arguments = {"in_chans": spec.input_size[0], **(hyper_parameters.get("model_kwargs") or {})}
+    options = contents.get("hyper_parameters", {})
+    built = build_network(spec, options) if network is None else copy.deepcopy(network).cpu()
     try:
-        model = timm.create_model(name, num_classes=spec.num_classes, **arguments)
-        model.load_state_dict(model_weights(contents["state_dict"]))
+        built.load_state_dict(model_weights(contents["state_dict"]))
     except Exception as error:
         raise ValueError(
-            f"the weights of {path} do not fit {name!r} with {arguments}: {error}"
+            f"the weights of {path} do not fit {options.get('model') or spec.model_name!r} with "
+            f"{options.get('model_kwargs') or {}}: {error}"
         ) from error
-    return model, spec
+    return built, spec
+
+
+def build_network(spec: ExportSpec, hyper_parameters: Mapping[str, Any]) -> nn.Module:
+    """The network that a checkpoint's hyper-parameters name, with fresh weights.
+
+    Args:
+        spec: number of classes and of input channels.
+        hyper_parameters: `model` (timm's name; the spec's if there is none) and `model_kwargs`.
+
+    Raises:
+        ValueError: timm does not know the name, or cannot build the model.
+    """
+    name = hyper_parameters.get("model") or spec.model_name
+    arguments = {"in_chans": spec.input_size[0], **(hyper_parameters.get("model_kwargs") or {})}
+    if not {":", "/"} & set(name) and not timm.is_model(name):
+        raise ValueError(
+            f"timm knows no model {name!r}: if a module of yours registers it, import that module "
+            "with --imports '[my_networks]' (a checkpoint never names modules to import)"
+        )
+    try:
+        return timm.create_model(name, num_classes=spec.num_classes, **arguments)
+    except Exception as error:
+        raise ValueError(f"timm cannot build {name!r} with {arguments}: {error}") from error

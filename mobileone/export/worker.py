@@ -1,8 +1,9 @@
-"""An export in a process of its own, from a snapshot of the network on the CPU.
+"""An export in a process of its own, which reads the checkpoint by itself.
 
-The parent writes the snapshot and starts `python -m mobileone.export.worker PID FOLDER`; the
-worker publishes the artifact and leaves `result.json`. It sees no GPU, and it ends when its parent
-does: it looks for that, because a pipe would be held open by other children, as those of a loader.
+The parent writes the job and starts `python -m mobileone.export.worker PID FOLDER [MODULE ...]`;
+the worker imports the modules, publishes the artifact and leaves `result.json`. It sees no GPU, and
+it ends when its parent does: it looks for that, because a pipe would be held open by other
+children, as those of a loader.
 """
 
 import contextlib
@@ -17,78 +18,126 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import timm
 import torch
-from torch import Tensor, nn
 
-from mobileone.export.manifest import TrainingState
-from mobileone.export.spec import ExportSpec, Metadata
+from mobileone.export.artifact import REJECTED, RejectedError
+from mobileone.export.checkpoint import ExportJob
+from mobileone.export.formats.table import FORMATS
+from mobileone.export.manifest import Manifest
 from mobileone.io.atomic import clean_stale, replace_text
+from mobileone.io.user_modules import import_user_modules, imported_user_modules
 
-__all__ = ["ExportJob", "Task", "can_travel"]
+__all__ = ["ExportResult", "ExportWorker", "can_travel", "modules_to_import", "run_job"]
 
-_TASK, _RESULT, _LOG = "task.pt", "result.json", "log.txt"
+_JOB, _RESULT, _LOG = "job.pt", "result.json", "log.txt"
 # of torchrun and Lightning, which a process outside the group must not take for its own
 _ROLE = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+_KNOWN = ("mobileone", "timm")  # what every worker imports
+
+Status = Literal["published", "rejected", "failed"]
 
 
 @dataclass(frozen=True)
-class Task:
-    """The arguments of `export_model`: the model on the CPU, float or not, in any mode."""
+class ExportResult:
+    """How an export ended.
 
-    model: nn.Module
-    spec: ExportSpec
-    directory: Path
-    formats: Sequence[str]
-    training: TrainingState
-    metadata: Metadata
-    images: Tensor | None
-
-    def publish(self, export: Callable[..., Any]) -> None:
-        """Call `export_model`, in place of an older artifact of the same name."""
-        export(
-            self.model,
-            self.spec,
-            self.directory,
-            self.formats,
-            self.training,
-            self.metadata,
-            images=self.images,
-            overwrite=True,
-        )
-
-
-def can_travel(model: nn.Module) -> bool:
-    """True if another process can find the model's classes: in modules, not in a script.
-
-    A worker must not run the user's script again to have them.
+    Attributes:
+        checkpoint: the file that was exported.
+        status: `published`; `rejected`, if a file failed its checks, as it would again; `failed`.
+        manifest: that of the published or the rejected folder; None if the export failed.
+        reason: why nothing was published, in a line; None if it was.
+        details: the traceback, or more of the same.
     """
-    return all(type(module).__module__ != "__main__" for module in model.modules())
+
+    checkpoint: str
+    status: Status
+    manifest: Manifest | None = None
+    reason: str | None = None
+    details: str | None = None
+
+    @classmethod
+    def of(
+        cls, job: ExportJob, status: Status, reason: str = "", details: str = ""
+    ) -> "ExportResult":
+        """The result of a job, with the manifest that it has written."""
+        checkpoint = str(job.checkpoint)
+        folder = job.directory
+        if status == "published":
+            return cls(checkpoint, status, Manifest.load(folder))
+        reason = f"Exporting {folder.name} failed: {reason}"
+        rejected = folder.with_name(folder.name + REJECTED)
+        manifest = Manifest.load(rejected) if status == "rejected" else None
+        return cls(checkpoint, status, manifest, reason, details or reason)
 
 
-class ExportJob:
+def run_job(job: ExportJob) -> ExportResult:
+    """Export in this process; whatever goes wrong is in the result."""
+    return ExportResult.of(job, *_run(job))
+
+
+def _run(job: ExportJob) -> tuple[Status, str, str]:
+    """Status, reason and details."""
+    try:
+        job.run()
+        return "published", "", ""
+    except RejectedError as error:
+        return "rejected", str(error), traceback.format_exc()
+    except Exception as error:
+        return "failed", f"{type(error).__name__}: {error}", traceback.format_exc()
+
+
+def modules_to_import(job: ExportJob) -> tuple[str, ...]:
+    """The modules that register a job's network and formats, all of which this process has.
+
+    They were imported by `--imports`, or by the user's script, which may be the module itself:
+    `__main__`. None is named by the checkpoint.
+    """
+    found = [*imported_user_modules(), *(_module_of(FORMATS[name].write) for name in job.formats)]
+    if job.network is None and job.spec is not None and timm.is_model(job.spec.model_name):
+        found.append(timm.model_entrypoint(job.spec.model_name).__module__)
+    return tuple(dict.fromkeys(name for name in found if name.partition(".")[0] not in _KNOWN))
+
+
+def can_travel(job: ExportJob) -> bool:
+    """True if a worker can import what the job needs: from modules, not from a script.
+
+    A worker must not run the user's script again to have it.
+    """
+    classes = () if job.network is None else (type(m).__module__ for m in job.network.modules())
+    return "__main__" not in {*modules_to_import(job), *classes}
+
+
+def _module_of(function: Callable[..., Any]) -> str:
+    plain = function.func if isinstance(function, partial) else function
+    return plain.__module__
+
+
+class ExportWorker:
     """A running export.
 
     Args:
-        task: what to export.
-        folder: an empty folder for the job's own files; removed when the job is over.
+        job: what to export.
+        folder: an empty folder for the worker's own files; removed when the job is over.
         timeout: seconds after which the worker is stopped.
 
     Raises:
-        OSError: the snapshot could not be written, or the process not started.
+        OSError: the job could not be written, or the process not started.
     """
 
-    def __init__(self, task: Task, folder: Path, timeout: float) -> None:
-        self.task, self._folder, self._timeout = task, folder, timeout
+    def __init__(self, job: ExportJob, folder: Path, timeout: float) -> None:
+        self.job, self._folder, self._timeout = job, folder, timeout
         self._started = time.monotonic()
         try:
-            torch.save(task, folder / _TASK)
+            torch.save(job, folder / _JOB)
             with (folder / _LOG).open("wb") as log:
                 command = [sys.executable, "-m", "mobileone.export.worker"]
                 self._process = subprocess.Popen(
-                    [*command, str(os.getpid()), str(folder)],
+                    [*command, str(os.getpid()), str(folder), *modules_to_import(job)],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -111,16 +160,17 @@ class ExportJob:
     def _left(self) -> float:
         return self._timeout - (time.monotonic() - self._started)
 
-    def wait(self) -> str | None:
-        """Wait for the end, at most until the time is up; returns what went wrong.
+    def wait(self) -> ExportResult:
+        """Wait for the end, at most until the time is up.
 
         The worker is stopped if anything, Ctrl-C too, ends the wait early.
         """
         try:
             self._process.wait(max(self._left(), 0.0))
-            return self._outcome()
+            return ExportResult.of(self.job, *self._outcome())
         except subprocess.TimeoutExpired:
-            return f"the export worker was stopped: it took more than {self._timeout:g} s"
+            reason = f"the export worker was stopped: it took more than {self._timeout:g} s"
+            return ExportResult.of(self.job, "failed", reason)
         finally:
             self.stop()
 
@@ -132,14 +182,15 @@ class ExportJob:
         with contextlib.suppress(OSError):
             clean_stale(self._folder.parent)
 
-    def _outcome(self) -> str | None:
+    def _outcome(self) -> tuple[Status, str, str]:
+        """Status, reason and details, by the worker itself if it could still write them."""
         result, code = self._folder / _RESULT, self._process.returncode
         if code == 0 and result.is_file():
-            error: str | None = json.loads(result.read_text(encoding="utf-8"))["error"]
-            return error
+            written = json.loads(result.read_text(encoding="utf-8"))
+            return written["status"], written["reason"], written["details"]
         log = (self._folder / _LOG).read_text(encoding="utf-8", errors="replace")
         said = f": ...{log[-500:].strip()}" if log.strip() else ""
-        return f"the export worker died (exit status {code}){said}"
+        return "failed", f"the export worker died (exit status {code}){said}", ""
 
 
 def _environment() -> dict[str, str]:
@@ -150,25 +201,18 @@ def _environment() -> dict[str, str]:
     return {**kept, **hidden, "PYTHONPATH": path}
 
 
-def _main(parent: int, folder: Path) -> None:
+def _main(parent: int, folder: Path, modules: Sequence[str]) -> None:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     with contextlib.suppress(AttributeError, OSError):
         os.nice(5)  # training comes first
     torch.set_num_threads(1)
-    error = None
-    try:
-        _work(folder)
-    except Exception:
-        error = traceback.format_exc()
-    replace_text(folder / _RESULT, json.dumps({"error": error}))
-
-
-def _work(folder: Path) -> None:
-    from mobileone.export.artifact import export_model
-
     warnings.simplefilter("ignore")  # there is nobody to read them
-    task: Any = torch.load(folder / _TASK, weights_only=False)  # the parent's own, just written
-    task.publish(export_model)
+    import_user_modules(modules)
+    # the parent's own file, just written
+    job = torch.load(folder / _JOB, map_location="cpu", weights_only=False)
+    status, reason, details = _run(job)
+    result = {"status": status, "reason": reason, "details": details}
+    replace_text(folder / _RESULT, json.dumps(result))
 
 
 def _end_with(parent: int) -> None:
@@ -178,7 +222,7 @@ def _end_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    # by its importable name, so that the snapshot's classes are these
+    # by its importable name, so that classes are those of other modules
     from mobileone.export import worker
 
-    worker._main(int(sys.argv[1]), Path(sys.argv[2]))
+    worker._main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

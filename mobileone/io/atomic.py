@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 __all__ = [
+    "atomic_write",
     "clean_stale",
     "directory_lock",
     "discard",
@@ -19,14 +20,13 @@ __all__ = [
     "publish_file",
     "publish_folder",
     "replace_text",
-    "replacing",
     "staging",
     "staging_folder",
 ]
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Where to write what shall stand at `path`, for a kill at any moment leaves old or new.
 
     The file is renamed when the block ends. If the block raises, it is removed, and what stood at
@@ -49,7 +49,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text in UTF-8, in place of an older one."""
-    with replacing(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 

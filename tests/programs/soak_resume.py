@@ -24,6 +24,7 @@ from bitwise import differing
 import callbacks.artifacts.callback
 import callbacks.artifacts.queue
 import callbacks.snapshots
+import mobileone.export.checkpoint
 from callbacks.artifacts.folder import CheckpointFolder
 from callbacks.curriculum import Curriculum
 from lightning_modules.cli.main import main
@@ -46,8 +47,8 @@ PLACES = {
     "validation": (ImageClassifier, "validation_step"),
     "checkpoint": (callbacks.artifacts.callback, "save_complete"),
     "snapshot": (callbacks.snapshots, "save_complete"),
-    "artifact": (callbacks.artifacts.queue, "export_model"),
-    "worker": (callbacks.artifacts.queue, "ExportJob"),  # of an export in background
+    "artifact": (mobileone.export.checkpoint, "export_model"),
+    "worker": (callbacks.artifacts.queue, "ExportWorker"),  # of an export in background
     "links": (CheckpointFolder, "move_link"),
     "switch": (Curriculum, "on_train_batch_start"),
     "anywhere": None,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mobileone.io.atomic import flush, replacing
+from mobileone.io.atomic import atomic_write, flush
 
 __all__ = [
     "MANIFEST",
@@ -236,6 +236,6 @@ def digest(path: Path) -> str:
 
 def write_beside(path: Path, content: bytes) -> None:
     """Write a small file under another name, and rename it when it is on the disk."""
-    with replacing(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_bytes(content)
         flush(beside)

@@ -8,7 +8,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from mobileone.io.atomic import replacing
+from mobileone.io.atomic import atomic_write
 
 __all__ = ["COLORS", "HATCHES", "MARKERS", "plain_ticks", "save_figure"]
 
@@ -43,7 +43,7 @@ def save_figure(figure: Figure, stem: str | Path) -> tuple[Path, Path]:
         # a date inside would make equal charts differ
         metadata = {"Date": None} if kind == "svg" else None
         with (
-            replacing(final) as beside,
+            atomic_write(final) as beside,
             warnings.catch_warnings(),
             matplotlib.rc_context({"svg.hashsalt": stem.name}),
         ):

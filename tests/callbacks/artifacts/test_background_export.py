@@ -143,7 +143,8 @@ def test_an_error_in_the_worker_has_its_traceback_and_strict_raises(
 ):
     code = (
         "import json, sys, pathlib; (pathlib.Path(sys.argv[1]) / 'result.json').write_text("
-        "json.dumps({'error': 'Traceback\\n  somewhere\\nValueError: no such operator'}))"
+        "json.dumps({'status': 'failed', 'reason': 'ValueError: no such operator', "
+        "'details': 'Traceback, somewhere'}))"
     )
     replace_worker(monkeypatch, code)
     with pytest.raises(RuntimeError, match=r"000004 failed: ValueError: no such operator"):
@@ -209,7 +210,7 @@ def test_training_goes_on_while_the_worker_works(make, tmp_path, folder, started
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if trainer.current_epoch == 1:
                 if batch_idx == tests.STEPS - 1:
-                    trainer.callbacks[-1]._publisher.exports._current[1]._process.wait()
+                    trainer.callbacks[-1]._publisher.exports._worker._process.wait()
                 seen.append((folder / "last").exists())
 
         def on_validation_start(self, trainer, pl_module):
@@ -239,12 +240,11 @@ ORPHAN = """
 import os, sys, time
 from pathlib import Path
 from torch import nn
-from mobileone.export import ExportSpec, Metadata, TrainingState
-from mobileone.export.worker import ExportJob, Task
+from mobileone.export import ExportJob
+from mobileone.export.worker import ExportWorker
 folder = Path(sys.argv[1]); place = folder / ".tmp-job"; place.mkdir(parents=True)
-spec = ExportSpec("tiny", ("a",), (3, 16, 16), (.5,) * 3, (.2,) * 3, "bilinear", 1)
-task = Task(nn.Flatten(), spec, folder / "out", ["torchscript"], TrainingState(), Metadata(), None)
-job = ExportJob(task, place, 100)
+task = ExportJob(folder / "a.ckpt", folder / "out", ("torchscript",), network=nn.Flatten())
+job = ExportWorker(task, place, 100)
 child = os.fork()  # as a loader's process, which keeps what it inherits
 if child:
     print(job.pid, child, flush=True)
@@ -273,7 +273,7 @@ def test_a_killed_run_takes_its_worker_with_it(tmp_path):
         os.kill(child, signal.SIGKILL)
 
 
-def test_a_disk_that_fills_up_with_the_snapshot_leaves_no_half_of_it(tmp_path, folder, monkeypatch):
+def test_a_disk_that_fills_up_with_the_job_leaves_no_half_of_it(tmp_path, folder, monkeypatch):
     def full(task, path):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
@@ -282,7 +282,7 @@ def test_a_disk_that_fills_up_with_the_snapshot_leaves_no_half_of_it(tmp_path, f
     place = folder / ".tmp-job"
     place.mkdir(parents=True)
     with pytest.raises(OSError, match="No space"):
-        worker.ExportJob(None, place, 1)
+        worker.ExportWorker(None, place, 1)
     assert list(folder.iterdir()) == []
 
 
@@ -296,7 +296,7 @@ def test_a_worker_has_no_role_in_the_group(monkeypatch):
 
 def test_a_record_that_was_cut_short_by_a_kill_is_never_seen(tmp_path, monkeypatch):
     folder = CheckpointFolder(tmp_path)
-    folder.record_error(tmp_path / "a.ckpt", "old", {})
+    folder.record_error(tmp_path / "a.ckpt", "failed", "old", {})
 
     def half(self, text, encoding):
         self.write_bytes(text.encode(encoding)[:5])
@@ -304,9 +304,9 @@ def test_a_record_that_was_cut_short_by_a_kill_is_never_seen(tmp_path, monkeypat
 
     monkeypatch.setattr(Path, "write_text", half)
     with pytest.raises(KeyboardInterrupt):
-        folder.record_error(tmp_path / "a.ckpt", "new", {})
+        folder.record_error(tmp_path / "a.ckpt", "failed", "new", {"val/acc1": 1.0})
     monkeypatch.undo()
-    assert folder.recorded_error(tmp_path / "a.ckpt")["error"] == "old"
+    assert folder.missed_metrics(tmp_path / "a.ckpt") == {}
     assert [p.name for p in tmp_path.iterdir()] == ["a.export-error.json"]
 
 
@@ -334,7 +334,7 @@ class Forked:
         self.returncode, self.pid = None, os.fork()
         if self.pid == 0:
             role = "worker"
-            worker._main(int(command[-2]), Path(command[-1]))
+            worker._main(int(command[-2]), Path(command[-1]), [])
             os._exit(0)
 
     def poll(self):

@@ -1,5 +1,6 @@
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,13 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
-from callbacks.artifacts import queue as exports
 from callbacks.artifacts.callback import ReparameterizeOnSave
+from callbacks.artifacts.folder import CheckpointFolder
 from callbacks.ema import EMA
 from mobileone import MobileOneBlock
 from mobileone.export import ExportSpec, Manifest, Metadata, load_torchscript_artifact
+from mobileone.export import checkpoint as exports
+from mobileone.export.artifact import RejectedError
 
 FORMATS = ["torchscript"]
 STEPS = 4  # training batches an epoch
@@ -459,6 +462,38 @@ def test_the_best_is_tried_again_at_the_next_validation(make, tmp_path, folder, 
     assert callback.last_error is None
     assert Manifest.load(folder / "best").training.metrics["val/acc1"] == pytest.approx(0.9)
     assert_artifact_is_of(folder / f"{name(0)}.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:Exporting")
+def test_only_an_artifact_that_failed_its_checks_is_not_tried_again(
+    make, tmp_path, folder, failing
+):
+    """By the export's status: the text of an error may say anything."""
+    failing({0}, lambda: OSError("the server said `RejectedError: quota`"))
+    fit(Classifier([0.9, 0.1]), make(), tmp_path, max_epochs=2)
+    assert targets(folder)["best"] == name(0)
+
+    def reject():
+        shutil.copytree(folder / name(0), folder / f"{name(2)}.rejected")
+        return RejectedError("the logits differ")
+
+    failing({3}, reject)  # counted from the start, with the second attempt
+    resume = str(folder / "last.ckpt")
+    fit(Classifier([0.95, 0.2]), make(), tmp_path, max_epochs=4, resume=resume)
+    assert targets(folder)["best.ckpt"] == f"{name(2)}.ckpt"
+    assert not (folder / name(2)).exists()
+
+
+@pytest.mark.parametrize("rejected", [True, False])
+def test_records_of_older_versions_have_no_status(tmp_path, rejected):
+    old = {"error": "...", "training": {"epoch": 1, "step": 8, "metrics": {"val/acc1": 0.5}}}
+    (tmp_path / "a.export-error.json").write_text(json.dumps(old))
+    if rejected:
+        (tmp_path / "a.rejected").mkdir()
+        (tmp_path / "a.rejected" / "manifest.json").write_text("{}")
+    folder = CheckpointFolder(tmp_path)
+    assert folder.is_rejected(tmp_path / "a.ckpt") == rejected
+    assert folder.missed_metrics(tmp_path / "a.ckpt") == {"val/acc1": 0.5}
 
 
 @pytest.mark.filterwarnings("ignore:Exporting", "ignore:.* holds checkpoints of another run")

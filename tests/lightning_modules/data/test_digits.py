@@ -84,20 +84,20 @@ def test_damage_is_repaired_and_strangers_are_left_alone(copy, written, damage):
 
 
 def test_interrupted_write_is_completed(tmp_path, written, monkeypatch):
-    replacing, calls = digits.replacing, []
+    atomic_write, calls = digits.atomic_write, []
 
     def fail_later(path):
         calls.append(path)
         if len(calls) == 50:
             raise KeyboardInterrupt
-        return replacing(path)
+        return atomic_write(path)
 
     root = tmp_path / "digits"
     monkeypatch.setattr(digits, "digits_root", lambda: root)  # as the cache folder
-    monkeypatch.setattr(digits, "replacing", fail_later)
+    monkeypatch.setattr(digits, "atomic_write", fail_later)
     with pytest.raises(KeyboardInterrupt):
         write_digits(root)
-    monkeypatch.setattr(digits, "replacing", replacing)
+    monkeypatch.setattr(digits, "atomic_write", atomic_write)
     write_digits(root)
     assert contents(root) == contents(written)
 

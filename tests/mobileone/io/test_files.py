@@ -2,13 +2,13 @@
 
 import pytest
 
-from mobileone.io.atomic import replace_text, replacing
+from mobileone.io.atomic import atomic_write, replace_text
 
 
 def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path):
     path = tmp_path / "folder" / "result.json"
     replace_text(path, "old")
-    with replacing(path) as beside:
+    with atomic_write(path) as beside:
         assert beside.parent == path.parent
         assert beside.suffix == ".json"  # libraries choose a format by it
         assert beside.name.startswith(".")
@@ -22,7 +22,7 @@ def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path):
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "result.json"
     replace_text(path, "ä")
-    with pytest.raises(OSError, match="full"), replacing(path) as beside:
+    with pytest.raises(OSError, match="full"), atomic_write(path) as beside:
         beside.write_text("half")
         raise OSError("disk full")
     assert path.read_text(encoding="utf-8") == "ä"
