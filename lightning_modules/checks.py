@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from difflib import get_close_matches
 from itertools import zip_longest
+from typing import Any, SupportsIndex
 
 import timm
 import torch
 from torch import Tensor
 
-__all__ = ["check_checkpoint_classes", "check_model_name", "check_targets"]
+__all__ = ["check_checkpoint_classes", "check_model_name", "check_targets", "label_fault"]
 
 
 def check_model_name(name: str) -> None:
@@ -34,6 +35,16 @@ def check_targets(targets: Tensor, num_classes: int) -> None:
             f"of `num_classes` (={num_classes}): set num_classes to the number of classes in the "
             "data, and number the labels from 0"
         )
+
+
+def label_fault(label: Any, num_classes: int) -> str | None:
+    """What is wrong with the label of an image, or None; the caller knows the image's name."""
+    if isinstance(label, SupportsIndex) and 0 <= int(label) < num_classes:
+        return None
+    return (
+        f"has the label {label!r}, and the {num_classes} classes are numbered 0 to "
+        f"{num_classes - 1}. Correct the label in the data set."
+    )
 
 
 def check_checkpoint_classes(trained: Sequence[str], present: Sequence[str]) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 from lightning.fabric.utilities.data import suggested_max_num_workers
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_modules.checks import check_targets
 from lightning_modules.data.base import ResumableData
 from lightning_modules.data.dataloader import image_loader
 from lightning_modules.data.dataset import ImageClassificationDataset, IterableImageDataset
@@ -40,8 +39,9 @@ class ImageDataModule(ResumableData):
         root: folder above the splits (or of train.tar and val.tar); for other data sets what
             their reader wants.
         dataset: "" for folders, "digits" for the handwritten digits that come with scikit-learn,
-            "wds" for the shards that `mobileone shards` writes, or a name of
-            `timm.data.create_dataset`: "torch/cifar10", "hfds/…", "wds/…" (others' shards), ….
+            "wds" for the shards that `mobileone shards` writes, "my_data:make_split" for a function
+            of your own (see `user_dataset`), or a name of `timm.data.create_dataset`:
+            "torch/cifar10", "hfds/…", "wds/…" (others' shards), ….
         model: timm name; its pretrained configuration gives the values left None below.
         train_split: name of the training split; for folders also a usual synonym of it.
         val_split: name of the validation split; for folders also a usual synonym of it.
@@ -239,15 +239,6 @@ class ImageDataModule(ResumableData):
             batches_done=self._batches_done,
         )
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Check the labels of every batch, of streams too, before they are on a GPU.
-
-        Raises:
-            ValueError: one is no index of a class.
-        """
-        check_targets(batch[1], self.num_classes)
-        return batch
-
     def val_dataloader(self) -> DataLoader:
         """The validation images, each once and in order, with the evaluation transform."""
         return self._evaluation_loader("val")
@@ -279,8 +270,9 @@ class ImageDataModule(ResumableData):
 
     def _loader(self, source: Any, transform: PhasedTransform, **options: Any) -> DataLoader:
         workers = self._workers()
+        classes = len(self._splits.class_index)
         dataset = (
-            IterableImageDataset(source, transform, self.seed, workers)
+            IterableImageDataset(source, transform, self.seed, workers, classes)
             if isinstance(source, IterableDataset)
             else ImageClassificationDataset(
                 source,
@@ -288,7 +280,7 @@ class ImageDataModule(ResumableData):
                 self._mode,
                 self.seed,
                 self._skip_unreadable,
-                num_classes=len(self._splits.class_index),
+                num_classes=classes,
             )
         )
         return image_loader(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from timm.data import ImageDataset
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
+from lightning_modules.checks import label_fault
 from lightning_modules.data.decoders import Decode
 from lightning_modules.data.image_io import (
     convert,
@@ -18,6 +20,7 @@ from lightning_modules.data.image_io import (
 )
 from lightning_modules.data.samplers import SampleKey
 from lightning_modules.data.transforms import PhasedTransform
+from lightning_modules.data.user_dataset import UserDataset
 from lightning_modules.errors import UnreadableImageError
 from lightning_modules.randomness import derive_seed, isolated_rng
 
@@ -98,6 +101,8 @@ class ImageClassificationDataset(Dataset[Sample]):
         for candidate in chain(range(index, len(self)), range(index)):
             try:
                 image, target = self._read(candidate)
+            except UnreadableImageError:  # a wrong label: nothing stands in for that
+                raise
             except Exception as error:
                 name, reason = self.filename(candidate), why_unreadable(error)
                 if not self.skip_unreadable:
@@ -107,24 +112,24 @@ class ImageClassificationDataset(Dataset[Sample]):
                     ) from error
                 skipped.append(SkippedImage(name, reason))
             else:
-                self._check_label(candidate, int(target))
+                self._check_label(target, candidate)
                 return image, int(target), skipped
         raise UnreadableImageError(
             f"none of the {len(self)} images of this split can be read, for example "
             f"{skipped[0].name} ({skipped[0].reason})."
         )
 
-    def _check_label(self, index: int, target: int) -> None:
-        if self.num_classes is not None and not 0 <= target < self.num_classes:
-            raise UnreadableImageError(
-                f"image {self.filename(index)} has the label {target}, and the {self.num_classes} "
-                f"classes are numbered 0 to {self.num_classes - 1}. Mend the label in the data set."
-            )
+    def _check_label(self, target: Any, index: int) -> None:
+        if self.num_classes is not None and (fault := label_fault(target, self.num_classes)):
+            raise UnreadableImageError(f"image {self.filename(index)} {fault}")
 
     def _read(self, index: int) -> tuple[Image.Image | Tensor, Any]:
-        if not isinstance(self.source, ImageDataset):  # torchvision decodes by itself
+        if not isinstance(self.source, ImageDataset):  # torchvision's or the user's own
             image, target = self.source[index]
-            return convert(image, self.mode), target
+            if isinstance(image, Image.Image):
+                return convert(image, self.mode), target
+            with Path(image).open("rb") as file:
+                return self.decode(file, self.mode), target
         # past timm's ImageDataset, which would replace a broken image without saying so
         file, target = self.source.reader[index]
         with file:
@@ -134,6 +139,8 @@ class ImageClassificationDataset(Dataset[Sample]):
         """The path of an image as far as the dataset knows it, for messages."""
         if isinstance(self.source, ImageDataset):
             return str(self.source.filename(index, absolute=True))
+        if isinstance(self.source, UserDataset):
+            return self.source.filename(index)
         samples = getattr(self.source, "samples", None)  # torchvision's folders
         return str(samples[index][0]) if samples else f"number {index} of {self.source}"
 
@@ -154,11 +161,17 @@ class IterableImageDataset(IterableDataset[Sample]):
     """
 
     def __init__(
-        self, source: Any, transform: PhasedTransform, seed: int, num_workers: int
+        self,
+        source: Any,
+        transform: PhasedTransform,
+        seed: int,
+        num_workers: int,
+        num_classes: int | None = None,
     ) -> None:
         self.source = source
         self.transform = transform
         self.seed = seed
+        self.num_classes = num_classes
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # seen by the workers
         source.set_loader_cfg(num_workers=num_workers)
 
@@ -177,6 +190,8 @@ class IterableImageDataset(IterableDataset[Sample]):
         worker = get_worker_info()
         worker_id, epoch = (worker.id if worker else 0), int(self._epoch)
         for position, (image, target) in enumerate(self.source):
+            if self.num_classes is not None and (fault := label_fault(target, self.num_classes)):
+                raise UnreadableImageError(f"image {position} of worker {worker_id} {fault}")
             with isolated_rng(derive_seed(self.seed, epoch, worker_id, position)):
                 transformed = self.transform.at(epoch)(image)
             yield Sample(transformed, int(target), [])

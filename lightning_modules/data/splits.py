@@ -18,6 +18,7 @@ from lightning_modules.data.classes import (
 from lightning_modules.data.image_io import IMAGE_SUFFIXES
 from lightning_modules.data.shards.format import Manifest, has_shards
 from lightning_modules.data.shards.reader import open_shards
+from lightning_modules.data.user_dataset import UserDataset, find_function, is_function
 
 __all__ = [
     "FOLDER_NAMES",
@@ -54,10 +55,14 @@ class DatasetSplits:
     ) -> None:
         self._name = name
         self._root = root
+        self._function = find_function(name) if is_function(name) else None
+        if self._function and val == "validation":  # the default, for timm's data sets
+            val = "val"
         self._names = {"train": train, "val": val, "test": test or self._default_test(val)}
         self._class_file = read_class_file(classes) if classes else None
         self._options = options
         self._opened: dict[str, Any] = {}
+        self._returned: dict[str, Any] = {}
 
     def download(self) -> None:
         """Have the reader fetch the data."""
@@ -105,7 +110,7 @@ class DatasetSplits:
 
     def _checked(self, split: str) -> Any:
         dataset = self._open(split, None)
-        if not self._folders and not self._indexed:
+        if not self._folders and not self._indexed and not self._function:
             return dataset
         check_class_folders(dataset, split)
         names = class_to_index(dataset)
@@ -119,6 +124,8 @@ class DatasetSplits:
         if self._folders:
             path = self._path("test")
             return path is not None and path == self._path("val")
+        if self._function and self._names["test"] == "test":
+            return self._call("test") is None
         return self._names["test"] == self._names["val"]
 
     @property
@@ -130,6 +137,8 @@ class DatasetSplits:
         return is_indexed(self._name, self._root)
 
     def _default_test(self, val: str) -> str:
+        if self._function:
+            return "test"
         if self._root is not None and self._indexed:
             return "test" if "test" in Manifest.load(self._root).splits else val
         has_test = self._root is not None and find_split(self._root, "test") is not None
@@ -145,7 +154,19 @@ class DatasetSplits:
             raise missing_split(self._root, self._names[split])
         return path
 
+    def _call(self, split: str) -> Any:
+        """What the user's function returns for a split; it is called once."""
+        name = self._names[split]
+        if name not in self._returned:
+            assert self._function is not None
+            self._returned[name] = self._function(self._root, name)
+        return self._returned[name]
+
     def _open(self, split: str, class_map: dict[str, int] | None, download: bool = False) -> Any:
+        if self._function:
+            return UserDataset(
+                self._call(split), f"{self._name}(root, {self._names[split]!r})", class_map
+            )
         return open_split(
             self._name,
             self._place(split) if self._folders else self._root,
@@ -169,11 +190,14 @@ _SYNONYMS = (
 
 
 def check_dataset_name(name: str) -> None:
-    """Raise ValueError unless timm's `create_dataset` would know what ``name`` is."""
-    if name not in FOLDER_NAMES and name.partition("/")[0].lower() not in _PREFIXES:
+    """Raise ValueError unless ``name`` is a function's, or timm's `create_dataset` knows it."""
+    if is_function(name) or name in FOLDER_NAMES:
+        return
+    if name.partition("/")[0].lower() not in _PREFIXES:
         raise ValueError(
-            f"dataset={name!r} is unknown. Use '' (folders), 'tar', 'digits', or a timm name that "
-            f"starts with {', '.join(f'{p}/' for p in _PREFIXES)} such as 'torch/cifar10'."
+            f"dataset={name!r} is unknown. Use '' (folders), 'tar', 'digits', a function of your "
+            "own as 'my_data:make_split', or a timm name that starts with "
+            f"{', '.join(f'{p}/' for p in _PREFIXES)} such as 'torch/cifar10'."
         )
 
 

@@ -4,8 +4,14 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
-__all__ = ["import_user_modules", "imported_user_modules", "put_current_folder_on_path"]
+__all__ = [
+    "import_user_module",
+    "import_user_modules",
+    "imported_user_modules",
+    "put_current_folder_on_path",
+]
 
 _imported: dict[str, None] = {}
 
@@ -28,19 +34,32 @@ def import_user_modules(names: Sequence[str]) -> None:
     Raises:
         ValueError: A module is not found; the error says where it was looked for.
     """
-    put_current_folder_on_path()
     for name in names:
-        try:
-            import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
-                raise  # found, but it lacks a package of its own
-            raise ValueError(
-                f"`imports` names {name!r}, and there is no such module: run the command in the "
-                f"folder that holds {name.partition('.')[0]}.py (now: {Path.cwd()}), install its "
-                "package, or set PYTHONPATH"
-            ) from error
+        import_user_module(name, "imports")
         _imported[name] = None
+
+
+def import_user_module(name: str, option: str) -> ModuleType:
+    """Import one module; the current folder is searched too.
+
+    Args:
+        name: Dotted name, for example `my_data`.
+        option: The option that names it, for the error.
+
+    Raises:
+        ValueError: It is not found; the error says where it was looked for.
+    """
+    put_current_folder_on_path()
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
+            raise  # found, but it lacks a package of its own
+        raise ValueError(
+            f"`{option}` names {name!r}, and there is no such module: run the command in the "
+            f"folder that holds {name.partition('.')[0]}.py (now: {Path.cwd()}), install its "
+            "package, or set PYTHONPATH"
+        ) from error
 
 
 def imported_user_modules() -> tuple[str, ...]:

@@ -1,0 +1,67 @@
+"""Datasets as a user would write them, named by `--data.dataset tests.helpers.user_data:NAME`."""
+
+from pathlib import Path
+
+from PIL import Image
+from torchvision.datasets import ImageFolder
+from torchvision.transforms.functional import pil_to_tensor
+
+not_callable = 3
+
+
+class Paths:
+    """The images of a split of a folder by path, with no other base class than object."""
+
+    def __init__(self, root: Path, split: str) -> None:
+        self.classes = sorted(path.name for path in (root / split).iterdir())
+        self.samples = [
+            (path, label)
+            for label, name in enumerate(self.classes)
+            for path in sorted((root / split / name).iterdir())
+        ]
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        return self.samples[index]
+
+
+def make_paths(root, split):
+    return Paths(root, split) if (root / split).exists() else None
+
+
+def make_images(root, split):
+    return ImageFolder(root / split) if (root / split).exists() else None
+
+
+def make_nothing(root, split):
+    return None
+
+
+def make_nameless(root, split):
+    return [(path, 0) for path in (root / split).rglob("*.png")]
+
+
+def make_tensors(root, split):
+    data = make_paths(root, split)
+    data.samples = [(pil_to_tensor(Image.open(path)), label) for path, label in data.samples]
+    return data
+
+
+def make_text_labels(root, split):
+    data = make_paths(root, split)
+    data.samples = [(path, data.classes[label]) for path, label in data.samples]
+    return data
+
+
+def make_gone(root, split):
+    data = make_paths(root, split)
+    data.samples = [(path.with_name("gone.png"), label) for path, label in data.samples]
+    return data
+
+
+def make_late_error(root, split):
+    data = make_paths(root, split)
+    data.samples[-1] = (data.samples[-1][0], 2)
+    return data
