@@ -1,13 +1,14 @@
 """Errors that say what is wrong with a name, a label or a class list."""
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from itertools import zip_longest
 from typing import Any, SupportsIndex
 
 import timm
 import torch
 from torch import Tensor
+
+from mobileone.io.suggest import did_you_mean
 
 __all__ = ["check_checkpoint_classes", "check_model_name", "check_targets", "label_fault"]
 
@@ -16,9 +17,8 @@ def check_model_name(name: str) -> None:
     """Raise ValueError, with similar names, unless timm knows `name`; hub addresses pass."""
     if ":" in name or timm.is_model(name):
         return
-    matches = get_close_matches(name, timm.list_models(), n=5)
-    hint = f": did you mean {', '.join(map(repr, matches))}?" if matches else ""
-    raise ValueError(f"unknown `model` (={name!r}){hint}; timm.list_models() has all names")
+    hint = did_you_mean(name, timm.list_models()) or "; timm.list_models() has all names"
+    raise ValueError(f"unknown `model` (={name!r}){hint}")
 
 
 def check_targets(targets: Tensor, num_classes: int) -> None:

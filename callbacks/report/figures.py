@@ -13,11 +13,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from mobileone.bench.show.charts import COLORS
+
 __all__ = ["confusion_figure", "curve_figures", "curves_figure", "read_curves", "samples_figure"]
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 
-_RIGHT, _WRONG, _SHADE = "#0072b2", "#d55e00", "#999999"  # Okabe and Ito: for the color-blind
+_RIGHT, _WRONG, _SHADE = COLORS[0], COLORS[4], "#999999"
 _STYLES: dict[str, dict[str, Any]] = {
     "train/loss": {"color": _SHADE},
     "train/loss_epoch": {"color": _RIGHT, "marker": "o"},

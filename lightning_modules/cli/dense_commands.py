@@ -1,22 +1,17 @@
-"""`mobileone segment` and `mobileone detect`: fit, validate, and export of a checkpoint."""
+"""`mobileone segment` and `mobileone detect`: fit and validate."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_modules.cli.output import run_or_exit
 from lightning_modules.dense.data import DetectionData, SegmentationData
-from lightning_modules.dense.export import export_detector, export_segmenter
 from lightning_modules.dense.models import Detector, Segmenter
 from lightning_modules.dense.saving import CompleteCheckpoint, SoleRun
 from lightning_modules.run import fit as training
-from mobileone.export.manifest import Manifest
 
 __all__ = ["run"]
 
@@ -89,10 +84,7 @@ class _DetectCLI(_DenseCLI):
     description = f"Train an object detector, or score one. {_EXPORT.format('detect')}"
 
 
-_TASKS: dict[str, tuple[type[_DenseCLI], Callable[..., Manifest]]] = {
-    "segment": (_SegmentCLI, export_segmenter),
-    "detect": (_DetectCLI, export_detector),
-}
+_TASKS: dict[str, type[_DenseCLI]] = {"segment": _SegmentCLI, "detect": _DetectCLI}
 
 
 def run(name: str, argv: list[str]) -> None:
@@ -101,17 +93,5 @@ def run(name: str, argv: list[str]) -> None:
     Raises:
         SystemExit: With code 2 on arguments or data that cannot be used.
     """
-    cli, export = _TASKS[name]
     subcommand, *rest = argv or ["--help"]
-    if subcommand != "export":
-        training.run(subcommand, rest, cli)
-        return
-    parser = ArgumentParser(
-        prog=f"mobileone {name} export",
-        description="Write the fused network of a checkpoint. "
-        f"Example: mobileone {name} export runs/{name}/latest/checkpoints/best.ckpt shipped/",
-    )
-    parser.add_function_arguments(export, as_positional=True, as_group=False)
-    options = parser.parse_args(rest)
-    manifest = run_or_exit(name, export, **options.as_dict())
-    print(f"{', '.join(manifest.formats)} -> {Path(options.directory)}")
+    training.run(subcommand, rest, _TASKS[name])

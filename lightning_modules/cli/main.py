@@ -1,75 +1,174 @@
 """The command `mobileone`: a table of subcommands, each imported when it is called."""
 
-import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
+from typing import Any
 
-import argcomplete
-
-__all__ = ["COMMANDS", "complete", "main"]
+__all__ = ["COMMANDS", "Command", "load", "main"]
 
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand: where its function is, and one line for the help."""
+    """A row of the table. A function is named as `module:function`.
 
-    target: str
+    Attributes:
+        help: One line for the help.
+        function: What runs. Its signature and docstring make the parser, see `run_command`; without
+            `show` it parses its arguments itself: it takes the last word of the name, and a list.
+        show: What makes, of the function's result, a text or a table to print.
+        example: Arguments, for the help.
+        figure: What draws a `Result`, if that has a chart.
+        first: Option that may hold the first positional argument instead.
+    """
+
     help: str
+    function: str
+    show: str = ""
+    example: str = ""
+    figure: str = ""
+    first: str = ""
 
-    def load(self) -> Callable[[str, list[str]], None]:
-        """Import the function, which takes the subcommand's name and its arguments."""
-        module, _, name = self.target.partition(":")
-        return getattr(import_module(module), name)
 
-
-_TRAINING = "lightning_modules.run.fit:run"
+_FIT = "lightning_modules.run.fit:run"
 _DENSE = "lightning_modules.cli.dense_commands:run"
+_EXPORT = "lightning_modules.dense.export:export_"
+_OUTPUT = "lightning_modules.cli.output:"
+_SHARDS = "lightning_modules.data.shards"
+_INFERENCE = "mobileone.bench.inference"
+_TABLES = "mobileone.bench.show.tables:"
+_STEP = "mobileone.bench.training_step.measure:"
+_STUDIES = "mobileone.bench.studies"
+_ABLATION = "lightning_modules.studies.ablation:"
+_BEST = "runs/quickstart/latest/checkpoints/best"
 
 COMMANDS = {
-    "fit": Command(_TRAINING, "train; after each validation write checkpoint and fused artifacts"),
-    "validate": Command(_TRAINING, "evaluate a checkpoint on the validation set"),
-    "test": Command(_TRAINING, "evaluate a checkpoint on the test set, with a confusion matrix"),
+    "fit": Command("train; after each validation write checkpoint and fused artifacts", _FIT),
+    "validate": Command("evaluate a checkpoint on the validation set", _FIT),
+    "test": Command("evaluate a checkpoint on the test set, with a confusion matrix", _FIT),
     "predict": Command(
-        "lightning_modules.cli.model_commands:predict",
         "label a folder of images with a checkpoint or an artifact, into a CSV file",
+        "lightning_modules.inference.predict:predict_folder",
+        f"{_OUTPUT}show_predictions",
+        f"{_BEST} photos/ out.csv",
+        first="--artifact",
     ),
     "export": Command(
-        "lightning_modules.cli.model_commands:export",
         "turn a checkpoint into fused artifacts, untrained",
-    ),
-    "profile": Command(
-        "lightning_modules.cli.bench_commands:profile",
-        "count parameters, multiply-adds and memory traffic, beside the paper's",
-    ),
-    "benchmark": Command(
-        "lightning_modules.cli.bench_commands:benchmark",
-        "measure on this machine: latency, throughput, memory, data, the cost of a training step",
-    ),
-    "segment": Command(_DENSE, "fit, validate or export a segmentation network"),
-    "detect": Command(_DENSE, "fit, validate or export an object detector"),
-    "shards": Command(
-        "lightning_modules.cli.data_commands:shards",
-        "write a folder of images as WebDataset shards, or check those that were written",
-    ),
-    "compress": Command(
-        "lightning_modules.cli.model_commands:compress",
-        "write smaller files, and measure what they lose",
-    ),
-    "study": Command(
-        "lightning_modules.cli.study_commands:study",
-        "repeat an experiment of the paper: bottlenecks, correlation, ablation",
-    ),
-    "report": Command(
-        "lightning_modules.cli.study_commands:report",
-        "gather results and a run into one HTML page to send",
+        "mobileone.export.checkpoint:export_checkpoint",
+        f"{_OUTPUT}show_formats",
+        f"{_BEST}.ckpt shipped/",
     ),
     "inspect": Command(
-        "lightning_modules.cli.model_commands:inspect",
         "print what an artifact holds, and check its files",
+        "mobileone.export.inspect:describe_artifact",
+        "builtins:str",
+        _BEST,
+    ),
+    "compress": Command(
+        "write smaller files, and measure what they lose",
+        "lightning_modules.inference.compress:compress_checkpoint",
+        "lightning_modules.inference.compress:format_rows",
+        f"{_BEST}.ckpt /path/to/images compressed/",
+    ),
+    "profile": Command(
+        "count parameters, multiply-adds and memory traffic, next to the paper's",
+        f"{_INFERENCE}.profile:profile_models",
+        f"{_TABLES}profile_table",
+        "mobileone_s1 repvit_m1_0 --level stage",
+    ),
+    "benchmark latency": Command(
+        "time fused networks in every runtime that is present",
+        f"{_INFERENCE}.latency:measure_latency",
+        f"{_TABLES}latency_table",
+        "--suite 2026 --runtimes [onnxruntime]",
+    ),
+    "benchmark throughput": Command(
+        "count images a second of fused networks, by batch size",
+        f"{_INFERENCE}.throughput:measure_throughput",
+        f"{_TABLES}throughput_table",
+        "mobileone_s1 --batch_sizes [1,16,64]",
+    ),
+    "benchmark memory": Command(
+        "measure the peak memory of inference, each network in a process of its own",
+        f"{_INFERENCE}.memory:measure_memory",
+        f"{_TABLES}memory_table",
+        "mobileone_s0 mobileone_s1",
+    ),
+    "benchmark training": Command(
+        "measure a training step against timm's block and the plain network",
+        f"{_STEP}measure_training",
+        f"{_STEP}training_table",
+        "mobileone_s0 --output results",
+        f"{_STEP}training_figure",
+    ),
+    "benchmark data": Command(
+        "count images a second by reader, workers and decoder; say what limits a run",
+        "lightning_modules.data.benchmark:benchmark_data",
+        "lightning_modules.data.benchmark:data_table",
+        "--root /data/imagenet --workspace /data --workers [0,2,8] --model mobileone_s0",
+    ),
+    "benchmark pareto": Command(
+        "draw accuracy against latency: the paper's Figure 1, with measurements of this machine",
+        f"{_STUDIES}.pareto:draw_pareto",
+        f"{_OUTPUT}show_paths",
+        "--results [results/latency.json] --output results",
+    ),
+    "study bottlenecks": Command(
+        "time activations, skips and SE in 30 layers (Tables 2 and 3)",
+        f"{_STUDIES}.bottlenecks:study_bottlenecks",
+        f"{_STUDIES}.bottlenecks:bottlenecks_table",
+        "--output results",
+        f"{_STUDIES}.bottlenecks:bottlenecks_figure",
+    ),
+    "study correlation": Command(
+        "correlate latency with multiply-adds and parameters (Table 1)",
+        f"{_STUDIES}.correlation:study_correlation",
+        f"{_STUDIES}.correlation:correlation_table",
+        "--suite paper --output results",
+        f"{_STUDIES}.correlation:correlation_figure",
+    ),
+    "study ablation": Command(
+        "compare short trainings over k, branches and recipe (Tables 5, 6 and 8)",
+        f"{_ABLATION}study_ablation",
+        f"{_ABLATION}ablation_table",
+        "--output results/ablation",
+        f"{_ABLATION}ablation_figure",
+    ),
+    "report": Command(
+        "gather results and a run into one HTML page to send",
+        "lightning_modules.report.page:write_report",
+        f"{_OUTPUT}show_page",
+        "results --run runs/quickstart/latest",
+    ),
+    "shards": Command(
+        "write a folder of images as WebDataset shards, or continue to",
+        f"{_SHARDS}.writer:make_shards",
+        f"{_OUTPUT}show_shards",
+        "/data/imagenet /data/imagenet-shards",
+    ),
+    "shards --verify": Command(
+        "read shards, and compare them with their manifest",
+        f"{_SHARDS}.format:verify_shards",
+        f"{_OUTPUT}show_verified",
+        "/data/imagenet-shards",
+    ),
+    "segment": Command("fit or validate a segmentation network", _DENSE),
+    "segment export": Command(
+        "write the fused network of a segmentation checkpoint",
+        f"{_EXPORT}segmenter",
+        f"{_OUTPUT}show_formats",
+        "runs/segment/latest/checkpoints/best.ckpt shipped/",
+    ),
+    "detect": Command("fit or validate an object detector", _DENSE),
+    "detect export": Command(
+        "write the fused network of a detection checkpoint",
+        f"{_EXPORT}detector",
+        f"{_OUTPUT}show_formats",
+        "runs/detect/latest/checkpoints/best.ckpt shipped/",
     ),
 }
 
@@ -85,35 +184,71 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     # waiting threads sleep: spinning ones stall training where cores are shared
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    name, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
+    words = sys.argv[1:] if argv is None else list(argv)
     if "_ARGCOMPLETE" in os.environ:
-        targets = {name: command.target for name, command in COMMANDS.items()}
-        import_module("lightning_modules.cli.main").complete(targets)
-    elif name in ("-h", "--help"):
-        print(_help())
-    elif name == "--version":
+        _complete()
+        return
+    name, rest = _find(words)
+    if name in COMMANDS:
+        _run(name, rest)
+    elif words == ["--version"]:
         print(f"mobileone {version('mobileone-lightning')}")
-    elif name in COMMANDS:
-        COMMANDS[name].load()(name, rest)
+    elif not rest or rest[0] in ("-h", "--help"):
+        print(_help(name))
     else:
-        listed = ", ".join(COMMANDS)
-        sys.exit(_complain(f"unknown subcommand {name!r}; choose one of: {listed}"))
+        known = ", ".join(dict.fromkeys(_next_words(name)))
+        given = f"{name} {rest[0]}".strip()
+        print(
+            f"mobileone: error: unknown subcommand {given!r}; choose one of: {known}",
+            file=sys.stderr,
+        )
+        sys.exit(2)
 
 
-def _complain(message: str) -> int:
-    print(f"mobileone: error: {message}", file=sys.stderr)
-    return 2
+def load(target: str) -> Any:
+    """Import what a row names as `module:function`."""
+    module, _, name = target.partition(":")
+    return getattr(import_module(module), name)
 
 
-def _help() -> str:
-    width = max(map(len, COMMANDS))
-    rows = "\n".join(f"  {name:<{width}}  {c.help}" for name, c in COMMANDS.items())
-    return f"""usage: mobileone SUBCOMMAND [options]
+def _run(name: str, argv: list[str]) -> None:
+    from mobileone.io.user_modules import put_current_folder_on_path
+
+    put_current_folder_on_path()
+    command = COMMANDS[name]
+    if not command.show:
+        load(command.function)(name.split()[-1], argv)
+        return
+    from lightning_modules.cli.command import run_command
+
+    run_command(name, command, argv)
+
+
+def _find(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The longest beginning that is a subcommand, else a group of them, and the other words."""
+    for count in (2, 1):
+        name = " ".join(words[:count])
+        if name in COMMANDS or any(row.startswith(f"{name} ") for row in COMMANDS if name):
+            return name, list(words[count:])
+    return "", list(words)
+
+
+def _next_words(group: str) -> list[str]:
+    """What may follow a group, or the program's name."""
+    at = len(group.split())
+    return [row.split()[at] for row in COMMANDS if row.startswith(f"{group} ") or not group]
+
+
+def _help(group: str) -> str:
+    rows = {row: c.help for row, c in COMMANDS.items() if row.startswith(group)}
+    width = max(map(len, rows))
+    table = "\n".join(f"  {row:<{width}}  {text}" for row, text in rows.items())
+    return f"""usage: mobileone {group or "SUBCOMMAND"} [options]
 
 Train MobileOne, or any reparameterizable timm network, and ship it.
 
 subcommands:
-{rows}
+{table}
 
   -h, --help     show this help
   --version      show the version
@@ -123,33 +258,29 @@ subcommands:
   mobileone fit --config configs/quickstart.yaml"""
 
 
-if __name__ == "__main__":
-    main()
-
-
-def complete(commands: Mapping[str, str]) -> None:
+def _complete() -> None:
     """Answer the shell and exit; only the subcommand that is being typed is imported.
 
-    jsonargparse answers for a parser on its own, so the subcommand's word is taken out of the
-    line that the shell sent.
-
-    Args:
-        commands: Where the function of each subcommand is, as `module:function`; beside it is
-            `<subcommand>_parser`.
+    Each subcommand has a parser of its own, so its words are taken out of the line that the shell
+    sent.
     """
-    program, _, rest = os.environ["COMP_LINE"].partition(" ")
-    name, typed, arguments = rest.partition(" ")
-    if not typed or name not in commands:
-        parser = argparse.ArgumentParser(prog="mobileone")
-        parser.add_argument("subcommand", choices=list(commands))
-        argcomplete.autocomplete(parser)
-        return
-    os.environ["COMP_LINE"] = f"{program} {arguments}"
-    os.environ["COMP_POINT"] = str(int(os.environ["COMP_POINT"]) - len(name) - 1)
-    if name in ("fit", "validate", "test"):
-        from lightning_modules.run.fit import run
+    import argparse
 
-        run(name, [])
+    import argcomplete
+
+    program, *typed = os.environ["COMP_LINE"].split(" ")
+    name, rest = _find(typed[:-1])  # the last word is not complete
+    if name not in COMMANDS:
+        parser = argparse.ArgumentParser(prog="mobileone", add_help=not name)
+        parser.add_argument("subcommand", choices=sorted(set(_next_words(name))))
+    if name:
+        os.environ["COMP_LINE"] = " ".join([program, *rest, typed[-1]])
+        os.environ["COMP_POINT"] = str(int(os.environ["COMP_POINT"]) - len(name) - 1)
+    if name not in COMMANDS:
+        argcomplete.autocomplete(parser)
     elif name not in ("segment", "detect"):  # whose parser is LightningCLI's own
-        module = import_module(commands[name].partition(":")[0])
-        getattr(module, f"{name}_parser")(name).parse_args([])
+        _run(name, [])
+
+
+if __name__ == "__main__":
+    main()

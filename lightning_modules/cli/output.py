@@ -1,42 +1,67 @@
-"""How subcommands speak: results on stdout, errors that are meant for the user on stderr."""
+"""What subcommands print of their results."""
 
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["exit_with_error", "print_table", "run_or_exit"]
+if TYPE_CHECKING:
+    from lightning_modules.data.shards.format import Manifest as ShardsManifest
+    from lightning_modules.inference.predict import PredictionSummary
+    from mobileone.export.manifest import Manifest
 
-T = TypeVar("T")
-
-
-def run_or_exit(name: str, function: Callable[..., T], **arguments: Any) -> T:
-    """Call a function whose errors are messages for the user.
-
-    Args:
-        name: The subcommand, for the message.
-        function: What to call.
-        **arguments: Of the function.
-
-    Raises:
-        SystemExit: With code 2, after the message, where the function raised a ValueError, OSError,
-            ImportError or RejectedError.
-    """
-    from mobileone.export import RejectedError
-
-    try:
-        return function(**arguments)
-    except (ValueError, OSError, ImportError, RejectedError) as error:
-        exit_with_error(name, str(error))
+__all__ = [
+    "print_result",
+    "show_formats",
+    "show_page",
+    "show_paths",
+    "show_predictions",
+    "show_shards",
+    "show_verified",
+]
 
 
-def exit_with_error(name: str, message: str) -> NoReturn:
-    """Print a message and exit with code 2."""
-    print(f"mobileone {name}: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def print_table(table: Any, width: int = 150) -> None:
-    """Print what rich can print; a pipe has no width of its own, and names must not be cut."""
+def print_result(result: Any, width: int = 150) -> None:
+    """Print a text, or a table of rich's: a pipe has no width, and names must not be cut."""
+    if isinstance(result, str):
+        print(result)
+        return
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else width).print(table)
+    Console(width=None if sys.stdout.isatty() else width).print(result)
+
+
+def show_predictions(summary: "PredictionSummary") -> str:
+    """How many images there are and where; what could not be read goes to stderr."""
+    for path, reason in summary.unreadable:
+        print(f"unreadable: {path}: {reason}", file=sys.stderr)
+    return f"{summary.images} images -> {summary.output}"
+
+
+def show_formats(manifest: "Manifest") -> str:
+    """The formats of an artifact."""
+    return ", ".join(manifest.formats)
+
+
+def show_paths(paths: Sequence[Path]) -> str:
+    """Files in a line."""
+    return ", ".join(map(str, paths))
+
+
+def show_page(path: Path) -> str:
+    """A file and its size."""
+    return f"{path} ({path.stat().st_size / 1e6:.1f} MB)"
+
+
+def show_shards(manifest: "ShardsManifest") -> str:
+    """A line for each split."""
+    return "\n".join(
+        f"{split.name}: {split.num_samples} images of {len(manifest.classes)} classes in "
+        f"{len(split.filenames)} shards, {sum(split.bytes) / 1e6:.1f} MB"
+        for split in manifest.splits.values()
+    )
+
+
+def show_verified(manifest: "ShardsManifest") -> str:
+    """The same, of files that were compared."""
+    return f"{show_shards(manifest)}\nas written"

@@ -1,9 +1,6 @@
 """How many images a second the data module delivers, by reader, workers and decoder."""
 
 import io
-import json
-import os
-import platform
 import shutil
 import statistics
 import tarfile
@@ -11,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
@@ -29,119 +25,13 @@ from lightning_modules.data.decoders import DECODERS, accept_tensors
 from lightning_modules.data.image_io import find_images
 from lightning_modules.data.shards.writer import make_shards
 from lightning_modules.data.transforms import PhasedTransform
+from mobileone.bench.results import Result
+from mobileone.bench.show.tables import make_table, number, words
 
-__all__ = ["DataBenchmark", "Throughput", "benchmark_data"]
+__all__ = ["benchmark_data", "data_table", "data_verdict"]
 
 READERS = {"folder": "", "tar": "tar", "shards": "wds"}
 """Name in the table -> the data module's `dataset`."""
-
-
-@dataclass(frozen=True)
-class Throughput:
-    """What one combination delivers.
-
-    Attributes:
-        reader: "folder", "tar" or "shards".
-        workers: processes beside the one that asks.
-        decoder: "pillow" or "torchvision".
-        images_per_second: median over the passes.
-        slowest: images a second of the slowest pass.
-        fastest: images a second of the fastest pass.
-        cpu_ms: processor time of this process for an image, in ms, median; all there is where
-            there are no workers.
-    """
-
-    reader: str
-    workers: int
-    decoder: str
-    images_per_second: float
-    slowest: float
-    fastest: float
-    cpu_ms: float
-
-
-@dataclass(frozen=True)
-class DataBenchmark:
-    """The measurements and where they were taken.
-
-    Attributes:
-        rows: one for each combination.
-        images: images a pass.
-        mean_bytes: size of an image file.
-        batch_size: images a batch.
-        image_size: height and width of the crops, in pixels.
-        rounds: timed passes of each combination.
-        machine: kind of processor and number of cores.
-        torch_version: version of PyTorch.
-        model: the network whose training step was timed, or None.
-        model_images_per_second: of that step: forward, backward, SGD; None without a model.
-        device: where the step was timed.
-    """
-
-    rows: tuple[Throughput, ...]
-    images: int
-    mean_bytes: float
-    batch_size: int
-    image_size: int
-    rounds: int
-    machine: str
-    torch_version: str
-    model: str | None
-    model_images_per_second: float | None
-    device: str
-
-    @property
-    def fastest(self) -> Throughput:
-        """The combination with the best median."""
-        return max(self.rows, key=lambda row: row.images_per_second)
-
-    @property
-    def verdict(self) -> str:
-        """Whether a run is bound by data or by compute, in a sentence."""
-        best, step = self.fastest, self.model_images_per_second
-        data = (
-            f"{best.reader}, {best.workers} workers and {best.decoder} give "
-            f"{best.images_per_second:.0f} images/s"
-        )
-        if step is None:
-            return f"{data}; give --model for what training needs"
-        bound = "data" if best.images_per_second < step else "compute"
-        return (
-            f"bound by {bound}: {data}, and a training step of {self.model} on {self.device} takes "
-            f"{step:.0f} images/s"
-        )
-
-    def table(self) -> Table:
-        """The rows for a terminal; times are relative to the first row's."""
-        table = Table(
-            title=f"Training images, {self.images} of {self.mean_bytes / 1e3:.0f} kB in crops of "
-            f"{self.image_size} px, batches of {self.batch_size}, {self.machine}, torch "
-            f"{self.torch_version}, medians of {self.rounds} passes"
-        )
-        for heading in ("reader", "workers", "decoder"):
-            table.add_column(heading)
-        for heading in ("images/s", "slowest-fastest", "× first row", "CPU ms"):
-            table.add_column(heading, justify="right")
-        for row in self.rows:
-            table.add_row(
-                row.reader,
-                str(row.workers),
-                row.decoder,
-                f"{row.images_per_second:.0f}",
-                f"{row.slowest:.0f}-{row.fastest:.0f}",
-                f"{row.images_per_second / self.rows[0].images_per_second:.2f}",
-                f"{row.cpu_ms:.2f}",
-            )
-        return table
-
-    def save(self, directory: str | Path) -> Path:
-        """Write `data.json` to a directory, made if need be."""
-        path = Path(directory) / "data.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            json.dumps({**asdict(self), "verdict": self.verdict}, indent=2) + "\n", encoding="utf-8"
-        )
-        return path
 
 
 def benchmark_data(
@@ -156,8 +46,7 @@ def benchmark_data(
     model: str | None = None,
     device: str = "cpu",
     workspace: str | Path | None = None,
-    directory: str | Path | None = None,
-) -> DataBenchmark:
+) -> Result:
     """Measure the training loader over the same images, stored and decoded in several ways.
 
     Every round makes one pass with each combination, in turn, so that what else the machine does
@@ -177,7 +66,13 @@ def benchmark_data(
         model: time a training step of this timm model too, and say what binds a run.
         device: "cpu" or "cuda", for that step.
         workspace: folder for the copies, on the disk to be measured; None for the temporary one.
-        directory: where to save the measurements as JSON; None: nowhere.
+
+    Returns:
+        A result of the kind `data`; rows have `reader`, `workers`, `decoder`, `images_per_s`
+        (median over the passes), `slowest_images_per_s`, `fastest_images_per_s`, and `cpu_ms`,
+        processor time of this process for an image, all there is where there are no workers. The
+        protocol has `model_images_per_s` of the training step: forward, backward, SGD; None without
+        a model.
 
     Raises:
         FileNotFoundError: no images under ``root``.
@@ -210,28 +105,71 @@ def benchmark_data(
         size = sum(file.stat().st_size for file in files) / len(files)
         del loaders  # whose workers end before their files do
     rows = []
-    for combination, passes in zip(combinations, costs, strict=True):
+    for (reader, count, decoder), passes in zip(combinations, costs, strict=True):
         speeds = [len(files) / wall for wall, _ in passes]
-        cpu = statistics.median(cpu for _, cpu in passes) / len(files) * 1e3
         rows.append(
-            Throughput(*combination, statistics.median(speeds), min(speeds), max(speeds), cpu)
+            {
+                "reader": reader,
+                "workers": count,
+                "decoder": decoder,
+                "images_per_s": statistics.median(speeds),
+                "slowest_images_per_s": min(speeds),
+                "fastest_images_per_s": max(speeds),
+                "cpu_ms": statistics.median(cpu for _, cpu in passes) / len(files) * 1e3,
+            }
         )
-    result = DataBenchmark(
-        tuple(rows),
-        len(files),
-        size,
-        batch_size,
-        image_size,
-        rounds,
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        str(torch.__version__),
-        model,
-        None if model is None else _step_speed(model, batch_size, image_size, rounds, device),
-        device,
+    step = None
+    if model is not None:
+        step = _step_speed(model, batch_size, image_size, rounds, device)
+    how = {
+        "images": len(files),
+        "mean_bytes": size,
+        "batch_size": batch_size,
+        "image_size": image_size,
+        "rounds": rounds,
+        "statistic": "images_per_s",
+        "model": model,
+        "model_images_per_s": step,
+        "device": device,
+    }
+    return Result.new("data", how, rows, device)
+
+
+def data_verdict(result: Result) -> str:
+    """Whether data or computation limits a run, in a sentence."""
+    how, best = result.protocol, max(result.rows, key=lambda row: row["images_per_s"])
+    speed, step = best["images_per_s"], how["model_images_per_s"]
+    data = (
+        f"{best['reader']}, {best['workers']} workers and {best['decoder']} give "
+        f"{speed:.0f} images/s"
     )
-    if directory is not None:
-        result.save(directory)
-    return result
+    if step is None:
+        return f"{data}; give --model for what training needs"
+    return (
+        f"bound by {'data' if speed < step else 'compute'}: {data}, and a training step of "
+        f"{how['model']} on {how['device']} takes {step:.0f} images/s"
+    )
+
+
+def data_table(result: Result) -> Table:
+    """The rows for a terminal, with their speed relative to the first row's, and the verdict."""
+    how, first = result.protocol, result.rows[0]["images_per_s"]
+    columns = (
+        words("reader", "reader"),
+        words("workers", "workers"),
+        words("decoder", "decoder"),
+        number("images/s", "images_per_s", ".0f"),
+        number("slowest", "slowest_images_per_s", ".0f"),
+        number("fastest", "fastest_images_per_s", ".0f"),
+        number("× first row", "images_per_s", ".2f", first),
+        number("CPU ms", "cpu_ms"),
+    )
+    title = (
+        f"Training images, {how['images']} of {how['mean_bytes'] / 1e3:.0f} kB in crops of "
+        f"{how['image_size']} px, batches of {how['batch_size']}, {result.machine['cpu']}, torch "
+        f"{result.versions['torch']}, medians of {how['rounds']} passes"
+    )
+    return make_table(title, columns, result.rows, [data_verdict(result)])
 
 
 def _check(

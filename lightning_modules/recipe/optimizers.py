@@ -1,13 +1,14 @@
 """The optimizer by timm's names, and what its learning rate refers to."""
 
 import math
-from difflib import get_close_matches
 from typing import Any
 
 from lightning.pytorch import Trainer
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 from torch.optim import Optimizer
+
+from mobileone.io.suggest import did_you_mean
 
 __all__ = ["build_optimizer", "effective_batch_size", "steps_per_epoch", "total_steps"]
 
@@ -44,10 +45,8 @@ def build_optimizer(
     """
     known = [str(known_name) for known_name in list_optimizers()]
     if name.lower().split("_")[-1] not in known:
-        raise ValueError(
-            f"unknown `optimizer` (={name!r}){_did_you_mean(name, known)}; "
-            "timm.optim.list_optimizers() has all names"
-        )
+        hint = did_you_mean(name, known) or "; timm.optim.list_optimizers() has all names"
+        raise ValueError(f"unknown `optimizer` (={name!r}){hint}")
     optimizer = create_optimizer_v2(
         model,
         opt=name,
@@ -108,8 +107,3 @@ def effective_batch_size(trainer: Trainer) -> int:
             "learning rate needs: set `lr_reference_batch: null` and give the final `lr`"
         )
     return batch_size * trainer.world_size * trainer.accumulate_grad_batches
-
-
-def _did_you_mean(name: str, known: list[str]) -> str:
-    matches = get_close_matches(name, known, n=5)
-    return f": did you mean {', '.join(map(repr, matches))}?" if matches else ""

@@ -47,7 +47,7 @@ def write_report(
         folder: Results (JSON files of `mobileone profile`, `benchmark`, `study`), here or one
             folder deeper, with their charts beside them. It may be a run folder itself.
         run: A run folder, as `mobileone fit` writes it; None: `folder`, if that is one.
-        output: The file; None for report.html in `folder`.
+        output: Folder for report.html; None: `folder`.
         title: Heading of the page.
 
     Returns:
@@ -55,8 +55,10 @@ def write_report(
 
     Raises:
         FileNotFoundError: A folder does not exist.
-        ValueError: `run` is not a run folder, or there is nothing to show.
+        ValueError: `run` is not a run folder, `output` a file, or there is nothing to show.
     """
+    if output is not None and Path(output).suffix == ".html":
+        raise ValueError(f"`output` (={str(output)!r}) must be a folder, for report.html")
     folder = _folder(folder, "folder")
     run = _run_folder(folder, run)
     found = _find_results(folder)
@@ -77,7 +79,7 @@ def write_report(
     sections += [_result_section(path, result, folder) for path, result in found.results]
     if found.unreadable or not found.results:
         sections.append(section("Not shown", _not_shown(found)))
-    final = Path(output).expanduser() if output else folder / "report.html"
+    final = (Path(output).expanduser() if output else folder) / "report.html"
     replace_text(final, page(title, _head(folder, run), sections))
     return final
 
@@ -188,20 +190,19 @@ def _pareto(results: Sequence[tuple[Path, Result]]) -> list[Html]:
     timed = [item for item in results if item[1].kind == "latency"]
     timed.sort(key=lambda item: datetime.fromisoformat(item[1].date))
     with tempfile.TemporaryDirectory() as folder:
-        drawing = Path(folder) / "pareto"
         parts: list[Html] = []
         try:
             if timed:
                 path, result = timed[-1]
                 there = [row["runtime"] for row in result.rows if row.get("failure") is None]
                 runtime = "onnxruntime" if "onnxruntime" in there else there[0] if there else ""
-                png, _ = draw_pareto(drawing, [str(path)], runtime)
+                png, _ = draw_pareto([str(path)], runtime, output=folder)
             else:
-                png, _ = draw_pareto(drawing)
+                png, _ = draw_pareto(output=folder)
                 parts = [note("Only the paper's numbers: no latency was measured here.")]
         except ValueError as error:
             parts = [note(f"Only the paper's numbers: {error}.")]
-            png, _ = draw_pareto(drawing)
+            png, _ = draw_pareto(output=folder)
         image = png_image(png.read_bytes(), "accuracy against latency, with the Pareto fronts")
     return [Html(f'<div class="chart">{image}</div>'), *parts]
 

@@ -4,12 +4,12 @@ import re
 import sys
 from argparse import _SubParsersAction
 from collections.abc import Iterator
-from difflib import get_close_matches
 from typing import NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_modules.run.config_files import file_that_sets
+from mobileone.io.suggest import did_you_mean
 
 __all__ = ["Parser"]
 
@@ -32,8 +32,7 @@ class Parser(LightningArgumentParser):
     def _about_unknown(self, option: str) -> str:
         file = file_that_sets(option, sys.argv)
         place = "" if file is None else f" in {file}"
-        meant = get_close_matches(option, sorted(set(_options(self))), n=3, cutoff=0.75)
-        hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
+        hint = did_you_mean(option, _options(self), cutoff=0.75)
         return f"there is no option {option!r}{place}{hint}"
 
 

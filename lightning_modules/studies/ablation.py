@@ -20,7 +20,8 @@ from lightning_modules.run.config_files import packaged_configs
 from lightning_modules.run.fit import TrainingCLI, run
 from mobileone.bench.paper import UNVERIFIED, paper_table
 from mobileone.bench.results import Result, Row
-from mobileone.bench.show.charts import COLORS, save_figure
+from mobileone.bench.show.charts import COLORS
+from mobileone.bench.show.tables import Column, make_table, number, words
 from mobileone.io.atomic import replace_text
 from mobileone.variants import VARIANTS
 
@@ -107,7 +108,7 @@ def ablation_settings(
 
 
 def study_ablation(
-    directory: str | Path,
+    output: str | Path = "ablation",
     config: str = "quickstart",
     epochs: int = 8,
     seeds: int = 3,
@@ -121,8 +122,7 @@ def study_ablation(
     study goes on where it was ended, and trains anew what was cut off.
 
     Args:
-        directory: Holds cells/ (a file for each training), runs/ (their run folders), and in the
-            end ablation.json, .csv, .png and .svg.
+        output: Holds cells/ (a file for each training) and runs/ (their run folders).
         config: Configuration file, or the name of a packaged one.
         epochs: Length of each training.
         seeds: Trainings of each setting, with `seed_everything` 0, 1, ….
@@ -145,7 +145,7 @@ def study_ablation(
     wrong = [part for part in parts if part not in PARTS]
     if wrong or not parts:
         raise ValueError(f"`parts` (={list(parts)}) must be of {', '.join(PARTS)}")
-    directory = Path(directory).expanduser().absolute()
+    directory = Path(output).expanduser().absolute()
     base = ("--config", config, *options)
     base += ("--trainer.max_epochs", str(epochs), "--trainer.check_val_every_n_epoch", str(epochs))
     base += ("--checkpoint.formats", "[torchscript]", "--checkpoint.background", "false")
@@ -155,18 +155,14 @@ def study_ablation(
     settings = ablation_settings(model, size, decay, parts)
     cells = _Cells(directory / "cells", _identity(parsed))
     plan = [(setting, seed) for seed in range(seeds) for setting in settings]
-    for number, (setting, seed) in enumerate(plan, 1):
+    for done, (setting, seed) in enumerate(plan, 1):
         if cells.read(setting, seed) is None:
-            print(f"{number}/{len(plan)}: {setting.part}, {setting.name}, seed {seed}", flush=True)
+            print(f"{done}/{len(plan)}: {setting.part}, {setting.name}, seed {seed}", flush=True)
             cells.write(setting, seed, _train(base, parsed, setting, seed, cells))
     how = {"config": config, "options": list(options), "epochs": epochs, "seeds": seeds}
     how |= {"model": model, "image_size": size, "statistic": "after the last epoch"}
     rows = [_row(s, [_found(cells, s, i) for i in range(seeds)], model) for s in settings]
-    result = Result.new("ablation", how, rows)
-    result.save(directory / "ablation.json")
-    result.write_csv(directory / "ablation.csv")
-    save_figure(ablation_figure(result), directory / "ablation")
-    return result
+    return Result.new("ablation", how, rows)
 
 
 def _recipe_phases(size: int) -> list[list[float]]:
@@ -332,27 +328,22 @@ _TITLES = {
 def ablation_table(result: Result) -> Table:
     """The rows for a terminal."""
     how = result.protocol
-    table = Table(
-        title=f"{how['model']} on {how['config']}, {how['image_size']} px, {how['epochs']} epochs: "
-        "accuracy on the validation images after the last epoch, mean ± deviation over seeds",
-        caption="The paper's numbers are of ImageNet and 300 epochs: compare differences at most.",
+    columns = (
+        words("part", "part"),
+        words("setting", "setting"),
+        number("seeds", "n", "g"),
+        Column("top-1 (%)", _accuracy),
+        number("loss", "loss_mean", ".4f"),
+        number("training loss", "train_loss_mean", ".4f"),
+        number("s", "seconds_mean", ".0f"),
+        Column("paper, top-1 (%)", _paper_cell),
     )
-    for heading in ("part", "setting"):
-        table.add_column(heading)
-    for heading in ("seeds", "top-1 (%)", "loss", "training loss", "s", "paper, top-1 (%)"):
-        table.add_column(heading, justify="right")
-    for row in result.rows:
-        table.add_row(
-            row["part"],
-            row["setting"],
-            str(row["n"]),
-            _accuracy(row),
-            f"{row['loss_mean']:.4f}",
-            f"{row['train_loss_mean']:.4f}",
-            f"{row['seconds_mean']:.0f}",
-            _paper_cell(row),
-        )
-    return table
+    title = (
+        f"{how['model']} on {how['config']}, {how['image_size']} px, {how['epochs']} epochs: "
+        "accuracy on the validation images after the last epoch, mean ± deviation over seeds"
+    )
+    note = "The paper's numbers are of ImageNet and 300 epochs: compare differences at most."
+    return make_table(title, columns, result.rows, [note])
 
 
 def ablation_figure(result: Result) -> Figure:

@@ -29,17 +29,19 @@ __all__ = [
 Row = dict[str, Any]
 """One line of a table: a string, number, bool or None by column name."""
 
-KINDS = (
-    "profile",
-    "latency",
-    "throughput",
-    "memory",
-    "training",
-    "bottlenecks",
-    "correlation",
-    "ablation",
-)
-"""What a result can be of."""
+KINDS: dict[str, tuple[tuple[str, ...], str]] = {
+    "profile": (("model", "level", "name"), "macs"),
+    "latency": (("model", "runtime"), ""),
+    "throughput": (("model", "runtime", "device", "batch_size"), "images_per_s"),
+    "memory": (("model", "runtime", "batch_size"), "peak_mib"),
+    "training": (("model", "contender"), "seconds"),
+    "data": (("reader", "workers", "decoder"), "images_per_s"),
+    "bottlenecks": (("paper_table", "name", "runtime"), ""),
+    "correlation": (("source", "device", "quantity"), "rho"),
+    "ablation": (("part", "setting"), "acc1_mean"),
+}
+"""What a result can be of: the columns that name a row, and the number to compare; "" is the one
+that the protocol names as its `statistic`."""
 
 _FORMAT = "mobileone-result-1"
 
@@ -118,13 +120,36 @@ class Result:
         replace_text(Path(path), text + "\n")
         return Path(path)
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The columns that name a row."""
+        return KINDS[self.kind][0]
+
+    @property
+    def statistic(self) -> str:
+        """The column to quote and to compare."""
+        return KINDS[self.kind][1] or str(self.protocol.get("statistic", "min_ms"))
+
+    def save_all(self, folder: str | Path) -> list[Path]:
+        """Write `<kind>.json` and `<kind>.csv` into a folder, which is made if need be.
+
+        Raises:
+            ValueError: A number is NaN or infinite.
+        """
+        stem = Path(folder) / self.kind
+        return [self.save(stem.with_suffix(".json")), self.write_csv(stem.with_suffix(".csv"))]
+
     @classmethod
-    def load(cls, path: str | Path) -> "Result":
+    def load(cls, path: str | Path, kind: str | None = None) -> "Result":
         """Read what `save` wrote.
+
+        Args:
+            path: The JSON file.
+            kind: What it must be of; None: anything.
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: It is not a result.
+            ValueError: It is not a result, or of another kind.
         """
         path = Path(path)
         if not path.is_file():
@@ -150,6 +175,8 @@ class Result:
             )
         if "machine_id" not in result.machine:
             raise ValueError(f"{path} is not a whole result: its `machine` has no `machine_id`")
+        if kind is not None and result.kind != kind:
+            raise ValueError(f"{path} is a result of {result.kind!r}, not of {kind!r}")
         return result
 
     def write_csv(self, path: str | Path) -> Path:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
+from typing import Any
 
 import timm
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 import mobileone  # noqa: F401  (registers the family)
 from mobileone.bench.paper import paper_table
+from mobileone.io.suggest import did_you_mean
 
 __all__ = [
     "SUITES",
@@ -18,6 +19,7 @@ __all__ = [
     "Suite",
     "build_model",
     "check_models",
+    "choose_models",
     "get_suite",
     "has_model",
     "input_size_of",
@@ -98,14 +100,37 @@ def check_models(names: Iterable[str]) -> tuple[str, ...]:
         raise ValueError(f"`models` (={names!r}) must be a list of names, e.g. [{names!r}]")
     chosen = tuple(dict.fromkeys(names))
     if not chosen:
-        raise ValueError("`models` is empty: name at least one, such as mobileone_s0")
+        raise ValueError(
+            "`models` is empty: name at least one, such as mobileone_s0, or a group of them: "
+            f"{' or '.join(f'--suite {suite}' for suite in SUITES)}"
+        )
     for name in chosen:
         if not has_model(name):
             known = [*timm.list_models(), *(TORCHVISION + n for n in _torchvision_names())]
-            close = ", ".join(get_close_matches(name, known))
-            hint = f"did you mean {close}?" if close else "timm.list_models() has all names"
-            raise ValueError(f"`models`: neither timm nor torchvision has {name!r}; {hint}")
+            hint = did_you_mean(name, known) or "; timm.list_models() has all names"
+            raise ValueError(f"`models`: neither timm nor torchvision has {name!r}{hint}")
     return chosen
+
+
+def choose_models(
+    names: Iterable[str], suite: str | None
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Named models, and those of a suite that can be built here.
+
+    Args:
+        names: As `check_models` takes them.
+        suite: A name in `SUITES`; None: the named ones alone.
+
+    Returns:
+        The names, and what the protocol of a result says of the choice: `suite` and `missing`.
+
+    Raises:
+        ValueError: See `check_models` and `get_suite`.
+    """
+    if suite is None:
+        return check_models(names), {}
+    found = get_suite(suite)
+    return check_models([*names, *found.models]), {"suite": suite, "missing": list(found.missing)}
 
 
 def build_model(name: str, seed: int = 0) -> nn.Module:

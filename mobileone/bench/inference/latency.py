@@ -3,7 +3,9 @@
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,17 +14,17 @@ from mobileone.bench.inference.case import Setting, prepare
 from mobileone.bench.inference.timing import get_protocol, summarize, time_in_turn
 from mobileone.bench.results import Result
 from mobileone.bench.runtimes import check_runtimes, missing_runtimes
-from mobileone.bench.suites import build_model, check_models
+from mobileone.bench.suites import build_model, choose_models
 from mobileone.bench.threads import check_threads, pinned, torch_threads
 
-__all__ = ["check_device", "measure_latency", "measure_modules"]
+__all__ = ["check_device", "measure_latency"]
 
 
 _log = logging.getLogger(__name__)
 
 
 def measure_latency(
-    models: Sequence[str],
+    models: Sequence[str] | Mapping[str, Callable[[], nn.Module]],
     runtimes: Sequence[str] | None = None,
     protocol: str = "paper",
     runs: int | None = None,
@@ -30,6 +32,7 @@ def measure_latency(
     batch_size: int = 1,
     image_size: int | None = None,
     device: str = "cpu",
+    suite: str | None = None,
 ) -> Result:
     """Time inferences of networks in their inference form.
 
@@ -38,7 +41,8 @@ def measure_latency(
     computes wrongly, stands in the result with the reason instead of times.
 
     Args:
-        models: Names of timm's models, or torchvision's with the prefix `torchvision/`.
+        models: Names of timm's models, or torchvision's with the prefix `torchvision/`; in Python
+            also what builds each network, by its name in the result.
         runtimes: Names in `RUNTIMES`; None: all that are present.
         protocol: `paper` (1 warm-up, 1000 runs, minimum) or `modelbench` (20 rounds of 50, model
             loaded anew, 10 lowest and 10 highest of each dropped, average).
@@ -47,6 +51,7 @@ def measure_latency(
         batch_size: Images in an inference.
         image_size: Height and width; None: what each model is meant for.
         device: Device of PyTorch.
+        suite: A group of models, in addition: `paper` (Table 9) or `2026`.
 
     Returns:
         A result of the kind `latency`; rows have `model`, `runtime`, `min_ms`, `median_ms`,
@@ -57,35 +62,10 @@ def measure_latency(
         ValueError: A name or number is out of range, or there is no such device.
         ImportError: A runtime was named that is not installed; says how to install it.
     """
-    names = check_models(models)
-    modules = {name: (lambda name=name: build_model(name)) for name in names}
-    return measure_modules(
-        modules, runtimes, protocol, runs, threads, batch_size, image_size, device
-    )
-
-
-def measure_modules(
-    modules: Mapping[str, Callable[[], nn.Module]],
-    runtimes: Sequence[str] | None = None,
-    protocol: str = "paper",
-    runs: int | None = None,
-    threads: int = 1,
-    batch_size: int = 1,
-    image_size: int | None = None,
-    device: str = "cpu",
-) -> Result:
-    """The same as `measure_latency` for modules of one's own.
-
-    Args:
-        modules: What builds each network, by its name in the result.
-        runtimes: See `measure_latency`, as for the rest.
-        protocol: …
-        runs: …
-        threads: …
-        batch_size: …
-        image_size: …
-        device: …
-    """
+    choice: dict[str, Any] = {}
+    if not isinstance(models, Mapping):
+        chosen_names, choice = choose_models(models, suite)
+        models = {name: partial(build_model, name) for name in chosen_names}
     chosen = get_protocol(protocol, runs)
     setting = Setting(threads, batch_size, image_size, device)
     check_device(device)
@@ -93,8 +73,8 @@ def measure_modules(
     names = check_runtimes(runtimes, device)
     with tempfile.TemporaryDirectory() as folder, torch_threads(threads):
         contenders = []
-        for i, (name, build) in enumerate(modules.items()):
-            _log.info("%s (%d of %d): convert for %s", name, i + 1, len(modules), ", ".join(names))
+        for i, (name, build) in enumerate(models.items()):
+            _log.info("%s (%d of %d): convert for %s", name, i + 1, len(models), ", ".join(names))
             contenders += prepare(name, build, names, Path(folder) / str(i), setting)
         ready = {str(i): c.load for i, c in enumerate(contenders) if c.load is not None}
         _log.info("time %d contenders, %d runs of each", len(ready), chosen.runs)
@@ -104,7 +84,8 @@ def measure_modules(
         contender.row | (summarize(times[str(i)]) if str(i) in times else {})
         for i, contender in enumerate(contenders)
     ]
-    how = chosen.to_dict() | {
+    how = chosen.to_dict() | choice
+    how |= {
         "threads": threads,
         "processors": processors,
         "batch_size": batch_size,

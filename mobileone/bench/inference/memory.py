@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from mobileone.bench.inference.case import BenchmarkCase, Setting, prepare
 from mobileone.bench.inference.latency import check_device
 from mobileone.bench.results import Result, Row
 from mobileone.bench.runtimes import RUNTIMES, check_runtimes, runtimes_for
-from mobileone.bench.suites import build_model, check_models
+from mobileone.bench.suites import build_model, choose_models
 from mobileone.bench.threads import check_threads, torch_threads
 from mobileone.bench.training_step.memory import peak_bytes
+from mobileone.io.user_modules import import_user_modules, imported_user_modules
 
 __all__ = ["measure_memory"]
 
@@ -32,6 +34,7 @@ def measure_memory(
     threads: int = 1,
     image_size: int | None = None,
     device: str = "cpu",
+    suite: str | None = None,
 ) -> Result:
     """Measure what a process needs more to load a fused network and to run it.
 
@@ -47,6 +50,7 @@ def measure_memory(
         threads: Threads of the runtime.
         image_size: Height and width; None: what each model is meant for.
         device: Device of PyTorch.
+        suite: A group of models, in addition: `paper` (Table 9) or `2026`.
 
     Returns:
         A result of the kind `memory`; rows have `model`, `runtime`, `batch_size`, `weights_mib`
@@ -59,7 +63,7 @@ def measure_memory(
             runtime cannot be told from its compiler's.
         ImportError: A runtime was named that is not installed; says how to install it.
     """
-    names = check_models(models)
+    names, choice = choose_models(models, suite)
     check_device(device)
     check_threads(threads)
     if not batch_sizes or min(batch_sizes) < 1:
@@ -71,23 +75,13 @@ def measure_memory(
             for batch in batch_sizes:
                 setting = Setting(threads, batch, image_size, device)
                 with tempfile.TemporaryDirectory() as folder:
-                    build = _Builder(name)
+                    build = partial(build_model, name)
                     contenders = prepare(name, build, chosen, Path(folder) / "models", setting)
                     rows += [_measured(contender) for contender in contenders]
     how = {"process": "fresh", "runs": _RUNS, "threads": threads, "device": device,
            "batch_sizes": list(batch_sizes), "image_size": image_size,
            "statistic": "peak_mib", "form": "fused, BatchNorm folded"}  # fmt: skip
-    return Result.new("memory", how, rows, device)
-
-
-class _Builder:
-    """Builds one model by name."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self) -> torch.nn.Module:
-        return build_model(self.name)
+    return Result.new("memory", how | choice, rows, device)
 
 
 def _check_own_memory(runtimes: Sequence[str] | None, device: str) -> tuple[str, ...]:
@@ -121,14 +115,21 @@ def _measured(contender: BenchmarkCase) -> Row:
             tuple(contender.x.shape),
             row["threads"],
             row["device"],
+            imported_user_modules(),
         ).result()
     return row | {"peak_mib": peak / _MIB, "running_mib": running / _MIB}
 
 
 def _probe(
-    runtime: str, path: str, shape: tuple[int, ...], threads: int, device: str
+    runtime: str,
+    path: str,
+    shape: tuple[int, ...],
+    threads: int,
+    device: str,
+    modules: tuple[str, ...],
 ) -> tuple[int, int]:
     """In the fresh process: bytes at the peak of loading and running, and of running alone."""
+    import_user_modules(modules)  # which may have registered the runtime
     torch.set_num_threads(threads)
     for package in RUNTIMES[runtime].packages:
         import_module(package)

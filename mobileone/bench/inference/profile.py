@@ -4,7 +4,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,21 @@ from mobileone.bench.inference.deploy_form import deploy_form, reset_bn_statisti
 from mobileone.bench.inference.memory_traffic import memory_traffic
 from mobileone.bench.paper import paper_row
 from mobileone.bench.results import Result, Row
-from mobileone.bench.suites import build_model, check_models, input_size_of
+from mobileone.bench.suites import build_model, choose_models, input_size_of
 
 __all__ = ["profile_models", "profile_module"]
+
+Level = Literal["model", "stage", "layer"]
 
 _SETTLING = 2  # images that BatchNorm's statistics are of
 
 
-def profile_models(models: Sequence[str], image_size: int | None = None) -> Result:
+def profile_models(
+    models: Sequence[str],
+    image_size: int | None = None,
+    level: Level = "model",
+    suite: str | None = None,
+) -> Result:
     """Count what networks have and do, for one image.
 
     Multiply-adds (MACs, which the paper calls FLOPs) and activations (elements that convolutions
@@ -30,6 +37,8 @@ def profile_models(models: Sequence[str], image_size: int | None = None) -> Resu
     Args:
         models: Names of timm's models, or torchvision's with the prefix `torchvision/`.
         image_size: Height and width; None: what each model is meant for.
+        level: What has a row in the printed table; the result has all three.
+        suite: A group of models, in addition: `paper` (Table 9) or `2026`.
 
     Returns:
         A result of the kind `profile`. Rows have `model`, `level` (`model`, `stage` or `layer`),
@@ -43,13 +52,15 @@ def profile_models(models: Sequence[str], image_size: int | None = None) -> Resu
     Raises:
         ValueError: A name is unknown, or the size is below 1.
     """
-    names = check_models(models)
+    names, choice = choose_models(models, suite)
     if image_size is not None and image_size < 1:
         raise ValueError(f"`image_size` (={image_size}) must be at least 1")
+    if level not in get_args(Level):
+        raise ValueError(f"`level` (={level!r}) must be one of {', '.join(get_args(Level))}")
     rows = [row for name in names for row in profile_module(name, build_model(name), image_size)]
     how = {"batch_size": 1, "image_size": image_size, "form": "fused, BatchNorm folded",
-           "macs": "fvcore", "element": "float32"}  # fmt: skip
-    return Result.new("profile", how, rows)
+           "macs": "fvcore", "element": "float32", "shown": level}  # fmt: skip
+    return Result.new("profile", how | choice, rows)
 
 
 def profile_module(name: str, model: nn.Module, image_size: int | None = None) -> list[Row]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from mobileone.bench.inference.latency import check_device, measure_latency
 from mobileone.bench.results import Result, Row
 from mobileone.bench.runtimes import check_runtimes
-from mobileone.bench.suites import check_models
+from mobileone.bench.suites import choose_models
 
 __all__ = ["measure_throughput"]
 
@@ -18,6 +18,7 @@ def measure_throughput(
     runs: int = 40,
     threads: int = 1,
     image_size: int | None = None,
+    suite: str | None = None,
 ) -> Result:
     """Time batches, as `measure_latency` times single images, and divide.
 
@@ -32,6 +33,7 @@ def measure_throughput(
         runs: Timed inferences of each contender, batch size and device.
         threads: Threads, and processors that they are kept on.
         image_size: Height and width; None: what each model is meant for.
+        suite: A group of models, in addition: `paper` (Table 9) or `2026`.
 
     Returns:
         A result of the kind `throughput`; rows are those of `measure_latency` with
@@ -41,7 +43,7 @@ def measure_throughput(
         ValueError: A name or number is out of range, or there is no such device.
         ImportError: A runtime was named that is not installed; says how to install it.
     """
-    check_models(models)
+    names, choice = choose_models(models, suite)
     for name, values in (("batch_sizes", batch_sizes), ("devices", devices)):
         if not values or isinstance(values, str):
             raise ValueError(f"`{name}` (={values!r}) must be a list of one or more")
@@ -51,11 +53,12 @@ def measure_throughput(
         check_device(device)
         check_runtimes(runtimes, device)
     results = [
-        measure_latency(models, runtimes, "paper", runs, threads, batch, image_size, device)
+        measure_latency(names, runtimes, "paper", runs, threads, batch, image_size, device)
         for device in devices
         for batch in batch_sizes
     ]
-    how = results[0].protocol | {
+    how = results[0].protocol | choice
+    how |= {
         "batch_size": None,
         "batch_sizes": list(batch_sizes),
         "device": None,

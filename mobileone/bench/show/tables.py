@@ -8,11 +8,21 @@ from rich.table import Table
 
 from mobileone.bench.results import Result, Row, compare_machines
 
-__all__ = ["change_table", "latency_table", "memory_table", "profile_table", "throughput_table"]
+__all__ = [
+    "Column",
+    "change_table",
+    "latency_table",
+    "make_table",
+    "memory_table",
+    "number",
+    "profile_table",
+    "throughput_table",
+    "words",
+]
 
 
 @dataclass(frozen=True)
-class _Column:
+class Column:
     """A heading, and a row's text under it."""
 
     heading: str
@@ -20,82 +30,95 @@ class _Column:
     right: bool = True
 
 
-def _number(heading: str, key: str, form: str = ".2f", unit: float = 1.0) -> _Column:
+def number(heading: str, key: str, form: str = ".2f", unit: float = 1.0) -> Column:
+    """A column of numbers, in a unit; a dash where a row has none."""
+
     def text(row: Row) -> str:
         value = row.get(key)
         return "–" if value is None else format(value / unit, form)
 
-    return _Column(heading, text)
+    return Column(heading, text)
 
 
-def _words(heading: str, key: str) -> _Column:
-    return _Column(heading, lambda row: str(row.get(key, "")), right=False)
+def words(heading: str, key: str) -> Column:
+    """A column of texts."""
+    return Column(heading, lambda row: str(row.get(key, "")), right=False)
+
+
+def make_table(
+    title: str, columns: Sequence[Column], rows: Sequence[Row], notes: Sequence[str] = ()
+) -> Table:
+    """A table for a terminal, with notes below, a line each."""
+    table = Table(title=title, caption="\n".join(notes) or None, caption_justify="left")
+    for column in columns:
+        table.add_column(
+            column.heading, justify="right" if column.right else "left", overflow="fold"
+        )
+    for row in rows:
+        table.add_row(*(column.text(row) for column in columns))
+    return table
 
 
 _COUNTS = (
-    _number("params (M)", "parameters", ".3f", 1e6),
-    _number("MACs (M)", "macs", ".1f", 1e6),
-    _number("activations (M)", "activations", ".2f", 1e6),
-    _number("traffic (MiB)", "traffic_bytes", ".1f", 2.0**20),
+    number("params (M)", "parameters", ".3f", 1e6),
+    number("MACs (M)", "macs", ".1f", 1e6),
+    number("activations (M)", "activations", ".2f", 1e6),
+    number("traffic (MiB)", "traffic_bytes", ".1f", 2.0**20),
 )
 _TIMES = (
-    _number("min (ms)", "min_ms"),
-    _number("median", "median_ms"),
-    _number("p90", "p90_ms"),
-    _number("mean", "mean_ms"),
+    number("min (ms)", "min_ms"),
+    number("median", "median_ms"),
+    number("p90", "p90_ms"),
+    number("mean", "mean_ms"),
 )
 
 
-def profile_table(result: Result, level: str = "model") -> Table:
-    """What networks, their stages or their layers have and do.
+# what must agree where two results are compared; a protocol has some of these
+_SETTINGS = (
+    *("statistic", "threads", "batch_size", "image_size", "device", "images", "amp"),
+    *("channels_last", "model", "config", "epochs", "options"),
+)
 
-    Args:
-        result: Of the kind `profile`.
-        level: `model`, `stage` or `layer`.
 
-    Raises:
-        ValueError: `level` is unknown.
-    """
-    if level not in ("model", "stage", "layer"):
-        raise ValueError(f"`level` (={level!r}) must be one of model, stage, layer")
-    train = _number("trained (M)", "parameters_train", ".3f", 1e6)
+def profile_table(result: Result) -> Table:
+    """What networks, their stages or their layers have and do, as the protocol's `shown` says."""
+    train = number("trained (M)", "parameters_train", ".3f", 1e6)
+    level = result.protocol.get("shown", "model")
     columns = {
         "model": (
-            _words("model", "model"), train, *_COUNTS,
-            _number("paper: params", "paper_params_m", "g"),
-            _number("%", "params_difference", "+.1f"),
-            _number("paper: MACs", "paper_mmacs", "g"),
-            _number("%", "macs_difference", "+.1f"),
+            words("model", "model"), train, *_COUNTS,
+            number("paper: params", "paper_params_m", "g"),
+            number("%", "params_difference", "+.1f"),
+            number("paper: MACs", "paper_mmacs", "g"),
+            number("%", "macs_difference", "+.1f"),
         ),
-        "stage": (_words("model", "model"), _words("stage", "name"), train, *_COUNTS),
-        "layer": (_words("model", "model"), _words("layer", "name"), *_COUNTS),
+        "stage": (words("model", "model"), words("stage", "name"), train, *_COUNTS),
+        "layer": (words("model", "model"), words("layer", "name"), *_COUNTS),
     }[level]  # fmt: skip
     rows = [row for row in result.rows if row["level"] == level]
-    table = _table("One image, fused, BatchNorm folded; MACs by fvcore", columns, rows)
     notes = [
         f"{row['model']}: not in the MACs: {row['uncounted']}"
         for row in result.rows
         if row.get("uncounted")
     ]
-    table.caption = "\n".join([*notes, *_left(result)]) or None
-    table.caption_justify = "left"
-    return table
+    title = "One image, fused, BatchNorm folded; MACs by fvcore"
+    return make_table(title, columns, rows, [*notes, *_left(result)])
 
 
 def latency_table(result: Result) -> Table:
     """Times of each network in each runtime, the one to quote first, fastest first."""
-    rows = sorted(result.rows, key=lambda row: row.get(result.protocol["statistic"]) or 1e9)
-    columns = (_words("model", "model"), _words("runtime", "runtime"), *_TIMES,
-               _words("precision", "precision"))  # fmt: skip
+    rows = sorted(result.rows, key=lambda row: row.get(result.statistic) or 1e9)
+    columns = (words("model", "model"), words("runtime", "runtime"), *_TIMES,
+               words("precision", "precision"))  # fmt: skip
     return _timed(result, columns, rows, f"quote {_quoted(result)}")
 
 
 def throughput_table(result: Result) -> Table:
     """Images a second of each network, by runtime, device and batch size."""
     columns = (
-        _words("model", "model"), _words("runtime", "runtime"), _words("device", "device"),
-        _number("batch", "batch_size", "g"), _number("images/s", "images_per_s", ".1f"),
-        _number("best", "best_images_per_s", ".1f"), _number("median (ms)", "median_ms"),
+        words("model", "model"), words("runtime", "runtime"), words("device", "device"),
+        number("batch", "batch_size", "g"), number("images/s", "images_per_s", ".1f"),
+        number("best", "best_images_per_s", ".1f"), number("median (ms)", "median_ms"),
     )  # fmt: skip
     return _timed(result, columns, result.rows, "images/s from the median")
 
@@ -103,51 +126,49 @@ def throughput_table(result: Result) -> Table:
 def memory_table(result: Result) -> Table:
     """Peak memory of each network, by runtime and batch size."""
     columns = (
-        _words("model", "model"), _words("runtime", "runtime"),
-        _number("batch", "batch_size", "g"), _number("weights (MiB)", "weights_mib", ".1f"),
-        _number("peak", "peak_mib", ".1f"), _number("running", "running_mib", ".1f"),
-        _number("tensors", "tensors_mib", ".1f"),
+        words("model", "model"), words("runtime", "runtime"),
+        number("batch", "batch_size", "g"), number("weights (MiB)", "weights_mib", ".1f"),
+        number("peak", "peak_mib", ".1f"), number("running", "running_mib", ".1f"),
+        number("tensors", "tensors_mib", ".1f"),
     )  # fmt: skip
     return _timed(result, columns, result.rows, "growth of a fresh process")
 
 
 def change_table(before: Result, after: Result) -> Table:
-    """Two latency results of one machine side by side.
+    """Two results of one kind and one machine side by side, by the number that is to be compared.
 
     Raises:
-        ValueError: They are of different machines or protocols, or have no contender in common.
+        ValueError: They are of different kinds, machines or settings, or have no row in common.
     """
     compare_machines([before, after])
-    settings = ("statistic", "threads", "batch_size", "image_size", "device")
-    for key in settings:
+    for key in _SETTINGS:
         first, second = before.protocol.get(key), after.protocol.get(key)
         if first != second:
             raise ValueError(f"`{key}` is {first!r} in one result and {second!r} in the other")
-    statistic = after.protocol["statistic"]
-    old = {(row["model"], row["runtime"]): row.get(statistic) for row in before.rows}
+    statistic = after.statistic
+    old = {tuple(row.get(key) for key in after.keys): row.get(statistic) for row in before.rows}
     rows = []
     for row in after.rows:
-        earlier, now = old.get((row["model"], row["runtime"])), row.get(statistic)
+        earlier, now = old.get(tuple(row.get(key) for key in after.keys)), row.get(statistic)
         if earlier and now:
             rows.append(row | {"before": earlier, "ratio": now / earlier})
     if not rows:
         raise ValueError("the two results have no contender in common")
     columns = (
-        _words("model", "model"), _words("runtime", "runtime"),
-        _number(f"before ({before.date[:16]})", "before"), _number("now", statistic),
-        _number("now / before", "ratio", ".3f"),
+        *(words(key, key) for key in after.keys),
+        number(f"before ({before.date[:16]})", "before", ".4g"), number("now", statistic, ".4g"),
+        number("now / before", "ratio", ".3f"),
     )  # fmt: skip
-    return _table(f"{_quoted(after)}, ms", columns, rows)
+    return make_table(f"{after.kind.capitalize()}, {statistic}: change", columns, rows)
 
 
-def _timed(result: Result, columns: Sequence[_Column], rows: Sequence[Row], what: str) -> Table:
+def _timed(result: Result, columns: Sequence[Column], rows: Sequence[Row], what: str) -> Table:
     protocol, machine = result.protocol, result.machine
     title = (
         f"{result.kind.capitalize()}, {what}; {protocol['threads']} of {machine['cores']} threads, "
         f"{machine['device_name']} ({machine['device']}), torch {result.versions['torch']}, "
         f"{result.date[:16]}"
     )
-    table = _table(title, columns, [row for row in rows if row["failure"] is None])
     notes = [
         f"{row['model']} in {row['runtime']}: {row['failure']}" for row in rows if row["failure"]
     ]
@@ -156,9 +177,8 @@ def _timed(result: Result, columns: Sequence[_Column], rows: Sequence[Row], what
     notes += [
         f"{name}: neither timm nor torchvision has it" for name in protocol.get("missing", [])
     ]
-    table.caption = "\n".join([*notes, *_left(result)]) or None
-    table.caption_justify = "left"
-    return table
+    timed = [row for row in rows if row["failure"] is None]
+    return make_table(title, columns, timed, [*notes, *_left(result)])
 
 
 def _left(result: Result) -> list[str]:
@@ -175,14 +195,3 @@ def _quoted(result: Result) -> str:
     protocol = result.protocol
     word = protocol["statistic"].removesuffix("_ms")
     return f"the {word} of {protocol['runs']} (protocol {protocol['name']!r})"
-
-
-def _table(title: str, columns: Sequence[_Column], rows: Sequence[Row]) -> Table:
-    table = Table(title=title)
-    for column in columns:
-        table.add_column(
-            column.heading, justify="right" if column.right else "left", overflow="fold"
-        )
-    for row in rows:
-        table.add_row(*(column.text(row) for column in columns))
-    return table

@@ -2,18 +2,19 @@
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from matplotlib.figure import Figure
 from rich.table import Table
 from timm.layers import SqueezeExcite
 from torch import Tensor, nn
 
-from mobileone.bench.inference.latency import measure_modules
+from mobileone.bench.inference.latency import measure_latency
 from mobileone.bench.paper import PaperTable, paper_table
 from mobileone.bench.results import Result, Row
-from mobileone.bench.show.charts import COLORS, HATCHES, plain_ticks, save_figure
+from mobileone.bench.show.charts import draw_bars, plain_ticks
+from mobileone.bench.show.tables import Column, make_table, number, words
 from mobileone.bench.studies.dynamic_activations import DynamicReLU, DynamicShiftMax
 
 __all__ = [
@@ -121,7 +122,6 @@ def study_bottlenecks(
     runs: int | None = None,
     threads: int = 1,
     image_size: int = 224,
-    directory: str | Path | None = None,
 ) -> Result:
     """Time a 30-layer network with different activations, with skips, and with SE.
 
@@ -131,7 +131,6 @@ def study_bottlenecks(
         runs: Timed inferences of each network; None: the protocol's.
         threads: CPU threads.
         image_size: Height and width in pixels.
-        directory: Where to save bottlenecks.json, .csv, .png and .svg; None: nowhere.
 
     Returns:
         A row for each runtime and each line of the paper's Tables 2 and 3: `paper_table`, `name`,
@@ -147,96 +146,67 @@ def study_bottlenecks(
         name: partial(ThirtyLayers, activation) for name, activation in ACTIVATIONS.items()
     }
     modules["skip connections"] = partial(ThirtyLayers, ACTIVATIONS[_BASELINE], skip=True)
-    latency = measure_modules(modules, runtimes, protocol, runs, threads, 1, image_size)
-    result = Result(
-        "bottlenecks",
-        latency.protocol | {"layout": LAYOUT},
-        latency.machine,
-        latency.versions,
-        latency.date,
-        _rows(latency),
-    )
-    if directory is not None:
-        result.save(Path(directory) / "bottlenecks.json")
-        result.write_csv(Path(directory) / "bottlenecks.csv")
-        save_figure(bottlenecks_figure(result), Path(directory) / "bottlenecks")
-    return result
+    latency = measure_latency(modules, runtimes, protocol, runs, threads, 1, image_size)
+    how = latency.protocol | {"layout": LAYOUT}
+    return replace(latency, kind="bottlenecks", protocol=how, rows=_rows(latency))
 
 
 def bottlenecks_table(result: Result) -> Table:
-    """The rows for a terminal, the paper's numbers beside them."""
-    statistic = str(result.protocol["statistic"])
+    """The rows for a terminal, the paper's numbers next to them."""
+    statistic = result.statistic
+    shown = number(statistic, statistic)
+    paper = number("paper (ms)", "paper_ms")
+    columns = (
+        words("table", "paper_table"),
+        words("network", "name"),
+        words("runtime", "runtime"),
+        Column(statistic, lambda row: row["failure"] or shown.text(row)),
+        number("× ReLU", "ratio"),
+        number("median_ms", "median_ms"),
+        number("× ReLU", "ratio_median"),
+        Column(paper.heading, lambda row: paper_table(row["paper_table"]).mark(paper.text(row))),
+        number("paper, × ReLU", "paper_ratio"),
+    )
     title = f"30-layer network, {result.machine['cpu']}, {result.protocol['threads']} thread(s)"
-    table = Table(title=title, caption=f"{result.protocol['layout']}{_busy(result)}")
-    for heading in ("table", "network", "runtime"):
-        table.add_column(heading)
-    headings = (statistic, "× ReLU", "median_ms", "× ReLU", "paper (ms)", "paper, × ReLU")
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    for row in result.rows:
-        mark = paper_table(row["paper_table"]).mark
-        table.add_row(
-            str(row["paper_table"]),
-            row["name"],
-            row["runtime"],
-            _number(row[statistic]) if row["failure"] is None else row["failure"],
-            _number(row["ratio"]),
-            _number(row["median_ms"]),
-            _number(row["ratio_median"]),
-            mark(_number(row["paper_ms"])),
-            _number(row["paper_ratio"]),
-        )
-    return table
+    notes = [str(result.protocol["layout"]), *filter(None, [_busy(result)])]
+    return make_table(title, columns, result.rows, notes)
 
 
 def bottlenecks_figure(result: Result) -> Figure:
     """Bars of how many times slower than the plain network, here and in the paper."""
+    panels: dict[int, dict[str, dict[str, Row]]] = {}  # table -> network -> runtime -> row
+    for row in result.rows:
+        networks = panels.setdefault(row["paper_table"], {})
+        networks.setdefault(row["name"], {})[row["runtime"]] = row
     runtimes = list(dict.fromkeys(row["runtime"] for row in result.rows))
-    series = [*runtimes, "paper"]
-    numbers = sorted({row["paper_table"] for row in result.rows})
-    panels = {number: _names(result, number) for number in numbers}
-    bars = sum(map(len, panels.values()))
-    figure = Figure(figsize=(8, 1.6 + 0.24 * bars * len(series)), layout="constrained")
-    axes = figure.subplots(
-        len(panels), 1, sharex=True, height_ratios=[len(names) for names in panels.values()]
-    )
-    for axis, (number, names) in zip(axes, panels.items(), strict=True):
-        rows = {(r["name"], r["runtime"]): r for r in result.rows if r["paper_table"] == number}
-        thickness = 0.84 / len(series)
-        for i, label in enumerate(series):
-            for place, name in enumerate(names):
-                ratio, text = _bar(rows, name, label, runtimes, result.protocol["statistic"])
-                y = place + (i - (len(series) - 1) / 2) * thickness
-                if ratio is not None:
-                    axis.barh(
-                        y,
-                        ratio - 1,
-                        thickness,
-                        left=1,
-                        color=COLORS[i % len(COLORS)],
-                        hatch=HATCHES[i % len(HATCHES)],
-                        edgecolor="white",
-                        label=_label(label, number) if place == 0 else None,
-                    )
-                axis.text(
-                    max(ratio or 1, 1) * 1.04, y, text, va="center", fontsize=8, clip_on=False
-                )
+    bars = sum(map(len, panels.values())) * (len(runtimes) + 1)
+    figure = Figure(figsize=(8, 1.6 + 0.24 * bars), layout="constrained")
+    shares = [len(networks) for networks in panels.values()]
+    axes = figure.subplots(len(panels), 1, sharex=True, height_ratios=shares)
+    for axis, (table, networks) in zip(axes, panels.items(), strict=True):
+        series = {
+            f"{runtime}, here": [
+                _bar(rows[runtime], "ratio", result.statistic) for rows in networks.values()
+            ]
+            for runtime in runtimes
+        }
+        series[paper_table(table).mark("paper, iPhone 12")] = [
+            _bar(rows[runtimes[0]], "paper_ratio", "paper_ms") for rows in networks.values()
+        ]
+        draw_bars(axis, list(networks), series, start=1)
         axis.axvline(1, color="black", linewidth=0.8)
-        axis.set_yticks(range(len(names)), names)
-        axis.set_ylim(len(names) - 0.45, -0.55)
         axis.set_xscale("log")
-        axis.set_title(f"as in the paper's Table {number}", fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_title(f"as in the paper's Table {table}", fontsize=10)
         axis.legend(loc="upper right", fontsize=8)
     ratios = [r[k] for r in result.rows for k in ("ratio", "paper_ratio") if r[k] is not None]
     axes[-1].set_xlim(min(0.8, 0.9 * min(ratios)), 4 * max(ratios))
     plain_ticks(axes[-1].xaxis)
     axes[-1].set_xlabel("latency, times that of the plain network with ReLU (log scale)")
-    figure.suptitle(
+    title = (
         f"30 layers on {result.machine['cpu']}, {result.protocol['threads']} thread(s); "
-        f"paper: iPhone 12, another layout{_busy(result)}",
-        fontsize=10,
+        "paper: iPhone 12, another layout"
     )
+    figure.suptitle("\n".join(filter(None, [title, _busy(result)])), fontsize=10)
     return figure
 
 
@@ -249,15 +219,15 @@ def _rows(latency: Result) -> list[Row]:
     measured = {(row["model"], row["runtime"]): row for row in latency.rows}
     runtimes = dict.fromkeys(row["runtime"] for row in latency.rows)
     rows: list[Row] = []
-    for number, names in ((2, {name: name for name in ACTIVATIONS}), (3, BLOCKS)):
-        table = paper_table(number)
+    for table_number, names in ((2, {name: name for name in ACTIVATIONS}), (3, BLOCKS)):
+        table = paper_table(table_number)
         paper = {row.get("activation", row.get("block")): row["mobile_ms"] for row in table.rows}
         for name, network in names.items():
             for runtime in runtimes:
                 row = measured[network, runtime]
                 base = measured[_BASELINE, runtime]
                 rows.append(
-                    {"paper_table": number, "name": name}
+                    {"paper_table": table_number, "name": name}
                     | _times(row)
                     | {"ratio": _ratio(row, base, statistic)}
                     | {"ratio_median": _ratio(row, base, "median_ms")}
@@ -272,7 +242,7 @@ def _busy(result: Result) -> str:
     if not spread or statistics.median(spread) < _STEADY:
         return ""
     return (
-        f"\nThe machine was busy: medians are {statistics.median(spread):.1f} times the minima. "
+        f"The machine was busy: medians are {statistics.median(spread):.1f} times the minima. "
         "Measure again when it is idle."
     )
 
@@ -296,29 +266,7 @@ def _beside(table: PaperTable, paper: Mapping[str | None, float], name: str) -> 
     }
 
 
-def _names(result: Result, number: int) -> list[str]:
-    return list(dict.fromkeys(r["name"] for r in result.rows if r["paper_table"] == number))
-
-
-def _bar(
-    rows: Mapping[tuple[str, str], Row],
-    name: str,
-    label: str,
-    runtimes: Sequence[str],
-    statistic: str,
-) -> tuple[float | None, str]:
-    if label == "paper":
-        row = rows[name, runtimes[0]]
-        return row["paper_ratio"], f"×{row['paper_ratio']:.2f}  ({row['paper_ms']:.2f} ms)"
-    row = rows[name, label]
-    if row["ratio"] is None:
+def _bar(row: Row, ratio: str, time: str) -> tuple[float | None, str]:
+    if row[ratio] is None:
         return None, "failed"
-    return row["ratio"], f"×{row['ratio']:.2f}  ({row[statistic]:.2f} ms)"
-
-
-def _label(series: str, number: int) -> str:
-    return paper_table(number).mark("paper, iPhone 12") if series == "paper" else f"{series}, here"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
+    return row[ratio], f"×{row[ratio]:.2f}  ({row[time]:.2f} ms)"

@@ -1,7 +1,7 @@
 """How much multiply-adds and parameters tell of latency: the paper's Table 1."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -11,8 +11,9 @@ from mobileone.bench.inference.latency import measure_latency
 from mobileone.bench.inference.profile import profile_models
 from mobileone.bench.paper import paper_table
 from mobileone.bench.results import Result, Row
-from mobileone.bench.show.charts import COLORS, MARKERS, plain_ticks, save_figure
-from mobileone.bench.suites import get_suite
+from mobileone.bench.show.charts import COLORS, MARKERS, plain_ticks
+from mobileone.bench.show.tables import Column, make_table, number, words
+from mobileone.bench.suites import choose_models
 
 __all__ = [
     "correlation_figure",
@@ -28,57 +29,43 @@ _LEAST = 4  # points; of three, every order has a |ρ| of at least 0.5
 
 
 def study_correlation(
-    suite: str = "paper",
-    models: Sequence[str] | None = None,
+    models: Sequence[str] = (),
+    suite: str | None = None,
     runtimes: Sequence[str] | None = None,
     protocol: str = "paper",
     runs: int | None = None,
     threads: int = 1,
-    directory: str | Path | None = None,
 ) -> Result:
     """Time networks and correlate their latency with their multiply-adds and parameters.
 
     Args:
-        suite: Name in `mobileone.bench.suites.SUITES`; its models that can be built here.
-        models: Names to take instead of a suite.
+        models: Names of timm's models, or torchvision's with the prefix `torchvision/`.
+        suite: A group of models, in addition: `paper` (Table 9, the default where no model is
+            named) or `2026`.
         runtimes: Names in `mobileone.bench.runtimes.RUNTIMES`; None: all that are present.
         protocol: As `mobileone.bench.inference.latency.measure_latency` has them.
         runs: Timed inferences of each; None: the protocol's.
         threads: CPU threads.
-        directory: Where to save correlation.json, .csv, .png and .svg, and the points as a
-            latency result in correlation_points.json; None: nowhere.
 
     Returns:
         A row for each runtime and quantity: `source` ("here"), `device` (the runtime),
         `quantity`, Spearman's `rho`, its two-sided `p`, `n`; then the paper's rows as printed in
         Table 1 ("paper, Table 1", no `n`) and as they come out of its Table 9 ("paper, Table 9").
+        Last the points, with `level` "point": rows of a latency result, `mmacs`, `params_m`.
 
     Raises:
         ValueError: An argument is out of its range, or there are fewer than four models.
         ImportError: A runtime was named that is not installed.
     """
-    chosen = get_suite(suite)
-    names = chosen.models if models is None else tuple(dict.fromkeys(models))
+    names, choice = choose_models(models, suite or (None if models else "paper"))
     if len(names) < _LEAST:
         raise ValueError(f"`models` (={list(names)}): a rank correlation needs at least {_LEAST}")
     latency = measure_latency(names, runtimes, protocol, runs, threads)
     counted = {r["model"]: r for r in profile_models(names).rows if r["level"] == "model"}
     points = [row | _counts(counted[row["model"]]) for row in latency.rows]
-    how = latency.protocol | {
-        "suite": suite if models is None else None,
-        "models": list(names),
-        "models_missing": list(chosen.missing) if models is None else [],
-    }
-    about = (latency.machine, latency.versions, latency.date)
-    rows = [*_measured(points, str(how["statistic"])), *_printed(), *_recomputed()]
-    result = Result("correlation", how, *about, rows)
-    if directory is not None:
-        folder = Path(directory)
-        Result("latency", how, *about, points).save(folder / "correlation_points.json")
-        result.save(folder / "correlation.json")
-        result.write_csv(folder / "correlation.csv")
-        save_figure(correlation_figure(result, points), folder / "correlation")
-    return result
+    rows = [*_measured(points, latency.statistic), *_printed(), *_recomputed(), *points]
+    how = latency.protocol | choice
+    return replace(latency, kind="correlation", protocol=how, rows=rows)
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, float] | None:
@@ -105,37 +92,32 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, flo
 
 
 def correlation_table(result: Result) -> Table:
-    """The rows for a terminal."""
+    """The correlations for a terminal."""
     how = result.protocol
-    caption = (
+    notes = [
         "Table 9 has all of the paper's models. Which of them Table 1 is of is not printed; its p "
         "fit to about 21."
+    ]
+    if how.get("missing"):
+        notes.append(f"Not available here: {', '.join(how['missing'])}.")
+    columns = (
+        words("source", "source"),
+        words("device", "device"),
+        Column("against", lambda row: QUANTITIES[row["quantity"]], right=False),
+        number("rho", "rho"),
+        number("p", "p", ".2g"),
+        number("n", "n", "g"),
     )
-    if how["models_missing"]:
-        caption += f" Not to be had here: {', '.join(how['models_missing'])}."
-    table = Table(
-        title=f"Spearman's rank correlation with latency, {result.machine['cpu']}, "
-        f"{how['threads']} thread(s)",
-        caption=caption,
+    title = (
+        f"Spearman's rank correlation with latency, {result.machine['cpu']}, "
+        f"{how['threads']} thread(s)"
     )
-    for heading in ("source", "device", "against"):
-        table.add_column(heading)
-    for heading in ("rho", "p", "n"):
-        table.add_column(heading, justify="right")
-    for row in result.rows:
-        table.add_row(
-            row["source"],
-            row["device"],
-            QUANTITIES[row["quantity"]],
-            "–" if row["rho"] is None else f"{row['rho']:.2f}",
-            "–" if row["p"] is None else f"{row['p']:.2g}",
-            "–" if row["n"] is None else str(row["n"]),
-        )
-    return table
+    return make_table(title, columns, _split(result)[0], notes)
 
 
-def correlation_figure(result: Result, points: Sequence[Row]) -> Figure:
+def correlation_figure(result: Result) -> Figure:
     """Latency over multiply-adds and over parameters, a marker for each runtime."""
+    correlations, points = _split(result)
     statistic = str(result.protocol["statistic"])
     runtimes = list(dict.fromkeys(row["runtime"] for row in points))
     figure = Figure(figsize=(10, 5), layout="constrained")
@@ -144,7 +126,7 @@ def correlation_figure(result: Result, points: Sequence[Row]) -> Figure:
         for i, runtime in enumerate(runtimes):
             shown = [r for r in points if r["runtime"] == runtime and r["failure"] is None]
             found = next(
-                r for r in result.rows if (r["source"], r["device"], r["quantity"]) ==
+                r for r in correlations if (r["source"], r["device"], r["quantity"]) ==
                 ("here", runtime, quantity)
             )  # fmt: skip
             rho = "ρ –" if found["rho"] is None else f"ρ {found['rho']:.2f}, p {found['p']:.2g}"
@@ -187,8 +169,14 @@ def _any_own(rows: Sequence[Row]) -> bool:
     return any(row["model"].startswith("mobileone_") for row in rows)
 
 
+def _split(result: Result) -> tuple[list[Row], list[Row]]:
+    """The correlations, and the points that they are of."""
+    points = [row for row in result.rows if row.get("level") == "point"]
+    return [row for row in result.rows if row.get("level") != "point"], points
+
+
 def _counts(row: Row) -> Row:
-    return {"mmacs": row["macs"] / 1e6, "params_m": row["parameters"] / 1e6}
+    return {"level": "point", "mmacs": row["macs"] / 1e6, "params_m": row["parameters"] / 1e6}
 
 
 def _correlation(

@@ -5,20 +5,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from mobileone.bench.paper import UNVERIFIED, paper_row, paper_table
 from mobileone.bench.results import Result, compare_machines
-from mobileone.bench.show.charts import save_figure
-from mobileone.bench.show.labels import place_labels
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from mobileone.bench.show.charts import COLORS, plain_ticks, save_figure
 
 __all__ = ["Point", "draw_pareto", "measured_points", "paper_points", "pareto_front"]
 
-# Okabe and Ito, for the color-blind; in gray print shapes and line styles tell as well
-_OURS, _OTHERS, _PAPER = "#d55e00", "#0072b2", "#777777"
+_OURS, _OTHERS, _PAPER = COLORS[4], COLORS[0], "#777777"
+
+# right below, above, beside; left above, below, beside; then farther away; in points
+_PLACES = (
+    *((4, -9), (4, 4), (6, -2), (-4, 4), (-4, -9), (-6, -2)),
+    *((12, -17), (12, 12), (-12, 12), (-12, -17), (22, -2), (-22, -2)),
+)
+# where it is farther away, a line tells whose it is
+_LINE = {"arrowstyle": "-", "linewidth": 0.4, "color": "#555555", "shrinkA": 0, "shrinkB": 2}
 
 
 @dataclass(frozen=True)
@@ -41,18 +48,18 @@ class Point:
 
 
 def draw_pareto(
-    figure: str | Path,
     results: Sequence[str] = (),
     runtime: str = "onnxruntime",
     paper_column: str = "mobile_ms",
+    output: str | Path = ".",
 ) -> tuple[Path, Path]:
     """Draw accuracy against latency, with the Pareto fronts.
 
     Args:
-        figure: Where to write, without suffix; `.png` and `.svg` are added.
         results: Latency results of one machine; none: the paper's data alone.
         runtime: Which runtime of these results.
         paper_column: The paper's latency: `mobile_ms` (Figure 1), `cpu_ms` or `gpu_ms`.
+        output: Folder for `pareto.png` and `pareto.svg`.
 
     Returns:
         The two files.
@@ -62,8 +69,6 @@ def draw_pareto(
             that runtime whose accuracy is known; or `paper_column` is unknown.
         FileNotFoundError: There is no such result.
     """
-    from matplotlib.figure import Figure  # slow to import
-
     loaded = [Result.load(path) for path in results]
     columns = ("mobile_ms", "cpu_ms", "gpu_ms")
     if paper_column not in columns:
@@ -77,7 +82,9 @@ def draw_pareto(
     if loaded:
         _draw_set(axes, measured, _legend(loaded[0], runtime), own=True)
     axes.set_xscale("log")
-    _plain_ticks(axes, [p.latency for p in [*paper, *measured]])
+    plain_ticks(axes.xaxis)
+    latencies = [point.latency for point in [*paper, *measured]]
+    axes.set_xlim(0.85 * min(latencies), 1.3 * max(latencies))
     axes.set_xlabel("latency (ms, logarithmic)")
     axes.set_ylabel("ImageNet top-1 (%)")
     axes.grid(alpha=0.3, linewidth=0.5)
@@ -87,8 +94,8 @@ def draw_pareto(
         title=None if all(point.verified for point in measured) else note, title_fontsize=7,
     )  # fmt: skip
     named = _labels(measured, own=True) + _labels(paper, own=False, all_of_them=not loaded)
-    place_labels(axes, named, [(p.latency, p.top1) for p in [*paper, *measured]])
-    return save_figure(canvas, figure)
+    _place_labels(axes, named, [(p.latency, p.top1) for p in [*paper, *measured]])
+    return save_figure(canvas, Path(output) / "pareto")
 
 
 def paper_points(column: str = "mobile_ms") -> list[Point]:
@@ -151,7 +158,7 @@ def _point(model: str, latency: float) -> Point | None:
     return None
 
 
-def _draw_set(axes: "Axes", points: Sequence[Point], name: str, own: bool) -> None:
+def _draw_set(axes: Axes, points: Sequence[Point], name: str, own: bool) -> None:
     front = pareto_front(points)
     line = ("-", 1.4) if own else ("--", 1.0)
     color = "black" if own else _PAPER
@@ -187,17 +194,6 @@ def _labels(
     ]
 
 
-def _plain_ticks(axes: "Axes", values: Sequence[float]) -> None:
-    """1, 2, 5, 10 … as they are read, instead of powers."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    steps = [m * 10.0**e for e in range(-2, 5) for m in (1, 2, 5)]
-    axes.xaxis.set_major_locator(FixedLocator([s for s in steps if s < 2 * max(values)]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_xlim(0.85 * min(values), 1.3 * max(values))
-
-
 def _legend(result: Result, runtime: str) -> str:
     protocol = result.protocol
     word = protocol["statistic"].removesuffix("_ms")
@@ -205,3 +201,50 @@ def _legend(result: Result, runtime: str) -> str:
         f"here: {result.machine['device_name']}, {runtime}, {protocol['threads']} thread"
         f"{'s' if protocol['threads'] > 1 else ''}, {word} of {protocol['runs']}"
     )
+
+
+def _place_labels(
+    axes: Axes,
+    labels: Sequence[tuple[str, float, float, dict[str, Any]]],
+    points: Sequence[tuple[float, float]],
+) -> None:
+    """Write each label at the first place around its point that is free.
+
+    A label for which none is free stays at the place that it covers least at; call it when the
+    chart is otherwise complete.
+
+    Args:
+        axes: Where.
+        labels: Text, x and y of the point, and style of each, the most important ones first.
+        points: All points that are drawn, x and y.
+    """
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # the layout decides where points are
+    marks = axes.transData.transform(list(points))
+    reach = 3 * figure.dpi / 72
+    taken = [Bbox([(x - reach, y - reach), (x + reach, y + reach)]) for x, y in marks]
+    for text, x, y, style in labels:
+        label = axes.annotate(text, (x, y), xytext=_PLACES[0], textcoords="offset points", **style)
+        tried = []
+        for place in _PLACES:
+            label.set_position(place)
+            label.set_horizontalalignment("left" if place[0] > 0 else "right")
+            box = label.get_window_extent()
+            tried.append((_covered(box, taken, axes.bbox), place, box))
+            if tried[-1][0] == 0:
+                break
+        _, place, box = min(tried, key=lambda trial: trial[0])
+        label.set_position(place)
+        label.set_horizontalalignment("left" if place[0] > 0 else "right")
+        taken.append(box)
+        if abs(place[0]) > 6:
+            axes.annotate("", (x, y), place, textcoords="offset points", arrowprops=_LINE)
+
+
+def _covered(box: Bbox, taken: Sequence[Bbox], frame: Bbox) -> float:
+    """Area of what the box covers, and of what of it is outside the frame."""
+    inside = Bbox.intersection(box, frame)
+    outside = box.width * box.height - (inside.width * inside.height if inside else 0)
+    overlaps = (Bbox.intersection(box, other) for other in taken)
+    return outside + sum(o.width * o.height for o in overlaps if o is not None)

@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import get_args
 
 import torch
@@ -15,7 +14,8 @@ from rich.table import Table
 
 from mobileone.bench.inference.latency import check_device
 from mobileone.bench.results import Result, Row
-from mobileone.bench.show.charts import COLORS, HATCHES, save_figure
+from mobileone.bench.show.charts import draw_bars
+from mobileone.bench.show.tables import Column, make_table, number, words
 from mobileone.bench.threads import check_threads
 from mobileone.bench.training_step.images import ImageKind
 from mobileone.bench.training_step.implementations import CONTENDERS, change_of, check_contender
@@ -38,7 +38,6 @@ def measure_training(
     channels_last: bool = False,
     amp: bool = False,
     images: ImageKind = "photos",
-    directory: str | Path | None = None,
 ) -> Result:
     """Measure training steps of several implementations, each in a process of its own, in turn.
 
@@ -59,7 +58,6 @@ def measure_training(
         amp: Run the forward pass under autocast in bfloat16.
         images: "photos", crops of two photographs, whose pixels are like their neighbors as in
             what networks train on, or "noise". Close statistics cost a collapsed stem some time.
-        directory: Where to save training.json, .csv, .png and .svg; None: nowhere.
 
     Returns:
         A result of the kind `training`; rows have `model`, `contender`, `seconds` (median of a
@@ -97,12 +95,7 @@ def measure_training(
         "process": "one a contender",
         "order": "in turns, shuffled",
     }
-    result = Result.new("training", how, rows, device)
-    if directory is not None:
-        result.save(Path(directory) / "training.json")
-        result.write_csv(Path(directory) / "training.csv")
-        save_figure(training_figure(result), Path(directory) / "training")
-    return result
+    return Result.new("training", how, rows, device)
 
 
 def _measure_model(
@@ -187,32 +180,25 @@ _PANELS = (("seconds", "s a step"), ("kept_mib", "MiB kept for backward, an imag
 
 def training_table(result: Result) -> Table:
     """The rows for a terminal, with times relative to timm's and to the plain net's."""
-    table = Table(title=f"Training step, {_setting(result)}, torch {result.versions['torch']}")
-    for heading in ("model", "contender"):
-        table.add_column(heading)
-    for heading in ("step (s)", "× plain", "timm ÷", "CPU (s)", "kept (MiB/image)", "peak"):
-        table.add_column(heading, justify="right")
-    measured = [row for row in result.rows if row["failure"] is None]
-    for row in measured:
-        table.add_row(
-            row["model"],
-            row["contender"],
-            f"{row['seconds']:.3f} ± {row['spread_seconds'] / 2:.3f}",
-            _number(row["to_plain"], ".2f"),
-            _number(row["timm_to"], ".2f"),
-            _number(row["cpu_seconds"], ".3f"),
-            _number(row["kept_mib"], ".1f"),
-            _number(row["peak_mib"], ".1f"),
-        )
+    columns = (
+        words("model", "model"),
+        words("contender", "contender"),
+        Column("step (s)", lambda row: f"{row['seconds']:.3f} ± {row['spread_seconds'] / 2:.3f}"),
+        number("× plain", "to_plain"),
+        number("timm ÷", "timm_to"),
+        number("CPU (s)", "cpu_seconds", ".3f"),
+        number("kept (MiB/image)", "kept_mib", ".1f"),
+        number("peak", "peak_mib", ".1f"),
+    )
     notes = [
         f"{row['model']}, {row['contender']}: {row[column]}"
         for column in ("failure", "change")
         for row in result.rows
         if row.get(column) is not None
     ]
-    table.caption = "\n".join(notes) or None
-    table.caption_justify = "left"
-    return table
+    measured = [row for row in result.rows if row["failure"] is None]
+    title = f"Training step, {_setting(result)}, torch {result.versions['torch']}"
+    return make_table(title, columns, measured, notes)
 
 
 def training_figure(result: Result) -> Figure:
@@ -220,28 +206,16 @@ def training_figure(result: Result) -> Figure:
     models = list(dict.fromkeys(row["model"] for row in result.rows))
     names = list(dict.fromkeys(row["contender"] for row in result.rows))
     rows = {(row["model"], row["contender"]): row for row in result.rows}
-    figure = Figure(figsize=(5 + 2.2 * len(models), 4.6), layout="constrained")
-    thickness = 0.88 / len(names)
-    for axes, (column, label) in zip(figure.subplots(1, 2), _PANELS, strict=True):
-        for i, name in enumerate(names):
-            values = [_value(rows[model, name], column) for model in models]
-            places = [m + (i - (len(names) - 1) / 2) * thickness for m in range(len(models))]
-            axes.bar(
-                places,
-                values,
-                0.92 * thickness,
-                label=name,
-                color=COLORS[i % len(COLORS)],
-                hatch=HATCHES[i % len(HATCHES)],
-                edgecolor="white",
-            )
-            for place, value in zip(places, values, strict=True):
-                text = f" {value:.3g}" if value else " failed"
-                axes.text(place, value, text, rotation=90, ha="center", va="bottom", fontsize=8)
-        axes.set_xticks(range(len(models)), models)
-        axes.set_ylabel(label)
-        axes.margins(y=0.16)
-        axes.spines[["top", "right"]].set_visible(False)
+    height = 1.6 + 0.24 * len(models) * len(names)
+    figure = Figure(figsize=(10, height), layout="constrained")
+    for axes, (column, label) in zip(figure.subplots(1, 2, sharey=True), _PANELS, strict=True):
+        series = {}
+        for name in names:
+            values = [rows[model, name].get(column) for model in models]
+            series[name] = [(v, "failed" if v is None else f"{v:.3g}") for v in values]
+        draw_bars(axes, models, series)
+        axes.set_xlabel(label)
+        axes.margins(x=0.16)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle(f"Training step: {_setting(result)}", fontsize=10)
@@ -258,12 +232,3 @@ def _setting(result: Result) -> str:
         f"{machine['device_name']} ({machine['device']}), "
         f"{how['threads']} of {machine['cores']} threads"
     )
-
-
-def _value(row: Row, column: str) -> float:
-    value = row.get(column)
-    return 0.0 if value is None else float(value)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)

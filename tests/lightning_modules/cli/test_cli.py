@@ -427,7 +427,9 @@ def test_python_dash_m_is_the_same_command():
     ("line", "expected"),
     [
         ("mobileone ex", {"export"}),
+        ("mobileone benchmark la", {"latency"}),
         ("mobileone fit --model.label", {"--model.label_smoothing"}),
+        ("mobileone benchmark latency --runt", {"--runtimes"}),
         pytest.param("mobileone predict --top", {"--top_k"}, marks=pytest.mark.slow),
     ],
 )
@@ -449,7 +451,7 @@ def test_tab_completion(line, expected, tmp_path):
 
 def test_benchmark_of_training_prints_a_table_and_saves_it(tmp_path, capsys):
     quick = "--contenders [plain] --batch_size 2 --image_size 32 --rounds 1".split()
-    main(["benchmark", "training", "mobileone_s0", *quick, "--directory", "out"])
+    main(["benchmark", "training", "mobileone_s0", *quick, "--output", "out"])
     assert "mobileone_s0" in capsys.readouterr().out
     assert json.loads((tmp_path / "out/training.json").read_text())["protocol"]["rounds"] == 1
     assert (tmp_path / "out/training.png").is_file()

@@ -1,13 +1,14 @@
 """The benchmark of the data covers every combination and says what binds a run."""
 
-import json
 from dataclasses import replace
 
 import pytest
 from PIL import Image
 
 from lightning_modules.cli.main import main
-from lightning_modules.data.benchmark import benchmark_data
+from lightning_modules.data.benchmark import benchmark_data, data_table, data_verdict
+from lightning_modules.report.page import write_report
+from mobileone.bench.results import Result
 
 pytest.importorskip("webdataset", reason="needs the extra `shards`")
 
@@ -25,30 +26,33 @@ def test_every_combination_is_measured(tmp_path):
     result = benchmark_data(
         tmp_path, workers=(0, 1), images=8, batch_size=3, image_size=16, rounds=2, workspace=work
     )
-    assert result.images == 8
-    combinations = {(row.reader, row.workers, row.decoder) for row in result.rows}
+    assert result.protocol["images"] == 8
+    combinations = {tuple(row[key] for key in result.keys) for row in result.rows}
     assert len(combinations) == len(result.rows) == 3 * 2 * 2
     for row in result.rows:
-        assert 0 < row.slowest <= row.images_per_second <= row.fastest
-        assert row.cpu_ms > 0
-    assert result.verdict.endswith("give --model for what training needs")
+        assert 0 < row["slowest_images_per_s"] <= row["images_per_s"] <= row["fastest_images_per_s"]
+        assert row["cpu_ms"] > 0
+    assert data_verdict(result).endswith("give --model for what training needs")
     assert not list(work.iterdir())
 
 
 def test_verdict_compares_the_step_with_the_best_reader():
     result = benchmark_data(None, ("folder",), (0,), ("pillow",), 6, 3, 32, 1, "test_byobnet")
-    assert result.model_images_per_second > 0
-    step = replace(result, model_images_per_second=result.rows[0].images_per_second * 2)
-    assert step.verdict.startswith("bound by data:")
-    step = replace(result, model_images_per_second=result.rows[0].images_per_second / 2)
-    assert step.verdict.startswith("bound by compute:")
+    assert result.protocol["model_images_per_s"] > 0
+    speed = result.rows[0]["images_per_s"]
+    for step, bound in ((speed * 2, "data"), (speed / 2, "compute")):
+        other = replace(result, protocol=result.protocol | {"model_images_per_s": step})
+        assert data_table(other).caption.startswith(f"bound by {bound}:")
 
 
 def test_command_line(tmp_path, capsys):
     quick = "--readers [shards] --workers [0] --decoders [pillow] --images 4 --image_size 16"
-    main(["benchmark", "data", *quick.split(), "--rounds", "1", "--directory", str(tmp_path)])
-    assert "shards" in capsys.readouterr().out
-    assert json.loads((tmp_path / "data.json").read_text())["rows"][0]["reader"] == "shards"
+    main(["benchmark", "data", *quick.split(), "--rounds", "1", "--output", str(tmp_path)])
+    assert "give --model for what training needs" in capsys.readouterr().out
+    (row,) = Result.load(tmp_path / "data.json", "data").rows
+    assert row["reader"] == "shards"
+    page = write_report(tmp_path).read_text()
+    assert "Measured: data" in page and f"{row['images_per_s']:.4g}" in page
 
 
 @pytest.mark.parametrize(

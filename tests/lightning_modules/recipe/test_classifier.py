@@ -450,7 +450,7 @@ def test_trains_any_timm_model(tmp_path, name):
     [
         (
             {"model": "mobileone_s9"},
-            r"unknown `model` \(='mobileone_s9'\): did you mean 'mobileone_",
+            r"unknown `model` \(='mobileone_s9'\); did you mean mobileone_",
         ),
         ({"model": "?"}, r"unknown `model` \(='\?'\); timm\.list_models"),
         ({"num_classes": 0}, r"`num_classes` \(=0\)"),
@@ -464,7 +464,7 @@ def test_wrong_arguments_are_named(arguments, message):
 
 
 def test_unknown_optimizer_is_named_with_similar_ones(tmp_path):
-    with pytest.raises(ValueError, match=r"`optimizer` \(='momentun'\): did you mean 'momentum'"):
+    with pytest.raises(ValueError, match=r"`optimizer` \(='momentun'\); did you mean .*momentum"):
         make_trainer(tmp_path).fit(classifier(optimizer="momentun"), Images())
 
 

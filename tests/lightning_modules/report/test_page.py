@@ -146,7 +146,7 @@ def test_the_page_has_it_all_and_needs_nothing(results, run):
 
 
 def test_a_run_folder_alone_is_enough(run, tmp_path):
-    page = Page(write_report(run, output=tmp_path / "out" / "page.html").read_text())
+    page = Page(write_report(run, output=tmp_path / "out").read_text())
     assert "Nothing was counted here" in page.text
     assert "No latency was measured here" in page.text
     assert "The folder has no results" in page.text
@@ -208,9 +208,11 @@ def test_wrong_folders_are_named(results, run, tmp_path, capsys):
         main(["report", str(tmp_path / "nowhere")])
     assert exit_info.value.code == 2
     assert "mobileone report: error: `folder`" in capsys.readouterr().err
-    main(["report", str(results), "--run", str(run), "--output", str(tmp_path / "a.html")])
-    assert (tmp_path / "a.html").is_file()
-    assert "a.html" in capsys.readouterr().out
+    main(["report", str(results), "--run", str(run), "--output", str(tmp_path / "sent")])
+    assert (tmp_path / "sent" / "report.html").is_file()
+    assert "report.html" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"a\.html'\) must be a folder"):
+        write_report(results, run, "a.html")
 
 
 class Browser:

@@ -12,7 +12,6 @@ from lightning_modules.studies.ablation import (
     ablation_table,
     study_ablation,
 )
-from mobileone.bench.results import Result
 
 TINY = [
     *("--model.model", "mobileone_mu0", "--model.warmup_epochs", "0"),
@@ -76,9 +75,6 @@ def test_a_killed_study_goes_on(tmp_path, trained):
     assert rows["k = 1"]["acc1_mean"] == pytest.approx(56)  # 51 and 61
     assert rows["k = 1"]["acc1_std"] == pytest.approx(50**0.5)
     assert rows["k = 1"]["n"] == 2
-    assert Result.load(tmp_path / "ablation.json") == result
-    assert (tmp_path / "ablation.png").stat().st_size > 5_000
-    assert (tmp_path / "ablation.svg").is_file()
     more = study_ablation(tmp_path, epochs=2, seeds=3, parts=["k"], options=TINY)
     assert len(trained.calls) == 4 + 7 + 5
     assert {row["n"] for row in more.rows} == {3}

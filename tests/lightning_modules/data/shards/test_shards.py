@@ -319,7 +319,7 @@ def test_command_line(folder, tmp_path, capsys):
     assert "is missing" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["shards", target])
-    assert "give SRC and DST" in capsys.readouterr().err
+    assert "required: destination" in capsys.readouterr().err
 
 
 # --- reading them for training

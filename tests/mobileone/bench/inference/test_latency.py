@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mobileone.bench.inference import case as contenders
-from mobileone.bench.inference.latency import check_device, measure_latency, measure_modules
+from mobileone.bench.inference.latency import check_device, measure_latency
 from mobileone.bench.inference.memory import measure_memory
 from mobileone.bench.inference.throughput import measure_throughput
 from mobileone.bench.runtimes import RUNTIMES, check_runtimes, missing_runtimes, runtimes_for
@@ -67,7 +67,7 @@ def test_every_contender_is_fused_right_and_timed(result):
 
 def test_a_contender_that_takes_longer_is_told_from_a_shorter_one():
     modules = {str(n): (lambda n=n: Repeated(n).eval()) for n in (2, 20)}
-    short, long = measure_modules(modules, ["eager"], runs=10, image_size=128).rows
+    short, long = measure_latency(modules, ["eager"], runs=10, image_size=128).rows
     assert long["min_ms"] > 4 * short["min_ms"]  # ten times the work
 
 

@@ -49,12 +49,12 @@ def test_measured_points_have_the_accuracy_that_is_recorded(result):
 
 def test_both_files_are_written(result, tmp_path):
     saved = result.save(tmp_path / "latency.json")
-    png, svg = draw_pareto(tmp_path / "figures/front", [str(saved)], "eager")
+    png, svg = draw_pareto([str(saved)], "eager", output=tmp_path / "figures")
     assert png.read_bytes().startswith(b"\x89PNG") and "<svg" in svg.read_text()[:1000]
-    assert sorted(p.name for p in png.parent.iterdir()) == ["front.png", "front.svg"]
+    assert sorted(p.name for p in png.parent.iterdir()) == ["pareto.png", "pareto.svg"]
 
 
-def test_what_cannot_be_compared_is_refused(result, tmp_path):
+def test_what_cannot_be_compared_is_refused(result):
     other = dataclasses.replace(result, machine=result.machine | {"machine_id": "x"})
     with pytest.raises(ValueError, match="different machines"):
         measured_points([result, other], "eager")
@@ -64,4 +64,4 @@ def test_what_cannot_be_compared_is_refused(result, tmp_path):
     with pytest.raises(ValueError, match=r"`runtime` \(='openvino'\).*eager, other"):
         measured_points([result], "openvino")
     with pytest.raises(ValueError, match=r"`paper_column` \(='tpu_ms'\)"):
-        draw_pareto(tmp_path / "x", paper_column="tpu_ms")
+        draw_pareto(paper_column="tpu_ms")
