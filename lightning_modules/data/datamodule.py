@@ -12,18 +12,20 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_modules.data.base import ResumableData
 from lightning_modules.data.dataloader import image_loader
 from lightning_modules.data.dataset import ImageClassificationDataset, IterableImageDataset
-from lightning_modules.data.digits import digits_root, write_digits
+from lightning_modules.data.digits import cache_root, digits_root, write_digits
 from lightning_modules.data.image_io import color_mode
 from lightning_modules.data.samplers import EpochSampler, EvaluationSampler, ShardSampler
 from lightning_modules.data.shards.reader import shard_lengths
 from lightning_modules.data.splits import FOLDER_NAMES, DatasetSplits, check_dataset_name
 from lightning_modules.data.transforms import (
     PhasedTransform,
+    check_augmentation_kwargs,
     eval_transform,
     resolve_config,
     scale_strength,
     train_transform,
 )
+from mobileone.io.atomic import directory_lock
 
 __all__ = ["ImageDataModule"]
 
@@ -63,6 +65,8 @@ class ImageDataModule(ResumableData):
         scale: range of the random crop's share of the image's area.
         ratio: range of the random crop's aspect ratio, width by height.
         re_prob: probability of random erasing.
+        augmentation_kwargs: further arguments of `timm.data.create_transform` for the training,
+            for example ``{"re_mode": "pixel", "grayscale_prob": 0.1, "gaussian_blur_prob": 0.1}``.
         batch_size: per device.
         num_workers: processes a loader; None for what the machine suggests, 8 at most.
         persistent_workers: keep them from one epoch to the next.
@@ -102,6 +106,7 @@ class ImageDataModule(ResumableData):
         scale: tuple[float, float] = (0.08, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         re_prob: float = 0.0,
+        augmentation_kwargs: dict[str, Any] | None = None,
         batch_size: int = 256,
         num_workers: int | None = None,
         persistent_workers: bool = True,
@@ -139,14 +144,17 @@ class ImageDataModule(ResumableData):
             "ratio": ratio,
             "re_prob": re_prob,
         }
+        check_augmentation_kwargs(augmentation_kwargs or {}, self._augmentation)
+        self._augmentation.update(augmentation_kwargs or {})
         size = self.data_config["input_size"][1]
         self.set_curriculum([(0, size, 1.0)])
         self._eval_transform = PhasedTransform([(0, eval_transform(self.data_config))])
         self._mode = color_mode(self.data_config["input_size"][0])
         self._digits = digits_root(root) if dataset == "digits" else None
+        self._root = self._digits or (Path(root).expanduser() if root else None)
         self._splits = DatasetSplits(
             "" if self._digits else dataset,
-            self._digits or (Path(root).expanduser() if root else None),
+            self._root,
             train_split,
             val_split,
             test_split,
@@ -203,11 +211,17 @@ class ImageDataModule(ResumableData):
         self._train_transform = PhasedTransform(transforms)
 
     def prepare_data(self) -> None:
-        """Once a node: write the digits, or let torchvision or Hugging Face download."""
+        """Write the digits, or let torchvision or Hugging Face download.
+
+        Any number of processes may call it at the same time.
+        """
         if self._digits:
             write_digits(self._digits)
         elif self._download:
-            self._splits.download()
+            # every process asks for the classes before there is a Trainer to order them: the first
+            # one on this machine downloads, and the others wait here and find what it has left
+            with directory_lock(self._root or cache_root(), patience=math.inf):
+                self._splits.download()
 
     def setup(self, stage: str) -> None:
         """List the files and check the classes of the splits that ``stage`` needs.

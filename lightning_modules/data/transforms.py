@@ -1,8 +1,9 @@
 """timm's training and evaluation transforms, resolved from the model's configuration."""
 
+import inspect
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
 from typing import Any
@@ -26,6 +27,7 @@ from lightning_modules.data.image_io import color_mode
 __all__ = [
     "PhasedTransform",
     "Transform",
+    "check_augmentation_kwargs",
     "eval_transform",
     "resolve_config",
     "scale_strength",
@@ -92,10 +94,10 @@ def train_transform(config: dict[str, Any], **augmentation: Any) -> Transform:
     Args:
         config: what `resolve_config` returned.
         augmentation: auto_augment, color_jitter, hflip, vflip, scale, ratio, re_prob as
-            `timm.data.create_transform` takes them.
+            `timm.data.create_transform` takes them, and any of its others.
 
     Raises:
-        ValueError: an ``auto_augment`` that timm cannot parse, or one for RGBA images.
+        ValueError: a value that timm does not take, or an ``auto_augment`` for RGBA images.
     """
     policy = augmentation.get("auto_augment")
     if policy and config["input_size"][0] == 4:
@@ -107,13 +109,54 @@ def train_transform(config: dict[str, Any], **augmentation: Any) -> Transform:
         _check_parts(policy)
     try:
         return create_transform(**config, is_training=True, **augmentation)
-    except (AssertionError, KeyError, ValueError) as error:
-        if not policy:
-            raise
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        given = {key: value for key, value in augmentation.items() if value is not None}
         raise ValueError(
-            f"auto_augment={policy!r} is no augmentation that timm knows ({error}). Examples: "
-            "'original-mstd0.5', 'v0', '3a', 'rand-m9-mstd0.5', 'augmix-m3'; null for none."
+            f"timm cannot build the training transform ({error!r}) with {given}. An auto_augment "
+            "is for example 'original-mstd0.5', 'v0', '3a', 'rand-m9-mstd0.5', 'augmix-m3', or "
+            "null for none."
         ) from error
+
+
+# what stays timm's default: other results than a tensor (C, H, W), or for other libraries
+_FIXED = {
+    *("is_training", "normalize", "separate", "use_prefetcher", "tf_preprocessing"),
+    *("crop_border_pixels", "re_num_splits", "naflex", "patch_size", "max_seq_len"),
+}
+_DEPENDENT = {"re_mode": "re_prob", "re_count": "re_prob", "color_jitter_prob": "color_jitter"}
+
+
+def check_augmentation_kwargs(kwargs: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Check the names of further arguments of `timm.data.create_transform`.
+
+    Args:
+        kwargs: the further arguments.
+        options: name -> value of those that have an option of their own.
+
+    Raises:
+        ValueError: a name that timm does not know, that has an option of its own, or that does
+            nothing with these options.
+    """
+    own = {*options, "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"}
+    valid = [
+        name
+        for name in inspect.signature(create_transform).parameters
+        if name not in {*own, *_FIXED} and not name.startswith("patchify")
+    ]
+    for name in kwargs:
+        if name in own:
+            raise ValueError(f"augmentation_kwargs has {name!r}: set --data.{name} in its place.")
+        if name not in valid:
+            raise ValueError(
+                f"augmentation_kwargs has {name!r}, which timm.data.create_transform does not take "
+                f"here. Valid names: {', '.join(valid)}."
+            )
+        needed = _DEPENDENT.get(name)
+        if needed and not options[needed]:
+            raise ValueError(
+                f"augmentation_kwargs has {name!r}, which does nothing without --data.{needed}: "
+                "set that, too."
+            )
 
 
 def _check_parts(policy: str) -> None:

@@ -3,6 +3,7 @@
 import gc
 import inspect
 import math
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.data.image_io import read_image
 from lightning_modules.data.samplers import SampleKey
 from lightning_modules.errors import UnreadableImageError
+from tests.helpers.paths import PROGRAMS
+from tests.helpers.processes import start_python
 
 
 def module(root, **options):
@@ -219,7 +222,7 @@ def test_batch_larger_than_the_data(pets):
         ({"dataset": "torch/nothing"}, "Unknown torchvision dataset nothing"),
         ({"auto_augment": "rand-m9-q"}, r"has the part 'q'. 'rand' knows m<number>, n<number>"),
         ({"auto_augment": "original-m9"}, r"has the part 'm9'. 'original' knows mstd<number>"),
-        ({"auto_augment": "nope"}, "auto_augment='nope'.*rand-m9"),
+        ({"auto_augment": "nope"}, "{.*'auto_augment': 'nope'.*rand-m9"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"num_workers": -1}, "num_workers=-1"),
         ({"input_size": (2, 8, 8)}, "2 channels"),
@@ -347,6 +350,59 @@ def test_floating_point_images_are_scaled_or_refused(make_folder):
             UnreadableImageError, match=r"x\.tiff \(its floating-point values reach"
         ):
             list(data.train_dataloader())
+
+
+AUGMENTATIONS = {
+    "pixel": {"re_mode": "pixel", "re_count": 2},
+    "gray": {"grayscale_prob": 0.5},
+    "blur": {"gaussian_blur_prob": 0.5},
+    "crop": {"train_crop_mode": "rkrc"},
+    "jitter": {"color_jitter_prob": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_any_augmentation_of_timm_acts_and_is_the_same_in_every_process(pets, name):
+    """A sample is a function of (seed, epoch, index), whatever was drawn before it."""
+    options = {"re_prob": 0.9, "color_jitter": 0.4, "input_size": 12, "seed": 3}
+    plain, changed, workers = (
+        ready(pets, augmentation_kwargs=kwargs, num_workers=count, **options)
+        for kwargs, count in ((None, 0), (AUGMENTATIONS[name], 0), (AUGMENTATIONS[name], 2))
+    )
+    without, images, again = (
+        torch.cat([images for images, _ in data.train_dataloader()])
+        for data in (plain, changed, workers)
+    )
+    assert torch.equal(images, again)
+    assert not torch.equal(images, without)
+    torch.rand(3)
+    samples = changed.train_dataloader().dataset
+    assert torch.equal(samples[SampleKey(1, 4)].image, samples[SampleKey(1, 4)].image)
+
+
+def test_a_curriculum_keeps_the_augmentation(pets):
+    data = ready(pets, augmentation_kwargs={"grayscale_prob": 1.0}, std=(1.0,), mean=(0.0,))
+    data.set_curriculum([(0, 8, 0.5), (1, 16, 1.0)])
+    for epoch, size in ((0, 8), (1, 16)):
+        image = data.train_dataloader().dataset[SampleKey(epoch, 0)].image
+        assert image.shape == (3, size, size)
+        assert torch.equal(image[0], image[1])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"gray_prob": 1}, r"has 'gray_prob', which .*Valid names: .*grayscale_prob, gaussian_"),
+        ({"normalize": False}, "has 'normalize', which timm"),
+        ({"hflip": 0.1}, r"set --data\.hflip in its place"),
+        ({"mean": (0.0,)}, r"set --data\.mean in its place"),
+        ({"re_mode": "pixel"}, r"does nothing without --data\.re_prob"),
+        ({"train_crop_mode": "corner"}, "cannot build.*'train_crop_mode': 'corner'"),
+    ],
+)
+def test_an_augmentation_that_timm_does_not_take_is_refused(pets, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        module(pets, augmentation_kwargs=kwargs)
 
 
 def test_a_label_that_is_no_class_is_named(pets, monkeypatch):
@@ -527,3 +583,14 @@ def test_a_wrong_label_in_a_stream_is_refused_before_it_is_a_batch(monkeypatch, 
     data.setup("fit")
     with pytest.raises(UnreadableImageError, match="image 2 of worker 0 has the label 2"):
         next(iter(data.train_dataloader()))
+
+
+def test_processes_that_start_together_download_once(tmp_path):
+    """The command asks for the classes in every process, before there is a Trainer."""
+    started = [
+        start_python(PROGRAMS / "download_together.py", tmp_path, rank, stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    for process in started:
+        assert process.communicate(timeout=120)[1] == "" and process.returncode == 0
+    assert (tmp_path / "downloads").read_text() == "train\n"
