@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from torch import nn
 from torch.nn import functional as F
@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
 from callbacks.ema import EMA
+from tests.helpers import trainer as helpers
+from tests.helpers.trainer import make_trainer
 
 BATCHES, BATCH, DECAY = 5, 4, 0.8
 COUNT = "norm.num_batches_tracked"
@@ -107,26 +109,11 @@ def one_batch():
     return DataLoader(loader().dataset, BATCHES * BATCH)
 
 
-def make_trainer(tmp_path, *callbacks, epochs=3, **kwargs):
-    return Trainer(
-        accelerator="cpu",
-        max_epochs=epochs,
-        callbacks=list(callbacks),
-        default_root_dir=tmp_path,
-        logger=False,
-        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **kwargs,
-    )
-
-
-def fit(tmp_path, *callbacks, ckpt_path=None, **kwargs):
+def fit(folder, *callbacks, epochs=3, **options):
     """A fitted module, its trainer and the raw states after each step."""
     trace, net = Trace(), Net()
-    trainer = make_trainer(tmp_path, trace, *callbacks, **kwargs)
-    trainer.fit(net, loader(), one_batch(), ckpt_path=ckpt_path)
+    data = loader(), one_batch()
+    trainer = helpers.fit(folder, net, data, trace, *callbacks, max_epochs=epochs, **options)
     return net, trainer, trace.states
 
 
@@ -157,13 +144,13 @@ def averaged(states, decay=DECAY):
 def assert_near(state, expected):
     assert state.keys() == expected.keys()
     for name, value in state.items():
-        torch.testing.assert_close(
-            value.double(),
-            expected[name].double(),
-            rtol=1e-5,
-            atol=1e-6,
-            msg=lambda m, n=name: n + m,
-        )
+        close = {"rtol": 1e-5, "atol": 1e-6, "msg": lambda m, n=name: n + m}
+        torch.testing.assert_close(value.double(), expected[name].double(), **close)
+
+
+def assert_averaged(weight, states):
+    """That a weight of the linear layer is the average of the raw states."""
+    assert_near({"weight": weight}, {"weight": averaged(states)["linear.weight"]})
 
 
 def assert_equal(state, expected):
@@ -255,8 +242,7 @@ def test_values_out_of_range_are_refused(arguments, name):
 def test_validation_sees_the_average_and_training_goes_on_raw(tmp_path):
     net, _, states = fit(tmp_path, ema())
     for epoch, weight in enumerate(net.validated, start=1):
-        expected = averaged(states[: epoch * BATCHES])["linear.weight"]
-        torch.testing.assert_close(weight.double(), expected, rtol=1e-5, atol=1e-6)
+        assert_averaged(weight, states[: epoch * BATCHES])
 
 
 def test_checkpoint_holds_both_sets_and_loads_safely(tmp_path):
@@ -316,8 +302,7 @@ def test_test_without_a_checkpoint_after_fit_sees_the_average(tmp_path):
     trainer.validate(net, one_batch(), verbose=False)
     assert len(net.validated) == 2
     for weight in net.validated:
-        expected = averaged(states)["linear.weight"]
-        torch.testing.assert_close(weight.double(), expected, rtol=1e-5, atol=1e-6)
+        assert_averaged(weight, states)
 
 
 def test_another_module_is_validated_with_its_own_weights(tmp_path):
@@ -330,10 +315,7 @@ def test_another_module_is_validated_with_its_own_weights(tmp_path):
     assert torch.equal(scenario(ema()), Net().linear.weight)
     assert not torch.equal(scenario(lightnings()), Net().linear.weight)
 
-    trainer, other = (
-        make_trainer(tmp_path, ema(), Fail(RuntimeError("stop"))),
-        Net(),
-    )
+    trainer, other = make_trainer(tmp_path, ema(), Fail(RuntimeError("stop")), max_epochs=3), Net()
     with pytest.raises(RuntimeError, match="stop"):
         trainer.fit(Net(), loader(), one_batch())
     trainer.callbacks.pop(1)
@@ -396,8 +378,7 @@ def test_weights_only_checkpoint_in_a_validation_leaves_the_average_there(tmp_pa
             trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
 
     net, _, states = fit(tmp_path, ema(), Save())
-    expected = averaged(states)["linear.weight"]
-    torch.testing.assert_close(net.validated[-1].double(), expected, rtol=1e-5, atol=1e-6)
+    assert_averaged(net.validated[-1], states)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt()])
@@ -406,7 +387,7 @@ def test_defect_4_exception_in_validation_does_not_swap_the_sets(tmp_path, error
         net, trace = Net(), Trace()
         folder = tmp_path / type(callback).__name__
         save = ModelCheckpoint(folder, filename="x", save_on_exception=True, every_n_epochs=9)
-        trainer = make_trainer(tmp_path, callback, trace, Fail(error), save)
+        trainer = make_trainer(tmp_path, callback, trace, Fail(error), save, max_epochs=3)
         with pytest.raises((RuntimeError, SystemExit)):
             trainer.fit(net, loader(), one_batch())
         return net, load(folder / "x.ckpt"), trace.states
@@ -435,7 +416,7 @@ def test_interrupt_in_the_middle_of_an_exchange_loses_nothing(tmp_path, monkeypa
         before_the_exchange, hook, lambda *_: monkeypatch.setattr("callbacks.ema._copy", half_copy)
     )
     net, trace = Net(), Trace()
-    trainer = make_trainer(tmp_path, before_the_exchange, ema(), trace)
+    trainer = make_trainer(tmp_path, before_the_exchange, ema(), trace, max_epochs=3)
     with pytest.raises(RuntimeError, match="stop"):
         trainer.fit(net, loader(), one_batch())
     trainer.save_checkpoint(tmp_path / "now.ckpt")
@@ -468,12 +449,8 @@ def test_resuming_is_bit_identical(tmp_path, accumulate, options):
     whole, trainer, raw = fit(tmp_path, ema(**options), SaveEachEpoch(), **settings)
     trainer.save_checkpoint(tmp_path / "whole.ckpt")
 
-    resumed, trainer, raw_resumed = fit(
-        tmp_path,
-        ema(**options),
-        ckpt_path=tmp_path / "0.ckpt",
-        **settings,
-    )
+    settings["ckpt_path"] = tmp_path / "0.ckpt"
+    resumed, trainer, raw_resumed = fit(tmp_path, ema(**options), **settings)
     trainer.save_checkpoint(tmp_path / "resumed.ckpt")
 
     assert len(raw) * 2 == len(raw_resumed) * 3
@@ -523,12 +500,11 @@ def test_a_callback_can_serve_a_second_trainer(tmp_path):
     def scenario(callback):
         fit(tmp_path, callback)
         net, _, states = fit(tmp_path, callback)
-        return net.linear.weight.detach().double(), averaged(states)["linear.weight"]
+        return net.linear.weight.detach(), states
 
-    weight, expected = scenario(ema())
-    torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
-    weight, expected = scenario(lightnings())
-    assert not torch.allclose(weight, expected, rtol=1e-3)  # waits for a step that never comes
+    assert_averaged(*scenario(ema()))
+    weight, states = scenario(lightnings())  # waits for a step that never comes
+    assert not torch.allclose(weight.double(), averaged(states)["linear.weight"], rtol=1e-3)
 
 
 def test_half_precision_training_is_averaged_in_single_precision(tmp_path):
@@ -537,5 +513,4 @@ def test_half_precision_training_is_averaged_in_single_precision(tmp_path):
     average = load(tmp_path / "end.ckpt")["state_dict"]
     assert states[-1]["linear.weight"].dtype == torch.bfloat16
     assert average["linear.weight"].dtype == torch.float32
-    expected = averaged(states)["linear.weight"]
-    torch.testing.assert_close(average["linear.weight"].double(), expected, rtol=1e-5, atol=1e-6)
+    assert_averaged(average["linear.weight"], states)

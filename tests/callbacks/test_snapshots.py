@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks.ema import EMA
 from callbacks.snapshots import Snapshots
-from tests.helpers.paths import REPOSITORY
+from tests.helpers import trainer as helpers
+from tests.helpers.processes import run_program
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:You're resuming from a checkpoint that ended before the epoch ended",
@@ -79,22 +78,10 @@ class Signals(Callback):
         setattr(self, hook, send)
 
 
-def fit(folder, snapshots, *more, ckpt_path=None, **options):
+def fit(folder, snapshots, *more, **options):
     module = Module()
-    trainer = Trainer(
-        **{
-            "accelerator": "cpu",
-            "max_epochs": 2,
-            "num_sanity_val_steps": 0,
-            "default_root_dir": folder,
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "callbacks": [EMA(0.9), *more, snapshots],
-            **options,
-        }
-    )
-    trainer.fit(module, ckpt_path=ckpt_path, weights_only=True)
+    options = {"max_epochs": 2, "enable_checkpointing": True, **options}
+    helpers.fit(folder, module, None, EMA(0.9), *more, snapshots, **options)
     return module
 
 
@@ -206,27 +193,14 @@ def test_a_preempted_slurm_job_is_queued_again(tmp_path, monkeypatch):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/scontrol").write_text(f'#!/bin/sh\necho "$@" > {log}\n')
     (tmp_path / "bin/scontrol").chmod(0o755)
-    for name, value in {
-        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-        "SLURM_NTASKS": "1",
-        "SLURM_NTASKS_PER_NODE": "1",
-        "SLURM_JOB_ID": "4711",
-        "SLURM_JOB_NAME": "train",
-        "SLURM_NODELIST": "localhost",
-        "SLURM_LOCALID": "0",
-        "SLURM_PROCID": "0",
-        "SLURM_NODEID": "0",
-    }.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    job = "NTASKS=1 NTASKS_PER_NODE=1 JOB_ID=4711 JOB_NAME=train NODELIST=localhost"
+    for word in f"{job} LOCALID=0 PROCID=0 NODEID=0".split():
+        monkeypatch.setenv("SLURM_" + word.split("=")[0], word.split("=")[1])
     before = signal.getsignal(signal.SIGUSR1)
     with pytest.raises(SIGTERMException):
-        fit(
-            tmp_path / "run",
-            Snapshots(),
-            Signals("on_before_zero_grad", signal.SIGUSR1, 5),
-            devices=1,
-            num_nodes=1,
-        )
+        preempt = Signals("on_before_zero_grad", signal.SIGUSR1, 5)
+        fit(tmp_path / "run", Snapshots(), preempt, devices=1, num_nodes=1)
     assert log.read_text().split() == ["requeue", "4711"]
     assert steps(tmp_path / "run") == [6]
     assert not list(Path(tmp_path / "run").rglob("hpc_ckpt*"))
@@ -280,45 +254,9 @@ def test_a_snapshot_that_leads_to_no_finite_loss_is_set_aside(tmp_path):
     ]
 
 
-TWO = """
-import sys
-from lightning.pytorch import Trainer
-from lightning.pytorch.demos.boring_classes import BoringModel
-from callbacks.snapshots import Snapshots
-from lightning.pytorch.plugins.io import TorchCheckpointIO
-
-
-class Full(TorchCheckpointIO):
-    def save_checkpoint(self, checkpoint, path, storage_options=None):
-        if "00000004" in str(path):
-            raise OSError(28, "No space left on device")
-        super().save_checkpoint(checkpoint, path, storage_options)
-
-
-if __name__ == "__main__":
-    trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", plugins=[Full()], max_steps=8,
-                      callbacks=[Snapshots(every_n_steps=2, every_minutes=0, keep=9)], logger=False,
-                      limit_val_batches=0, enable_progress_bar=False, enable_model_summary=False,
-                      default_root_dir=sys.argv[1])
-    trainer.fit(BoringModel())
-    line = f"done {trainer.global_rank} {trainer.global_step}"
-    print(line + chr(10), end="", flush=True)  # at once: the ranks share a pipe
-"""
-
-
 @pytest.mark.slow  # starts two processes
 def test_a_full_disk_on_one_rank_leaves_the_others_in_step(tmp_path):
-    script = tmp_path / "two.py"
-    script.write_text(TWO)
-    path = os.pathsep.join([str(REPOSITORY), *sys.path])
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run_program("full_disk_on_one_rank.py", tmp_path)
     assert {"done 0 8", "done 1 8"} <= set(done.stdout.splitlines())
     assert "no snapshot at step 4" in done.stderr
     assert 4 not in steps(tmp_path) and {2, 6} <= set(steps(tmp_path))
