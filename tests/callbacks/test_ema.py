@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric
 
 from callbacks.ema import EMA
 from tests.helpers import trainer as helpers
-from tests.helpers.trainer import make_trainer
+from tests.helpers.trainer import SaveEachEpoch, make_trainer
 
 BATCHES, BATCH, DECAY = 5, 4, 0.8
 COUNT = "norm.num_batches_tracked"
@@ -72,11 +72,6 @@ class Trace(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if not trainer.fit_loop._should_accumulate():
             self.states.append(copy(pl_module.state_dict()))
-
-
-class SaveEachEpoch(Callback):
-    def on_train_epoch_end(self, trainer, pl_module):
-        trainer.save_checkpoint(f"{trainer.default_root_dir}/{trainer.current_epoch}.ckpt")
 
 
 class Fail(Callback):

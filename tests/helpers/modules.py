@@ -1,5 +1,7 @@
 """Small LightningModules, networks and data for trainings of a second."""
 
+import hashlib
+
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
@@ -8,7 +10,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from mobileone import MobileOneBlock
 from mobileone.export import ExportSpec
 
-__all__ = ["Recorder", "ScoredClassifier"]
+__all__ = ["Recorder", "ScoredClassifier", "digest"]
+
+
+def digest(batch):
+    """A digest of images and targets."""
+    return hashlib.sha256(b"".join(part.numpy().tobytes() for part in batch)).hexdigest()
 
 
 class Recorder(LightningModule):

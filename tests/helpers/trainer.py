@@ -1,9 +1,16 @@
 """Trainers on the CPU that print nothing and write only what a test asks for."""
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-__all__ = ["fit", "make_trainer"]
+__all__ = ["SaveEachEpoch", "fit", "make_trainer"]
+
+
+class SaveEachEpoch(Callback):
+    """Write 0.ckpt, 1.ckpt, ... into the trainer's folder at the end of each training epoch."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.save_checkpoint(f"{trainer.default_root_dir}/{trainer.current_epoch}.ckpt")
 
 
 def make_trainer(folder, *callbacks, **options):

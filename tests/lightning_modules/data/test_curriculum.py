@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import LEVEL_TO_ARG, AugmentOp, RandAugment
@@ -11,75 +10,43 @@ from timm.data.auto_augment import LEVEL_TO_ARG, AugmentOp, RandAugment
 from callbacks.curriculum import Curriculum
 from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.data.transforms import PhasedTransform, scale_strength
+from tests.helpers.images import write_images
+from tests.helpers.modules import Recorder
+from tests.helpers.trainer import make_trainer
 
 PAPER = [(0, 160, 0.3), (39, 192, 0.7), (114, 224, 1.0)]
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for name in ("cat", "dog"):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(4):
-                pixels = rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i}.png")
-    return root
+    four = {"cat": 4, "dog": 4}
+    return write_images(tmp_path_factory.mktemp("images"), {"train": four, "val": four}, (48, 48))
 
 
-class Probe(LightningModule):
-    """Records what it is trained and validated on."""
+def probe():
+    """Records epoch, size and images of the training, and the sizes of the validation."""
 
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.trained, self.validated = [], []
+    def look(module, batch):
+        return module.current_epoch, batch[0].shape[-1], batch[0].clone()
 
-    def training_step(self, batch, _):
-        self.trained.append((self.current_epoch, batch[0].shape[-1], batch[0].clone()))
-        return self.weight.sum()
-
-    def validation_step(self, batch, _):
-        self.validated.append(batch[0].shape[-1])
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
+    return Recorder(look)
 
 
 def data_of(root, workers=0, **options):
-    return ImageDataModule(
-        str(root),
-        model="mobileone_mu0",
-        input_size=32,
-        batch_size=4,
-        num_workers=workers,
-        **options,
-    )
+    options = {"input_size": 32, "batch_size": 4, "num_workers": workers, **options}
+    return ImageDataModule(str(root), model="mobileone_mu0", **options)
 
 
-def train(root, tmp_path, epochs=6, workers=0, ckpt_path=None, stop=None, **options):
-    probe = Probe()
+def train(root, folder, workers=0, ckpt_path=None, stop=None, **options):
+    module, data = probe(), data_of(root, workers, **options)
     curriculum = Curriculum([(0, 16, 0.3), (100, 24, 0.7), (200, 32, 1.0)])
-    trainer = Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        callbacks=[curriculum],
-        default_root_dir=tmp_path,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        enable_checkpointing=False,
-        limit_val_batches=1,
-    )
+    trainer = make_trainer(folder, curriculum, max_epochs=6, limit_val_batches=1)
     if stop is not None:
-        probe.on_train_epoch_end = lambda: setattr(
+        module.on_train_epoch_end = lambda: setattr(
             trainer, "should_stop", trainer.current_epoch + 1 >= stop
         )
-    trainer.fit(probe, datamodule=data_of(root, workers, **options), ckpt_path=ckpt_path)
-    return probe, trainer
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return module, trainer
 
 
 EXPECTED = {0: 16, 1: 16, 2: 24, 3: 24, 4: 32, 5: 32}
@@ -87,10 +54,10 @@ EXPECTED = {0: 16, 1: 16, 2: 24, 3: 24, 4: 32, 5: 32}
 
 @pytest.mark.parametrize(("workers", "persistent"), [(0, False), (1, False), (1, True)])
 def test_every_phase_acts_in_training_and_not_in_validation(root, tmp_path, workers, persistent):
-    probe, _ = train(root, tmp_path, workers=workers, persistent_workers=persistent)
-    assert {(epoch, size) for epoch, size, _ in probe.trained} == set(EXPECTED.items())
-    assert len(probe.trained) == 12
-    assert set(probe.validated) == {32}
+    module, _ = train(root, tmp_path, workers=workers, persistent_workers=persistent)
+    assert {(epoch, size) for epoch, size, _ in module.trained} == set(EXPECTED.items())
+    assert len(module.trained) == 12
+    assert {size for _, size, _ in module.validated} == {32}
 
 
 def test_resumed_run_continues_in_its_phase_with_the_same_images(root, tmp_path):
@@ -187,7 +154,7 @@ def test_bad_phases_are_refused(phases, complaint):
 
 
 def test_a_data_module_without_a_curriculum_is_refused(tmp_path):
-    trainer = Trainer(max_epochs=1, logger=False, accelerator="cpu", default_root_dir=tmp_path)
+    trainer = make_trainer(tmp_path)
     trainer.datamodule = object()
     with pytest.raises(ValueError, match="needs a data module with `set_curriculum`"):
-        Curriculum(PAPER).setup(trainer, Probe(), "fit")
+        Curriculum(PAPER).setup(trainer, probe(), "fit")

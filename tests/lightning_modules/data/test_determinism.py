@@ -1,17 +1,19 @@
 """Every training batch is a function of (seed, epoch, position), proved with a real Trainer."""
 
-import hashlib
+import json
 import pickle
 import random
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.data.samplers import EpochSampler, SampleKey
+from tests.helpers import trainer as helpers
+from tests.helpers.modules import Recorder, digest
+from tests.helpers.processes import run_program
 
 LOADERS = [(0, False), (2, False), (2, True)]
 
@@ -21,27 +23,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*callbacks used to create the checkpoint need to be provided",
     "ignore:.*treespec, LeafSpec.*:FutureWarning",  # inside Lightning 2.6
 )
-
-
-class Recorder(LightningModule):
-    """Remembers a digest of every training batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen: list[tuple[int, str]] = []
-
-    def training_step(self, batch, batch_idx):
-        images, targets = batch
-        data = images.numpy().tobytes() + targets.numpy().tobytes()
-        self.seen.append((self.current_epoch, hashlib.sha256(data).hexdigest()))
-        return self.weight * images.mean()
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val/loss", batch[0].mean())
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 def module(root, workers=0, persistent=False, **options):
@@ -54,21 +35,12 @@ def module(root, workers=0, persistent=False, **options):
     )
 
 
-def fit(data, folder, epochs, ckpt_path=None, checkpoint=None, **options):
-    recorder = Recorder()
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=epochs,
-        default_root_dir=folder,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[checkpoint] if checkpoint else [],
-        enable_checkpointing=checkpoint is not None,
-        **options,
-    )
-    trainer.fit(recorder, data, ckpt_path=ckpt_path)
-    return recorder.seen
+def fit(data, folder, epochs, *callbacks, **options):
+    """Epoch and digest of each training batch."""
+    recorder = Recorder(lambda module, batch: (module.current_epoch, digest(batch)))
+    options = {"max_epochs": epochs, "num_sanity_val_steps": 2, **options}
+    helpers.fit(folder, recorder, data, *callbacks, **options)
+    return recorder.trained
 
 
 @pytest.fixture
@@ -91,13 +63,9 @@ def test_resumed_run_sees_the_batches_of_an_uninterrupted_one(
         save_top_k=-1,
         save_on_train_epoch_end=when == "after the training epoch",
     )
-    first = fit(module(pets, workers, persistent), tmp_path, 2, checkpoint=checkpoint)
-    second = fit(
-        module(pets, workers, persistent),
-        tmp_path,
-        epochs=4,
-        ckpt_path=tmp_path / "ckpt" / "epoch=1.ckpt",
-    )
+    first = fit(module(pets, workers, persistent), tmp_path, 2, checkpoint)
+    path = tmp_path / "ckpt" / "epoch=1.ckpt"
+    second = fit(module(pets, workers, persistent), tmp_path, 4, ckpt_path=path)
     assert first + second == uninterrupted
 
 
@@ -107,13 +75,8 @@ def test_number_of_workers_changes_nothing(pets, tmp_path, uninterrupted, worker
 
 
 def test_reloading_the_loader_and_no_sanity_check_change_nothing(pets, tmp_path, uninterrupted):
-    reloaded = fit(
-        module(pets, 2, True),
-        tmp_path,
-        epochs=4,
-        reload_dataloaders_every_n_epochs=1,
-        num_sanity_val_steps=0,
-    )
+    options = {"reload_dataloaders_every_n_epochs": 1, "num_sanity_val_steps": 0}
+    reloaded = fit(module(pets, 2, True), tmp_path, 4, **options)
     assert reloaded == uninterrupted
 
 
@@ -128,8 +91,7 @@ def test_global_generators_neither_matter_nor_move(pets, tmp_path, uninterrupted
     batches = list(loader)
     after = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     assert before == after
-    first = batches[0][0].numpy().tobytes() + batches[0][1].numpy().tobytes()
-    assert hashlib.sha256(first).hexdigest() == uninterrupted[0][1]
+    assert digest(batches[0]) == uninterrupted[0][1]
 
 
 def test_torch_flips_vary_with_image_and_epoch_but_not_with_the_global_seed(pets):
@@ -158,7 +120,7 @@ def test_seed_comes_from_the_checkpoint_unless_given(pets, tmp_path, monkeypatch
     monkeypatch.setenv("PL_GLOBAL_SEED", "7")
     checkpoint = ModelCheckpoint(tmp_path / "ckpt", filename="last")
     whole = fit(module(pets, seed=None), tmp_path, 2)
-    fit(module(pets, seed=None), tmp_path, 1, checkpoint=checkpoint)
+    fit(module(pets, seed=None), tmp_path, 1, checkpoint)
     monkeypatch.setenv("PL_GLOBAL_SEED", "8")
     resumed = fit(module(pets, seed=None), tmp_path, 2, ckpt_path=tmp_path / "ckpt" / "last.ckpt")
     assert resumed == whole[2:]
@@ -221,33 +183,8 @@ def test_overfit_batches_works(pets, tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes_see_every_image_once_an_epoch(make_folder, tmp_path):
-    import subprocess
-    import sys
-
     root = make_folder({"train": {"a": 4, "b": 4}, "val": {"a": 2, "b": 2}})
-    script = tmp_path / "ddp.py"
-    script.write_text(
-        "import sys, json, torch\n"
-        "from lightning.pytorch import LightningModule, Trainer\n"
-        "from lightning_modules.data.datamodule import ImageDataModule\n"
-        "class M(LightningModule):\n"
-        "    def __init__(self):\n"
-        "        super().__init__(); self.w = torch.nn.Parameter(torch.zeros(())); self.seen = []\n"
-        "    def training_step(self, batch, i):\n"
-        "        self.seen.append([self.current_epoch, *batch[0].sum((1, 2, 3)).tolist()])\n"
-        "        return self.w * batch[0].mean()\n"
-        "    def configure_optimizers(self): return torch.optim.SGD(self.parameters(), lr=0.1)\n"
-        "    def on_train_end(self):\n"
-        "        open(f'{sys.argv[2]}/{self.global_rank}.json', 'w').write(json.dumps(self.seen))\n"
-        "if __name__ == '__main__':\n"
-        "    d = ImageDataModule(sys.argv[1], batch_size=2, input_size=16, seed=3, num_workers=1)\n"
-        "    Trainer(accelerator='cpu', devices=2, strategy='ddp', max_epochs=2, logger=False,\n"
-        "            enable_checkpointing=False, default_root_dir=sys.argv[2],\n"
-        "            limit_val_batches=0).fit(M(), d)\n"
-    )
-    subprocess.run([sys.executable, script, root, tmp_path], check=True, timeout=240)
-    import json
-
+    run_program("images_of_two_ranks.py", root, tmp_path)
     seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     alone = ImageDataModule(str(root), batch_size=8, input_size=16, seed=3, num_workers=0)
     alone.setup("fit")

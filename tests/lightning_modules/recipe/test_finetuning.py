@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import timm
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 
 import mobileone
 from callbacks.ema import EMA
@@ -15,6 +15,7 @@ from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.recipe.optimizers import build_optimizer
 from tests.helpers.norms import randomize_bn
+from tests.helpers.trainer import make_trainer
 
 NAME = "mobileone_mu0"
 pytestmark = pytest.mark.filterwarnings("ignore:Found .* module\\(s\\) in eval mode at the start")
@@ -43,15 +44,7 @@ def as_apple(weights):
 def fit(root, folder, epochs=1, callbacks=(), ckpt_path=None, **options):
     model = ImageClassifier(NAME, num_classes=2, **{"lr": 0.01, **options})
     data = ImageDataModule(str(root), batch_size=2, input_size=32, num_workers=0)
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=epochs,
-        callbacks=[EMA(0.9), *callbacks],
-        default_root_dir=folder,
-        enable_checkpointing=False,
-        **quiet,
-    )
+    trainer = make_trainer(folder, EMA(0.9), *callbacks, max_epochs=epochs, num_sanity_val_steps=2)
     trainer.fit(model, data, ckpt_path=ckpt_path, weights_only=True)
     return model, trainer
 

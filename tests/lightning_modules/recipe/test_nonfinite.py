@@ -13,6 +13,7 @@ from lightning_modules.data.image_io import read_image
 from lightning_modules.errors import UnreadableImageError
 from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.recipe.nonfinite_guard import NonFiniteGuard, _finite
+from tests.helpers.processes import run_on_two_ranks
 
 LEFT_OUT = r"step \d+ \(epoch 0\) is left out: its (loss is|gradients are) not finite"
 
@@ -101,14 +102,6 @@ def test_a_gradient_that_is_no_number_stops_before_it_reaches_the_weights(fit):
         fit(bad=(3,), limit=0, kind=PoisonedGradient)
 
 
-def test_gradients_so_large_that_their_squares_overflow_are_finite():
-    weight = torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.SGD([weight], lr=0.1)
-    for value, finite in [(1.0, True), (1e38, True), (torch.inf, False), (torch.nan, False)]:
-        weight.grad = torch.tensor([value, 1.0])
-        assert _finite(optimizer) == finite
-
-
 def test_an_infinite_loss_spoils_its_gradients_for_the_other_ranks_to_see():
     guard = NonFiniteGuard(1)
     weight = torch.ones(1, requires_grad=True)
@@ -116,44 +109,9 @@ def test_an_infinite_loss_spoils_its_gradients_for_the_other_ranks_to_see():
     assert weight.grad.isnan().all() and not guard.loss_is_finite
 
 
-TWO = """
-import sys, torch
-from lightning.pytorch import Trainer
-from callbacks.ema import EMA
-from lightning_modules.recipe.classifier import ImageClassifier
-from lightning_modules.data.datamodule import ImageDataModule
-
-
-class OneRank(ImageClassifier):
-    def training_step(self, batch, batch_idx):
-        images, targets = batch
-        if self.global_rank == 1 and self.current_epoch == 0 and batch_idx in (0, 1):
-            images = images * torch.nan
-        return super().training_step((images, targets), batch_idx)
-
-
-root, out = sys.argv[1:]
-for limit in (2, 0):
-    torch.manual_seed(1)
-    model, ema = OneRank("test_byobnet", num_classes=2, lr=0.01, skip_nonfinite=limit), EMA(0.5)
-    data = ImageDataModule(root, batch_size=2, input_size=32, num_workers=0, seed=0)
-    trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, callbacks=[ema],
-                      logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                      enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=out)
-    try:
-        trainer.fit(model, data)
-        said, average = "", ema._average_model.module.state_dict()
-    except FloatingPointError as error:
-        said, average = str(error), {}
-    state = {"weights": dict(model.named_parameters()), "average": average, "said": said,
-             "step": trainer.global_step}
-    torch.save(state, f"{out}/{limit}-{trainer.global_rank}.pt")
-"""
-
-
-def test_of_two_processes_both_leave_a_step_out_or_both_stop(pets, tmp_path, two_processes):
+def test_of_two_processes_both_leave_a_step_out_or_both_stop(pets, tmp_path):
     """One has the bad batch; the other's loss is finite."""
-    two_processes(TWO, tmp_path, pets, tmp_path)
+    run_on_two_ranks("nan_on_one_rank.py", pets, tmp_path)
     ends = {p.stem: torch.load(p, weights_only=False) for p in tmp_path.glob("*.pt")}
     for part in ("weights", "average"):
         assert finite(ends["2-0"][part]) and len(ends["2-0"][part])
@@ -236,5 +194,6 @@ def test_gradients_of_every_precision_are_looked_at(dtype):
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, torch.finfo(dtype).max)  # squares overflow
     assert _finite(optimizer)
-    parameters[1].grad[7] = torch.nan
-    assert not _finite(optimizer)
+    for value in (torch.nan, torch.inf):
+        parameters[1].grad[7] = value
+        assert not _finite(optimizer)

@@ -5,13 +5,15 @@ from itertools import pairwise
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_modules.recipe.schedules import CosineSchedule, cosine_factor
+from tests.helpers import trainer as helpers
+from tests.helpers.trainer import SaveEachEpoch
 
 BATCHES, BATCH, EPOCHS = 7, 4, 3
 LR, WD, WD_END, MOMENTUM = 0.1, 1e-2, 1e-3, 0.9
@@ -139,33 +141,16 @@ class Trace(Callback):
         self.steps.append((group["lr"], group["weight_decay"], weight))
 
 
-class SaveEachEpoch(Callback):
-    def on_train_epoch_end(self, trainer, pl_module):
-        trainer.save_checkpoint(f"{trainer.default_root_dir}/{trainer.current_epoch}.ckpt")
-
-
 def data():
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(BATCHES * BATCH, 3, dtype=torch.float64, generator=generator)
     return x, x @ torch.tensor([0.3, 0.2, -1.0], dtype=torch.float64) + 0.1
 
 
-def fit(tmp_path, accumulate, *callbacks, ckpt_path=None, logger=False):
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=EPOCHS,
-        accumulate_grad_batches=accumulate,
-        callbacks=list(callbacks),
-        default_root_dir=tmp_path,
-        logger=logger,
-        log_every_n_steps=1,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    model = Regression()
-    trainer.fit(model, DataLoader(TensorDataset(*data()), BATCH), ckpt_path=ckpt_path)
-    return model, trainer
+def fit(folder, accumulate, *callbacks, **options):
+    model, loader = Regression(), DataLoader(TensorDataset(*data()), BATCH)
+    options = {"max_epochs": EPOCHS, "accumulate_grad_batches": accumulate, **options}
+    return model, helpers.fit(folder, model, loader, *callbacks, **options)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
