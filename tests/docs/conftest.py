@@ -1,0 +1,20 @@
+"""One tiny run that the tests of the documents look at."""
+
+import pytest
+
+from tests.helpers.processes import run_python
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """The run folder of two epochs of four digits each, with a snapshot and a test."""
+    root = tmp_path_factory.mktemp("docs")
+    words = (
+        "--config quickstart.yaml --model.model mobileone_mu0 --model.lr 0.001 "
+        "--model.warmup_epochs 0 --data.input_size 32 --data.batch_size 4 --data.num_workers 0 "
+        "--trainer.max_epochs 2 --trainer.check_val_every_n_epoch 1 --trainer.limit_val_batches 2 "
+        "--trainer.limit_train_batches 2 --snapshots.every_n_steps 1 --wandb.mode disabled "
+        "--checkpoint.formats [torchscript,coreml_fp32,onnx]"
+    )
+    run_python("-m", "mobileone", "fit", *words.split(), "--run.root", root, cwd=root)
+    return root / "quickstart" / "latest"

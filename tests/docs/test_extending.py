@@ -1,0 +1,62 @@
+"""Every snippet of docs/extending.md runs, in the order of the page, in a folder of its own."""
+
+import re
+import shlex
+
+import pytest
+
+from tests.helpers.images import write_images
+from tests.helpers.paths import REPOSITORY
+from tests.helpers.processes import run_python
+
+# what makes a snippet small; later words win
+TINY = {
+    "fit": (
+        "--model.lr 0.001 --data.input_size 32 --data.batch_size 4 --data.num_workers 0 "
+        "--trainer.max_epochs 1 --wandb.mode disabled --checkpoint.formats [torchscript]"
+    ),
+    "benchmark": "--protocol modelbench --runs 2 --size 32",
+    "export": "",
+}
+
+
+def sections():
+    """The code blocks, (language, text), of each heading."""
+    page = (REPOSITORY / "docs/extending.md").read_text()
+    return {
+        part.partition("\n")[0]: re.findall(r"^```(\w+)\n(.*?)^```$", part, re.S | re.M)
+        for part in re.split(r"^## ", page, flags=re.M)[1:]
+    }
+
+
+SECTIONS = sections()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A user's folder, outside of the repository, with images/{train,val}/{cat,dog}."""
+    split = {"cat": 4, "dog": 4}
+    write_images(tmp_path / "images", {"train": split, "val": split})
+    return tmp_path
+
+
+@pytest.mark.parametrize("heading", SECTIONS)
+def test_the_snippets_run(heading, folder):
+    for language, text in SECTIONS[heading]:
+        named = re.match(r"# (\w+\.py)\n", text)
+        if named:
+            (folder / named[1]).write_text(text)
+        elif language == "python":
+            (folder / "script.py").write_text(text)
+            run_python("script.py", cwd=folder)
+        else:
+            run_command(shlex.split(text.replace("\\\n", " ")), folder)
+
+
+def run_command(words, folder):
+    assert words[0] == "mobileone"
+    tiny = TINY[words[1]].split()
+    named = set(words)
+    if "--model.model" not in named and words[1] == "fit":
+        tiny += ["--model.model", "mobileone_mu0"]
+    run_python("-m", "mobileone", *words[1:], *tiny, cwd=folder)
