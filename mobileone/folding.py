@@ -15,6 +15,7 @@ __all__ = [
     "batch_norm_affine",
     "center_pad",
     "fold_conv_bn",
+    "fold_norm_into",
     "identity_kernel",
     "slice_before_1x1",
 ]
@@ -63,6 +64,26 @@ def fold_conv_bn(weight: Tensor, affine: tuple[Tensor, Tensor]) -> tuple[Tensor,
     """
     scale, shift = affine
     return weight.to(scale.dtype) * scale.reshape(-1, 1, 1, 1), shift
+
+
+@torch.no_grad()
+def fold_norm_into(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+    """Fold a BatchNorm with running statistics into the convolution before it, in place.
+
+    Args:
+        conv: gets a new weight and a bias, in its own dtype.
+        norm: stays as it is; to be taken out by the caller.
+    """
+    assert norm.running_mean is not None and norm.running_var is not None
+    affine = batch_norm_affine(
+        norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
+    )
+    weight, bias = fold_conv_bn(conv.weight, affine)
+    if conv.bias is not None:
+        bias = bias + affine[0] * conv.bias.to(bias.dtype)
+    trained = conv.weight.requires_grad
+    conv.weight = nn.Parameter(weight.to(conv.weight.dtype), requires_grad=trained)
+    conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=trained)
 
 
 def identity_kernel(channels: int, groups: int, kernel_size: int, like: Tensor) -> Tensor:

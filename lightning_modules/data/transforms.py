@@ -83,9 +83,9 @@ def resolve_config(
     return resolve_data_config({"input_size": input_size, **overrides}, pretrained_cfg=cfg)
 
 
-def eval_transform(config: dict[str, Any]) -> Transform:
-    """Resize, center crop and normalize: PIL image -> float tensor (C, H, W)."""
-    return create_transform(**config, is_training=False)
+def eval_transform(config: dict[str, Any], normalize: bool = True) -> Transform:
+    """Resize, center crop and normalize: PIL image -> float tensor (C, H, W); else 8-bit pixels."""
+    return create_transform(**config, is_training=False, normalize=normalize)
 
 
 def train_transform(config: dict[str, Any], **augmentation: Any) -> Transform:

@@ -1,37 +1,30 @@
 """Export of a trained segmentation or detection network, fused as a whole."""
 
-import io
-import warnings
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 from torch import nn
-from torchvision.models.detection.ssd import SSD
 
 from lightning_modules.data.transforms import resolve_config
 from lightning_modules.dense.models import Detector, Segmenter
 from mobileone.dense import fuse
 from mobileone.dense.detection import SSDBoxes
+from mobileone.dense.export import BOXES, LOGITS, box_formats, map_formats
+from mobileone.export import ExportSpec, Format, Manifest, Metadata, TrainingState, export_model
 from mobileone.export.checkpoint import read_checkpoint
-from mobileone.export.dense.export import BOXES, MAPS, export_dense
-from mobileone.export.manifest import Manifest, TrainingState
-from mobileone.export.spec import ExportSpec
+from mobileone.export.formats.table import DEFAULT_FORMATS
 
-__all__ = ["WHOLE_DETECTOR", "export_detector", "export_segmenter"]
-
-WHOLE_DETECTOR = "detector.torchscript.pt"
-_FORMATS = ("torchscript", "coreml")
+__all__ = ["export_detector", "export_segmenter"]
 
 
 def export_segmenter(
     checkpoint: str | Path,
     directory: str | Path,
     size: int = 512,
-    formats: Sequence[str] = _FORMATS,
+    formats: Sequence[str] = DEFAULT_FORMATS,
 ) -> Manifest:
     """Write a segmentation checkpoint's fused network, compared with it, and a manifest.
 
@@ -47,16 +40,20 @@ def export_segmenter(
     Raises:
         FileNotFoundError: no such checkpoint.
         FileExistsError: the folder is not empty.
-        ValueError: the size cannot be used, or a file computes something else than the network.
+        RejectedError: a file computes something else than the network.
+        ValueError: the size or a format cannot be used.
     """
     if size < 32 or size % 32:
         raise ValueError(f"size={size} must be a multiple of 32.")
     module, run = _load(Segmenter, checkpoint)
-    return export_dense(_fused(module), _spec(module, size), directory, MAPS, formats, run)
+    shapes = {LOGITS: (len(module.class_names), size, size)}
+    return _export(
+        fuse(module.model.eval()), module, size, directory, formats, run, shapes, map_formats()
+    )
 
 
 def export_detector(
-    checkpoint: str | Path, directory: str | Path, formats: Sequence[str] = _FORMATS
+    checkpoint: str | Path, directory: str | Path, formats: Sequence[str] = DEFAULT_FORMATS
 ) -> Manifest:
     """Write a detection checkpoint's fused network, compared with it, and a manifest.
 
@@ -74,58 +71,47 @@ def export_detector(
     Raises:
         FileNotFoundError: no such checkpoint.
         FileExistsError: the folder is not empty.
-        ValueError: a file computes something else than the network.
+        RejectedError: a file computes something else than the network.
+        ValueError: a format cannot be used.
     """
     module, run = _load(Detector, checkpoint)
-    network: Any = _fused(module)
-    spec = _spec(module, module.hparams["size"])
-
-    def whole(folder: Path) -> list[Path]:
-        return [_script(network, folder / WHOLE_DETECTOR)]
-
+    network: Any = fuse(module.model.eval()).requires_grad_(False)
     boxes = SSDBoxes(network).eval()
-    return export_dense(boxes, spec, directory, BOXES, formats, run, more=whole)
+    anchors = len(boxes.centers)
+    shapes = dict(zip(BOXES, [(anchors, 4), (anchors, len(module.class_names))], strict=True))
+    chosen, table = [*formats, "detector"], box_formats(network)
+    size = module.hparams["size"]
+    return _export(boxes, module, size, directory, chosen, run, shapes, table)
 
 
-def _load(kind: type[Any], checkpoint: str | Path) -> tuple[LightningModule, TrainingState]:
+def _export(
+    network: nn.Module,
+    module: Any,
+    size: int,
+    directory: str | Path,
+    formats: Sequence[str],
+    run: TrainingState,
+    shapes: Mapping[str, Sequence[int]],
+    table: Mapping[str, Format],
+) -> Manifest:
+    model, names = module.hparams["model"], module.class_names
+    spec = ExportSpec(model, names, **resolve_config(model, size))
+    metadata = Metadata(description=f"{model}, {len(names)} classes, reparameterized")
+    return export_model(
+        network, spec, directory, formats, run, metadata, outputs=shapes, table=table
+    )
+
+
+def _load(kind: type[Any], checkpoint: str | Path) -> tuple[Any, TrainingState]:
     path = Path(checkpoint).expanduser()
     contents = read_checkpoint(path)
     try:
-        module = kind.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+        module: LightningModule = kind.load_from_checkpoint(
+            path, map_location="cpu", weights_only=True
+        )
     except (RuntimeError, TypeError, KeyError, ValueError, ArgumentError) as error:
-        raise ValueError(f"{str(path)!r} is no checkpoint of a {kind.__name__}: {error}") from error
+        raise ValueError(
+            f"{str(path)!r} is not a checkpoint of a {kind.__name__}: {error}"
+        ) from error
     where = contents.get("epoch"), contents.get("global_step")
     return module, TrainingState(*where, checkpoint=path.name)
-
-
-def _fused(module: LightningModule) -> nn.Module:
-    network = module.model
-    assert isinstance(network, nn.Module)
-    return fuse(network.eval()).requires_grad_(False)
-
-
-def _spec(module: Any, size: int) -> ExportSpec:
-    model = module.hparams["model"]
-    return ExportSpec(model, module.class_names, **resolve_config(model, size))
-
-
-def _script(network: SSD, path: Path) -> Path:
-    """Save all of it, and compare the file's detections with the network's.
-
-    Raises:
-        ValueError: they differ.
-    """
-    side = network.transform.fixed_size[0]
-    images = [torch.rand(3, side, side), torch.rand(3, side, 2 * side)]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated")
-        warnings.filterwarnings("ignore", message="RCNN always returns|SSD always returns")
-        contents = io.BytesIO()
-        torch.jit.save(torch.jit.script(network), contents)
-        path.write_bytes(contents.getbuffer())
-        found = torch.jit.load(path)(images)[1]
-    for one, other in zip(found, network(images), strict=True):
-        same = all(torch.allclose(one[k], other[k], 1e-3, 1e-2) for k in ("boxes", "scores"))
-        if not (same and torch.equal(one["labels"], other["labels"])):
-            raise ValueError(f"{path.name} detects something else than the network")
-    return path

@@ -23,9 +23,9 @@ from lightning_modules.data.transforms import Transform, eval_transform
 from mobileone.export import FORMATS, ExportSpec, load_runner
 from mobileone.export.checkpoint import load_model, read_checkpoint
 from mobileone.export.formats import torchscript
-from mobileone.export.load import FILE_SUFFIXES
+from mobileone.export.load import is_file_of_artifact
 from mobileone.export.manifest import MANIFEST_NAME
-from mobileone.export.preprocess import denormalize
+from mobileone.export.preprocess import normalize
 from mobileone.export.verify.parity import Runner
 from mobileone.io.safe_pickle import UnsafeFileError
 
@@ -37,13 +37,13 @@ __all__ = [
     "read_pixels",
 ]
 
-# Normalized images (N, C, H, W) -> probabilities (N, classes) on the CPU
+# 8-bit images (N, C, H, W) -> probabilities (N, classes) on the CPU
 Classifier = Callable[[Tensor], Tensor]
 _CPU = torch.device("cpu")
 
 _SOURCES = (
     "a checkpoint (….ckpt) of one of your runs, an artifact folder (the one with manifest.json), "
-    f"or a file of one ({', '.join(FILE_SUFFIXES)})"
+    "or a file of one"
 )
 
 
@@ -149,34 +149,34 @@ def load_classifier(
         raise FileNotFoundError(f"{str(path)!r} does not exist. Give {_SOURCES}.")
     if path.name == MANIFEST_NAME:
         path = path.parent
-    if path.is_dir() or path.suffix in FILE_SUFFIXES:
+    if path.is_dir() or is_file_of_artifact(path):
         loaded = load_runner(path, format)
         if loaded.format == "torchscript":
-            return _on(torchscript.load(loaded.file), device), loaded.spec
-        return _of_pixels(loaded.run, loaded.format, loaded.spec), loaded.spec
+            return _on(torchscript.load(loaded.file), loaded.spec, device), loaded.spec
+        return _of_file(loaded.run, loaded.format), loaded.spec
     if format is not None:
         raise ValueError(f"format={format!r} is for artifact folders; {str(path)!r} is a file.")
     model, spec = load_model(_contents(path), path)
-    return _on(model.eval(), device), spec
+    return _on(model.eval(), spec, device), spec
 
 
-def _on(model: nn.Module, device: torch.device) -> Classifier:
+def _on(model: nn.Module, spec: ExportSpec, device: torch.device) -> Classifier:
     """A model of normalized images -> logits, run on `device`."""
     model = model.to(device)
 
     @torch.inference_mode()
     def classify(images: Tensor) -> Tensor:
-        return model(images.to(device)).float().softmax(dim=1).cpu()
+        return model(normalize(images.to(device), spec)).float().softmax(dim=1).cpu()
 
     return classify
 
 
-def _of_pixels(run: Runner, name: str, spec: ExportSpec) -> Classifier:
-    """A file that takes 8-bit images, as the phone has them."""
+def _of_file(run: Runner, name: str) -> Classifier:
+    """A file that returns logits or probabilities."""
 
     def classify(images: Tensor) -> Tensor:
-        answers = run(denormalize(images, spec))
-        return answers.softmax(dim=1) if FORMATS[name].output == "logits" else answers
+        output: Tensor = run(images)
+        return output.softmax(dim=1) if FORMATS[name].output == "logits" else output
 
     return classify
 
@@ -192,7 +192,7 @@ def read_pixels(paths: Sequence[Path], spec: ExportSpec) -> Tensor:
         path, image, error = files[index]
         if image is None:
             raise ValueError(f"{path} cannot be read: {error}")
-        pixels.append(denormalize(image, spec))
+        pixels.append(image)
     return torch.stack(pixels)
 
 
@@ -225,13 +225,13 @@ class _Batch(NamedTuple):
 
 
 class _Files(Dataset[tuple[str, Tensor | None, str | None]]):
-    """Path, transformed image, error: one of the last two is None."""
+    """Path, 8-bit image (C, H, W) as the model sees it, error: one of the last two is None."""
 
     def __init__(self, paths: list[Path], spec: ExportSpec) -> None:
         config = asdict(spec)
         del config["model_name"], config["class_names"]
         self.paths = paths
-        self.transform: Transform = eval_transform(config)
+        self.transform: Transform = eval_transform(config, normalize=False)
         self.mode = color_mode(spec.input_size[0])
 
     def __len__(self) -> int:

@@ -1,8 +1,8 @@
 """A network for inference: the backbone's branches become one convolution, and norms fold."""
 
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from mobileone.folding import fold_norm_into
 from mobileone.reparameterize import reparameterize
 
 __all__ = ["fuse"]
@@ -34,21 +34,12 @@ def fuse(network: nn.Module) -> nn.Module:
 def _fold_norms(sequence: nn.Sequential) -> None:
     for index, norm in enumerate(list(sequence)[1:], 1):
         convolution = _last(sequence[index - 1])
-        if not isinstance(norm, nn.BatchNorm2d) or not isinstance(convolution, nn.Conv2d):
+        # without running statistics a norm computes with those of the batch
+        if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None:
             continue
-        if norm.running_mean is None or norm.running_var is None:  # computes with the batch's
-            continue
-        convolution.weight, bias = fuse_conv_bn_weights(
-            convolution.weight,
-            convolution.bias,
-            norm.running_mean,
-            norm.running_var,
-            norm.eps,
-            norm.weight,
-            norm.bias,
-        )
-        convolution.bias = bias
-        sequence[index] = nn.Identity()
+        if isinstance(convolution, nn.Conv2d):
+            fold_norm_into(convolution, norm)
+            sequence[index] = nn.Identity()
 
 
 def _last(module: nn.Module) -> nn.Module:

@@ -2,19 +2,20 @@
 
 import copy
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mobileone.export.formats.table import DEFAULT_FORMATS, FORMATS, check_formats
+from mobileone.export.formats.table import DEFAULT_FORMATS, FORMATS, Format, check_formats
 from mobileone.export.isolation import isolated
 from mobileone.export.manifest import Manifest, TrainingState, describe_format
 from mobileone.export.preprocess import normalize
 from mobileone.export.spec import ExportSpec, Metadata
-from mobileone.export.verify.parity import Parity, Reference, fixed_images
+from mobileone.export.verify.parity import Parity, Reference, as_tuple, fixed_images
 from mobileone.export.verify.structure import (
     count_kinds,
     fused_kinds,
@@ -26,6 +27,7 @@ from mobileone.reparameterize import reparameterize
 
 __all__ = ["REJECTED", "RejectedError", "export_model"]
 
+_UNDESCRIBED: Mapping[str, Any] = {"input": {}, "output": {}}
 REJECTED = ".rejected"  # what a folder that failed its checks is called, after its name
 
 
@@ -43,6 +45,8 @@ def export_model(
     *,
     images: Tensor | None = None,
     overwrite: bool = False,
+    outputs: Mapping[str, Sequence[int]] | None = None,
+    table: Mapping[str, Format] | None = None,
 ) -> Manifest:
     """Fuse `model` and publish the folder `directory` with one file a format and a manifest.
 
@@ -50,49 +54,57 @@ def export_model(
     PyTorch's modes are left as they were.
 
     Args:
-        model: classifier in any mode, dtype and device; (N, C, H, W) normalized -> (N, classes).
+        model: network in any mode, dtype and device; (N, C, H, W) normalized -> (N, classes).
             Any model that timm can reparameterize, or that has nothing to fuse.
         spec: what the model expects and returns.
-        directory: the artifact folder to create.
-        formats: names from `FORMATS`.
+        directory: the artifact folder to create; may be there and empty.
+        formats: names from `table`.
         run: where in training the weights come from.
         metadata: author, license, description, version.
         images: 8-bit images (N, C, H, W) for the parity check, such as the model was trained on:
             a trained network may overflow half precision on others. None takes synthetic ones.
         overwrite: replace an existing `directory`.
+        outputs: what the model returns, in order: by name the shape without the batch's size; None
+            for a classifier's logits.
+        table: the formats that can be written; None for `FORMATS`, those of classifiers.
 
     Returns:
         The manifest that was written, parity included.
 
     Raises:
         FileExistsError: `directory` exists and `overwrite` is false.
-        RejectedError: a file answers otherwise than the model, beyond its format's tolerance, or
-            has operations that the fused model has not. It lies in `<directory>.rejected`.
-        ValueError: an unknown format, or a model whose output does not match `spec`.
+        RejectedError: a file computes something else than the model, beyond its format's tolerance,
+            or has operations that the fused model has not. It is in `<directory>.rejected`.
+        ValueError: an unknown format, or a model whose outputs do not have the shapes of `outputs`.
     """
-    directory, chosen = Path(directory), check_formats(formats)
-    if os.path.lexists(directory) and not overwrite:
+    directory, chosen = Path(directory).expanduser(), check_formats(formats, table)
+    rows = FORMATS if table is None else table
+    if os.path.lexists(directory) and not (overwrite or _is_empty(directory)):
         raise FileExistsError(f"{directory} exists: choose another folder or allow overwriting")
     run = run or TrainingState()
     metadata = _complete(metadata or Metadata(), spec, run)
     given = images is not None
-    images = fixed_images(spec) if images is None else images
+    if images is None:
+        images = fixed_images(spec, 8 if outputs is None else 2)  # maps and boxes are many values
     with isolated(), staging(directory.parent) as folder:
         reference = _inference_copy(model)
-        logits = _logits(reference, spec, images)
+        expected_outputs = _outputs(reference, spec, images, outputs)
         fused = reparameterize(reference)
-        checked = Reference(fused, logits, images)
+        checked = Reference(fused, expected_outputs, images)
         expected = fused_kinds(fused, normalize(images[:1], spec))
         problems = unfused_layers(fused)
         staged = folder / "artifact"
         staged.mkdir()
         entries = {}
         for name in chosen:
-            target, path = FORMATS[name], staged / FORMATS[name].filename
-            interface = target.write(fused, spec, path, metadata)
-            checks = target.check(path, spec, checked)
-            written = target.operations(path)
-            problems += _problems(name, checks, count_kinds(written), expected)
+            row, path = rows[name], staged / rows[name].filename
+            interface = row.write(fused, spec, path, metadata) or _UNDESCRIBED
+            checks = row.compare(path, spec, checked)
+            written = row.count_operations(path)
+            problems += _problems(name, checks)
+            if row.operations is not None:
+                found = structure_problems(count_kinds(written), expected)
+                problems += [f"{name}: {problem}" for problem in found]
             entries[name] = describe_format(path, interface, written, checks)
         manifest = Manifest(
             spec=spec,
@@ -116,19 +128,17 @@ def export_model(
     return manifest
 
 
-def _problems(
-    name: str,
-    checks: Mapping[str, Parity],
-    written: Mapping[str, int],
-    expected: Mapping[str, int],
-) -> list[str]:
+def _is_empty(directory: Path) -> bool:
+    return directory.is_dir() and not any(directory.iterdir())
+
+
+def _problems(name: str, checks: Mapping[str, Parity]) -> list[str]:
     """Why a file must not ship."""
-    measured = [
+    return [
         f"{name}: {check.replace('_', ' ')}: {problem}"
         for check, parity in checks.items()
         if (problem := parity.problem())
     ]
-    return measured + [f"{name}: {p}" for p in structure_problems(written, expected)]
 
 
 def _inference_copy(model: nn.Module) -> nn.Module:
@@ -138,16 +148,25 @@ def _inference_copy(model: nn.Module) -> nn.Module:
     return copied.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
 
 
-def _logits(model: nn.Module, spec: ExportSpec, images: Tensor) -> Tensor:
-    logits = model(normalize(images, spec))
-    expected = (len(images), spec.num_classes)
-    if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+def _outputs(
+    model: nn.Module,
+    spec: ExportSpec,
+    images: Tensor,
+    outputs: Mapping[str, Sequence[int]] | None,
+) -> dict[str, Tensor]:
+    """What the trained network returns, by name."""
+    shapes = {"logits": (spec.num_classes,)} if outputs is None else outputs
+    expected = [(len(images), *shape) for shape in shapes.values()]
+    found = model(normalize(images, spec))
+    tensors = as_tuple(found) if isinstance(found, (Tensor, list, tuple)) else ()
+    if [tuple(tensor.shape) for tensor in tensors] != expected:
+        got = [tuple(tensor.shape) for tensor in tensors] or type(found).__name__
         raise ValueError(
-            f"the model returned {got} where its {spec.num_classes} class names and "
-            f"{len(images)} images ask for {expected}: do `class_names` belong to this model?"
+            f"the model returned {got} where {', '.join(shapes)} of {len(images)} images and "
+            f"{spec.num_classes} class names ask for {expected}: do `class_names` belong to this "
+            "model?"
         )
-    return logits
+    return dict(zip(shapes, tensors, strict=True))
 
 
 def _complete(metadata: Metadata, spec: ExportSpec, run: TrainingState) -> Metadata:

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mobileone.export.formats.table import FORMATS
-from mobileone.export.load import FILE_SUFFIXES, format_of
-from mobileone.export.manifest import MANIFEST_NAME, Manifest, describe_files
+from mobileone.export.formats.table import FORMATS, format_of
+from mobileone.export.load import is_file_of_artifact, spec_of_file
+from mobileone.export.manifest import Manifest, describe_files
 from mobileone.export.spec import ExportSpec
 from mobileone.export.verify.structure import count_kinds
 
@@ -33,7 +33,7 @@ def describe_artifact(path: str | Path) -> str:
         ImportError: a file needs a package that is not installed.
     """
     path = Path(path)
-    if path.suffix in FILE_SUFFIXES and path.exists() and not (path / MANIFEST_NAME).is_file():
+    if path.exists() and is_file_of_artifact(path):
         return _describe_file(path)
     manifest = Manifest.load(path)
     lines = [str(path), *_header(manifest)]
@@ -50,13 +50,13 @@ def describe_artifact(path: str | Path) -> str:
 
 
 def _describe_file(path: Path) -> str:
-    name = format_of(path)
+    name = str(format_of(path))
     size = sum(file["bytes"] for file in describe_files(path).values())
     rows = {
-        **_spec_rows(FORMATS[name].spec(path)),
+        **_spec_rows(spec_of_file(path, name)),
         "output": FORMATS[name].output,
         "size": f"{size:,} bytes",
-        **_operation_rows(FORMATS[name].operations(path)),
+        **_operation_rows(FORMATS[name].count_operations(path)),
     }
     return "\n".join([str(path), *(_row(key, text) for key, text in rows.items())])
 
@@ -101,7 +101,7 @@ def _header(manifest: Manifest) -> list[str]:
 
 
 def _format(path: Path, name: str, entry: Mapping[str, Any]) -> list[str]:
-    counted = FORMATS[name].operations(path / entry["path"]) if name in FORMATS else {}
+    counted = FORMATS[name].count_operations(path / entry["path"]) if name in FORMATS else {}
     rows = {
         "size": f"{entry['bytes']:,} bytes",
         "input": _words(entry["input"]),

@@ -6,15 +6,19 @@ from typing import NamedTuple
 from torch import nn
 
 from mobileone.export.formats import torchscript
-from mobileone.export.formats.table import FORMATS
+from mobileone.export.formats.table import FORMATS, format_of
 from mobileone.export.manifest import MANIFEST_NAME, Manifest
 from mobileone.export.spec import ExportSpec
 from mobileone.export.verify.parity import NotVerifiedError, Runner
 from mobileone.io.safe_pickle import UnsafeFileError
 
-__all__ = ["FILE_SUFFIXES", "Loaded", "format_of", "load_runner", "load_torchscript_artifact"]
-
-FILE_SUFFIXES = tuple(dict.fromkeys(Path(row.filename).suffix for row in FORMATS.values()))
+__all__ = [
+    "Loaded",
+    "is_file_of_artifact",
+    "load_runner",
+    "load_torchscript_artifact",
+    "spec_of_file",
+]
 
 
 class Loaded(NamedTuple):
@@ -46,12 +50,16 @@ def load_runner(path: str | Path, name: str | None = None) -> Loaded:
         ValueError: a file is damaged, does not match its manifest, or cannot be run here.
     """
     path = Path(path)
-    if path.suffix in FILE_SUFFIXES and not (path / MANIFEST_NAME).is_file():
+    if is_file_of_artifact(path):
         return _load_file(path, name)
     manifest = Manifest.load(path)
     present = [n for n in FORMATS if n in manifest.formats]
     if name is not None and name not in present:
-        raise FileNotFoundError(f"{path} holds {present} and no {name!r}: export it again with it")
+        raise FileNotFoundError(
+            f"{path} holds {list(manifest.formats)} and no {name!r} that is registered here: "
+            "export it again with it, or import the module of a format of yours: --imports "
+            "'[my_formats]'"
+        )
     manifest.verify(path)
     reasons = []
     for candidate in present if name is None else [name]:
@@ -61,6 +69,7 @@ def load_runner(path: str | Path, name: str | None = None) -> Loaded:
             return Loaded(run, candidate, manifest.spec, file)
         except (ImportError, NotVerifiedError) as error:
             reasons.append(f"{candidate}: {error}")
+    reasons += [f"{n}: not registered, see --imports" for n in manifest.formats if n not in FORMATS]
     raise ValueError(f"no file of {path} can be run here: {'; '.join(reasons)}")
 
 
@@ -89,13 +98,13 @@ def _load_file(path: Path, name: str | None) -> Loaded:
         raise FileNotFoundError(f"no file at {path}")
     manifest = _manifest_of(path)
     found = manifest.name_of(path) if manifest else None
-    chosen = found or format_of(path)
+    chosen = found or str(format_of(path))
     if name not in (None, chosen):
         raise ValueError(f"{path} is a file of the format {chosen!r}, not {name!r}")
     if manifest and found:
         manifest.verify(path.parent, [found])
     try:
-        spec = manifest.spec if manifest and found else FORMATS[chosen].spec(path)
+        spec = manifest.spec if manifest and found else spec_of_file(path, chosen)
         return Loaded(FORMATS[chosen].runner(path, spec), chosen, spec, path)
     except (ImportError, UnsafeFileError):
         raise
@@ -103,9 +112,23 @@ def _load_file(path: Path, name: str | None) -> Loaded:
         raise ValueError(f"{path} cannot be run as {chosen!r}: {error}") from error
 
 
-def format_of(path: Path) -> str:
-    """The format of a file, by the end of its name: the first of `FORMATS` that ends so."""
-    return next(n for n, row in FORMATS.items() if Path(row.filename).suffix == path.suffix)
+def spec_of_file(path: Path, name: str) -> ExportSpec:
+    """What a file outside of its artifact folder says of itself.
+
+    Raises:
+        ValueError: its format has no place for that.
+    """
+    read = FORMATS[name].spec
+    if read is None:
+        raise ValueError(
+            f"{path} is run from its artifact folder only: keep it next to its manifest"
+        )
+    return read(path)
+
+
+def is_file_of_artifact(path: Path) -> bool:
+    """Whether a path is named as a file of an artifact, and is not an artifact folder itself."""
+    return format_of(path) is not None and not (path / MANIFEST_NAME).is_file()
 
 
 def _manifest_of(file: Path) -> Manifest | None:

@@ -1,5 +1,6 @@
 """Per-channel normalization of 8-bit images, as a function and as the first layer of a model."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ __all__ = ["WithPreprocessing", "denormalize", "normalize", "tensor_interface"]
 
 def normalize(images: Tensor, spec: ExportSpec) -> Tensor:
     """Scale 8-bit images (N, C, H, W) to 0..1, subtract the mean, divide by the std."""
-    mean = torch.tensor(spec.mean).view(-1, 1, 1)  # (C, 1, 1)
-    std = torch.tensor(spec.std).view(-1, 1, 1)
+    mean = torch.tensor(spec.mean, device=images.device).view(-1, 1, 1)  # (C, 1, 1)
+    std = torch.tensor(spec.std, device=images.device).view(-1, 1, 1)
     return (images.float() / 255 - mean) / std
 
 
@@ -52,8 +53,14 @@ class WithPreprocessing(nn.Module):
         return self.model((x - self.mean) * self.scale)
 
 
-def tensor_interface(spec: ExportSpec) -> dict[str, Any]:
-    """Normalized float images (N, C, H, W) in, logits (N, classes) out; N is free."""
+def tensor_interface(spec: ExportSpec, outputs: Sequence[str] | None = None) -> dict[str, Any]:
+    """Normalized float images (N, C, H, W) in, named tensors or logits (N, classes) out."""
+    logits = {
+        "type": "tensor",
+        "dtype": "float32",
+        "shape": ["N", spec.num_classes],
+        "kind": "logits",
+    }
     return {
         "input": {
             "type": "tensor",
@@ -62,10 +69,5 @@ def tensor_interface(spec: ExportSpec) -> dict[str, Any]:
             "layout": "NCHW",
             "normalized": True,
         },
-        "output": {
-            "type": "tensor",
-            "dtype": "float32",
-            "shape": ["N", spec.num_classes],
-            "kind": "logits",
-        },
+        "output": {"type": "tensors", "names": list(outputs)} if outputs else logits,
     }

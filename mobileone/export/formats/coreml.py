@@ -7,6 +7,8 @@ import shutil
 import sys
 import types
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +22,17 @@ from mobileone.export.verify.parity import NotVerifiedError, Runner
 from mobileone.io.coremltools_noise import quiet
 from mobileone.io.optional_import import import_optional
 
-__all__ = ["Precision", "columns", "operations", "runner", "runtime", "spec", "write"]
+__all__ = [
+    "Precision",
+    "columns",
+    "converted",
+    "operations",
+    "runner",
+    "runtime",
+    "save",
+    "spec",
+    "write",
+]
 
 _USE = "the `coreml` format"
 
@@ -53,35 +65,60 @@ def write(
     Returns:
         Description of the input and the outputs for the manifest.
     """
+    with quiet():
+        labels = _coremltools().ClassifierConfig(
+            list(spec.class_names), predicted_feature_name=LABEL
+        )
+    network = WithPreprocessing(model, spec)
+    with converted(network, spec, path, precision, classifier_config=labels) as mlmodel:
+        save(mlmodel, spec, path, metadata)
+    return _interface(spec, precision)
+
+
+@contextmanager
+def converted(
+    network: nn.Module, spec: ExportSpec, path: Path, precision: Precision, **options: Any
+) -> Iterator[Any]:
+    """Convert a network of 8-bit images; coremltools' own copy is removed at the end.
+
+    Args:
+        network: pixels 0..255 (1, C, H, W) -> tensors; in eval mode, float32, on the CPU.
+        spec: size of the images.
+        path: where the package will be.
+        precision: of weights and arithmetic.
+        options: of `coremltools.convert`, for the outputs.
+
+    Returns:
+        The model of coremltools, for `save`.
+    """
     shape = (1, *spec.input_size)
     # In the caller's folder: coremltools' own temporary copies live until the process ends, which
     # is one more model on the disk at every validation.
-    converted = path.with_name(f"converted-{path.name}")
+    package = path.with_name(f"converted-{path.name}")
     with quiet():
         ct = _coremltools()
-        traced = torch.jit.trace(
-            WithPreprocessing(model, spec), torch.zeros(shape), check_trace=False
-        )
-        mlmodel = ct.convert(
+        traced = torch.jit.trace(network, torch.zeros(shape), check_trace=False)
+        yield ct.convert(
             traced,
             inputs=[_input(ct, shape)],
-            classifier_config=ct.ClassifierConfig(
-                list(spec.class_names), predicted_feature_name=LABEL
-            ),
             convert_to="mlprogram",
             compute_precision=ct.precision(precision),
             minimum_deployment_target=ct.target.iOS16,
             skip_model_load=True,
-            package_dir=str(converted),
+            package_dir=str(package),
+            **options,
         )
-        mlmodel.author = metadata.author
-        mlmodel.license = metadata.license
-        mlmodel.short_description = metadata.description or ""
-        mlmodel.version = metadata.version or ""
-        mlmodel.user_defined_metadata["spec"] = spec.to_json()
-        mlmodel.save(str(path))
-    shutil.rmtree(converted)
-    return _interface(spec, precision)
+    shutil.rmtree(package)
+
+
+def save(mlmodel: Any, spec: ExportSpec, path: Path, metadata: Metadata) -> None:
+    """Save a model of coremltools with what it says of itself."""
+    mlmodel.author = metadata.author
+    mlmodel.license = metadata.license
+    mlmodel.short_description = metadata.description or ""
+    mlmodel.version = metadata.version or ""
+    mlmodel.user_defined_metadata["spec"] = spec.to_json()
+    mlmodel.save(str(path))
 
 
 def spec(path: Path) -> ExportSpec:

@@ -28,7 +28,7 @@ def write(
     spec: ExportSpec,
     path: Path,
     metadata: Metadata,
-    outputs: Sequence[str] = ("logits",),
+    outputs: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Convert `model`, check the graph and save it to `path`; the batch size stays free.
 
@@ -37,7 +37,7 @@ def write(
         spec: what the model expects; stored in the file's metadata as JSON, key `spec`.
         path: file to write.
         metadata: stored in the file's metadata.
-        outputs: names of what the model returns.
+        outputs: names of what the model returns; None for logits.
 
     Returns:
         Description of the input and the output for the manifest.
@@ -48,10 +48,11 @@ def write(
     onnx = import_optional("onnx", _USE, EXTRA)
     import_optional("onnxscript", _USE, EXTRA)
     import_optional("onnxruntime", _USE, EXTRA)
+    names = list(outputs or ("logits",))
     program = torch.onnx.export(
         program_of(model, spec),
         input_names=["images"],
-        output_names=list(outputs),
+        output_names=names,
         dynamo=True,
         verbose=False,
     )
@@ -67,8 +68,10 @@ def write(
     onnx.helper.set_model_props(proto, properties)
     onnx.checker.check_model(proto, full_check=True)
     onnx.save(proto, path)
-    interface = tensor_interface(spec)
-    interface["input"]["name"], interface["output"]["name"] = "images", ", ".join(outputs)
+    interface = tensor_interface(spec, outputs)
+    interface["input"]["name"] = "images"
+    if outputs is None:
+        interface["output"]["name"] = names[0]
     return {**interface, "opset": proto.opset_import[0].version}
 
 
@@ -81,8 +84,10 @@ def runner(path: Path, spec: ExportSpec) -> Runner:
     opened = session(str(path))
     name = opened.get_inputs()[0].name
 
-    def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(opened.run(None, {name: normalize(images, spec).numpy()})[0])
+    def run(images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        found = opened.run(None, {name: normalize(images, spec).numpy()})
+        tensors = tuple(torch.from_numpy(value) for value in found)
+        return tensors[0] if len(tensors) == 1 else tensors
 
     return run
 

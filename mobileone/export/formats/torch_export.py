@@ -2,6 +2,7 @@
 
 import io
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,13 @@ def program_of(model: nn.Module, spec: ExportSpec) -> ExportedProgram:
     return torch.export.export(model, (example,), dynamic_shapes=({0: Dim("batch", min=1)},))
 
 
-def write(model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata) -> dict[str, Any]:
+def write(
+    model: nn.Module,
+    spec: ExportSpec,
+    path: Path,
+    metadata: Metadata,
+    outputs: Sequence[str] | None = None,
+) -> dict[str, Any]:
     """Export `model` and save it to `path`; `spec` goes along as the extra file `spec.json`.
 
     Args:
@@ -33,6 +40,7 @@ def write(model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata) ->
         spec: what the model expects.
         path: file to write.
         metadata: not stored; the manifest keeps it.
+        outputs: names of what the model returns; None for logits.
 
     Returns:
         Description of the input and the output for the manifest.
@@ -42,7 +50,7 @@ def write(model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata) ->
     contents = io.BytesIO()
     torch.export.save(program_of(model, spec), contents, extra_files=extra)
     path.write_bytes(contents.getbuffer())
-    return tensor_interface(spec)
+    return tensor_interface(spec, outputs)
 
 
 def spec(path: Path) -> ExportSpec:
@@ -55,7 +63,7 @@ def runner(path: Path, spec: ExportSpec) -> Runner:
     module = load_program(path)[0].module()
 
     @torch.no_grad()
-    def run(images: Tensor) -> Tensor:
+    def run(images: Tensor) -> Any:
         return module(normalize(images, spec))
 
     return run

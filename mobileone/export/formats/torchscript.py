@@ -4,6 +4,7 @@ import io
 import re
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,13 @@ _SPEC = "spec.json"
 _ON_FILES = re.compile(r"\b(save|from_file)\s*\(")
 
 
-def write(model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata) -> dict[str, Any]:
+def write(
+    model: nn.Module,
+    spec: ExportSpec,
+    path: Path,
+    metadata: Metadata,
+    outputs: Sequence[str] | None = None,
+) -> dict[str, Any]:
     """Trace `model` and save it to `path`, `spec` as an extra file; the batch size stays free.
 
     Args:
@@ -29,6 +36,7 @@ def write(model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata) ->
         spec: what the model expects.
         path: file to write.
         metadata: not stored: TorchScript has no field for it; the manifest keeps it.
+        outputs: names of what the model returns; None for logits.
 
     Returns:
         Description of the input and the output for the manifest.
@@ -41,7 +49,7 @@ def write(model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata) ->
         contents = io.BytesIO()
         torch.jit.save(traced, contents, _extra_files={_SPEC: spec.to_json()})
     path.write_bytes(contents.getbuffer())
-    return tensor_interface(spec)
+    return tensor_interface(spec, outputs)
 
 
 def load(path: Path) -> nn.Module:
@@ -66,7 +74,7 @@ def runner(path: Path, spec: ExportSpec) -> Runner:
     module = load(path)
 
     @torch.no_grad()
-    def run(images: Tensor) -> Tensor:
+    def run(images: Tensor) -> Any:
         return module(normalize(images, spec))
 
     return run

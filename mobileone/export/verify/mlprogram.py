@@ -8,7 +8,7 @@ wide accumulators does.
 
 import inspect
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ _PACKED = {
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the program answers to a batch of images.
+    """What the program returns for a batch of images.
 
     Attributes:
         labels: the named class of each image.
@@ -95,8 +95,9 @@ class MLProgram:
             from coremltools.models.utils import load_spec
 
             spec = load_spec(str(path))
+        self.following: list[Any] = []  # what a pipeline does after the program
         if spec.WhichOneof("Type") == "pipeline":
-            spec, self._suppression = _network_and_suppression(spec, path)
+            spec, *self.following = spec.pipeline.models
         if spec.WhichOneof("Type") != "mlProgram" or len(spec.description.input) != 1:
             raise NotVerifiedError(f"{path} is not an ML program with one input")
         (self._input,) = spec.description.input
@@ -112,10 +113,7 @@ class MLProgram:
 
     def layers(self) -> list[tuple[Tensor, Tensor | None]]:
         """Weight and bias of its convolutions and linear layers, in order of execution."""
-        fixed: dict[str, Any] = {}
-        for operation in self._operations:
-            if operation.constant:
-                self._execute(operation, fixed, rounding=True)
+        fixed = self._constants(rounding=True)
         return [
             (fixed[op.arguments["weight"]], _resolve(op.arguments.get("bias"), fixed))
             for op in self._operations
@@ -130,13 +128,39 @@ class MLProgram:
             NotVerifiedError: an operation or an argument is unknown.
             ValueError: the images are not of the program's size.
         """
+        fixed = self._constants(rounding)
+        rows = [self._run(self._pixels(image), fixed, rounding) for image in images]
+        labels, classes, probabilities, logits = zip(*rows, strict=True)
+        return Prediction(labels, classes[0], torch.cat(probabilities), torch.cat(logits))
+
+    @torch.no_grad()
+    def outputs(
+        self, images: Tensor, names: Sequence[str], *, rounding: bool = True
+    ) -> tuple[Tensor, ...]:
+        """Values that the program computes for 8-bit images (N, C, H, W), each (N, ...).
+
+        Raises:
+            NotVerifiedError: an operation, an argument or a name is unknown.
+            ValueError: the images are not of the program's size.
+        """
+        fixed, rows = self._constants(rounding), []
+        for image in images:
+            values: dict[str, Any] = {**fixed, self._input.name: self._pixels(image)}
+            for operation in self._operations:
+                if not operation.constant:
+                    self._execute(operation, values, rounding)
+            if missing := [name for name in names if name not in values]:
+                raise NotVerifiedError(f"a program without the outputs {missing}")
+            rows.append([values[name] for name in names])
+        return tuple(torch.stack(column) for column in zip(*rows, strict=True))
+
+    def _constants(self, rounding: bool) -> dict[str, Any]:
+        """The values that do not depend on the image."""
         fixed: dict[str, Any] = {}
         for operation in self._operations:
             if operation.constant:
                 self._execute(operation, fixed, rounding)
-        rows = [self._run(self._pixels(image), fixed, rounding) for image in images]
-        labels, classes, probabilities, logits = zip(*rows, strict=True)
-        return Prediction(labels, classes[0], torch.cat(probabilities), torch.cat(logits))
+        return fixed
 
     def _pixels(self, image: Tensor) -> Tensor:
         """(C, H, W) of 0..255 as the program is given them: (1, C, H, W) in its color order."""
@@ -233,15 +257,6 @@ class MLProgram:
         reader = self._open.setdefault(str(file), self._reader(str(file)))
         data = np.asarray(getattr(reader, _READERS[kind])(value.offset))
         return data.view(np.float16) if kind == "FLOAT16" else data
-
-
-def _network_and_suppression(spec: Any, path: Path) -> tuple[Any, Any]:
-    """The two models of a detector's pipeline."""
-    kinds = [model.WhichOneof("Type") for model in spec.pipeline.models]
-    if kinds != ["mlProgram", "nonMaximumSuppression"]:
-        raise NotVerifiedError(f"{path} is a pipeline of {kinds}")
-    network, suppression = spec.pipeline.models
-    return network, suppression.nonMaximumSuppression
 
 
 def _resolve(argument: Any, values: Mapping[str, Any]) -> Any:

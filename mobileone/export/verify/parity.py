@@ -1,8 +1,7 @@
-"""How far an exported file's answers are from those of the trained model."""
+"""How far an exported file's outputs are from those of the trained network."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,18 +14,19 @@ __all__ = [
     "Parity",
     "Reference",
     "Runner",
-    "check_logits",
+    "as_tuple",
     "compare",
+    "compare_outputs",
     "fixed_images",
     "measure",
 ]
 
-# A file as a function: 8-bit images (N, C, H, W) -> logits or probabilities (N, classes)
-Runner = Callable[[Tensor], Tensor]
+# A file as a function: 8-bit images (N, C, H, W) -> the output, or several in the network's order
+Runner = Callable[[Tensor], Any]
 
 
 class NotVerifiedError(RuntimeError):
-    """The format cannot be run on this machine, so nothing is known about its answers."""
+    """The format cannot be run on this machine, so nothing is known about its outputs."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,18 @@ class Reference:
 
     Attributes:
         model: the fused network that was written, float32, eval mode, on the CPU.
-        logits: (N, classes), of the trained network itself, branches and all.
+        outputs: by name, (N, ...), of the trained network itself, branches and all.
         images: 8-bit images (N, C, H, W).
     """
 
     model: nn.Module
-    logits: Tensor
+    outputs: Mapping[str, Tensor]
     images: Tensor
+
+    @property
+    def logits(self) -> Tensor:
+        """A classifier's output, (N, classes)."""
+        return self.outputs["logits"]
 
 
 @dataclass(frozen=True)
@@ -50,12 +55,13 @@ class Parity:
 
     Attributes:
         status: `measured`; `not verified` (never run: says nothing about the file); `not finite`
-            (the answers have infinities or NaN, which no error can measure).
+            (the outputs have infinities or NaN, which no error can measure).
         reason: why it was not measured.
-        kind: what was compared: `logits` or `probabilities`.
+        kind: what was compared: `logits`, `probabilities`, or the names of several outputs.
         images: number of images compared.
-        max_relative_error: largest over the images of `max|file - model| / max|model|`.
-        top1_agreement: share of the images given the same class, 0..1.
+        max_relative_error: largest over the images of `max|file - model| / max|model|`; of maps and
+            boxes, `max|model|` is that of all images.
+        top1_agreement: share of the images given the same class, 0..1; of classifiers only.
         tolerance: largest `max_relative_error` that is accepted.
     """
 
@@ -69,7 +75,7 @@ class Parity:
 
     @property
     def accepted(self) -> bool:
-        """False if the answers are not finite, or their error is above the tolerance."""
+        """False if the outputs are not finite, or their error is above the tolerance."""
         if self.status == "not finite":
             return False
         if self.max_relative_error is None or self.tolerance is None:
@@ -108,7 +114,7 @@ def fixed_images(spec: ExportSpec, count: int = 8) -> Tensor:
 def compare(
     reference: Tensor, candidate: Tensor, kind: str, tolerance: float | None = None
 ) -> Parity:
-    """Compare two (N, classes) tables of logits or probabilities, in float64.
+    """Compare an output of the file with the network's, (N, ...), in float64.
 
     Raises:
         ValueError: the shapes differ.
@@ -117,23 +123,56 @@ def compare(
         raise ValueError(
             f"the file returned {tuple(candidate.shape)}, the model {tuple(reference.shape)}"
         )
-    reference, candidate = reference.double(), candidate.double()
+    ranked = reference.ndim == 2
+    reference, candidate = reference.double().flatten(1), candidate.double().flatten(1)
     for who, table in (("network", reference), ("file", candidate)):
         bad = int((~table.isfinite()).any(dim=1).sum())
         if bad:
             reason = f"the {who} gives {bad} of {len(table)} images {kind} that are not finite"
             return Parity("not finite", reason, kind, len(table), tolerance=tolerance)
     difference = (candidate - reference).abs().amax(dim=1)  # (N,)
-    scale = reference.abs().amax(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+    scale = reference.abs().amax(dim=1)
+    if not ranked:  # an image may have no large value in its map
+        scale = scale.max()
+    scale = scale.clamp_min(torch.finfo(torch.float64).tiny)
     agree = (reference.argmax(dim=1) == candidate.argmax(dim=1)).double().mean()
     return Parity(
         "measured",
         kind=kind,
         images=len(reference),
         max_relative_error=float((difference / scale).max()),
-        top1_agreement=float(agree),
+        top1_agreement=float(agree) if ranked else None,
         tolerance=tolerance,
     )
+
+
+def compare_outputs(
+    reference: Mapping[str, Tensor], found: Any, tolerance: float | None = None
+) -> Parity:
+    """Compare every output of a file: the result of the one that differs most.
+
+    Args:
+        reference: the network's, by name.
+        found: the file's, in the same order; a tensor if there is one.
+        tolerance: largest relative error that is accepted.
+
+    Raises:
+        ValueError: their number or a shape differs.
+    """
+    tensors = as_tuple(found)
+    if len(tensors) != len(reference):
+        raise ValueError(f"the file returned {len(tensors)} outputs, the network {list(reference)}")
+    results = [
+        compare(reference[name], tensor, name, tolerance)
+        for name, tensor in zip(reference, tensors, strict=True)
+    ]
+    worst = max(results, key=lambda r: (r.status != "measured", r.max_relative_error or 0.0))
+    return worst if worst.reason else replace(worst, kind=", ".join(reference))
+
+
+def as_tuple(output: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What a network or a file returned, one tensor or several, as a tuple."""
+    return (output,) if isinstance(output, Tensor) else tuple(output)
 
 
 def measure(run: Callable[[], Parity]) -> Parity:
@@ -142,20 +181,3 @@ def measure(run: Callable[[], Parity]) -> Parity:
         return run()
     except NotVerifiedError as error:
         return Parity("not verified", reason=str(error))
-
-
-def check_logits(
-    path: Path,
-    spec: ExportSpec,
-    reference: Reference,
-    *,
-    runner: Callable[[Path, ExportSpec], Runner],
-    tolerance: float,
-) -> dict[str, Parity]:
-    """The check of a format whose file returns logits and runs everywhere."""
-
-    def run() -> Parity:
-        logits = runner(path, spec)(reference.images)
-        return compare(reference.logits, logits, "logits", tolerance)
-
-    return {"parity": measure(run)}

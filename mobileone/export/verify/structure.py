@@ -3,13 +3,13 @@
 import re
 from collections import Counter
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from mobileone.block import MobileOneBlock
 
 __all__ = ["count_kinds", "fused_kinds", "structure_problems", "unfused_layers"]
 
@@ -62,12 +62,24 @@ def structure_problems(written: Mapping[str, int], expected: Mapping[str, int]) 
 
 
 def unfused_layers(fused: nn.Module) -> list[str]:
-    """The layers that still have their branches."""
+    """The layers that still have their branches: those that timm could fuse and did not.
+
+    timm replaces what has `fuse()` by another module, and calls `reparameterize()`, after which a
+    layer has no BatchNorm of its own.
+    """
     return [
-        f"the layer {name!r} is not fused"
+        f"the layer {name!r} ({type(module).__name__}) is not fused"
         for name, module in fused.named_modules()
-        if isinstance(module, MobileOneBlock)
+        if _is_unfused(module)
     ]
+
+
+def _is_unfused(module: nn.Module) -> bool:
+    if callable(getattr(module, "fuse", None)):
+        trial = deepcopy(module)
+        return trial.fuse() is not trial  # type: ignore[operator]
+    norms = any(isinstance(part, _BatchNorm) for part in module.modules())
+    return norms and callable(getattr(module, "reparameterize", None))
 
 
 class _Recorder(TorchDispatchMode):

@@ -12,9 +12,10 @@ from torchvision.ops import box_convert, box_iou
 
 from lightning_modules.cli.main import main
 from lightning_modules.dense.data import DetectionData, SegmentationData
-from lightning_modules.dense.export import WHOLE_DETECTOR, export_detector, export_segmenter
+from lightning_modules.dense.export import export_detector, export_segmenter
 from lightning_modules.dense.models import Detector
-from mobileone.export.dense.coreml import DenseProgram, Suppression
+from mobileone.dense.export import Suppression, detect
+from mobileone.export.verify.mlprogram import MLProgram
 
 pytest.importorskip("segmentation_models_pytorch", reason="needs the extra `dense`")
 pytest.importorskip("pycocotools", reason="needs the extra `dense`")
@@ -151,14 +152,17 @@ def test_segmentation_learns_and_ships(tmp_path):
     assert miou > floor("segment", "val/miou")
     export_segmenter(best, tmp_path / "out", 64)
     script = torch.jit.load(tmp_path / "out/model.torchscript.pt")
-    program = DenseProgram(tmp_path / "out/model.mlpackage")
+    program = MLProgram(tmp_path / "out/model.mlpackage")
     # both files' scores, by sets of pixels counted here
     data = SegmentationData(model="mobileone_mu0", size=64, count=128, num_workers=0)
     normalized, pictures = data.split(False), data.split(False).source
     confusions = torch.zeros(2, 4, 4)
     for index in range(len(normalized)):
         image, mask = normalized[index]
-        answers = script(image[None]), program.map(pictures[index].image)
+        answers = (
+            script(image[None]),
+            program.outputs(pictures[index].image[None], ["logits"])[0][0],
+        )
         for confusion, logits in zip(confusions, answers, strict=True):
             pairs = mask * 4 + logits[0].argmax(dim=0)
             confusion += pairs.reshape(-1).bincount(minlength=16).reshape(4, 4)
@@ -174,8 +178,8 @@ def test_detection_learns_and_ships(tmp_path):
     best, _ = fit("detect")
     least = floor("detect", "val/map_50")
     export_detector(best, tmp_path / "out")
-    whole = torch.jit.load(tmp_path / "out" / WHOLE_DETECTOR)
-    program = DenseProgram(tmp_path / "out/model.mlpackage")
+    whole = torch.jit.load(tmp_path / "out/detector.torchscript.pt")
+    program = MLProgram(tmp_path / "out/model.mlpackage")
     split = DetectionData(size=96, count=256, num_workers=0).split(False)
     targets = [split[index][1] for index in range(len(split))]
     images = [split[index][0] for index in range(len(split))]
@@ -192,7 +196,7 @@ def test_detection_learns_and_ships(tmp_path):
 def _as_torchvision(program, image):
     """What Core ML's pipeline finds, in pixels."""
     pixels = (image * 255).round().to(torch.uint8)
-    found = program.detect(pixels, Suppression(0.55, 0.001))
+    found = detect(program, pixels, Suppression(0.55, 0.001))
     scores, labels = found.confidence.max(dim=1)
     corners = box_convert(found.coordinates, "cxcywh", "xyxy") * image.shape[-1]
     return {"boxes": corners, "scores": scores, "labels": labels + 1}

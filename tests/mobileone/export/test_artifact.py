@@ -191,7 +191,7 @@ def test_isolation_holds_when_the_work_fails():
 
 
 def test_a_wrong_number_of_classes_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"returned \(8, 5\).*3 class names"):
+    with pytest.raises(ValueError, match=r"returned \[\(8, 5\)\].*3 class names"):
         export_model(tiny_network(classes=5), tiny_spec(), tmp_path / "artifact", FORMATS)
     assert list(tmp_path.iterdir()) == []
 

@@ -44,7 +44,7 @@ def network():
 def reference(network):
     images = digits()
     logits = network(normalize(images, tiny_spec())).detach()
-    return Reference(mobileone.reparameterize(network), logits, images)
+    return Reference(mobileone.reparameterize(network), {"logits": logits}, images)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_a_gray_program_and_one_of_four_channels(tmp_path):
         spec, model = tiny_spec(channels), tiny_network(channels)
         images = torch.randint(0, 256, (3, channels, 32, 48), dtype=torch.uint8)
         logits = model(normalize(images, spec)).detach()
-        reference = Reference(mobileone.reparameterize(model), logits, images)
+        reference = Reference(mobileone.reparameterize(model), {"logits": logits}, images)
         path = tmp_path / f"{channels}.mlpackage"
         coreml.write(reference.model, spec, path, Metadata())
         assert faults(path, spec, reference) == set()
@@ -157,7 +157,7 @@ def test_rgb_declared_as_bgr(copied, reference):
     assert faults(copied, tiny_spec(), reference) == {"parity", "program_parity"}
     images = reference.images[:, :1].expand(-1, 3, -1, -1)
     logits = reference.model(normalize(images, tiny_spec())).detach()
-    gray = Reference(reference.model, logits, images)
+    gray = Reference(reference.model, {"logits": logits}, images)
     assert faults(copied, tiny_spec(), gray) == {"program_parity"}  # gray data do not hide it
 
 

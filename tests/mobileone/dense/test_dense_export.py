@@ -8,18 +8,42 @@ from torch import nn
 from torchvision.ops import box_convert, nms
 
 from lightning_modules.data.transforms import resolve_config
-from lightning_modules.dense.export import WHOLE_DETECTOR, export_detector, export_segmenter
+from lightning_modules.dense.export import export_detector, export_segmenter
 from lightning_modules.dense.models import Detector, Segmenter
 from mobileone.dense import fuse, segmenter, ssdlite
 from mobileone.dense.detection import SSDBoxes
-from mobileone.export.dense.coreml import DenseProgram, Detections, Suppression, write_boxes
-from mobileone.export.dense.export import BOXES, DENSE_FORMATS, MAPS, export_dense
+from mobileone.dense.export import (
+    Detections,
+    Suppression,
+    box_formats,
+    candidates,
+    detect,
+    map_formats,
+    write_boxes,
+)
+from mobileone.export import Metadata, RejectedError, export_model
 from mobileone.export.inspect import describe_artifact
 from mobileone.export.preprocess import normalize
 from mobileone.export.spec import ExportSpec
+from mobileone.export.verify.mlprogram import MLProgram
 from mobileone.export.verify.mlprogram_ops import KERNELS
 
 NAMES = ("background", "circle", "square", "triangle")
+WHOLE_DETECTOR = "detector.torchscript.pt"
+
+
+def export_boxes(network, size, folder, formats):
+    anchors = len(SSDBoxes(network).centers)
+    shapes = {"boxes": (anchors, 4), "scores": (anchors, 4)}
+    boxes = SSDBoxes(network).eval()
+    return export_model(
+        boxes, spec(size), folder, formats, outputs=shapes, table=box_formats(network)
+    )
+
+
+def export_maps(network, size, folder, formats):
+    shapes = {"logits": (4, size, size)}
+    return export_model(network, spec(size), folder, formats, outputs=shapes, table=map_formats())
 
 
 def settle(network, size):
@@ -52,7 +76,7 @@ def detector():
 @pytest.fixture(scope="module")
 def package(detector, tmp_path_factory):
     path = tmp_path_factory.mktemp("coreml") / "model.mlpackage"
-    write_boxes(SSDBoxes(detector).eval(), spec(96), path)
+    write_boxes(SSDBoxes(detector).eval(), spec(96), path, Metadata())
     return path
 
 
@@ -63,9 +87,8 @@ def pixels(count, size=96, seed=0):
 
 @pytest.mark.slow
 def test_a_detector_ships_in_every_format(detector, tmp_path):
-    manifest = export_dense(
-        SSDBoxes(detector).eval(), spec(96), tmp_path / "out", BOXES, DENSE_FORMATS
-    )
+    formats = ["torchscript", "torch_export", "onnx", "coreml"]
+    manifest = export_boxes(detector, 96, tmp_path / "out", formats)
     convolutions = sum(isinstance(m, nn.Conv2d) for m in detector.modules())
     for name, entry in manifest.formats.items():
         kinds = [(k.lower(), n) for k, n in entry["operations"].items()]
@@ -89,14 +112,15 @@ def test_a_detector_ships_in_every_format(detector, tmp_path):
 def test_a_segmenter_ships_in_every_format(architecture, tmp_path):
     pytest.importorskip("segmentation_models_pytorch", reason="needs the extra `dense`")
     network = fuse(settle(segmenter(architecture, "mobileone_mu0", 4), 64))
-    manifest = export_dense(network, spec(64), tmp_path / "out", MAPS, DENSE_FORMATS)
-    assert tuple(manifest.formats) == DENSE_FORMATS
+    formats = ["torchscript", "torch_export", "onnx", "coreml"]
+    manifest = export_maps(network, 64, tmp_path / "out", formats)
+    assert list(manifest.formats) == formats
     assert manifest.formats["coreml"]["parity"]["max_relative_error"] < 5e-2
-    program = DenseProgram(tmp_path / "out/model.mlpackage")
+    program = MLProgram(tmp_path / "out/model.mlpackage")
     image = pixels(1, 64, seed=5)
     with torch.no_grad():
         expected = network(normalize(image, spec(64)))
-    found = program.map(image[0])
+    (found,) = program.outputs(image, ["logits"])
     assert (found - expected).abs().max() < 5e-2 * expected.abs().max()
 
 
@@ -106,9 +130,9 @@ def test_a_segmenter_ships_in_every_format(architecture, tmp_path):
 def test_core_mls_boxes_are_the_networks(detector, tmp_path):
     """In float32, where nothing but the order of sums differs."""
     path = tmp_path / "model.mlpackage"
-    write_boxes(SSDBoxes(detector).eval(), spec(96), path, precision="float32")
+    write_boxes(SSDBoxes(detector).eval(), spec(96), path, Metadata(), precision="float32")
     (image,) = pixels(1, seed=3)
-    found = DenseProgram(path).candidates(image)
+    found = candidates(MLProgram(path), image)
     with torch.no_grad():
         boxes, scores = SSDBoxes(detector)(normalize(image[None], spec(96)))
     assert torch.allclose(found.confidence, scores[0, :, 1:], atol=1e-4)
@@ -152,9 +176,9 @@ def test_what_vision_reads_of_the_package(package):
 
 def test_suppression_is_by_class_and_by_threshold(package):
     """Against one loop over the boxes, best first."""
-    program = DenseProgram(package)
+    program = MLProgram(package)
     (image,) = pixels(1, seed=2)
-    confidence, coordinates = program.candidates(image)
+    confidence, coordinates = candidates(program, image)
     chosen = Suppression(iou=0.3, confidence=float(confidence.max(dim=1).values.quantile(0.7)))
     kept: list[int] = []
     best, labels = confidence.max(dim=1)
@@ -165,7 +189,7 @@ def test_suppression_is_by_class_and_by_threshold(package):
         rivals = [k for k in kept if labels[k] == labels[index]]
         if all(overlap(corners[index], corners[k]) <= chosen.iou for k in rivals):
             kept.append(index)
-    found = program.detect(image, chosen)
+    found = detect(program, image, chosen)
     assert isinstance(found, Detections) and 1 < len(kept) < len(confidence) / 2
     assert torch.equal(found.confidence.amax(dim=1), best[kept])  # in this order
     assert rows(found) == rows(Detections(confidence[kept], coordinates[kept]))  # equals tie
@@ -209,25 +233,31 @@ class _Wrong(nn.Module):
         return self.convolution(x) * self.calls
 
 
-def test_a_file_that_answers_otherwise_is_not_published(tmp_path):
-    with pytest.raises(ValueError, match="logits of the torchscript file differ by"):
-        export_dense(_Wrong().eval(), spec(32), tmp_path / "out", MAPS, ["torchscript"])
-    assert not any(tmp_path.iterdir())
+def test_a_file_that_computes_something_else_is_not_published(tmp_path):
+    with pytest.raises(RejectedError, match=r"parity: relative error .* of the logits"):
+        export_maps(_Wrong().eval(), 32, tmp_path / "out", ["torchscript"])
+    assert [path.name for path in tmp_path.iterdir()] == ["out.rejected"]
 
 
-def test_a_network_with_branches_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="is not fused"):
-        export_dense(segmenter("deeplabv3", "mobileone_mu0", 4).eval(), spec(32), tmp_path, MAPS)
+def test_the_norms_of_the_head_fold_too(tmp_path):
+    """Only `fuse` folds them."""
+    network = settle(segmenter("deeplabv3", "mobileone_mu0", 4), 32)
+    manifest = export_maps(network, 32, tmp_path / "out", ["torchscript"])
+    assert manifest.formats["torchscript"]["operations"]["aten::batch_norm"] > 0
+    fused = export_maps(fuse(network), 32, tmp_path / "fused", ["torchscript"])
+    assert "aten::batch_norm" not in fused.formats["torchscript"]["operations"]
 
 
-def test_bad_arguments(tmp_path):
+def test_outputs_must_have_their_shapes_and_formats_must_be_known(tmp_path):
     network = nn.Conv2d(3, 4, 1).eval()
-    with pytest.raises(ValueError, match=r"\['tflite'\].*torchscript, torch_export, onnx, coreml"):
-        export_dense(network, spec(32), tmp_path / "out", MAPS, ["tflite"])
+    with pytest.raises(ValueError, match=r"returned \[\(2, 4, 32, 32\)\] where logits of 2 images"):
+        export_model(network, spec(32), tmp_path / "out", outputs={"logits": (5, 32, 32)})
+    with pytest.raises(ValueError, match=r"\['tflite'\].*coreml.*onnx.*torch_export.*torchscript"):
+        export_maps(network, 32, tmp_path / "out", ["tflite"])
     (tmp_path / "full").mkdir()
     (tmp_path / "full/letter").touch()
-    with pytest.raises(FileExistsError, match="not empty"):
-        export_dense(network, spec(32), tmp_path / "full", MAPS)
+    with pytest.raises(FileExistsError, match="choose another folder"):
+        export_maps(network, 32, tmp_path / "full", ["torchscript"])
     with pytest.raises(ValueError, match="size=70"):
         export_segmenter(tmp_path / "none.ckpt", tmp_path / "out", size=70)
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
@@ -263,6 +293,7 @@ def test_a_detectors_checkpoint_becomes_files(tmp_path):
     assert (manifest.training.epoch, manifest.training.step) == (3, 12)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"manifest.json", "model.torchscript.pt", WHOLE_DETECTOR}
+    assert manifest.formats["detector"]["parity"]["max_relative_error"] < 1e-3
     images = [torch.rand(3, 64, 64), torch.rand(3, 50, 90)]
     found = torch.jit.load(tmp_path / "out" / WHOLE_DETECTOR)(images)[1]  # the first: losses
     with torch.no_grad():
