@@ -48,7 +48,7 @@ def run(tmp_path):
     }  # fmt: skip
     Manifest(
         ExportSpec("mobileone_s0", NAMES, (3, 32, 32), (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0),
-        TrainingState(epoch=1, step=4, metrics={"val/acc1": 0.75}),
+        TrainingState(epoch=1, step=4, metrics={"val/acc1": 0.75, "val/macro_f1": 0.7}),
         Metadata(),
         parameters=2_078_504,
         channel_order="RGB",
@@ -124,6 +124,7 @@ def test_the_page_has_it_all_and_needs_nothing(results, run):
     for words in (
         "mobileone_mu0", "top-1 (%), paper", "12.35",  # family, and what was measured
         "75.0 %", "2.08 M", "4.00\u00a0MB", "2e-07", "validation images",  # head and artifact
+        "val/macro_f1 0.7",
         "7 of 10 images right, 70.0%", "most frequent confusions",
         "Of the test, as the network saw them", "✗ cat", "loss 3.00",
         "No artifact of the last checkpoint", "1 more rows are in the file",
