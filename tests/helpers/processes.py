@@ -3,10 +3,18 @@
 import os
 import subprocess
 import sys
+import time
 
 from tests.helpers.paths import PROGRAMS, REPOSITORY
 
-__all__ = ["environment", "run_on_two_ranks", "run_program", "run_python", "start_python"]
+__all__ = [
+    "environment",
+    "run_on_two_ranks",
+    "run_program",
+    "run_python",
+    "start_python",
+    "wait_for",
+]
 
 
 def environment(**variables):
@@ -52,3 +60,11 @@ def run_on_two_ranks(name, *arguments):
             print(f"attempt {attempt} hangs:\n{where}", file=sys.stderr)
             if attempt == 2:
                 raise
+
+
+def wait_for(condition, seconds=200):
+    """Wait until `condition()` is true; fails after some seconds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)

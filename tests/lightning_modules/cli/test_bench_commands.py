@@ -7,6 +7,7 @@ import pytest
 from lightning_modules.cli.main import COMMANDS, load, main
 from mobileone.bench.results import KINDS, Result
 from mobileone.bench.show.tables import change_table
+from tests.helpers.command import error_of
 
 
 def test_profile_prints_the_papers_row_and_saves_both_files(tmp_path, capsys):
@@ -32,9 +33,7 @@ def test_latency_is_compared_with_an_earlier_result_of_this_machine_only(tmp_pat
     other = json.loads(out.read_text())
     other["machine"]["machine_id"] = "elsewhere"
     out.write_text(json.dumps(other))
-    with pytest.raises(SystemExit):
-        main([*quick, "--against", str(out)])
-    assert "different machines" in capsys.readouterr().err
+    assert "different machines" in error_of(capsys, *quick, "--against", out)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -65,17 +64,13 @@ def test_every_kind_of_result_has_a_command_and_can_be_compared(kind):
     ],
 )
 def test_mistakes_are_reported_before_anything_is_measured(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message in error_of(capsys, *arguments)
 
 
 def test_an_earlier_result_must_be_of_the_same_kind(tmp_path, capsys):
     Result.new("profile", {}, []).save_all(tmp_path)
-    with pytest.raises(SystemExit):
-        main(["benchmark", "latency", "x", "--against", str(tmp_path / "profile.json")])
-    assert "is a result of 'profile', not of 'latency'" in capsys.readouterr().err
+    said = error_of(capsys, "benchmark", "latency", "x", "--against", tmp_path / "profile.json")
+    assert "is a result of 'profile', not of 'latency'" in said
 
 
 def test_the_chart_of_the_paper_needs_no_measurement(tmp_path, capsys):

@@ -2,11 +2,8 @@
 
 import csv
 import json
-import os
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,9 @@ from lightning_modules.cli.main import COMMANDS, main
 from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.run.fit import run
 from lightning_modules.run.folder import RunFolder
+from tests.helpers.command import error_of
+from tests.helpers.processes import run_python, start_python
+from tests.helpers.variants import slow
 
 TINY = (
     "--config quickstart --model.model mobileone_mu0 --model.warmup_epochs 0 "
@@ -38,19 +38,7 @@ class Stop(Exception):
     """Ends a run where a test wants it to."""
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path, monkeypatch, cache):
-    """A folder of its own for each test, and no wandb run left open."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MOBILEONE_CACHE", str(cache))
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    yield
-    wandb.finish()
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def fit(*more, epochs=1):
@@ -104,9 +92,8 @@ def test_fit_leaves_everything_a_user_wants(tmp_path, capsys):
 def test_a_wrong_flag_on_resuming_leaves_the_run_as_it_is(trained, capsys):
     before = (trained / "config.yaml").read_text()
     checkpoint = str(trained / "checkpoints/last.ckpt")
-    with pytest.raises(SystemExit):
-        main(["fit", "--ckpt_path", checkpoint, "--model.model", "mobileone_mu1"])
-    assert "holds a mobileone_mu0, not a mobileone_mu1" in capsys.readouterr().err
+    said = error_of(capsys, "fit", "--ckpt_path", checkpoint, "--model.model", "mobileone_mu1")
+    assert "holds a mobileone_mu0, not a mobileone_mu1" in said
     assert (trained / "config.yaml").read_text() == before
 
 
@@ -140,14 +127,9 @@ def test_runs_of_the_same_second_and_job_do_not_collide(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes_share_one_run(tmp_path, cache):
-    command = [sys.executable, "-m", "mobileone", "fit", *TINY, "--trainer.max_epochs", "1"]
-    ddp = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    environment = {**os.environ, "MOBILEONE_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *ddp], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_two_processes_share_one_run(tmp_path):
+    two = "--trainer.max_epochs 1 --trainer.devices 2 --trainer.strategy ddp".split()
+    done = run_python("-m", "mobileone", "fit", *TINY, *two, timeout=500)
     runs = [p for p in (tmp_path / "runs/quickstart").iterdir() if not p.is_symlink()]
     assert len(runs) == 1
     assert (runs[0] / "checkpoints/best/manifest.json").is_file()
@@ -252,9 +234,7 @@ def test_validate_and_test_need_nothing_but_the_checkpoint(trained, capsys):
 )
 def test_a_checkpoint_and_its_artifact_are_told_apart(trained, words, meant, capsys):
     *command, name = words
-    with pytest.raises(SystemExit):
-        main([*command, str(trained / "checkpoints" / name)])
-    assert meant in capsys.readouterr().err
+    assert meant in error_of(capsys, *command, trained / "checkpoints" / name)
 
 
 def test_predict_takes_a_checkpoint_or_an_artifact(trained, cache, tmp_path):
@@ -306,9 +286,7 @@ def test_export_writes_an_artifact_once(trained, tmp_path, capsys):
     command = ["export", str(trained / "checkpoints/last.ckpt"), str(tmp_path / "shipped")]
     main([*command, "--formats", "[torchscript]"])
     assert (tmp_path / "shipped/manifest.json").is_file()
-    with pytest.raises(SystemExit):
-        main([*command, "--formats", "[torchscript]"])
-    assert "shipped" in capsys.readouterr().err
+    assert "shipped" in error_of(capsys, *command, "--formats", "[torchscript]")
 
 
 def test_explicit_flag_wins_over_the_checkpoint(trained, tmp_path, monkeypatch):
@@ -354,12 +332,9 @@ def test_explicit_flag_wins_over_the_checkpoint(trained, tmp_path, monkeypatch):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_input_is_refused_in_a_line(argv, complaint, capsys, tmp_path):
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    said = capsys.readouterr().err + str(stop.value.code)
+    said = error_of(capsys, *argv)
     assert complaint in said
     assert "Traceback" not in said
-    assert stop.value.code == 2
     assert len(said.splitlines()) < 5
     assert list(tmp_path.glob("runs/*/*")) == []
 
@@ -374,9 +349,7 @@ def test_bad_input_is_refused_in_a_line(argv, complaint, capsys, tmp_path):
 )
 def test_a_fault_in_a_configuration_is_told_with_its_file(text, complaint, tmp_path, capsys):
     (tmp_path / "own.yaml").write_text(text)
-    with pytest.raises(SystemExit):
-        main(["fit", "--config", "quickstart", "--config=own.yaml"])
-    said = capsys.readouterr().err
+    said = error_of(capsys, "fit", "--config", "quickstart", "--config=own.yaml")
     assert complaint in said
     assert len(said.splitlines()) < 3
 
@@ -384,9 +357,8 @@ def test_a_fault_in_a_configuration_is_told_with_its_file(text, complaint, tmp_p
 def test_weights_that_the_hub_does_not_give_are_told_in_a_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    with pytest.raises(SystemExit):
-        main(["fit", *DIGITS, "--model.model", "test_byobnet", "--model.pretrained", "true"])
-    said = capsys.readouterr().err
+    pretrained = "--model.model test_byobnet --model.pretrained true".split()
+    said = error_of(capsys, "fit", *DIGITS, *pretrained)
     assert "--model.pretrained false --model.weights FILE" in said
     assert "Traceback" not in said
     assert not (tmp_path / "runs").exists()
@@ -395,9 +367,7 @@ def test_weights_that_the_hub_does_not_give_are_told_in_a_line(monkeypatch, tmp_
 def test_online_tracking_without_a_key_is_refused_before_training(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("WANDB_API_KEY", "")
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    with pytest.raises(SystemExit):
-        main(["fit", *TINY, "--wandb.mode", "online"])
-    said = capsys.readouterr().err
+    said = error_of(capsys, "fit", *TINY, "--wandb.mode", "online")
     assert "`wandb login`" in said
     assert "WARNING" not in said
     assert not (tmp_path / "runs").exists()
@@ -408,19 +378,14 @@ def test_top_level_help_is_fast_because_it_imports_nothing():
         "import sys; from lightning_modules.cli.main import main; main(['--help']);"
         "assert not {'torch', 'lightning', 'timm', 'jsonargparse'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert all(name in done.stdout for name in COMMANDS)
+    said = run_python("-c", script).stdout
+    assert all(name in said for name in COMMANDS)
 
 
 @pytest.mark.slow
 def test_python_dash_m_is_the_same_command():
-    done = subprocess.run([sys.executable, "-m", "mobileone", "--help"], capture_output=True)
-    ours = subprocess.run(
-        [sys.executable, "-m", "lightning_modules.cli.main", "--help"], capture_output=True
-    )
-    assert done.returncode == 0
-    assert done.stdout == ours.stdout
+    ours = run_python("-m", "lightning_modules.cli.main", "--help")
+    assert run_python("-m", "mobileone", "--help").stdout == ours.stdout
 
 
 @pytest.mark.parametrize(
@@ -430,7 +395,7 @@ def test_python_dash_m_is_the_same_command():
         ("mobileone benchmark la", {"latency"}),
         ("mobileone fit --model.label", {"--model.label_smoothing"}),
         ("mobileone benchmark latency --runt", {"--runtimes"}),
-        pytest.param("mobileone predict --top", {"--top_k"}, marks=pytest.mark.slow),
+        slow("mobileone predict --top", {"--top_k"}),
     ],
 )
 def test_tab_completion(line, expected, tmp_path):
@@ -444,8 +409,7 @@ def test_tab_completion(line, expected, tmp_path):
         "COMP_POINT": str(len(line)),
         "COMP_TYPE": "9",
     }
-    environment = {**os.environ, **environment}
-    subprocess.run([sys.executable, "-c", script], env=environment, check=False, timeout=120)
+    start_python("-c", script, variables=environment).wait(120)
     assert expected <= {word.strip() for word in answer.read_text().splitlines()}
 
 

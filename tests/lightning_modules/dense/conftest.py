@@ -6,24 +6,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers.images import random_image
+
 SIZES = [(50, 40), (64, 64), (40, 70), (90, 48), (64, 48), (48, 64)]  # width, height
 GRAY = 2  # the image without colors
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path, monkeypatch):
-    """A folder of its own for each test, and no wandb run left open."""
-    import wandb
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    yield
-    wandb.finish()
+def _here(here):
+    """A folder of its own for each test."""
 
 
 def photo(number):
-    pixels = np.random.default_rng(number).integers(0, 256, (*SIZES[number][::-1], 3), np.uint8)
-    image = Image.fromarray(pixels)
+    image = random_image(number, SIZES[number])
     return image.convert("L") if number == GRAY else image
 
 

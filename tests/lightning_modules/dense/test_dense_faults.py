@@ -1,7 +1,6 @@
 """A dense run that is killed, meets NaN or a full disk, or finds its folder taken."""
 
 import errno
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,9 @@ from lightning_modules.dense import saving
 from lightning_modules.dense.models import Detector, Segmenter
 from mobileone.io.atomic import directory_lock
 from tests.helpers.bitwise import differing
+from tests.helpers.command import error_of
+from tests.helpers.processes import run_program
+from tests.helpers.variants import slow
 
 pytest.importorskip("segmentation_models_pytorch", reason="needs the extra `dense`")
 pytest.importorskip("pycocotools", reason="needs the extra `dense`")
@@ -35,44 +37,7 @@ OWN = {
     "segment": ["--data.dataset", "voc", "--data.size", "32", "--model.architecture", "fpn"],
     "detect": ["--data.dataset", "coco", "--model.size", "64"],
 }
-TASKS = [
-    pytest.param("segment", "voc", Segmenter, marks=pytest.mark.slow),
-    pytest.param("detect", "coco", Detector),
-]
-
-# its parent computes nothing, so that the forked children may use torch's threads
-KILLED = """
-import os, sys
-from lightning_modules.cli.main import main
-from lightning_modules.dense import models, saving
-
-def kill_at_step_three():
-    real = models._DenseModule.on_train_batch_start
-    def mined(self, *args):
-        if self.global_step == 3:
-            os.kill(os.getpid(), 9)
-        real(self, *args)
-    models._DenseModule.on_train_batch_start = mined
-
-def kill_between_best_and_last_of_the_end():
-    real = saving.save_complete
-    def mined(trainer, final, weights_only):
-        if final.name == "last.ckpt" and trainer.current_epoch == 2:
-            os.kill(os.getpid(), 9)
-        real(trainer, final, weights_only)
-    saving.save_complete = mined
-
-command = sys.argv[1:]
-for lay_mine in (kill_at_step_three, kill_between_best_and_last_of_the_end):
-    if (pid := os.fork()) == 0:
-        lay_mine()
-        try:
-            main(command)
-        finally:
-            sys.stdout.flush()
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -9
-"""
+TASKS = [slow("segment", "voc", Segmenter), ("detect", "coco", Detector)]
 
 
 def words(task, root, *more):
@@ -101,10 +66,7 @@ def test_a_killed_run_ends_as_one_that_was_never_killed(task, dataset, kind, req
     """Killed within an epoch, and again between the end's two checkpoints."""
     root = request.getfixturevalue(dataset)
     command = words(task, root, "--run.root", "killed")
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, *command], capture_output=True, text=True
-    )
-    assert killed.returncode == 0, killed.stderr
+    killed = run_program("kill_dense.py", *command)
     assert "snapshots/step=00000003.ckpt" in killed.stdout
     folder = fit(task, root, "--run.root", "killed").parents[2] / f"../killed/{task}/latest"
     assert "goes on from" in capsys.readouterr().out
@@ -155,15 +117,14 @@ def test_a_second_run_in_the_same_folder_is_refused(coco, capsys, monkeypatch):
     monkeypatch.setattr(saving, "_PATIENCE", 0.1)
     folder = fit("detect", coco, "--trainer.max_epochs", "1").resolve()
     before = {path: path.read_bytes() for path in folder.parent.rglob("*.ckpt")}
-    with directory_lock(folder), pytest.raises(SystemExit, match="2"):
-        fit("detect", coco)
-    assert f"another run writes to {folder}" in capsys.readouterr().err
+    with directory_lock(folder):
+        assert f"another run writes to {folder}" in error_of(capsys, *words("detect", coco))
     assert before == {path: path.read_bytes() for path in folder.parent.rglob("*.ckpt")}
     fit("detect", coco)  # the folder is free again, and was left so
     assert torch.load(folder / "last.ckpt", weights_only=True)["epoch"] == 2
 
 
-@pytest.mark.parametrize("name", ["best.ckpt", pytest.param("last.ckpt", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["best.ckpt", slow("last.ckpt")])
 def test_a_full_disk_leaves_the_checkpoints_before_it_whole(coco, name, capsys, monkeypatch):
     folder = fit("detect", coco, "--trainer.max_epochs", "1").resolve()
     real = Trainer.save_checkpoint
@@ -175,9 +136,8 @@ def test_a_full_disk_leaves_the_checkpoints_before_it_whole(coco, name, capsys, 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Trainer, "save_checkpoint", full)
-    with pytest.raises(SystemExit, match="2"):
-        fit("detect", coco)
-    assert f"{name} could not be written (No space left on device)" in capsys.readouterr().err
+    said = error_of(capsys, *words("detect", coco))
+    assert f"{name} could not be written (No space left on device)" in said
     assert {path.name for path in folder.iterdir()} == {"best.ckpt", "last.ckpt"}
     epochs = {p.stem: torch.load(p, weights_only=True)["epoch"] for p in folder.iterdir()}
     assert epochs == {"best": 0 if name == "best.ckpt" else 1, "last": 0}

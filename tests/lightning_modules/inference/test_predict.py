@@ -17,6 +17,7 @@ from lightning_modules.data.image_io import find_images, why_unreadable
 from lightning_modules.inference import predict
 from lightning_modules.inference.predict import load_classifier, predict_folder
 from mobileone.export import ExportSpec, export_model
+from tests.helpers.variants import slow
 
 NAMES = ('cat, "big"', "chien é")
 MODEL = "mobileone_s0"
@@ -222,7 +223,7 @@ def test_errors_come_before_the_work(checkpoint, pets, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["torchscript", "onnx", "coreml_fp32", pytest.param("torch_export", marks=pytest.mark.slow)],
+    ["torchscript", "onnx", "coreml_fp32", slow("torch_export")],
 )
 def test_a_file_of_an_artifact_is_enough(checkpoint, model, spec, pets, tmp_path, name):
     """In its folder, and taken out of it: it says itself what it takes and returns."""

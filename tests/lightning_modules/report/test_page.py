@@ -20,6 +20,7 @@ from lightning_modules.report.page import write_report
 from mobileone.bench.results import Result
 from mobileone.export.manifest import Manifest, TrainingState
 from mobileone.export.spec import ExportSpec, Metadata
+from tests.helpers.command import error_of
 
 EVIL = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
 NAMES = ("cat", "dog & $5", EVIL)
@@ -205,10 +206,8 @@ def test_wrong_folders_are_named(results, run, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="neither results nor a run"):
         write_report(tmp_path / "empty")
-    with pytest.raises(SystemExit) as exit_info:
-        main(["report", str(tmp_path / "nowhere")])
-    assert exit_info.value.code == 2
-    assert "mobileone report: error: `folder`" in capsys.readouterr().err
+    said = error_of(capsys, "report", tmp_path / "nowhere")
+    assert "mobileone report: error: `folder`" in said
     main(["report", str(results), "--run", str(run), "--output", str(tmp_path / "sent")])
     assert (tmp_path / "sent" / "report.html").is_file()
     assert "report.html" in capsys.readouterr().out

@@ -4,8 +4,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -16,27 +14,14 @@ from lightning_modules.errors import UsageError
 from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.run.folder import RunFolder
 from lightning_modules.run.resume import find_continuation, newest_usable, why_unusable
-from tests.helpers.paths import PROGRAMS, REPOSITORY
+from tests.helpers import command as helpers
+from tests.helpers.command import error_of
+from tests.helpers.processes import run_program, start_python, wait_for
 
 CONFIG = {"model": {"lr": 0.1, "model": "x"}, "trainer": {"max_epochs": 3}, "ckpt_path": None}
-FIT = (
-    "fit --run.name r --model.model test_byobnet --data.dataset digits --data.batch_size 8 "
-    "--data.input_size 32 --data.num_workers 0 --checkpoint.formats [torchscript] "
-    "--checkpoint.background false --trainer.max_epochs 2 --trainer.limit_train_batches 4 "
-    "--trainer.limit_val_batches 1 --trainer.accelerator cpu --trainer.enable_progress_bar false "
-    "--wandb.mode disabled --report.samples 0 --model.lr 0.01 --resume auto"
-).split()
+FIT = [*helpers.FIT, "--run.name", "r", "--resume", "auto"]
 
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path, monkeypatch, cache):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MOBILEONE_CACHE", str(cache))
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def make_run(parent, name, config=CONFIG):
@@ -243,14 +228,9 @@ def test_a_truncated_checkpoint_is_passed_over_or_another_is_offered(tmp_path, c
     last = (run / "checkpoints/last.ckpt").resolve()
     whole = torch.load(last, weights_only=True)
     last.write_bytes(last.read_bytes()[:-1000])
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        main(["fit", "--ckpt_path", str(run / "checkpoints/last.ckpt")])
-    said = capsys.readouterr().err
+    said = error_of(capsys, "fit", "--ckpt_path", run / "checkpoints/last.ckpt")
     assert "damaged, cut short" in said
-    assert (
-        f"newest checkpoint of this run that can be read is {run}/snapshots/step=00000007" in said
-    )
+    assert f"checkpoint of this run that can be read is {run}/snapshots/step=00000007" in said
     main(FIT)
     assert f"passed over {last}: it is damaged or cut short" in capsys.readouterr().out
     again = torch.load(last, weights_only=True)
@@ -315,33 +295,24 @@ def test_what_is_refused_before_it_begins_is_not_offered_again(tmp_path, capsys,
         ("--trainer.max_steps 0", "--trainer.max_steps 0 trains nothing"),
         ("--trainer.max_epochs -1", "max_epochs -1 and --trainer.max_steps -1 give no end"),
         ("--trainer.max_epochs -1 --curriculum.phases [[0,32,1]]", "curriculum scales its phases"),
-        (
-            "--model.teacher test_byobnet --model.teacher_weights none.pth",
-            "none.pth",
-        ),
+        ("--model.teacher test_byobnet --model.teacher_weights none.pth", "none.pth"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_without_a_folder(tmp_path, capsys, options, complaint):
-    with pytest.raises(SystemExit) as stop:
-        main([*FIT, *options.split()])
-    assert stop.value.code == 2
-    assert complaint in capsys.readouterr().err
+    assert complaint in error_of(capsys, *FIT, *options.split())
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_run_that_is_further_than_its_end_is_refused_in_a_sentence(tmp_path, capsys):
     at = {"loops": {"fit_loop": {"epoch_progress": {"current": {"processed": 8}}}}}
     checkpoint = write(tmp_path / "a.ckpt", 0, **at)
-    with pytest.raises(SystemExit):
-        main([*FIT, "--ckpt_path", str(checkpoint), "--trainer.max_epochs", "1"])
-    assert "a.ckpt was written after 8 epochs, more than --trainer.max" in capsys.readouterr().err
+    said = error_of(capsys, *FIT, "--ckpt_path", checkpoint, "--trainer.max_epochs", "1")
+    assert "a.ckpt was written after 8 epochs, more than --trainer.max" in said
 
 
 def test_a_metric_that_is_not_logged_is_refused_before_the_first_epoch(capsys, monkeypatch):
     monkeypatch.setattr(ImageClassifier, "training_step", lambda *args: 1 / 0)
-    with pytest.raises(SystemExit):
-        main([*FIT, "--checkpoint.monitor", "val/accuracy"])
-    said = capsys.readouterr().err
+    said = error_of(capsys, *FIT, "--checkpoint.monitor", "val/accuracy")
     assert "`monitor` (='val/accuracy') was not logged by this validation" in said
     assert "val/acc1" in said
 
@@ -352,17 +323,9 @@ def test_of_two_processes_rank_0_ends_last(tmp_path, number):
     """It waits for the export; SIGTERM reaches one process, Ctrl-C all of them."""
     two = "--trainer.devices 2 --trainer.strategy ddp --trainer.max_epochs 100".split()
     background = ["--checkpoint.background", "true", "--data.num_workers", "1"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mobileone", *FIT, *two, *background],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        text=True,
-    )
-    end = time.monotonic() + 200
-    while not list(tmp_path.glob("runs/r/*/checkpoints/*.ckpt")) and time.monotonic() < end:
-        time.sleep(0.1)
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
+    process = start_python("-m", "mobileone", *FIT, *two, *background, **pipe)
+    wait_for(lambda: list(tmp_path.glob("runs/r/*/checkpoints/*.ckpt")))
     if number == signal.SIGTERM:
         process.send_signal(number)
     else:
@@ -375,13 +338,10 @@ def test_of_two_processes_rank_0_ends_last(tmp_path, number):
     assert not list(tmp_path.glob("runs/r/*/checkpoints/*error*"))
 
 
-def test_sigterm_exits_with_143_and_the_same_command_goes_on(tmp_path, cache):
-    command = [sys.executable, "-m", "mobileone", *FIT, "--trainer.max_epochs", "100"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    end = time.monotonic() + 200
-    while not list(tmp_path.glob("runs/r/*/checkpoints/last.ckpt")) and time.monotonic() < end:
-        time.sleep(0.1)
+def test_sigterm_exits_with_143_and_the_same_command_goes_on(tmp_path):
+    command = ["-m", "mobileone", *FIT, "--trainer.max_epochs", "100"]
+    process = start_python(*command, stdout=subprocess.PIPE)
+    wait_for(lambda: list(tmp_path.glob("runs/r/*/checkpoints/last.ckpt")))
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=200)
     assert process.returncode == 143
@@ -393,14 +353,5 @@ def test_sigterm_exits_with_143_and_the_same_command_goes_on(tmp_path, cache):
 @pytest.mark.slow
 def test_kills_leave_no_trace(tmp_path):
     """Five kills, in a process that forks, without threads; the program makes more."""
-    script = PROGRAMS / "soak_resume.py"
-    path = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), "--kills", "5", "--seed", "5"],
-        env={**os.environ, **path},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    done = run_program("soak_resume.py", "--kills", 5, "--seed", 5, timeout=500)
     assert "5 kills" in done.stdout

@@ -4,8 +4,8 @@ import pytest
 import torch
 import yaml
 
-from lightning_modules.cli.main import main
 from lightning_modules.run.checkpoint_args import check_run_config
+from tests.helpers.command import error_of
 
 EVIL = {"class_path": "evil.Callback"}
 LAMBDA = {
@@ -52,6 +52,5 @@ def test_the_command_asks_for_the_configuration(tmp_path, capsys):
     torch.save({"state_dict": {}}, tmp_path / "run/checkpoints/x.ckpt")
     (tmp_path / "run/run.json").write_text('{"wandb_id": "x"}')
     (tmp_path / "run/config.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [EVIL]}}))
-    with pytest.raises(SystemExit, match="2"):
-        main(["fit", "--ckpt_path", str(tmp_path / "run/checkpoints/x.ckpt")])
-    assert "names 'evil.Callback' to be imported and run: refused" in capsys.readouterr().err
+    said = error_of(capsys, "fit", "--ckpt_path", tmp_path / "run/checkpoints/x.ckpt")
+    assert "names 'evil.Callback' to be imported and run: refused" in said

@@ -4,7 +4,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,28 +15,21 @@ from wandb.errors import CommError
 
 from lightning_modules.cli.main import main
 from lightning_modules.run.wandb_logger import FaultTolerantWandbLogger
-from tests.helpers.paths import REPOSITORY
+from tests.helpers import command as helpers
+from tests.helpers.command import error_of
+from tests.helpers.processes import start_python, wait_for
 
-FIT = (
-    "fit --run.name w --model.model test_byobnet --data.dataset digits --data.batch_size 8 "
-    "--data.input_size 32 --data.num_workers 0 --checkpoint.formats [torchscript] "
-    "--checkpoint.background false --trainer.limit_train_batches 4 --trainer.limit_val_batches 1 "
-    "--trainer.accelerator cpu --trainer.enable_progress_bar false --report.samples 2 "
-    "--model.lr 0.01 --wandb.mode online"
-).split()
+FIT = [*helpers.FIT, *"--run.name w --report.samples 2 --wandb.mode online".split()]
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path, tmp_path_factory, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MOBILEONE_CACHE", str(tmp_path_factory.getbasetemp() / "digits"))
+def _online(here, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.delenv("WANDB_SILENT")
     monkeypatch.delenv("WANDB_MODE", raising=False)  # Lightning sets it, offline
     # wandb's process of other tests
     wandb.teardown()
     monkeypatch.delenv("WANDB_SERVICE", raising=False)
-    yield
-    wandb.finish()
 
 
 class Server(ThreadingHTTPServer):
@@ -94,25 +86,10 @@ def server():
 
 
 def start(url, epochs, *more):
-    environment = {
-        **os.environ,
-        "WANDB_BASE_URL": url,
-        "WANDB_INIT_TIMEOUT": "3",
-        "WANDB_FINISH_TIMEOUT": "3",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(REPOSITORY),
-    }
-    command = [sys.executable, "-m", "mobileone", *FIT, "--trainer.max_epochs", str(epochs), *more]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def wait_for(condition, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    variables = {"WANDB_INIT_TIMEOUT": "3", "WANDB_FINISH_TIMEOUT": "3", "WANDB_BASE_URL": url}
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    command = ["-m", "mobileone", *FIT, "--trainer.max_epochs", epochs, *more]
+    return start_python(*command, variables=variables, **pipe)
 
 
 def assert_kept(said, reason):
@@ -122,7 +99,7 @@ def assert_kept(said, reason):
     folder = Path(line.split("wandb sync ")[1])
     assert f"It is kept in {folder}; to send it" in line
     (log,) = folder.glob("run-*.wandb")
-    assert log.read_bytes().count(b"val/acc1") >= 2
+    wait_for(lambda: log.read_bytes().count(b"val/acc1") >= 2)  # wandb's own process writes it
     (run,) = [p for p in Path("runs/w").iterdir() if not p.is_symlink()]
     assert (run / "checkpoints/last/manifest.json").is_file()
     assert "val/acc1" in next(run.glob("metrics/*/metrics.csv")).read_text()
@@ -186,15 +163,13 @@ def refusing(message):
 def test_without_a_connection_the_run_is_logged_offline(monkeypatch, capsys):
     monkeypatch.setattr(wandb, "init", refusing("Run initialization has timed out after 90.0 sec"))
     with pytest.warns(UserWarning, match=r"could not be reached: Run init.*logged offline.*sync"):
-        main([*FIT, "--trainer.max_epochs", "2"])
+        main(FIT)
     assert_kept(capsys.readouterr().out, "it could not be reached: Run initialization has timed")
 
 
 def test_a_key_or_team_that_the_server_refuses_ends_it_before_training(monkeypatch, capsys):
     monkeypatch.setattr(wandb, "init", refusing("upsert failed: returned error 401: not logged in"))
-    with pytest.raises(SystemExit):
-        main([*FIT, "--trainer.max_epochs", "2"])
-    said = capsys.readouterr().err
+    said = error_of(capsys, *FIT)
     assert "wandb refuses the run (upsert failed: returned error 401" in said
     assert "`wandb login`" in said and "--wandb.entity" in said and "`wandb sync`" in said
 
