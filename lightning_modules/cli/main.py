@@ -152,7 +152,7 @@ COMMANDS = {
     ),
     "shards --verify": Command(
         "read shards, and compare them with their manifest",
-        f"{_SHARDS}.format:verify_shards",
+        f"{_SHARDS}.reader:verify_shards",
         f"{_OUTPUT}show_verified",
         "/data/imagenet-shards",
     ),

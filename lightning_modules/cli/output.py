@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_modules.data.shards.format import Manifest as ShardsManifest
+    from lightning_modules.data.shards.reader import Manifest as ShardsManifest
     from lightning_modules.inference.predict import PredictionSummary
     from mobileone.export.manifest import Manifest
 

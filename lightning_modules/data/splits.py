@@ -16,8 +16,7 @@ from lightning_modules.data.classes import (
     read_class_file,
 )
 from lightning_modules.data.image_io import IMAGE_SUFFIXES
-from lightning_modules.data.shards.format import Manifest, has_shards
-from lightning_modules.data.shards.reader import open_shards
+from lightning_modules.data.shards.reader import Manifest, has_shards, open_shards
 from lightning_modules.data.user_dataset import UserDataset, find_function, is_function
 
 __all__ = [
@@ -206,10 +205,14 @@ def is_indexed(name: str, root: Path | None) -> bool:
     return name.partition("/")[0].lower() == "wds" and has_shards(root)
 
 
+def _synonyms(split: str) -> tuple[str, ...]:
+    """The usual names of a split, the most usual one first."""
+    return next((names for names in _SYNONYMS if split in names), (split,))
+
+
 def find_split(root: Path, split: str) -> Path | None:
     """The folder or .tar file of ``split`` under ``root``, by that name or a usual synonym."""
-    synonyms = next((s for s in _SYNONYMS if split in s), ())
-    for name in (split, *synonyms):
+    for name in (split, *_synonyms(split)):
         for path in (root / name, root / f"{name}.tar"):
             if path.is_dir() or (path.is_file() and path.suffix == ".tar"):
                 return path
@@ -232,7 +235,7 @@ def missing_split(root: Path, split: str) -> FileNotFoundError:
             f"val/, or train.tar and val.tar: {_OPTION}."
         )
     found = sorted(path.name + "/" * path.is_dir() for path in root.iterdir())
-    names = next((s for s in _SYNONYMS if split in s), (split,))
+    names = _synonyms(split)
     listing = ", ".join(found[:10]) + (" …" if len(found) > 10 else "") if found else "nothing"
     return FileNotFoundError(
         f"no split {split!r} in {str(root)!r}: found {listing}. The images must lie in "
@@ -259,7 +262,9 @@ def open_split(
         ImportError: the reader's package is not installed.
     """
     if root is not None and is_indexed(name, root):
-        return open_shards(root, split, class_map)
+        splits = Manifest.load(root).splits
+        name = next((name for name in (split, *_synonyms(split)) if name in splits), split)
+        return open_shards(root, name, class_map)
     if root is not None and root.is_dir() and name in FOLDER_NAMES:
         options["input_key"] = ";".join(IMAGE_SUFFIXES)
     place = None if root is None else str(root)

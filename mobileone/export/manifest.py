@@ -1,6 +1,5 @@
 """The description of an artifact: what is inside, where it comes from, and the hashes to check."""
 
-import hashlib
 import json
 import math
 import platform
@@ -14,6 +13,7 @@ from typing import Any
 
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Parity
+from mobileone.io.checksum import file_sha256
 
 __all__ = [
     "MANIFEST_NAME",
@@ -177,7 +177,7 @@ def describe_files(path: Path) -> dict[str, dict[str, Any]]:
     return {
         file.relative_to(path.parent).as_posix(): {
             "bytes": file.stat().st_size,
-            "sha256": _sha256(file),
+            "sha256": file_sha256(file),
         }
         for file in sorted(files)
         if file.is_file()
@@ -204,14 +204,6 @@ def describe_format(
         "operations": dict(operations.most_common()),
         **{name: parity.to_dict() for name, parity in checks.items()},
     }
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _versions() -> dict[str, str]:

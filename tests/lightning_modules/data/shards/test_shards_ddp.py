@@ -12,8 +12,6 @@ from lightning_modules.cli.main import main
 from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.recipe.classifier import ImageClassifier
 
-pytest.importorskip("webdataset", reason="needs the extra `shards`")
-
 # An image's number is its color, so it can be read from what the network gets.
 SCRIPT = """
 import json, sys, torch
