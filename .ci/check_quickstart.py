@@ -1,6 +1,5 @@
 """The quickstart's TorchScript file, judged by a process that knows torch, torchvision and PIL.
 
-
 Usage: check_quickstart.py ARTIFACT_FOLDER VALIDATION_FOLDER
 """
 
