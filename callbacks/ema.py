@@ -1,10 +1,10 @@
-"""Exponential moving average: trained are the raw weights, validated and shipped the average."""
+"""Exponential moving average of the weights; it, or the raw weights, are validated and shipped."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 from itertools import chain
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -13,7 +13,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-__all__ = ["EMA"]
+__all__ = ["EMA", "Validated"]
+
+Validated = Literal["average", "raw"]
+"""Which weights are validated, and so which ones ship."""
 
 _Tensors = tuple[Tensor, ...] | list[Tensor]
 
@@ -33,10 +36,13 @@ class EMA(WeightAveraging):
     | where | weights |
     |---|---|
     | in the module while training, and after an exception | raw |
-    | in the module in validations during training, and after `fit` | averaged |
-    | `checkpoint["state_dict"]`, weights-only checkpoints too | averaged |
+    | in the module in validations during training, and after `fit` | `validate`: the average |
+    | `checkpoint["state_dict"]`, weights-only checkpoints too | the same |
     | `checkpoint["current_model_state"]`, for resuming | raw |
+    | `checkpoint["averaging_state"]["weights"]`, for resuming | average, if validated is `raw` |
 
+    What is validated is what ships: an artifact is made from the `state_dict`. With
+    `validate="raw"` the average is kept for a later look, and a resumed run may validate either.
     Before averaging has begun, the averaged weights are the raw ones. A checkpoint that is loaded
     for anything but `fit` is left as it is.
 
@@ -50,9 +56,11 @@ class EMA(WeightAveraging):
         warmup: let the decay grow with the number of updates.
         start_step: optimizer steps that are not averaged.
         device: where the average is kept, for example `"cpu"`; by default with the model.
+        validate: `average` or `raw`: the weights that are validated during training, that the
+            `state_dict` of a checkpoint holds, and that remain in the module after `fit`.
 
     Raises:
-        ValueError: `decay` or `start_step` is out of its range.
+        ValueError: `decay`, `start_step` or `validate` is out of its range.
     """
 
     def __init__(
@@ -61,15 +69,19 @@ class EMA(WeightAveraging):
         warmup: bool = True,
         start_step: int = 0,
         device: str | None = None,
+        validate: Validated = "average",
     ) -> None:
         if not 0 <= decay <= 1:
             raise ValueError(f"`decay` (={decay}) must lie in [0, 1]")
         if start_step < 0:
             raise ValueError(f"`start_step` (={start_step}) must be at least 0")
+        if validate not in get_args(Validated):
+            raise ValueError(f"`validate` (={validate!r}) must be one of 'average', 'raw'")
         super().__init__(device=device, multi_avg_fn=self._average)
         self.decay = decay
         self.warmup = warmup
         self.start_step = start_step
+        self.validate = validate
         # The raw weights while the module holds the averaged ones, else None. The average itself is
         # never written to by an exchange, so an exception in the middle of one loses nothing.
         self._raw: dict[str, Tensor] | None = None
@@ -92,16 +104,16 @@ class EMA(WeightAveraging):
         self._average_model.n_averaged = self._average_model.n_averaged.cpu()
         self._latest_update_step = trainer.global_step
         self._raw = None
-        self._average_weights_only_checkpoints(trainer)
+        self._exchange_for_weights_only_checkpoints(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the averaged weights in the module; keep the raw ones for later checkpoints."""
-        self._show_average(pl_module)
+        """Leave the validated weights in the module; keep the raw ones for later checkpoints."""
+        self._show_validated(pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate the averaged weights while fitting; a plain `validate` takes what is there."""
+        """Exchange the weights while fitting; a plain `trainer.validate` takes what is there."""
         if trainer.state.fn == TrainerFn.FITTING:
-            self._show_average(pl_module)
+            self._show_validated(pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go back to the raw weights."""
@@ -118,14 +130,19 @@ class EMA(WeightAveraging):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Put the averaged weights in `state_dict` and the raw ones in `current_model_state`."""
+        """Put the validated weights in `state_dict`, the raw ones in `current_model_state`."""
         if self._average_model is None:
             return
         state = checkpoint["state_dict"]
         checkpoint["current_model_state"] = {**state, **(self._raw or {})}
         checkpoint["averaging_state"] = {"n_averaged": self._average_model.n_averaged}
-        if self._has_average():
-            checkpoint["state_dict"] = {**state, **_weights(self._average_model.module)}
+        if not self._has_average():
+            return
+        average = {**state, **_weights(self._average_model.module)}
+        if self.validate == "average":
+            checkpoint["state_dict"] = average
+        else:
+            checkpoint["averaging_state"]["weights"] = average
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -137,7 +154,8 @@ class EMA(WeightAveraging):
             return
         assert self._average_model is not None
         strict = pl_module.strict_loading
-        self._average_model.module.load_state_dict(checkpoint["state_dict"], strict=strict)
+        average = checkpoint.get("averaging_state", {}).get("weights", checkpoint["state_dict"])
+        self._average_model.module.load_state_dict(average, strict=strict)
         if "averaging_state" not in checkpoint:
             rank_zero_warn(
                 "the checkpoint was saved without EMA: averaging starts from its weights"
@@ -163,8 +181,8 @@ class EMA(WeightAveraging):
     def _has_average(self) -> bool:
         return self._average_model is not None and bool(self._average_model.n_averaged > 0)
 
-    def _show_average(self, pl_module: LightningModule) -> None:
-        if self._raw is None and self._has_average():
+    def _show_validated(self, pl_module: LightningModule) -> None:
+        if self.validate == "average" and self._raw is None and self._has_average():
             assert self._average_model is not None
             self._raw = {name: weight.clone() for name, weight in _weights(pl_module).items()}
             _copy(_weights(self._average_model.module), pl_module)
@@ -175,16 +193,16 @@ class EMA(WeightAveraging):
             self._raw = None
 
     @contextmanager
-    def _averaged(self, pl_module: LightningModule) -> Iterator[None]:
+    def _validated(self, pl_module: LightningModule) -> Iterator[None]:
         was_shown = self._raw is not None
-        self._show_average(pl_module)
+        self._show_validated(pl_module)
         try:
             yield
         finally:
             if not was_shown:
                 self._show_raw(pl_module)
 
-    def _average_weights_only_checkpoints(self, trainer: Trainer) -> None:
+    def _exchange_for_weights_only_checkpoints(self, trainer: Trainer) -> None:
         # Lightning calls no hook of a callback for a weights-only checkpoint
         if "save_checkpoint" in vars(trainer):
             return  # done in an earlier fit of this trainer
@@ -194,7 +212,7 @@ class EMA(WeightAveraging):
         def save_checkpoint(
             filepath: Any, weights_only: bool | None = None, storage_options: Any = None
         ) -> None:
-            with self._averaged(trainer.lightning_module) if weights_only else nullcontext():
+            with self._validated(trainer.lightning_module) if weights_only else nullcontext():
                 save(filepath, weights_only, storage_options)
 
         trainer.save_checkpoint = save_checkpoint  # type: ignore[method-assign]

@@ -224,11 +224,11 @@ def test_training_is_the_same_as_without(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "name"), [((1.1,), "decay"), ((0.9, False, -1), "start_step")]
+    ("name", "value"), [("decay", 1.1), ("start_step", -1), ("validate", "both")]
 )
-def test_values_out_of_range_are_refused(arguments, name):
-    with pytest.raises(ValueError, match=rf"`{name}` \(="):
-        EMA(*arguments)
+def test_values_out_of_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=rf"`{name}` \(={value!r}"):
+        EMA(**{name: value})
 
 
 # --- which weights are where -----------------------------------------------------------------
@@ -251,6 +251,30 @@ def test_checkpoint_holds_both_sets_and_loads_safely(tmp_path):
     assert_equal(saved["current_model_state"], states[-1])
     plain = Net.load_from_checkpoint(tmp_path / "now.ckpt", weights_only=True)
     assert_equal(plain.state_dict(), saved["state_dict"])
+
+
+def test_the_raw_weights_can_be_validated_and_shipped(tmp_path):
+    """What is validated is what the state dict holds; the average is kept for resuming."""
+    save = SaveEachEpoch(), ModelCheckpoint(tmp_path, save_weights_only=True, save_last=True)
+    net, trainer, states = fit(tmp_path, ema(validate="raw"), *save)
+    for epoch, weight in enumerate(net.validated, start=1):
+        assert torch.equal(weight, states[epoch * BATCHES - 1]["linear.weight"])
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    saved = load(tmp_path / "end.ckpt")
+    for state in (net.state_dict(), saved["state_dict"], saved["current_model_state"]):
+        assert_equal(state, states[-1])
+    assert_equal(load(tmp_path / "last.ckpt")["state_dict"], states[-1])
+    assert_near(saved["averaging_state"]["weights"], averaged(states))
+
+
+@pytest.mark.parametrize("before", ["raw", "average"])
+@pytest.mark.parametrize("after", ["raw", "average"])
+def test_either_role_resumes_the_other_bit_for_bit(tmp_path, before, after):
+    whole, _, raw = fit(tmp_path, ema(validate=after))
+    fit(tmp_path, ema(validate=before), SaveEachEpoch())
+    resumed, _, raw_resumed = fit(tmp_path, ema(validate=after), ckpt_path=tmp_path / "0.ckpt")
+    assert_equal(raw[-1], raw_resumed[-1])
+    assert_equal(whole.state_dict(), resumed.state_dict())
 
 
 def test_checkpoint_saved_during_validation_is_not_swapped(tmp_path):
