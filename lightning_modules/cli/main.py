@@ -1,176 +1,13 @@
-"""The command `mobileone`: a table of subcommands, each imported when it is called."""
+"""The command `mobileone`: find the subcommand, and import it when it is called."""
 
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import import_module
 from importlib.metadata import version
-from typing import Any
 
-__all__ = ["COMMANDS", "Command", "load", "main"]
+from lightning_modules.cli.commands import COMMANDS, load
 
-
-@dataclass(frozen=True)
-class Command:
-    """A row of the table. A function is named as `module:function`.
-
-    Attributes:
-        help: One line for the help.
-        function: What runs. Its signature and docstring make the parser, see `run_command`; without
-            `show` it parses its arguments itself: it takes the last word of the name, and a list.
-        show: What makes, of the function's result, a text or a table to print.
-        example: Arguments, for the help.
-        figure: What draws a `Result`, if that has a chart.
-        first: Option that may hold the first positional argument instead.
-    """
-
-    help: str
-    function: str
-    show: str = ""
-    example: str = ""
-    figure: str = ""
-    first: str = ""
-
-
-_FIT = "lightning_modules.run.fit:run"
-_DENSE = "lightning_modules.cli.dense_commands:run"
-_EXPORT = "lightning_modules.dense.export:export_"
-_OUTPUT = "lightning_modules.cli.output:"
-_SHARDS = "lightning_modules.data.shards"
-_INFERENCE = "mobileone.bench.inference"
-_TABLES = "mobileone.bench.show.tables:"
-_STEP = "mobileone.bench.training_step.measure:"
-_STUDIES = "mobileone.bench.studies"
-_ABLATION = "lightning_modules.studies.ablation:"
-_BEST = "runs/quickstart/latest/checkpoints/best"
-
-COMMANDS = {
-    "fit": Command("train; after each validation write checkpoint and fused artifacts", _FIT),
-    "validate": Command("evaluate a checkpoint on the validation set", _FIT),
-    "test": Command("evaluate a checkpoint on the test set, with a confusion matrix", _FIT),
-    "predict": Command(
-        "label a folder of images with a checkpoint or an artifact, into a CSV file",
-        "lightning_modules.inference.predict:predict_folder",
-        f"{_OUTPUT}show_predictions",
-        f"{_BEST} photos/ out.csv",
-        first="--artifact",
-    ),
-    "export": Command(
-        "turn a checkpoint into fused artifacts, untrained",
-        "mobileone.export.checkpoint:export_checkpoint",
-        f"{_OUTPUT}show_formats",
-        f"{_BEST}.ckpt shipped/",
-    ),
-    "inspect": Command(
-        "print what an artifact holds, and check its files",
-        "mobileone.export.inspect:describe_artifact",
-        "builtins:str",
-        _BEST,
-    ),
-    "compress": Command(
-        "write smaller files, and measure what they lose",
-        "lightning_modules.inference.compress:compress_checkpoint",
-        "lightning_modules.inference.compress:format_rows",
-        f"{_BEST}.ckpt /path/to/images compressed/",
-    ),
-    "profile": Command(
-        "count parameters, multiply-adds and memory traffic, next to the paper's",
-        f"{_INFERENCE}.profile:profile_models",
-        f"{_TABLES}profile_table",
-        "mobileone_s1 repvit_m1_0 --level stage",
-    ),
-    "benchmark latency": Command(
-        "time fused networks in every runtime that is present",
-        f"{_INFERENCE}.latency:measure_latency",
-        f"{_TABLES}latency_table",
-        "--suite 2026 --runtimes [onnxruntime]",
-    ),
-    "benchmark throughput": Command(
-        "count images a second of fused networks, by batch size",
-        f"{_INFERENCE}.throughput:measure_throughput",
-        f"{_TABLES}throughput_table",
-        "mobileone_s1 --batch_sizes [1,16,64]",
-    ),
-    "benchmark memory": Command(
-        "measure the peak memory of inference, each network in a process of its own",
-        f"{_INFERENCE}.memory:measure_memory",
-        f"{_TABLES}memory_table",
-        "mobileone_s0 mobileone_s1",
-    ),
-    "benchmark training": Command(
-        "measure a training step against timm's block and the plain network",
-        f"{_STEP}measure_training",
-        f"{_STEP}training_table",
-        "mobileone_s0 --output results",
-        f"{_STEP}training_figure",
-    ),
-    "benchmark data": Command(
-        "count images a second by reader, workers and decoder; say what limits a run",
-        "lightning_modules.data.benchmark:benchmark_data",
-        "lightning_modules.data.benchmark:data_table",
-        "--root /data/imagenet --workspace /data --workers [0,2,8] --model mobileone_s0",
-    ),
-    "benchmark pareto": Command(
-        "draw accuracy against latency: the paper's Figure 1, with measurements of this machine",
-        f"{_STUDIES}.pareto:draw_pareto",
-        f"{_OUTPUT}show_paths",
-        "--results [results/latency.json] --output results",
-    ),
-    "study bottlenecks": Command(
-        "time activations, skips and SE in 30 layers (Tables 2 and 3)",
-        f"{_STUDIES}.bottlenecks:study_bottlenecks",
-        f"{_STUDIES}.bottlenecks:bottlenecks_table",
-        "--output results",
-        f"{_STUDIES}.bottlenecks:bottlenecks_figure",
-    ),
-    "study correlation": Command(
-        "correlate latency with multiply-adds and parameters (Table 1)",
-        f"{_STUDIES}.correlation:study_correlation",
-        f"{_STUDIES}.correlation:correlation_table",
-        "--suite paper --output results",
-        f"{_STUDIES}.correlation:correlation_figure",
-    ),
-    "study ablation": Command(
-        "compare short trainings over k, branches and recipe (Tables 5, 6 and 8)",
-        f"{_ABLATION}study_ablation",
-        f"{_ABLATION}ablation_table",
-        "--output results/ablation",
-        f"{_ABLATION}ablation_figure",
-    ),
-    "report": Command(
-        "gather results and a run into one HTML page to send",
-        "lightning_modules.report.page:write_report",
-        f"{_OUTPUT}show_page",
-        "results --run runs/quickstart/latest",
-    ),
-    "shards": Command(
-        "write a folder of images as WebDataset shards, or continue to",
-        f"{_SHARDS}.writer:make_shards",
-        f"{_OUTPUT}show_shards",
-        "/data/imagenet /data/imagenet-shards",
-    ),
-    "shards --verify": Command(
-        "read shards, and compare them with their manifest",
-        f"{_SHARDS}.reader:verify_shards",
-        f"{_OUTPUT}show_verified",
-        "/data/imagenet-shards",
-    ),
-    "segment": Command("fit or validate a segmentation network", _DENSE),
-    "segment export": Command(
-        "write the fused network of a segmentation checkpoint",
-        f"{_EXPORT}segmenter",
-        f"{_OUTPUT}show_formats",
-        "runs/segment/latest/checkpoints/best.ckpt shipped/",
-    ),
-    "detect": Command("fit or validate an object detector", _DENSE),
-    "detect export": Command(
-        "write the fused network of a detection checkpoint",
-        f"{_EXPORT}detector",
-        f"{_OUTPUT}show_formats",
-        "runs/detect/latest/checkpoints/best.ckpt shipped/",
-    ),
-}
+__all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -205,12 +42,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
-def load(target: str) -> Any:
-    """Import what a row names as `module:function`."""
-    module, _, name = target.partition(":")
-    return getattr(import_module(module), name)
-
-
 def _run(name: str, argv: list[str]) -> None:
     from mobileone.io.user_modules import put_current_folder_on_path
 
@@ -219,7 +50,7 @@ def _run(name: str, argv: list[str]) -> None:
     if not command.show:
         load(command.function)(name.split()[-1], argv)
         return
-    from lightning_modules.cli.command import run_command
+    from lightning_modules.cli.execute import run_command
 
     run_command(name, command, argv)
 

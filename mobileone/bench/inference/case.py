@@ -22,6 +22,8 @@ from mobileone.bench.suites import input_size_of
 
 __all__ = ["BenchmarkCase", "Setting", "prepare"]
 
+_Files = dict[Callable[[nn.Module, Tensor, Path], None], Path]  # what each has written
+
 _SETTLING = 4  # images that BatchNorm's statistics are of
 _TOLERANCE = {"float32": 1e-3, "float16": 5e-2}  # as for artifacts: the order of sums; 11 bits
 
@@ -106,16 +108,18 @@ def prepare(
         "branches_left": len(form.branches_left),
         "norms_left": form.norms_left,
     }
+    files: _Files = {}
     return [
-        _in_runtime(row | {"runtime": runtime}, form, x, expected, folder / runtime)
+        _in_runtime(row | {"runtime": runtime}, form, x, expected, folder, files)
         for runtime in runtimes
     ]
 
 
 def _in_runtime(
-    row: Row, form: DeployForm, x: Tensor, expected: Tensor, path: Path
+    row: Row, form: DeployForm, x: Tensor, expected: Tensor, folder: Path, files: _Files
 ) -> BenchmarkCase:
     runtime = RUNTIMES[row["runtime"]]
+    path = files.get(runtime.convert, folder / row["runtime"])
     row = row | {"precision": runtime.precision, "failure": None}
     placed = x.to(row["device"])
     started = time.perf_counter()
@@ -126,7 +130,9 @@ def _in_runtime(
         return checked.pop() if checked else runtime.load(path, placed, row["threads"])
 
     try:
-        runtime.convert(form.model, x, path)
+        if runtime.convert not in files:
+            runtime.convert(form.model, x, path)
+            files[runtime.convert] = path
         run = load()
         error = relative_error(_tensor(run()), expected)
         if not error < _TOLERANCE[runtime.precision]:

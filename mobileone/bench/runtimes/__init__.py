@@ -6,6 +6,7 @@ from mobileone.bench.runtimes.table import (
     check_runtimes,
     missing_runtimes,
     runtimes_for,
+    shipped,
 )
 
-__all__ = ["RUNTIMES", "Runtime", "check_runtimes", "missing_runtimes", "runtimes_for"]
+__all__ = ["RUNTIMES", "Runtime", "check_runtimes", "missing_runtimes", "runtimes_for", "shipped"]

@@ -1,4 +1,12 @@
-"""The table of runtimes."""
+"""The table of runtimes: a new one is a row here, or in `RUNTIMES` from a module of your own.
+
+```python
+from mobileone.bench.runtimes import RUNTIMES, Runtime, shipped
+
+# in my_runtime.py; `mobileone benchmark latency mobileone_s0 --imports '[my_runtime]'`
+RUNTIMES["mine"] = Runtime(convert=shipped("onnx"), load=load)
+```
+"""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -7,12 +15,22 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from mobileone.bench.inference.timing import Run
 from mobileone.bench.runtimes import compiled, coreml, eager, onnxruntime, openvino, torchscript
+from mobileone.export.formats.table import FORMATS
+from mobileone.export.spec import ExportSpec, Metadata
 
-__all__ = ["RUNTIMES", "Runtime", "check_runtimes", "missing_runtimes", "runtimes_for"]
+__all__ = [
+    "RUNTIMES",
+    "Runtime",
+    "check_runtimes",
+    "missing_runtimes",
+    "runtimes_for",
+    "shipped",
+]
 
 
 @dataclass(frozen=True)
@@ -21,7 +39,8 @@ class Runtime:
 
     Attributes:
         convert: Writes the model (float32, eval, CPU), for inputs of the shape of the tensor,
-            to a path. Not timed.
+            to a path without suffix, to which it may add one. Not timed. Runtimes with the same
+            `convert` share what it wrote.
         load: Makes ready what `convert` wrote, to run on a tensor (on its device) with a number
             of threads: compiled, and run once. Not timed. What it returns gives the logits when
             called, in whatever type the runtime has.
@@ -53,6 +72,29 @@ class Runtime:
         return None
 
 
+def shipped(name: str) -> Callable[[nn.Module, Tensor, Path], None]:
+    """A `convert` that writes the file of a format, as an artifact holds it.
+
+    Args:
+        name: A row of `mobileone.export.FORMATS`; the path gets the suffix of its file.
+    """
+
+    def convert(model: nn.Module, x: Tensor, path: Path) -> None:
+        channels, height, width = x.shape[1:]
+        with torch.inference_mode():
+            classes = tuple(map(str, range(model(x[:1].cpu()).shape[1])))
+        size = (channels, height, width)
+        spec = ExportSpec(
+            "network", classes, size, (0.0,) * channels, (1.0,) * channels, "bilinear", 1.0
+        )
+        file = path.with_suffix(Path(FORMATS[name].filename).suffix)
+        FORMATS[name].write(model, spec, file, Metadata())
+
+    return convert
+
+
+_TORCHSCRIPT, _ONNX = shipped("torchscript"), shipped("onnx")
+_ONNX_PACKAGES = ("onnxruntime", "onnx", "onnxscript")
 _ANYWHERE = ("cpu", "cuda", "mps", "xpu")
 
 
@@ -69,21 +111,21 @@ def _coreml(units: str) -> Runtime:
 
 RUNTIMES = {
     "eager": Runtime(eager.convert, eager.load, devices=_ANYWHERE),
-    "torchscript": Runtime(torchscript.convert, torchscript.load, devices=("cpu", "cuda")),
+    "torchscript": Runtime(_TORCHSCRIPT, torchscript.load, devices=("cpu", "cuda")),
     "compile": Runtime(
         eager.convert, compiled.load, devices=("cpu", "cuda", "xpu"), own_memory=False
     ),
     "onnxruntime": Runtime(
-        onnxruntime.convert,
+        _ONNX,
         onnxruntime.load,
-        packages=("onnxruntime", "onnx", "onnxscript"),
+        packages=_ONNX_PACKAGES,
         install="mobileone-lightning[onnx]",
     ),
     "openvino": Runtime(
-        openvino.convert,
+        _ONNX,
         openvino.load,
-        packages=("openvino",),
-        install="mobileone-lightning[openvino]",
+        packages=("openvino", *_ONNX_PACKAGES),
+        install="mobileone-lightning[openvino,onnx]",
     ),
     # one row for each choice of compute units, so that they can contend with each other
     "coreml": _coreml("ALL"),

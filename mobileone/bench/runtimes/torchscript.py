@@ -1,37 +1,26 @@
-"""TorchScript: traced, frozen."""
+"""TorchScript: the file of the `torchscript` format, frozen."""
 
 import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mobileone.bench.inference.timing import Run
 from mobileone.bench.runtimes.eager import complete
+from mobileone.export.formats import torchscript
 
-__all__ = ["convert", "load"]
+__all__ = ["load"]
 
 _PROFILED = 3  # the executor observes the first calls and optimizes after them
 
 
-def convert(model: nn.Module, x: Tensor, path: Path) -> None:
-    """Trace, freeze and write."""
-    with warnings.catch_warnings():
-        _ignore_deprecation()
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # shapes are fixed
-        traced = torch.jit.trace(model, x.cpu(), check_trace=False)
-        torch.jit.save(torch.jit.freeze(traced), path)
-
-
 def load(path: Path, x: Tensor, threads: int) -> Run:
-    """Read, and run until the executor has optimized."""
+    """Read, freeze, and run until the executor has optimized."""
+    module = torchscript.load(path.with_suffix(".pt")).to(x.device)
     with warnings.catch_warnings():
-        _ignore_deprecation()
-        run = complete(torch.jit.load(path, map_location=x.device), x)
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated")
+        run = complete(torch.jit.freeze(module), x)
     for _ in range(_PROFILED):
         run()
     return run
-
-
-def _ignore_deprecation() -> None:
-    warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated")

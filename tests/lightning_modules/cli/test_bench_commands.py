@@ -4,10 +4,13 @@ import json
 
 import pytest
 
-from lightning_modules.cli.main import COMMANDS, load, main
+from lightning_modules.cli.commands import COMMANDS, load
+from lightning_modules.cli.main import main
 from mobileone.bench.results import KINDS, Result
+from mobileone.bench.runtimes import RUNTIMES
 from mobileone.bench.show.tables import change_table
 from tests.helpers.command import error_of
+from tests.helpers.paths import PROGRAMS
 
 
 def test_profile_prints_the_papers_row_and_saves_both_files(tmp_path, capsys):
@@ -93,3 +96,19 @@ def test_every_command_takes_modules_of_the_users_own(name, capsys):
     shown = capsys.readouterr().out
     assert "--imports" in shown
     assert f"Example: mobileone {name}" in " ".join(shown.split())
+
+
+def test_a_runtime_of_the_users_own_is_measured_by_all(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(PROGRAMS)
+    monkeypatch.setattr("mobileone.io.user_modules._imported", {})
+    options = ["mobileone_mu0", "--imports", "[my_runtimes]", "--image_size", "32"]
+    try:
+        for kind, more in (("latency", ["--runs", "1"]), ("memory", [])):
+            command = ["benchmark", kind, *options, *more, "--runtimes", "[onnxruntime,mine]"]
+            main([*command, "--output", str(tmp_path)])
+            theirs, mine = Result.load(tmp_path / f"{kind}.json").rows
+            assert mine["runtime"] == "mine" and mine["failure"] is None
+            number = "min_ms" if kind == "latency" else "peak_mib"
+            assert mine[number] > 0 and theirs[number] > 0
+    finally:
+        RUNTIMES.pop("mine", None)

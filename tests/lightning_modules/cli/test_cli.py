@@ -13,7 +13,8 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_modules.cli.main import COMMANDS, main
+from lightning_modules.cli.commands import COMMANDS
+from lightning_modules.cli.main import main
 from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.run.fit import run
 from lightning_modules.run.folder import RunFolder

@@ -132,7 +132,7 @@ def test_runtimes_that_are_missing_are_named_with_the_remedy(monkeypatch):
         assert "needs darwin" in missing_runtimes()["coreml_ane"]
     lacking = dataclasses.replace(RUNTIMES["openvino"], packages=("no_such_package",))
     monkeypatch.setitem(RUNTIMES, "openvino", lacking)
-    with pytest.raises(ImportError, match=r"pip install 'mobileone-lightning\[openvino\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'mobileone-lightning\[openvino,onnx\]'"):
         check_runtimes(["openvino"], "cpu")
     assert "openvino" not in check_runtimes(None, "cpu")
     with pytest.raises(ValueError, match=r"unknown 'tvm'; choose from eager"):

@@ -10,7 +10,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from lightning_modules.cli.main import Command, load
+from lightning_modules.cli.commands import Command, load
 from lightning_modules.cli.output import print_result
 from lightning_modules.run.warning_filters import silence_known_messages
 from mobileone.bench.results import Result
