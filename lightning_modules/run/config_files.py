@@ -21,6 +21,7 @@ def packaged_configs() -> dict[str, Path]:
     return {
         path.relative_to(root).with_suffix("").as_posix(): path
         for path in sorted(root.rglob("*.yaml"))
+        if path.name != "sweep.yaml"  # which is for `wandb sweep`
     }
 
 
