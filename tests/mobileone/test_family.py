@@ -1,8 +1,5 @@
 """The registered family against the published counts and timm's own models."""
 
-import subprocess
-import sys
-
 import pytest
 import timm
 import torch
@@ -10,6 +7,7 @@ from timm.models import byobnet
 
 import mobileone
 from tests.helpers.norms import randomize_bn
+from tests.helpers.processes import run_python
 from tests.helpers.variants import middle_is_slow
 
 # deploy parameters and fvcore's multiply-adds (M) of the fused model at 224 px
@@ -134,11 +132,11 @@ def test_import_and_creation_warn_about_nothing():
         "import timm, mobileone; timm.create_model('mobileone_s0');"
         "mobileone.reparameterize(timm.create_model('mobileone_s4').eval())"
     )
-    subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, timeout=120)
+    run_python("-W", "error", "-c", script)
 
 
 def test_core_imports_neither_lightning_nor_coremltools():
     script = (
         "import sys, mobileone;assert not {'lightning', 'coremltools', 'fvcore'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    run_python("-c", script)

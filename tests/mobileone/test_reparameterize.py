@@ -7,28 +7,18 @@ import pytest
 import timm
 import torch
 from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
-from timm.models import byobnet
 from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import mobileone
 from mobileone import FusedMobileOneBlock, MobileOneBlock
+from tests.helpers.branches import by_branches
 from tests.helpers.norms import randomize_bn
 from tests.helpers.variants import middle_is_slow
 
 FAMILY = sorted(timm.list_models("mobileone_*"))
 FOLDERS = {"ours": mobileone.reparameterize, "timm": reparameterize_model}
-
-
-def branches_only(model, x):
-    """The multi-branch function on running statistics, bypassing the folded convolution."""
-    forward = MobileOneBlock.forward
-    MobileOneBlock.forward = lambda self, x: self.act(self.attn(self._sum_branches(x)))
-    try:
-        return model(x)
-    finally:
-        MobileOneBlock.forward = forward
 
 
 def relative_error(y, expected):
@@ -40,20 +30,10 @@ def test_folding_is_exact(name):
     model = randomize_bn(timm.create_model(name, num_classes=5).double()).eval()
     x = torch.randn(2, 3, 32, 64, dtype=torch.float64)
     with torch.no_grad():
-        expected = branches_only(model, x)
+        expected = by_branches(model)(x)
         assert relative_error(model(x), expected) < 1e-10
         for fold in FOLDERS.values():
             assert relative_error(fold(model)(x), expected) < 1e-10
-
-
-@pytest.mark.parametrize("name", ["mobileone_s0", "mobileone_s4"])
-def test_folded_model_equals_timms_multi_branch_model(name):
-    model = randomize_bn(timm.create_model(name, num_classes=5).double()).eval()
-    theirs = getattr(byobnet, name)(num_classes=5).double().eval()
-    theirs.load_state_dict(model.state_dict())
-    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    with torch.no_grad():
-        assert relative_error(mobileone.reparameterize(model)(x), theirs(x)) < 1e-10
 
 
 def test_original_stays_and_nothing_but_the_plain_network_remains():
@@ -110,7 +90,7 @@ def test_folds_with_dilation():
     model = timm.create_model("mobileone_mu0", output_stride=8, dtype=torch.float64)
     model = randomize_bn(model).eval()
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
-    assert relative_error(mobileone.reparameterize(model)(x), branches_only(model, x)) < 1e-10
+    assert relative_error(mobileone.reparameterize(model)(x), by_branches(model)(x)) < 1e-10
 
 
 def test_folds_on_the_meta_device():

@@ -1,7 +1,5 @@
 """Weight files of every origin, by every route timm offers."""
 
-import re
-
 import pytest
 import timm
 import torch
@@ -9,25 +7,8 @@ from torch import nn
 
 import mobileone
 from mobileone.weights import convert_keys, identify
-
-
-def as_apple(state_dict):
-    """Rename timm's keys to those of Apple's release (the inverse of the map under test)."""
-    renamed = {}
-    for key, value in state_dict.items():
-        key = re.sub(r"^stem", "stage0", key)
-        key = re.sub(r"^stages\.(\d)", lambda m: f"stage{int(m[1]) + 1}", key)
-        for ours, theirs in [
-            ("identity", "rbr_skip"),
-            ("conv_scale", "rbr_scale"),
-            ("conv_kxk", "rbr_conv"),
-            ("attn.fc1", "se.reduce"),
-            ("attn.fc2", "se.expand"),
-            ("head.fc", "linear"),
-        ]:
-            key = key.replace(f"{ours}.", f"{theirs}.")
-        renamed[key] = value
-    return renamed
+from tests.helpers.apple import as_apple
+from tests.helpers.norms import randomize_bn
 
 
 def in_lightning(state_dict):
@@ -37,11 +18,7 @@ def in_lightning(state_dict):
 @pytest.fixture(scope="module", params=["mobileone_mu0", "mobileone_s4"])
 def trained(request):
     torch.manual_seed(0)
-    model = timm.create_model(request.param, num_classes=1000).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean, -0.5, 0.5)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
+    model = randomize_bn(timm.create_model(request.param, num_classes=1000)).eval()
     return request.param, model
 
 

@@ -1,7 +1,6 @@
 """Fine-tuning: weights of every origin, a new head, layer-wise learning rates, frozen parts."""
 
 import copy
-import re
 from itertools import pairwise
 
 import pytest
@@ -14,6 +13,7 @@ from callbacks.ema import EMA
 from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.recipe.optimizers import build_optimizer
+from tests.helpers.apple import as_apple
 from tests.helpers.norms import randomize_bn
 from tests.helpers.trainer import make_trainer
 
@@ -26,19 +26,6 @@ def source():
     """A network of another task: seven classes."""
     torch.manual_seed(5)
     return timm.create_model(NAME, num_classes=7)
-
-
-def as_apple(weights):
-    """The reverse of the key map, for the keys of this network."""
-    names = {"stem.": "stage0.", "head.fc.": "linear.", "identity.": "rbr_skip."}
-    names |= {"conv_scale.": "rbr_scale.", "conv_kxk.": "rbr_conv."}
-    renamed = {}
-    for key, value in weights.items():
-        key = re.sub(r"^stages\.(\d)", lambda m: f"stage{int(m[1]) + 1}", key)
-        for ours, theirs in names.items():
-            key = key.replace(ours, theirs)
-        renamed[key] = value
-    return renamed
 
 
 def fit(root, folder, epochs=1, callbacks=(), ckpt_path=None, **options):

@@ -1,8 +1,6 @@
 """Training in channels-last, the layout that compilers choose for convolutions."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,33 +10,11 @@ from torch import nn
 from mobileone import MobileOneBlock, set_collapse
 from mobileone.collapsed import Path, path_of
 from mobileone.folding import StridedPointwise
-
-# oneDNN's fault in strided 1×1 convolutions of few channels ends the process or hangs it, hence a
-# process of its own; at 16 images of 224 px it never went unnoticed
-_PROGRAM = """
-import torch
-from mobileone import MobileOneBlock
-from mobileone import set_collapse
-
-block = MobileOneBlock(3, 48, stride=2, num_conv_branches=1)
-set_collapse(block, "never")
-x = torch.randn(16, 3, 224, 224)
-gradients = []
-for layout in (torch.contiguous_format, torch.channels_last):
-    block.zero_grad()
-    block.to(memory_format=layout)
-    block(x.to(memory_format=layout)).square().sum().backward()
-    gradients.append([p.grad.clone() for p in block.parameters()])
-for plain, last in zip(*gradients):
-    torch.testing.assert_close(last, plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max()))
-"""
+from tests.helpers.processes import run_program
 
 
 def test_the_stem_trains_in_channels_last():
-    run = subprocess.run(
-        [sys.executable, "-c", _PROGRAM], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
+    run_program("train_stem.py", timeout=120)
 
 
 @pytest.mark.parametrize("size", [(7, 7), (8, 5), (1, 1)])

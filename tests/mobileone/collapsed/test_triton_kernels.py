@@ -1,9 +1,7 @@
 """The Triton kernels for CUDA, interpreted on a CPU, and the path choice there."""
 
 import importlib.util
-import os
-import subprocess
-import sys
+import json
 
 import pytest
 import torch
@@ -13,72 +11,28 @@ from mobileone.collapsed import Path, path_of
 from mobileone.collapsed.branches import describe
 from mobileone.collapsed.cost_model import Setting, choose
 from tests.helpers import twin
+from tests.helpers.processes import run_program
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs Triton, which comes with CUDA wheels"
 )
 
-INTERPRETED = """
-import copy, torch
-from mobileone import MobileOneBlock
-from mobileone.collapsed import Path, depthwise, dispatch, triton_kernels
-from mobileone import set_collapse
 
-depthwise.kernels_for = lambda x: triton_kernels
-dispatch.choose = lambda *_: Path.DEPTHWISE
-torch.manual_seed(0)
-for stride, size, k, dtype in {cases}:
-    block = MobileOneBlock(2, 2, groups=2, stride=stride, num_conv_branches=k)
-    if dtype != torch.float32:
-        block.act = torch.nn.Identity()  # else a rounding tosses what an output near 0 passes back
-    branches = copy.deepcopy(block)
-    set_collapse(branches, "never")
-    exact = copy.deepcopy(branches).double()
-    x = (torch.randn(3, 2, *size) + 3).to(dtype).requires_grad_()
-    wide = x.detach().double().requires_grad_()
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        assert dispatch.plan_collapsed(block, x).path is Path.DEPTHWISE
-        y = block(x)
-    assert y.dtype == dtype
-    g = torch.randn_like(y)
-
-    def outcome(network, image, output):
-        output.backward(g.to(output.dtype))
-        gradients = [p.grad for p in network.parameters()]
-        return [t.double() for t in (output, image.grad, *gradients, *network.buffers())]
-
-    ours, truth = outcome(block, x, y), outcome(exact, wide, exact(wide))
-    narrow = x.detach().float().requires_grad_()
-    theirs = outcome(branches, narrow, branches(narrow))
-    tolerance = 5e-5 if dtype == torch.float32 else 3e-2
-    for mine, branch, right in zip(ours, theirs, truth):
-        error, allowed = (mine - right).abs().max(), 4 * (branch - right).abs().max()
-        allowed += tolerance * right.abs().max().clamp(min=0.1)
-        assert error <= allowed, (size, dtype, error, allowed)
-print("agreed")
-"""
-
-
-def interpret(cases):
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED.replace("{cases}", cases)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout == "agreed\n", done.stderr
+def interpret(*cases):
+    variables = {"TRITON_INTERPRET": "1"}
+    done = run_program("interpret_triton.py", json.dumps(cases), variables=variables, timeout=600)
+    assert done.stdout == "agreed\n"
 
 
 @needs_triton
 def test_the_triton_kernels_train_as_the_branches():
-    interpret("[(1, (5, 4), 1, torch.float32), (2, (5, 6), 2, torch.float32)]")
+    interpret((1, (5, 4), 1, "float32"), (2, (5, 6), 2, "float32"))
 
 
 @needs_triton
 @pytest.mark.slow
 def test_the_triton_kernels_take_every_size_and_half_precision():
-    cases = [
+    interpret(
         (1, (1, 1), 1, "float32"),
         (1, (1, 4), 1, "float32"),
         (2, (2, 3), 1, "float32"),
@@ -86,9 +40,7 @@ def test_the_triton_kernels_take_every_size_and_half_precision():
         (2, (37, 41), 1, "float32"),
         (1, (6, 5), 1, "bfloat16"),
         (2, (6, 5), 1, "float16"),
-    ]
-    rows = (f"({s}, {size}, {k}, torch.{dtype})" for s, size, k, dtype in cases)
-    interpret(f"[{', '.join(rows)}]")
+    )
 
 
 @pytest.mark.parametrize("kernels", [True, False])

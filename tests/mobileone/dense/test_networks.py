@@ -1,7 +1,5 @@
 """Networks on the family's features: shapes, exact fusing, and what torchvision expects."""
 
-import copy
-
 import pytest
 import timm
 import torch
@@ -12,7 +10,9 @@ from mobileone import reparameterize
 from mobileone.block import MobileOneBlock
 from mobileone.dense import SEGMENTERS, deeplabv3, fuse, segmenter, ssdlite
 from mobileone.dense.detection import SSDBoxes
+from tests.helpers.branches import by_branches
 from tests.helpers.norms import randomize_bn
+from tests.helpers.variants import slow_where
 
 
 def smp_or_skip(architecture):
@@ -21,11 +21,7 @@ def smp_or_skip(architecture):
 
 
 @pytest.mark.parametrize(
-    "architecture",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in ("unet", "deeplabv3plus") else ())
-        for name in SEGMENTERS
-    ],
+    "architecture", slow_where(("unet", "deeplabv3plus").__contains__, SEGMENTERS)
 )
 def test_fused_segmentation_is_exact(architecture):
     """Against the sum of the branches, in float64."""
@@ -35,32 +31,10 @@ def test_fused_segmentation_is_exact(architecture):
     assert not any(isinstance(m, MobileOneBlock | nn.BatchNorm2d) for m in fused.modules())
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
-        expected = _by_branches(network)(images)
+        expected = by_branches(network)(images)
         found = fused(images)
     assert found.shape == (2, 3, 64, 64)
     assert (found - expected).abs().max() <= 1e-10 * expected.abs().max()
-
-
-class _Branches(torch.nn.Module):
-    """A block computed branch by branch, as in training, on fixed statistics."""
-
-    def __init__(self, block):
-        super().__init__()
-        self.block = block
-
-    def forward(self, x):
-        branches = [*self.block.conv_kxk, self.block.conv_scale, self.block.identity]
-        summed = sum(branch(x) for branch in branches if branch is not None)
-        return self.block.act(self.block.attn(summed))
-
-
-def _by_branches(network):
-    changed = copy.deepcopy(network)
-    for parent in list(changed.modules()):
-        for name, block in list(parent.named_children()):
-            if isinstance(block, MobileOneBlock):
-                setattr(parent, name, _Branches(block))
-    return changed
 
 
 def test_fused_detector_is_exact():
@@ -70,7 +44,7 @@ def test_fused_detector_is_exact():
     assert not any(isinstance(m, MobileOneBlock | nn.BatchNorm2d) for m in fused.modules())
     images = torch.randn(2, 3, 96, 96, dtype=torch.float64)
     with torch.no_grad():
-        pairs = zip(SSDBoxes(fused)(images), SSDBoxes(_by_branches(network))(images), strict=True)
+        pairs = zip(SSDBoxes(fused)(images), SSDBoxes(by_branches(network))(images), strict=True)
         for found, expected in pairs:
             assert (found - expected).abs().max() <= 1e-10 * expected.abs().max()
         answers = zip(fused(list(images)), network(list(images)), strict=True)

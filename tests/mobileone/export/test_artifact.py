@@ -1,7 +1,6 @@
 import copy
 import dataclasses
 import random
-import subprocess
 import sys
 import warnings
 
@@ -21,6 +20,7 @@ from mobileone.export import (
 )
 from mobileone.export.formats import table as formats_module
 from mobileone.export.isolation import isolated
+from tests.helpers.processes import run_python
 from tests.helpers.tiny import tiny_network, tiny_spec
 
 FORMATS = ["torchscript"]
@@ -243,8 +243,7 @@ def test_importing_the_package_does_not_import_coremltools_or_lightning():
     code = (
         "import sys, mobileone.export as e; print({'coremltools', 'lightning'} & set(sys.modules))"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "set()"
+    assert run_python("-c", code).stdout.strip() == "set()"
 
 
 def test_a_model_without_anything_to_fuse_is_exported(tmp_path):

@@ -3,45 +3,25 @@
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 import torch
-from torch import nn
 
 from mobileone.export import (
     FORMATS,
-    ExportSpec,
     Manifest,
-    TrainingState,
     export_model,
     load_runner,
 )
 from mobileone.export.preprocess import normalize
-
-__all__ = ["TrainingState"]  # for the scripts below
+from tests.helpers.paths import PROGRAMS
+from tests.helpers.processes import run_program, start_python
+from tests.helpers.tiny import plain_network, plain_spec
 
 ODD = ('the "cat", sat', "crème brûlée", "猫\t", "it's; {odd}")
-
-
-def classifier(channels, classes):
-    """Fast to convert, and not blind to where a pixel is."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(channels, 4, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(4, classes),
-    ).eval()
-
-
-def spec_of(channels=3, size=(32, 32), names=("a", "b", "c")):
-    return ExportSpec(
-        "x", names, (channels, *size), (0.5,) * channels, (0.25,) * channels, "bilinear", 1
-    )
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -57,7 +37,7 @@ def spec_of(channels=3, size=(32, 32), names=("a", "b", "c")):
 )
 def test_every_format_takes_what_is_unusual(name, channels, size, names, tmp_path):
     pytest.importorskip({"onnx": "onnxruntime"}.get(name, "coremltools"))
-    model, spec = classifier(channels, len(names)), spec_of(channels, size, names)
+    model, spec = plain_network(channels, len(names)), plain_spec(channels, size, names)
     images = torch.randint(0, 256, (2, channels, *size), dtype=torch.uint8)
     manifest = export_model(model, spec, tmp_path / "artifact", [name], images=images)
     assert Manifest.load(tmp_path / "artifact").spec.class_names == names
@@ -83,27 +63,12 @@ def test_a_read_only_folder_is_said(tmp_path):
     locked.mkdir(mode=0o555)
     if os.geteuid() != 0:
         with pytest.raises(PermissionError, match="locked"):
-            export_model(classifier(3, 3), spec_of(), locked / "artifact", ["torchscript"])
+            export_model(plain_network(), plain_spec(), locked / "artifact", ["torchscript"])
         return
-    code = (
-        "import os, sys, tests_here as t; os.setuid(65534)\n"
-        "try: t.export_model(t.classifier(3, 3), t.spec_of(), sys.argv[1], ['torchscript'])\n"
-        "except PermissionError as error: print(error)"
-    )
-    head = (
-        "import importlib.util, sys; s = importlib.util.spec_from_file_location('tests_here', "
-        f"{__file__!r}); m = importlib.util.module_from_spec(s); sys.modules['tests_here'] = m; "
-        "s.loader.exec_module(m)\n"
-    )
     for parent in [tmp_path, *tmp_path.parents]:  # pytest keeps its folders to itself
         if parent.stat().st_uid == 0 and parent != Path("/"):
             parent.chmod(parent.stat().st_mode | 0o055)
-    done = subprocess.run(
-        [sys.executable, "-c", head + code, str(locked / "artifact")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run_program("export_as_nobody.py", locked / "artifact")
     assert "Permission denied" in done.stdout
     assert list(locked.iterdir()) == []
 
@@ -118,7 +83,7 @@ def test_a_full_disk_while_a_file_is_written_leaves_nothing(name, tmp_path, monk
 
     monkeypatch.setitem(FORMATS, name, dataclasses.replace(row, write=full))
     with pytest.raises(OSError, match="No space left"):
-        export_model(classifier(3, 3), spec_of(), tmp_path / "artifact", ["torchscript", name])
+        export_model(plain_network(), plain_spec(), tmp_path / "artifact", ["torchscript", name])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -129,26 +94,7 @@ def test_a_disk_that_is_really_full(tmp_path, name):
     row = FORMATS[name]
     (tmp_path / "full").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
-        row.write(classifier(3, 3), spec_of(), tmp_path / "full", None)
-
-
-LIMITED = """
-import importlib.util, json, resource, sys
-s = importlib.util.spec_from_file_location("tests_here", sys.argv[1])
-here = importlib.util.module_from_spec(s); s.loader.exec_module(here)
-import coremltools, onnxruntime  # before the limit: they write files of their own
-nn = here.nn
-model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 1024, 1), nn.ReLU(),
-                      nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1024, 3)).eval()
-resource.setrlimit(resource.RLIMIT_FSIZE, (80_000, 80_000))
-said = {}
-for name in here.FORMATS:
-    try:
-        here.export_model(model, here.spec_of(), sys.argv[2], [name])
-    except Exception as error:
-        said[name] = str(error)
-print(json.dumps(said))
-"""
+        row.write(plain_network(), plain_spec(), tmp_path / "full", None)
 
 
 @pytest.mark.slow
@@ -157,42 +103,18 @@ def test_a_file_that_the_system_cuts_short_is_an_error_in_every_format(tmp_path)
     """Writers in C++ too: none may take a short write for a good one."""
     pytest.importorskip("coremltools")
     pytest.importorskip("onnxruntime")
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, __file__, str(tmp_path / "out" / "artifact")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run_program("export_with_a_limit.py", tmp_path / "out" / "artifact")
     said = json.loads(done.stdout.splitlines()[-1])
     assert set(said) == set(FORMATS)
     assert all("too large" in text or "while writing" in text for text in said.values()), said
     assert list((tmp_path / "out").iterdir()) == []
 
 
-TWICE = """
-import importlib.util, sys
-s = importlib.util.spec_from_file_location("tests_here", sys.argv[1])
-here = importlib.util.module_from_spec(s); s.loader.exec_module(here)
-input()
-for step in range(10):
-    run = here.TrainingState(step=step, checkpoint=sys.argv[3])
-    here.export_model(here.classifier(3, 3), here.spec_of(), sys.argv[2], ["torchscript"], run,
-                      overwrite=True)
-"""
-
-
 @pytest.mark.slow
 def test_two_processes_that_export_to_one_folder_leave_one_whole_artifact(tmp_path):
     folder = tmp_path / "artifact"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWICE, __file__, str(folder), name],
-            stdin=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name in "ab"
-    ]
+    program, pipes = PROGRAMS / "export_ten_times.py", {"stdin": PIPE, "stderr": PIPE}
+    processes = [start_python(program, folder, name, **pipes) for name in "ab"]
     for process in processes:
         process.stdin.write("go\n")
         process.stdin.flush()

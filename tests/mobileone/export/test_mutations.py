@@ -19,6 +19,16 @@ import mobileone
 from mobileone.export import FORMATS, ExportSpec, Metadata, RejectedError, export_model
 from mobileone.export.formats import coreml
 from mobileone.export.preprocess import normalize
+from tests.helpers.branches import Branches
+from tests.helpers.mlpackage import (
+    declare_bgr,
+    digits,
+    edit,
+    operations_of,
+    permute_labels,
+    perturb_weight,
+    swap_channels,
+)
 
 pytest.importorskip("coremltools")
 pytestmark = pytest.mark.slow
@@ -33,17 +43,6 @@ SPEC = ExportSpec(
     "bilinear",
     1.0,
 )
-MODEL = "Data/com.apple.CoreML/model.mlmodel"
-WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
-
-
-def digits(count):
-    """Real images in three colors, (count, 3, 32, 48)."""
-    from sklearn.datasets import load_digits
-
-    scans = torch.from_numpy(load_digits().images[: 3 * count].copy()).float()
-    scans = F.interpolate(scans.view(count, 3, 8, 8), SPEC.input_size[1:], mode="bilinear")
-    return (scans * 255 / 16).round().to(torch.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -118,15 +117,6 @@ def rejected(publish, package, *checks):
         assert f"coreml: {check}" in str(caught.value)
 
 
-def edit(path, change):
-    from coremltools.proto import Model_pb2
-
-    proto = Model_pb2.Model()
-    proto.ParseFromString((path / MODEL).read_bytes())
-    change(proto)
-    (path / MODEL).write_bytes(proto.SerializeToString())
-
-
 def test_the_good_one_is_published(good, publish):
     manifest = publish(good[0])
     entry = manifest.formats["coreml"]
@@ -143,9 +133,9 @@ def test_a_wrong_normalization(copied, publish, field):
     kind = {"mean": "sub", "std": "mul"}[field]
 
     def change(proto):
-        (block,) = proto.mlProgram.functions["main"].block_specializations.values()
-        (name,) = [op.inputs["y"].arguments[0].name for op in block.operations if op.type == kind]
-        (const,) = [op for op in block.operations if op.outputs[0].name == name]
+        operations = operations_of(proto)
+        (name,) = [op.inputs["y"].arguments[0].name for op in operations if op.type == kind]
+        (const,) = [op for op in operations if op.outputs[0].name == name]
         tensor = const.attributes["val"].immediateValue.tensor
         numbers = np.frombuffer(tensor.bytes.values, np.float16).copy()
         assert numbers[1] == pytest.approx(value, rel=1e-3)
@@ -157,32 +147,17 @@ def test_a_wrong_normalization(copied, publish, field):
 
 
 def test_rgb_declared_as_bgr(copied, publish):
-    def change(proto):
-        image = proto.description.input[0].type.imageType
-        image.colorSpace = image.ColorSpace.Value("BGR")
-
-    edit(copied, change)
+    edit(copied, declare_bgr)
     rejected(publish, copied, "parity", "program parity")
 
 
 def test_swapped_channels_of_the_first_layer(fused, publish, tmp_path):
-    wrong = copy.deepcopy(fused)
-    first = next(m for m in wrong.modules() if isinstance(m, nn.Conv2d))
-    first.weight.data = first.weight.data[:, [2, 1, 0]]
-    coreml.write(wrong, SPEC, tmp_path / "m.mlpackage", Metadata())
+    coreml.write(swap_channels(fused), SPEC, tmp_path / "m.mlpackage", Metadata())
     rejected(publish, tmp_path / "m.mlpackage", "program parity", "weights parity")
 
 
 def test_a_permuted_label_list(copied, publish):
-    def change(proto):
-        (block,) = proto.mlProgram.functions["main"].block_specializations.values()
-        (classify,) = [op for op in block.operations if op.type == "classify"]
-        labels = classify.inputs["classes"].arguments[0].value.immediateValue.list.values
-        first, second = (copy.deepcopy(label) for label in labels[:2])
-        labels[0].CopyFrom(second)
-        labels[1].CopyFrom(first)
-
-    edit(copied, change)
+    edit(copied, permute_labels)
     rejected(publish, copied, "parity", "program parity")
 
 
@@ -192,27 +167,9 @@ def test_one_perturbed_number(copied, fused, publish, layer, what):
     """Of two million, in half precision: 1 % larger."""
     convs = [m for m in fused.modules() if isinstance(m, nn.Conv2d)]
     tensor = convs[layer].bias if what == "bias" else convs[layer].weight
-    stored = tensor.detach().half().numpy()
-    order = np.abs(stored).ravel().argsort()
-    changed = stored.copy()
-    changed.flat[order[-1 if what == "largest" else len(order) // 2]] *= np.float16(1.01)
-    contents = (copied / WEIGHTS).read_bytes()
-    assert contents.count(stored.tobytes()) == 1
-    (copied / WEIGHTS).write_bytes(contents.replace(stored.tobytes(), changed.tobytes()))
+    which = -1 if what == "largest" else tensor.numel() // 2
+    perturb_weight(copied, tensor, which, 1.01)
     rejected(publish, copied, "weights parity")
-
-
-class Branches(nn.Module):
-    """What a block computes, branch by branch, as if nobody had folded it."""
-
-    def __init__(self, block):
-        super().__init__()
-        found = [*block.conv_kxk, block.conv_scale, block.identity]
-        self.branches = nn.ModuleList(branch for branch in found if branch is not None)
-        self.act = block.act
-
-    def forward(self, x):
-        return self.act(sum(branch(x) for branch in self.branches))
 
 
 @pytest.mark.parametrize("layer", ["stem", "stages.1.2", "stages.3.1"])

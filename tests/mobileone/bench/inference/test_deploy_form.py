@@ -10,6 +10,7 @@ from mobileone.bench.inference import deploy_form as module
 from mobileone.bench.inference.deploy_form import deploy_form, reset_bn_statistics
 from mobileone.bench.suites import build_model, check_models, input_size_of
 from tests.helpers.norms import randomize_bn
+from tests.helpers.variants import slow_where
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 PLAIN = [
@@ -21,13 +22,7 @@ PLAIN = [
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "mobileone_s0",
-        "repvgg_a0",
-        "repvit_m0_9",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in PLAIN),
-    ],
+    "name", slow_where(PLAIN.__contains__, ["mobileone_s0", "repvgg_a0", "repvit_m0_9", *PLAIN])
 )
 def test_folding_keeps_the_function_and_leaves_no_norm(name):
     # timm folds RepViT into float32 whatever it was

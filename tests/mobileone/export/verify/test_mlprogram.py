@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 import mobileone
 from mobileone.export import FORMATS, Metadata
@@ -18,21 +16,18 @@ from mobileone.export.verify.mlprogram import MLProgram
 from mobileone.export.verify.mlprogram_ops import KERNELS
 from mobileone.export.verify.parity import NotVerifiedError, Reference
 from mobileone.export.verify.structure import count_kinds, fused_kinds, structure_problems
+from tests.helpers.branches import Branches
+from tests.helpers.mlpackage import (
+    declare_bgr,
+    digits,
+    edit,
+    permute_labels,
+    perturb_weight,
+    swap_channels,
+)
 from tests.helpers.tiny import tiny_network, tiny_spec
 
 pytest.importorskip("coremltools")
-
-MODEL = "Data/com.apple.CoreML/model.mlmodel"
-WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
-
-
-def digits(count=6, size=(32, 48)):
-    """Real 8-bit images: handwritten digits, each channel its own digit, so that colors count."""
-    from sklearn.datasets import load_digits
-
-    scans = torch.from_numpy(load_digits().images[: 3 * count].copy()).float()
-    scans = F.interpolate(scans.view(count, 3, 8, 8), size, mode="bilinear") * 255 / 16
-    return scans.round().to(torch.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -67,20 +62,6 @@ def faults(path, spec, reference, name="coreml"):
     if structure_problems(count_kinds(row.operations(path)), expected):
         found.add("structure")
     return found
-
-
-def edit(path, change):
-    from coremltools.proto import Model_pb2
-
-    proto = Model_pb2.Model()
-    proto.ParseFromString((path / MODEL).read_bytes())
-    change(proto)
-    (path / MODEL).write_bytes(proto.SerializeToString())
-
-
-def operations_of(proto):
-    (block,) = proto.mlProgram.functions["main"].block_specializations.values()
-    return block.operations
 
 
 # -- What it answers -------------------------------------------------------------------------
@@ -149,11 +130,7 @@ def test_a_wrong_normalization(reference, tmp_path, field):
 
 
 def test_rgb_declared_as_bgr(copied, reference):
-    def change(proto):
-        image = proto.description.input[0].type.imageType
-        image.colorSpace = image.ColorSpace.Value("BGR")
-
-    edit(copied, change)
+    edit(copied, declare_bgr)
     assert faults(copied, tiny_spec(), reference) == {"parity", "program_parity"}
     images = reference.images[:, :1].expand(-1, 3, -1, -1)
     logits = reference.model(normalize(images, tiny_spec())).detach()
@@ -162,9 +139,7 @@ def test_rgb_declared_as_bgr(copied, reference):
 
 
 def test_swapped_channels(reference, tmp_path):
-    wrong = copy.deepcopy(reference.model)
-    first = next(m for m in wrong.modules() if isinstance(m, nn.Conv2d))
-    first.weight.data = first.weight.data[:, [2, 1, 0]]
+    wrong = swap_channels(reference.model)
     coreml.write(wrong, tiny_spec(), tmp_path / "m.mlpackage", Metadata())
     assert faults(tmp_path / "m.mlpackage", tiny_spec(), reference) >= {
         "program_parity",
@@ -173,14 +148,7 @@ def test_swapped_channels(reference, tmp_path):
 
 
 def test_a_permuted_label_list(copied, reference):
-    def change(proto):
-        (classify,) = [op for op in operations_of(proto) if op.type == "classify"]
-        labels = classify.inputs["classes"].arguments[0].value.immediateValue.list.values
-        first, second = (copy.deepcopy(label) for label in labels[:2])
-        labels[0].CopyFrom(second)
-        labels[1].CopyFrom(first)
-
-    edit(copied, change)
+    edit(copied, permute_labels)
     assert faults(copied, tiny_spec(), reference) == {"parity", "program_parity"}
 
 
@@ -198,26 +166,11 @@ def test_one_perturbed_weight(copied, reference, layer):
     parameters = {"first": "0", "depthwise": "1", "classifier": "4"}
     module = reference.model[int(parameters[layer])]
     weight = next(p for p in module.parameters() if p.ndim > 1)
-    stored = weight.detach().half().numpy()
-    changed = stored.copy()
-    changed.flat[np.abs(stored).argmax()] *= np.float16(1.02)
-    contents = (copied / WEIGHTS).read_bytes()
-    assert contents.count(stored.tobytes()) == 1
-    (copied / WEIGHTS).write_bytes(contents.replace(stored.tobytes(), changed.tobytes()))
+    perturb_weight(copied, weight, -1, 1.02)
     assert "weights_parity" in faults(copied, tiny_spec(), reference)
 
 
 def test_a_layer_left_unfused(network, reference, tmp_path):
-    class Branches(nn.Module):
-        """What a block computes, branch by branch."""
-
-        def __init__(self, block):
-            super().__init__()
-            self.branches = nn.ModuleList([*block.conv_kxk, block.conv_scale])
-
-        def forward(self, x):
-            return torch.relu(sum(branch(x) for branch in self.branches))
-
     partly = copy.deepcopy(reference.model)
     partly[0] = Branches(network[0]).eval()
     coreml.write(partly, tiny_spec(), tmp_path / "m.mlpackage", Metadata())
