@@ -1,4 +1,4 @@
-"""How many images a second the data module delivers, by reader, workers and decoder."""
+"""How many images a second the data module delivers, by reader and workers."""
 
 import io
 import shutil
@@ -20,11 +20,8 @@ from torch.utils.data import DataLoader
 
 from lightning_modules.checks import check_model_name
 from lightning_modules.data.datamodule import ImageDataModule
-from lightning_modules.data.dataset import ImageClassificationDataset
-from lightning_modules.data.decoders import DECODERS, accept_tensors
 from lightning_modules.data.image_io import find_images
 from lightning_modules.data.shards.writer import make_shards
-from lightning_modules.data.transforms import PhasedTransform
 from mobileone.bench.results import Result
 from mobileone.bench.show.tables import make_table, number, words
 
@@ -38,7 +35,6 @@ def benchmark_data(
     root: str | Path | None = None,
     readers: Sequence[str] = tuple(READERS),
     workers: Sequence[int] = (0, 2),
-    decoders: Sequence[str] = ("pillow", "torchvision"),
     images: int = 512,
     batch_size: int = 32,
     image_size: int = 224,
@@ -47,7 +43,7 @@ def benchmark_data(
     device: str = "cpu",
     workspace: str | Path | None = None,
 ) -> Result:
-    """Measure the training loader over the same images, stored and decoded in several ways.
+    """Measure the training loader over the same images, stored in several ways.
 
     Every round makes one pass with each combination, in turn, so that what else the machine does
     meets them all. A pass of each goes before, which starts the workers; the files then come from
@@ -58,7 +54,6 @@ def benchmark_data(
             two photographs (CC BY, 640 × 427) that come with scikit-learn.
         readers: "folder" (a file an image), "tar" (a tar a split), "shards" (`mobileone shards`).
         workers: numbers of processes beside this one.
-        decoders: "pillow" and "torchvision".
         images: how many, at most.
         batch_size: images a batch.
         image_size: side of the crops, in pixels.
@@ -68,8 +63,8 @@ def benchmark_data(
         workspace: folder for the copies, on the disk to be measured; None for the temporary one.
 
     Returns:
-        A result of the kind `data`; rows have `reader`, `workers`, `decoder`, `images_per_s`
-        (median over the passes), `slowest_images_per_s`, `fastest_images_per_s`, and `cpu_ms`,
+        A result of the kind `data`; rows have `reader`, `workers`, `images_per_s` (median
+        over the passes), `slowest_images_per_s`, `fastest_images_per_s`, and `cpu_ms`,
         processor time of this process for an image, all there is where there are no workers. The
         protocol has `model_images_per_s` of the training step: forward, backward, SGD; None without
         a model.
@@ -78,7 +73,7 @@ def benchmark_data(
         FileNotFoundError: no images under ``root``.
         ValueError: a name or a number is out of range.
     """
-    _check(readers, decoders, images, batch_size, image_size, rounds)
+    _check(readers, images, batch_size, image_size, rounds)
     if model is not None:
         check_model_name(model)
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -87,9 +82,9 @@ def benchmark_data(
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=workspace)))
         files = _copy(None if root is None else Path(root).expanduser(), place / "folder", images)
         _store(place, readers)
-        combinations = list(product(readers, workers, decoders))
+        combinations = list(product(readers, workers))
         loaders = []
-        for reader, count, decoder in combinations:
+        for reader, count in combinations:
             data = ImageDataModule(
                 str(place / reader),
                 READERS[reader],
@@ -100,18 +95,17 @@ def benchmark_data(
                 seed=0,
             )
             data.setup("fit")
-            loaders.append(_decode_by(decoder, data.train_dataloader()))
+            loaders.append(data.train_dataloader())
         costs = _time_in_turn([_one_pass(loader) for loader in loaders], rounds)
         size = sum(file.stat().st_size for file in files) / len(files)
         del loaders  # whose workers end before their files do
     rows = []
-    for (reader, count, decoder), passes in zip(combinations, costs, strict=True):
+    for (reader, count), passes in zip(combinations, costs, strict=True):
         speeds = [len(files) / wall for wall, _ in passes]
         rows.append(
             {
                 "reader": reader,
                 "workers": count,
-                "decoder": decoder,
                 "images_per_s": statistics.median(speeds),
                 "slowest_images_per_s": min(speeds),
                 "fastest_images_per_s": max(speeds),
@@ -139,10 +133,7 @@ def data_verdict(result: Result) -> str:
     """Whether data or computation limits a run, in a sentence."""
     how, best = result.protocol, max(result.rows, key=lambda row: row["images_per_s"])
     speed, step = best["images_per_s"], how["model_images_per_s"]
-    data = (
-        f"{best['reader']}, {best['workers']} workers and {best['decoder']} give "
-        f"{speed:.0f} images/s"
-    )
+    data = f"{best['reader']} and {best['workers']} workers give {speed:.0f} images/s"
     if step is None:
         return f"{data}; give --model for what training needs"
     return (
@@ -157,7 +148,6 @@ def data_table(result: Result) -> Table:
     columns = (
         words("reader", "reader"),
         words("workers", "workers"),
-        words("decoder", "decoder"),
         number("images/s", "images_per_s", ".0f"),
         number("slowest", "slowest_images_per_s", ".0f"),
         number("fastest", "fastest_images_per_s", ".0f"),
@@ -173,17 +163,11 @@ def data_table(result: Result) -> Table:
 
 
 def _check(
-    readers: Sequence[str],
-    decoders: Sequence[str],
-    images: int,
-    batch_size: int,
-    image_size: int,
-    rounds: int,
+    readers: Sequence[str], images: int, batch_size: int, image_size: int, rounds: int
 ) -> None:
-    for kind, names, known in (("reader", readers, READERS), ("decoder", decoders, DECODERS)):
-        for name in names:
-            if name not in known:
-                raise ValueError(f"{kind} {name!r} is unknown. There are {', '.join(known)}.")
+    for name in readers:
+        if name not in READERS:
+            raise ValueError(f"reader {name!r} is unknown. There are {', '.join(READERS)}.")
     if min(images, batch_size, image_size, rounds) < 1:
         raise ValueError(
             f"images={images}, batch_size={batch_size}, image_size={image_size} and "
@@ -231,16 +215,6 @@ def _store(place: Path, readers: Sequence[str]) -> None:
                 tar.add(place / "folder" / split, ".")
     if "shards" in readers:
         make_shards(place / "folder", place / "shards")
-
-
-def _decode_by(decoder: str, loader: DataLoader) -> DataLoader:
-    """The loader, before its first pass, with another decoder."""
-    samples = loader.dataset
-    assert isinstance(samples, ImageClassificationDataset)
-    if decoder != "pillow":
-        samples.decode = DECODERS[decoder]
-        samples.transform = PhasedTransform([(0, accept_tensors(samples.transform.at(0)))])
-    return loader
 
 
 def _one_pass(loader: DataLoader) -> Callable[[], None]:

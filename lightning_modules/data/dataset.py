@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
 from lightning_modules.checks import label_fault
-from lightning_modules.data.decoders import Decode
 from lightning_modules.data.image_io import (
     convert,
     read_image,
@@ -59,7 +58,6 @@ class ImageClassificationDataset(Dataset[Sample]):
         seed: of the augmentation.
         skip_unreadable: let the next readable image of the split stand in for a broken one
             (usually of the same class, for folders are read in order) instead of raising.
-        decode: file and mode -> what ``transform`` takes, see `DECODERS`.
         num_classes: labels from 0 to one less are right; None for any.
     """
 
@@ -70,7 +68,6 @@ class ImageClassificationDataset(Dataset[Sample]):
         mode: str,
         seed: int,
         skip_unreadable: bool,
-        decode: Decode = read_image,
         num_classes: int | None = None,
     ) -> None:
         self.source = source
@@ -78,7 +75,6 @@ class ImageClassificationDataset(Dataset[Sample]):
         self.mode = mode
         self.seed = seed
         self.skip_unreadable = skip_unreadable
-        self.decode = decode
         self.num_classes = num_classes
 
     def __len__(self) -> int:
@@ -96,7 +92,7 @@ class ImageClassificationDataset(Dataset[Sample]):
         with isolated_rng(derive_seed(self.seed, epoch, index)):
             return Sample(self.transform.at(epoch)(image), target, skipped)
 
-    def _first_readable(self, index: int) -> tuple[Image.Image | Tensor, int, list[SkippedImage]]:
+    def _first_readable(self, index: int) -> tuple[Image.Image, int, list[SkippedImage]]:
         skipped: list[SkippedImage] = []
         for candidate in chain(range(index, len(self)), range(index)):
             try:
@@ -123,17 +119,17 @@ class ImageClassificationDataset(Dataset[Sample]):
         if self.num_classes is not None and (fault := label_fault(target, self.num_classes)):
             raise UnreadableImageError(f"image {self.filename(index)} {fault}")
 
-    def _read(self, index: int) -> tuple[Image.Image | Tensor, Any]:
+    def _read(self, index: int) -> tuple[Image.Image, Any]:
         if not isinstance(self.source, ImageDataset):  # torchvision's or the user's own
             image, target = self.source[index]
             if isinstance(image, Image.Image):
                 return convert(image, self.mode), target
             with Path(image).open("rb") as file:
-                return self.decode(file, self.mode), target
+                return read_image(file, self.mode), target
         # past timm's ImageDataset, which would replace a broken image without saying so
         file, target = self.source.reader[index]
         with file:
-            return self.decode(file, self.mode), target
+            return read_image(file, self.mode), target
 
     def filename(self, index: int) -> str:
         """The path of an image as far as the dataset knows it, for messages."""

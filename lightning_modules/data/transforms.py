@@ -23,6 +23,7 @@ from torch import Tensor
 import mobileone  # noqa: F401  registers the family with timm
 from lightning_modules.checks import check_model_name
 from lightning_modules.data.image_io import color_mode
+from mobileone.io.suggest import did_you_mean
 
 __all__ = [
     "PhasedTransform",
@@ -34,7 +35,7 @@ __all__ = [
     "train_transform",
 ]
 
-Transform = Callable[[Image.Image | Tensor], Tensor]
+Transform = Callable[[Image.Image], Tensor]
 
 _POLICY_PARTS = {
     "rand": ("m", "n", "p", "mstd", "mmax", "inc"),
@@ -149,7 +150,7 @@ def check_augmentation_kwargs(kwargs: Mapping[str, Any], options: Mapping[str, A
         if name not in valid:
             raise ValueError(
                 f"augmentation_kwargs has {name!r}, which timm.data.create_transform does not take "
-                f"here. Valid names: {', '.join(valid)}."
+                f"here{did_you_mean(name, valid) or '.'} Valid names: {', '.join(valid)}."
             )
         needed = _DEPENDENT.get(name)
         if needed and not options[needed]:

@@ -12,7 +12,6 @@ tested, as for folders without test/.
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch.utils.data import Dataset
 
 from lightning_modules.checks import label_fault
 from lightning_modules.errors import UnreadableImageError
+from mobileone.io.suggest import did_you_mean
 from mobileone.io.user_modules import import_user_module
 
 __all__ = ["UserDataset", "find_function", "is_function"]
@@ -52,11 +52,10 @@ def find_function(name: str) -> Callable[[Path | None, str], Any]:
     if callable(function):
         return function
     if function is None:
-        meant = get_close_matches(function_name, vars(module), n=3)
-        wrong = "does not exist" + (f": did you mean {' or '.join(meant)}?" if meant else "")
+        wrong = f"does not exist{did_you_mean(function_name, vars(module)) or '.'}"
     else:
-        wrong = f"is not a function, but {function!r}"
-    raise ValueError(f"dataset={name!r}: in {module.__file__} {function_name} {wrong}. {_EXAMPLE}")
+        wrong = f"is not a function, but {function!r}."
+    raise ValueError(f"dataset={name!r}: in {module.__file__} {function_name} {wrong} {_EXAMPLE}")
 
 
 class UserDataset(Dataset[tuple[ImageOrPath, int]]):

@@ -35,7 +35,7 @@ KINDS: dict[str, tuple[tuple[str, ...], str]] = {
     "throughput": (("model", "runtime", "device", "batch_size"), "images_per_s"),
     "memory": (("model", "runtime", "batch_size"), "peak_mib"),
     "training": (("model", "contender"), "seconds"),
-    "data": (("reader", "workers", "decoder"), "images_per_s"),
+    "data": (("reader", "workers"), "images_per_s"),
     "bottlenecks": (("paper_table", "name", "runtime"), ""),
     "correlation": (("source", "device", "quantity"), "rho"),
     "ablation": (("part", "setting"), "acc1_mean"),

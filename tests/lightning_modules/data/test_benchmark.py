@@ -10,8 +10,6 @@ from lightning_modules.data.benchmark import benchmark_data, data_table, data_ve
 from lightning_modules.report.page import write_report
 from mobileone.bench.results import Result
 
-pytest.importorskip("webdataset", reason="needs the extra `shards`")
-
 # timm's tar reader leaves its files open until they are collected
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -28,7 +26,7 @@ def test_every_combination_is_measured(tmp_path):
     )
     assert result.protocol["images"] == 8
     combinations = {tuple(row[key] for key in result.keys) for row in result.rows}
-    assert len(combinations) == len(result.rows) == 3 * 2 * 2
+    assert len(combinations) == len(result.rows) == 3 * 2
     for row in result.rows:
         assert 0 < row["slowest_images_per_s"] <= row["images_per_s"] <= row["fastest_images_per_s"]
         assert row["cpu_ms"] > 0
@@ -37,7 +35,7 @@ def test_every_combination_is_measured(tmp_path):
 
 
 def test_verdict_compares_the_step_with_the_best_reader():
-    result = benchmark_data(None, ("folder",), (0,), ("pillow",), 6, 3, 32, 1, "test_byobnet")
+    result = benchmark_data(None, ("folder",), (0,), 6, 3, 32, 1, "test_byobnet")
     assert result.protocol["model_images_per_s"] > 0
     speed = result.rows[0]["images_per_s"]
     for step, bound in ((speed * 2, "data"), (speed / 2, "compute")):
@@ -46,9 +44,9 @@ def test_verdict_compares_the_step_with_the_best_reader():
 
 
 def test_command_line(tmp_path, capsys):
-    quick = "--readers [shards] --workers [0] --decoders [pillow] --images 4 --image_size 16"
+    quick = "--readers [shards] --workers [0] --images 4 --image_size 16"
     main(["benchmark", "data", *quick.split(), "--rounds", "1", "--output", str(tmp_path)])
-    assert "give --model for what training needs" in capsys.readouterr().out
+    assert "give --model for what training" in " ".join(capsys.readouterr().out.split())
     (row,) = Result.load(tmp_path / "data.json", "data").rows
     assert row["reader"] == "shards"
     page = write_report(tmp_path).read_text()
@@ -60,7 +58,6 @@ def test_command_line(tmp_path, capsys):
     [
         ({"readers": ("zip",)}, "'zip' is unknown. There are folder, tar, shards"),
         ({"rounds": 0}, "rounds=0"),
-        ({"decoders": ("x",)}, "'x' is unknown. There are pillow, torchvision"),
         ({"model": "mobileone_s9"}, "mobileone_s9"),
     ],
 )

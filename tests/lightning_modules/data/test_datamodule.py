@@ -217,7 +217,7 @@ def test_batch_larger_than_the_data(pets):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": "mobileone_s9"}, r"mobileone_s9.*mobileone_s0"),
+        ({"model": "mobileone_s9"}, r"mobileone_s9.*mobileone_s"),
         ({"dataset": "imagenett"}, "dataset='imagenett' is unknown"),
         ({"dataset": "torch/nothing"}, "Unknown torchvision dataset nothing"),
         ({"auto_augment": "rand-m9-q"}, r"has the part 'q'. 'rand' knows m<number>, n<number>"),
