@@ -13,7 +13,6 @@ from pathlib import Path
 
 import timm
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from rich.table import Table
 from torch.utils.data import DataLoader
@@ -24,6 +23,7 @@ from lightning_modules.data.image_io import find_images
 from lightning_modules.data.shards.writer import make_shards
 from mobileone.bench.results import Result
 from mobileone.bench.show.tables import make_table, number, words
+from mobileone.bench.training_step.worker import training_step
 
 __all__ = ["benchmark_data", "data_table", "data_verdict"]
 
@@ -242,14 +242,12 @@ def _time_in_turn(
 def _step_speed(model: str, batch_size: int, image_size: int, rounds: int, device: str) -> float:
     """Images a second of training steps on images that are there already."""
     network = timm.create_model(model).to(device).train()
-    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
-    images = torch.randn(batch_size, 3, image_size, image_size, device=device)
-    targets = torch.arange(batch_size, device=device) % 2
+    take_step = training_step(
+        network, torch.randn(batch_size, 3, image_size, image_size).to(device)
+    )
 
     def step() -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(network(images), targets).backward()
-        optimizer.step()
+        take_step()
         if device.startswith("cuda"):
             torch.cuda.synchronize()
 

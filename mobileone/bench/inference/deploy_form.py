@@ -8,6 +8,7 @@ from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from mobileone.export.verify.structure import unfused_layers
 from mobileone.reparameterize import reparameterize
 
 __all__ = ["DeployForm", "deploy_form", "relative_error", "reset_bn_statistics"]
@@ -24,7 +25,8 @@ class DeployForm:
         model: In eval mode, on the CPU.
         norms_folded: BatchNorms that were folded into the convolution before them.
         norms_left: BatchNorms that remain, since no convolution directly precedes them.
-        branches_left: Layers that have a folded form but are not in it; none is expected.
+        branches_left: Layers that have a folded form but are not in it, as sentences; none is
+            expected.
         error: Largest difference of its outputs to the original's, relative to the largest
             output.
     """
@@ -56,6 +58,7 @@ def deploy_form(model: nn.Module, x: Tensor) -> DeployForm:
     error = relative_error(fused(x), expected)
     if not error < _TOLERANCE:
         raise RuntimeError(f"folding the branches changed the output by {error:.2g} (relative)")
+    branches_left = tuple(unfused_layers(fused))
     folded = _pairs(fused, x)
     before = deepcopy(fused)  # in case that a pair is not what it seems
     for conv_name, norm_name in folded:
@@ -66,7 +69,7 @@ def deploy_form(model: nn.Module, x: Tensor) -> DeployForm:
     else:  # the output of some convolution is read by another operation as well
         fused, folded = before, []
     left = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fused.modules())
-    return DeployForm(fused, len(folded), left, _unfolded(fused), error)
+    return DeployForm(fused, len(folded), left, branches_left, error)
 
 
 @torch.no_grad()
@@ -141,15 +144,3 @@ def _fold(model: nn.Module, conv_name: str, norm_name: str) -> None:
         rest = nn.Sequential(norm.drop, norm.act).eval()
     model.set_submodule(conv_name, conv)
     model.set_submodule(norm_name, rest)
-
-
-def _unfolded(model: nn.Module) -> tuple[str, ...]:
-    """Layers that timm would fold, and whose folded form is another module than they are."""
-
-    def foldable(module: nn.Module) -> bool:
-        if callable(getattr(module, "fuse", None)):
-            trial = deepcopy(module)
-            return trial.fuse() is not trial  # type: ignore[operator]
-        return hasattr(module, "reparameterize") and getattr(module, "reparam_conv", 0) is None
-
-    return tuple(name for name, module in model.named_modules() if name and foldable(module))

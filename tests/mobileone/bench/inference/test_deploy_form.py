@@ -42,9 +42,11 @@ def test_mobileone_has_the_function_of_timms_own_unfolded_branches():
     torch.testing.assert_close(form.model(X.double()), theirs(X.double()), rtol=1e-8, atol=1e-8)
 
 
-def test_unfolded_branches_are_recognized():
-    for name in ("mobileone_s0", "repvgg_a0", "fastvit_t8", "repvit_m0_9"):
-        assert len(module._unfolded(timm.create_model(name).eval())) > 10
+@pytest.mark.parametrize("name", ["mobileone_mu0", "repvgg_a0", "fastvit_t8", "repvit_m0_9"])
+def test_branches_that_were_not_folded_are_named(name, monkeypatch):
+    monkeypatch.setattr(module, "reparameterize", module.deepcopy)
+    form = deploy_form(randomize_bn(timm.create_model(name).eval()), X)
+    assert len(form.branches_left) > 10
 
 
 class Reused(nn.Module):
