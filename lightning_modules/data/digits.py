@@ -1,8 +1,6 @@
 """scikit-learn's handwritten digits as a folder of images, for a start without a download."""
 
-import hashlib
 import io
-import json
 import os
 from pathlib import Path
 
@@ -15,8 +13,9 @@ __all__ = ["cache_root", "digits_root", "write_digits"]
 
 _SIZE = 32
 _VALIDATION = 360
-_INDEX = "digits.json"
-_FORMAT = 1
+_IMAGES = 1797
+_COMPLETE = "digits.json"
+"""Written last."""
 
 
 def cache_root() -> Path:
@@ -40,44 +39,28 @@ def write_digits(root: Path) -> None:
     Enlarged to 32x32 gray pixels (bilinear): a random crop of an 8x8 image would know only a
     handful of places, and 32 is MobileOne's total stride.
 
-    Returns at once if everything is there and intact. Otherwise writes the missing and the
-    damaged files, each beside its place and then renamed, so that processes that do this
-    at the same time do not disturb each other; other files in ``root`` are left alone.
+    Returns at once if they are all there. Otherwise writes them, each under another name that is
+    then changed, so that processes that do this at the same time do not disturb each other; other
+    files in ``root`` are left alone.
 
     Raises:
         FileExistsError: ``root`` holds something else.
     """
-    if _intact(root):
+    complete = root / _COMPLETE
+    if complete.is_file() and len(list(root.glob("*/*/*.png"))) == _IMAGES:
         return
     _check_ours(root)
-    files = _render()
-    for name, content in files.items():
-        path = root / name
-        if not path.is_file() or path.read_bytes() != content:
-            with atomic_write(path) as beside:
-                beside.write_bytes(content)
-    index = {"format": _FORMAT, "sha256": {name: _digest(data) for name, data in files.items()}}
-    replace_text(root / _INDEX, json.dumps(index, indent=0))  # last: it says "complete"
-
-
-def _intact(root: Path) -> bool:
-    try:
-        index = json.loads((root / _INDEX).read_bytes())
-        digests = index["sha256"].items()
-        return (
-            index["format"] == _FORMAT
-            and bool(digests)
-            and all(_digest((root / name).read_bytes()) == digest for name, digest in digests)
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+    for name, content in _render().items():
+        with atomic_write(root / name) as partial:
+            partial.write_bytes(content)
+    replace_text(complete, "{}")
 
 
 def _check_ours(root: Path) -> None:
     """Never mix the digits into somebody's own images."""
     if not root.exists() or root == digits_root():
         return
-    if not root.is_dir() or (any(root.iterdir()) and not (root / _INDEX).is_file()):
+    if not root.is_dir() or (any(root.iterdir()) and not (root / _COMPLETE).is_file()):
         raise FileExistsError(
             f"{str(root)!r} already exists and is not a copy of the digits. Give dataset: digits "
             "a new or empty `root`, or none to use the cache folder."
@@ -109,7 +92,3 @@ def _png(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     gray.resize((_SIZE, _SIZE), Image.Resampling.BILINEAR).save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

@@ -1,4 +1,4 @@
-"""Folders of made-up images, a short training, and scripts on two processes."""
+"""Folders of made-up images, and a short training."""
 
 from pathlib import Path
 
@@ -8,7 +8,6 @@ from lightning.pytorch import Trainer
 from callbacks.ema import EMA
 from lightning_modules.data.datamodule import ImageDataModule
 from tests.helpers.images import write_images
-from tests.helpers.processes import run_on_two_ranks
 from tests.helpers.trainer import fit
 
 
@@ -56,17 +55,5 @@ def train(pets, tmp_path):
         )
         options = {"max_epochs": epochs, "num_sanity_val_steps": 2, **options}
         return fit(tmp_path, module, data, EMA(0.5), **options)
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def two_processes():
-    """Runs a script as both ranks of a torchrun: two_processes(source, folder, *arguments)."""
-
-    def run(source: str, folder: Path, *arguments: object) -> None:
-        script = folder / "two_processes.py"
-        script.write_text(source)
-        run_on_two_ranks(script, *arguments)
 
     return run

@@ -1,31 +1,16 @@
 """Evaluation on several processes counts every image once."""
 
 import json
-import os
-import subprocess
-import sys
-from types import SimpleNamespace
 
 import pytest
-import torch
-from lightning.pytorch import Trainer
 from torch.utils.data import SequentialSampler
 
 from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.data.samplers import EvaluationSampler
 from lightning_modules.recipe.classifier import ImageClassifier
-from tests.helpers.paths import REPOSITORY
-
-
-def on(data, processes, rank=0):
-    """As if a trainer of several processes held the data module."""
-    data.trainer = SimpleNamespace(
-        world_size=processes,
-        global_rank=rank,
-        strategy=SimpleNamespace(root_device=torch.device("cpu")),
-        fit_loop=SimpleNamespace(is_resuming=False),
-    )
-    return data
+from tests.helpers.processes import run_program
+from tests.helpers.ranks import on_rank
+from tests.helpers.trainer import make_trainer
 
 
 def module(root, **options):
@@ -49,7 +34,7 @@ def test_loaders_of_several_processes_share_the_images(make_folder, split):
     root = make_folder({"train": {"a": 6, "b": 6}, "val": {"a": 3, "b": 2}})
     targets = []
     for rank in (0, 1):
-        data = on(module(root), 2, rank)
+        data = on_rank(module(root), rank, 2)
         data.setup("validate" if split == "val" else "test")
         loader = getattr(data, f"{split}_dataloader")()
         targets.append([t for _, batch in loader for t in batch.tolist()])
@@ -61,13 +46,13 @@ def test_loaders_of_several_processes_share_the_images(make_folder, split):
 
 def test_process_without_images_is_refused(pets):
     with pytest.raises(ValueError, match=r"val has 4 images for 5 processes.*--trainer\.devices"):
-        on(module(pets, batch_size=1), 5).setup("fit")
+        on_rank(module(pets, batch_size=1), processes=5).setup("fit")
 
 
 def test_batch_is_compared_with_the_share_of_one_process(pets):
-    on(module(pets, batch_size=5), 2).setup("fit")
+    on_rank(module(pets, batch_size=5), processes=2).setup("fit")
     with pytest.raises(ValueError, match="batch_size=6 is larger than the 5 training images"):
-        on(module(pets, batch_size=6), 2).setup("fit")
+        on_rank(module(pets, batch_size=6), processes=2).setup("fit")
 
 
 @pytest.mark.parametrize(
@@ -75,42 +60,17 @@ def test_batch_is_compared_with_the_share_of_one_process(pets):
 )
 def test_other_shares_than_the_checkpoints_are_said(pets, processes, batch):
     """Within an epoch a step is no longer a place in it."""
-    saved = on(module(pets), 2).state_dict()
-    on(module(pets), 2).load_state_dict(saved)  # the same: no warning
-    on(module(pets), 2).load_state_dict({"seed": saved["seed"]})  # of before shares were kept
+    saved = on_rank(module(pets), processes=2).state_dict()
+    on_rank(module(pets), processes=2).load_state_dict(saved)  # the same: no warning
+    on_rank(module(pets), processes=2).load_state_dict(
+        {"seed": saved["seed"]}
+    )  # of before shares were kept
     with pytest.warns(
         UserWarning,
         match=r"made with 2 process\(es\) and batches of 2, this run has "
         rf"{processes} process\(es\) and batches of {batch}: .*come twice or are left out",
     ):
-        on(module(pets, batch_size=batch), processes).load_state_dict(saved)
-
-
-SCRIPT = """
-import json, sys, torch
-from lightning.pytorch import Trainer
-from callbacks.ema import EMA
-from lightning_modules.recipe.classifier import ImageClassifier
-from lightning_modules.data.datamodule import ImageDataModule
-
-if __name__ == "__main__":
-    root, out = sys.argv[1:]
-    torch.manual_seed(1)
-    model = ImageClassifier("test_byobnet", num_classes=2, lr=0.01)
-    data = ImageDataModule(root, batch_size=4, input_size=32, seed=3, num_workers=0)
-    options = dict(accelerator="cpu", devices=2, strategy="ddp", logger=False,
-                   enable_progress_bar=False, enable_model_summary=False, default_root_dir=out)
-    trainer = Trainer(max_epochs=2, val_check_interval=2, callbacks=[EMA(0.9)],
-                      enable_checkpointing=False, **options)
-    trainer.fit(model, data)
-    result = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-    trainer.save_checkpoint(f"{out}/end.ckpt")
-    result.update(trainer.test(model, data, verbose=False)[0])
-    if trainer.is_global_zero:
-        result["confusion"] = int(model.test_confusion.sum())
-        with open(f"{out}/result.json", "w") as file:
-            json.dump(result, file)
-"""
+        on_rank(module(pets, batch_size=batch), processes=processes).load_state_dict(saved)
 
 
 @pytest.mark.slow
@@ -118,15 +78,13 @@ if __name__ == "__main__":
 def test_metrics_of_two_processes_are_those_of_one(make_folder, tmp_path):
     """33 images in batches of 4: five batches for one process, four for the other."""
     root = make_folder({"train": {"a": 10, "b": 10}, "val": {"a": 20, "b": 13}})
-    (tmp_path / "ddp.py").write_text(SCRIPT)
-    command = [sys.executable, tmp_path / "ddp.py", root, tmp_path]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    subprocess.run(command, check=True, timeout=300, env=environment)
+    run_program("metrics_on_two_ranks.py", root, tmp_path)
     found = json.loads((tmp_path / "result.json").read_text())
 
     model = ImageClassifier.load_from_checkpoint(tmp_path / "end.ckpt", weights_only=True)
-    trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False)
-    (alone,) = trainer.test(model, module(root, batch_size=33, input_size=32), verbose=False)
+    (alone,) = make_trainer(tmp_path).test(
+        model, module(root, batch_size=33, input_size=32), verbose=False
+    )
     assert found.pop("confusion") == 33
     assert found["test/acc1"] == pytest.approx(alone["test/acc1"], abs=1e-6)
     assert found["test/loss"] == pytest.approx(alone["test/loss"], rel=1e-5)

@@ -1,7 +1,6 @@
 """A dataset from a function of the user's own: treated as folders are, and checked early."""
 
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ import torch
 from lightning_modules.cli.main import main
 from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.errors import UnreadableImageError
+from tests.helpers.ranks import on_rank
 
 
 def module(root, function, stage="fit", **options):
@@ -47,13 +47,7 @@ def test_batches_are_those_of_the_folder(pets, function, workers):
 
 def test_a_resumed_epoch_continues_where_it_stopped(pets):
     complete = batches(module(pets, "make_paths"))
-    resumed = module(pets, "make_paths")
-    resumed.trainer = SimpleNamespace(
-        world_size=1,
-        global_rank=0,
-        strategy=SimpleNamespace(root_device=torch.device("cpu")),
-        fit_loop=SimpleNamespace(is_resuming=True, batch_idx=1),
-    )
+    resumed = on_rank(module(pets, "make_paths"), batches_done=2)
     assert same(batches(resumed), complete[2:])
 
 

@@ -8,7 +8,6 @@ import time
 import warnings
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +23,7 @@ from lightning_modules.data.shards.writer import make_shards
 from lightning_modules.data.splits import open_split
 from tests.helpers.paths import PROGRAMS
 from tests.helpers.processes import start_python
+from tests.helpers.ranks import on_rank
 
 SPLITS = {"train": {"cat": 12, "dog": 11}, "val": {"cat": 4, "dog": 3}}
 
@@ -41,14 +41,7 @@ def shards(folder, tmp_path):
 
 def module(root, rank=0, processes=1, **options):
     defaults = {"batch_size": 2, "input_size": 8, "num_workers": 0, "seed": 1, "dataset": "wds"}
-    data = ImageDataModule(str(root), **{**defaults, **options})
-    if processes > 1:  # as if a trainer of several processes held the data module
-        data.trainer = SimpleNamespace(
-            world_size=processes,
-            global_rank=rank,
-            strategy=SimpleNamespace(root_device=torch.device("cpu")),
-            fit_loop=SimpleNamespace(is_resuming=False),
-        )
+    data = on_rank(ImageDataModule(str(root), **{**defaults, **options}), rank, processes)
     data.setup("fit")
     return data
 

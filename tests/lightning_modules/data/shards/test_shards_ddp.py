@@ -5,70 +5,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from lightning.pytorch import Trainer
 from PIL import Image
 
 from lightning_modules.cli.main import main
 from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.recipe.classifier import ImageClassifier
-
-# An image's number is its color, so it can be read from what the network gets.
-SCRIPT = """
-import json, sys, torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from callbacks.ema import EMA
-from lightning_modules.recipe.classifier import ImageClassifier
-from lightning_modules.data.datamodule import ImageDataModule
-
-out = sys.argv[1]
-
-
-class Records(ImageClassifier):
-    def training_step(self, batch, batch_idx):
-        numbers = (batch[0][:, 0].amax((1, 2)) * 255).round().int().tolist()
-        self.trained.append([self.current_epoch, batch_idx, numbers])
-        return super().training_step(batch, batch_idx)
-
-    def validation_step(self, batch, batch_idx):
-        self.validated += (batch[0][:, 0].amax((1, 2)) * 255).round().int().tolist()
-        return super().validation_step(batch, batch_idx)
-
-
-def model():
-    torch.manual_seed(1)
-    made = Records("test_byobnet", num_classes=2, lr=0.01)
-    made.trained, made.validated = [], []
-    return made
-
-
-def run(name, shards, ckpt_path=None, **options):
-    options = {"batch_size": 5, "drop_last": False, **options}
-    data = ImageDataModule(f"{out}/{shards}", "wds", input_size=32, num_workers=2, seed=3,
-                           mean=(0.0,), std=(1.0,), **options)
-    trainer = Trainer(
-        accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=out,
-        num_sanity_val_steps=0,
-        callbacks=[EMA(0.9), ModelCheckpoint(f"{out}/{name}", filename="{step}", save_top_k=-1,
-                                             every_n_train_steps=1)],
-    )
-    module = model()
-    trainer.fit(module, data, ckpt_path=ckpt_path)
-    trainer.save_checkpoint(f"{out}/{name}.ckpt")
-    module.validated = []
-    (metrics,) = trainer.validate(module, data, ckpt_path=f"{out}/{name}.ckpt", verbose=False)
-    seen = {"trained": module.trained, "validated": module.validated, "metrics": metrics}
-    with open(f"{out}/{name}-{trainer.global_rank}.json", "w") as file:
-        json.dump(seen, file)
-
-
-if __name__ == "__main__":
-    run("even", "shards-24")
-    run("odd", "shards-23")
-    run("rest", "shards-24", f"{out}/even/step=1.ckpt")
-    run("later", "shards-24", f"{out}/even/step=5.ckpt")
-"""
+from tests.helpers.processes import run_on_two_ranks
+from tests.helpers.trainer import make_trainer
 
 
 def write_images(root, count):
@@ -81,7 +24,7 @@ def write_images(root, count):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, two_processes):
+def runs(tmp_path_factory):
     """What both ranks have seen: name -> [rank 0, rank 1]; and the folder."""
     out = tmp_path_factory.mktemp("two")
     for count in (24, 23):  # shards of 5 5 5 5 4 and 5 5 5 5 3 images, for four workers
@@ -89,7 +32,7 @@ def runs(tmp_path_factory, two_processes):
         images, shards = str(out / f"images-{count}"), str(out / f"shards-{count}")
         main(["shards", images, shards, "--images_per_shard", "5"])
         assert len(list(Path(shards).glob("train-*.tar"))) == 5
-    two_processes(SCRIPT, out, out)
+    run_on_two_ranks("shards_on_two_ranks.py", out)
     names = ("even", "odd", "rest", "later")
     return {
         name: [json.loads((out / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
@@ -141,7 +84,6 @@ def test_validation_is_that_of_one_process_on_the_folder(runs):
         str(out / "images-24"), input_size=32, batch_size=7, num_workers=0, mean=(0.0,), std=(1.0,)
     )
     model = ImageClassifier.load_from_checkpoint(out / "even.ckpt", weights_only=True)
-    trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False)
-    (expected,) = trainer.validate(model, alone, verbose=False)
+    (expected,) = make_trainer(out).validate(model, alone, verbose=False)
     for name in ("val/acc1", "val/loss"):
         assert ranks["even"][0]["metrics"][name] == pytest.approx(expected[name], rel=1e-5)
