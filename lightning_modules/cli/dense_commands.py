@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lightning_modules.data.protocol import num_classes
 from lightning_modules.dense.data import DetectionData, SegmentationData
 from lightning_modules.dense.models import Detector, Segmenter
 from lightning_modules.dense.saving import CompleteCheckpoint, SoleRun
@@ -22,6 +23,7 @@ class _DenseCLI(training.TrainingCLI):
     """`mobileone fit` with another model, other data, and checkpoints without artifacts."""
 
     monitor: str
+    count_classes = staticmethod(num_classes)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -68,18 +70,20 @@ class _DenseCLI(training.TrainingCLI):
 
 
 class _SegmentCLI(_DenseCLI):
-    model_type, data_type = Segmenter, SegmentationData
+    model_type = model_base = Segmenter
+    data_type = data_base = SegmentationData
     program, monitor = "mobileone segment", "val/miou"
     description = f"Train a segmentation network, or score one. {_EXPORT.format('segment')}"
 
     def add_task_arguments(self, parser: LightningArgumentParser) -> None:
         """Normalize the images as the model expects them."""
         super().add_task_arguments(parser)
-        parser.link_arguments("model.model", "data.model")
+        parser.link_arguments("model.init_args.model", "data.init_args.model")
 
 
 class _DetectCLI(_DenseCLI):
-    model_type, data_type = Detector, DetectionData
+    model_type = model_base = Detector
+    data_type = data_base = DetectionData
     program, monitor = "mobileone detect", "val/map"
     description = f"Train an object detector, or score one. {_EXPORT.format('detect')}"
 

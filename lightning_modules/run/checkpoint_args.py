@@ -10,6 +10,7 @@ import yaml
 from lightning_modules.errors import UsageError
 from lightning_modules.run.config_files import option_value
 from lightning_modules.run.folder import RunFolder
+from lightning_modules.run.parser import class_arguments
 from lightning_modules.run.resume import newest_usable
 from mobileone.export.checkpoint import read_checkpoint
 
@@ -45,14 +46,37 @@ def prepend_run_config(argv: list[str], whole: bool) -> list[str]:
     return ["--config", str(found.config), *(_WHOLE if whole else ()), *argv]
 
 
-def hyper_parameters(checkpoint: str) -> dict[str, Any]:
+def hyper_parameters(
+    checkpoint: str, given: str | None, default: str, program: str
+) -> dict[str, Any]:
     """Arguments of the model that a checkpoint was trained with, less those of the data.
 
+    The class is never taken from the checkpoint: its file would then choose what is imported.
+
+    Args:
+        checkpoint: Its path.
+        given: The class that the user names, of whose arguments those are returned that it takes.
+        default: The class where none is named, which must be the one that was trained.
+        program: What trains the default class, for the message.
+
     Raises:
-        UsageError: The checkpoint cannot be read.
+        UsageError: The checkpoint cannot be read, or is of another class than the default.
     """
-    known = load_ckpt_arg(checkpoint).get("hyper_parameters", {})
-    return {k: v for k, v in known.items() if k not in _OF_THE_DATA}
+    found = dict(load_ckpt_arg(checkpoint).get("hyper_parameters", {}))
+    trained = found.pop("_class_path", default)
+    known = {k: v for k, v in found.items() if k not in _OF_THE_DATA}
+    if given is None and trained != default:
+        raise UsageError(
+            f"the checkpoint {checkpoint} is of the class {trained}, and a checkpoint does not "
+            f"choose what is imported: if you trust its code, give --model {trained}"
+        )
+    taken = class_arguments(given or default)
+    unknown = sorted(set(known) - taken)
+    if given is None and unknown:
+        raise UsageError(
+            f"the checkpoint {checkpoint} is not of `{program}`, which has no {unknown[0]!r}"
+        )
+    return {k: v for k, v in known.items() if k in taken}
 
 
 def load_ckpt_arg(checkpoint: str) -> dict[str, Any]:
@@ -76,9 +100,11 @@ def _with_another(error: ValueError, checkpoint: str) -> str:
     return f"{error}\nthe newest checkpoint of this run that can be read is {other}"
 
 
-_OWN = ("lightning.pytorch.", "callbacks.", "lightning_modules.", "mobileone.")
+_OURS = ("lightning_modules.", "mobileone.")
+_OWN = ("lightning.pytorch.", "callbacks.", *_OURS)
 _IMPORTING = ("callbacks", "logger", "plugins", "profiler", "strategy", "accelerator")
 _PLAIN = re.compile(r"\w*")
+_FUNCTION = re.compile(r"[\w.]+:\w+")  # of a data set, as module:function
 _IMPORTABLE = re.compile(r"[A-Za-z_]\w*(\.\w+)+")
 
 
@@ -111,6 +137,9 @@ def _foreign(values: Any) -> Iterator[str]:
     if not isinstance(values, Mapping):
         yield str(values)
         return
+    yield from map(str, _listed(values.get("imports") or []))
+    for section in ("model", "data"):
+        yield from _foreign_in_section(values.get(section))
     trainer = values.get("trainer") or {}
     if "config" in values or not isinstance(trainer, Mapping):
         yield str(values.get("config", trainer))
@@ -120,7 +149,24 @@ def _foreign(values: Any) -> Iterator[str]:
             # a string with a dot or a slash is the path of a class or of a file
             if isinstance(item, str) and not _PLAIN.fullmatch(item):
                 yield item
-    yield from _classes(values)
+    rest = {key: value for key, value in values.items() if key not in ("model", "data")}
+    yield from _classes(rest)
+
+
+def _foreign_in_section(section: Any) -> Iterator[str]:
+    """Classes and functions that the model or the data name; our own take nothing to import."""
+    if not isinstance(section, Mapping | None):  # a class, or another file
+        yield str(section)
+        return
+    given = section or {}
+    arguments = given.get("init_args", given)
+    if not str(given.get("class_path", _OURS[0])).startswith(_OURS):
+        yield str(given["class_path"])
+    if isinstance(arguments, Mapping):
+        dataset = str(arguments.get("dataset"))
+        if _FUNCTION.fullmatch(dataset):
+            yield dataset
+        yield from _classes(arguments)
 
 
 def _classes(value: Any) -> Iterator[str]:

@@ -9,7 +9,14 @@ import yaml
 
 from lightning_modules.errors import UsageError
 
-__all__ = ["check_configs", "file_that_sets", "find_configs", "option_value", "packaged_configs"]
+__all__ = [
+    "check_configs",
+    "file_that_sets",
+    "find_configs",
+    "option_value",
+    "packaged_configs",
+    "value_in_configs",
+]
 
 _FLAGS = ("--config", "-c")
 _ABSENT = object()
@@ -61,14 +68,23 @@ def check_configs(argv: Sequence[str]) -> None:
 
 def file_that_sets(option: str, argv: Sequence[str]) -> Path | None:
     """The last configuration file of a command line that sets an option, written with dots."""
-    found = None
+    *_, (path, _) = (None, None), *_settings(option, argv)
+    return path
+
+
+def value_in_configs(option: str, argv: Sequence[str]) -> Any:
+    """What the last configuration file that sets an option says; None where none does."""
+    *_, (_, value) = (None, None), *_settings(option, argv)
+    return value
+
+
+def _settings(option: str, argv: Sequence[str]) -> Iterator[tuple[Path, Any]]:
     for path in _configs(argv):
         content = _read(path)
         for key in option.split("."):
             content = content.get(key, _ABSENT) if isinstance(content, dict) else _ABSENT
         if content is not _ABSENT:
-            found = path
-    return found
+            yield path, content
 
 
 def option_value(argv: list[str], *flags: str) -> str | None:

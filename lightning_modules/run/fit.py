@@ -22,7 +22,9 @@ from callbacks.ema import EMA
 from callbacks.progress import EpochLines
 from callbacks.report.callback import Report
 from callbacks.snapshots import Snapshots
+from lightning_modules.data.base import ResumableData
 from lightning_modules.data.datamodule import ImageDataModule
+from lightning_modules.data.protocol import check_data_module, in_chans, num_classes
 from lightning_modules.errors import UsageError, message_for_user
 from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.run.check_args import validate_duration
@@ -31,7 +33,12 @@ from lightning_modules.run.checkpoint_args import (
     load_ckpt_arg,
     prepend_run_config,
 )
-from lightning_modules.run.config_files import check_configs, find_configs, option_value
+from lightning_modules.run.config_files import (
+    check_configs,
+    find_configs,
+    option_value,
+    value_in_configs,
+)
 from lightning_modules.run.folder import RunFolder, SaveRunConfig
 from lightning_modules.run.parser import Parser
 from lightning_modules.run.resume import Continuation, find_continuation, newest_usable
@@ -45,6 +52,7 @@ from lightning_modules.run.wandb_logger import (
 )
 from lightning_modules.run.warning_filters import silence_known_messages
 from mobileone import reparameterize
+from mobileone.io.user_modules import import_user_modules, put_current_folder_on_path
 
 __all__ = ["TrainingCLI", "run"]
 
@@ -67,6 +75,7 @@ def run(name: str, argv: list[str], cli: "type[TrainingCLI] | None" = None) -> "
         SystemExit: With code 2 on arguments or data that cannot be used.
     """
     silence_known_messages()
+    put_current_folder_on_path()
     previous = sys.argv
     chosen = cli or TrainingCLI
     try:
@@ -75,8 +84,10 @@ def run(name: str, argv: list[str], cli: "type[TrainingCLI] | None" = None) -> "
         # a distributed strategy starts its other processes with this command line
         sys.argv = [*previous[:1], *chosen.program.split()[1:], name, *argv]
         return chosen(
-            chosen.model_type,
-            chosen.data_type,
+            chosen.model_base,
+            chosen.data_base,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
             save_config_callback=SaveRunConfig,
             trainer_class=IntLimitTrainer,
             seed_everything_default=0,
@@ -103,17 +114,24 @@ def run(name: str, argv: list[str], cli: "type[TrainingCLI] | None" = None) -> "
 class TrainingCLI(LightningCLI):
     """LightningCLI with the template's model, data, run folder, loggers and callbacks.
 
+    `--model package.Class` and `--data package.Class` take classes of the user's own, with their
+    arguments as `--model.name value` or below `init_args:`. Without them, the template's are meant.
+
     Precedence: explicit flag, configuration file, hyper-parameters of `--ckpt_path`, default.
 
     Attributes:
-        model_type: What is trained; a subclass may train something else.
+        model_type: What is trained where nothing is said; a subclass may train something else.
         data_type: On what.
+        model_base: What a class of the user's own must inherit from.
+        data_base: The same for the data.
         program: The words before the subcommand.
         description: For the help.
     """
 
     model_type: type[LightningModule] = ImageClassifier
     data_type: type[LightningDataModule] = ImageDataModule
+    model_base: type[LightningModule] = LightningModule
+    data_base: type[LightningDataModule] = LightningDataModule
     program = "mobileone"
     description: str | None = None
 
@@ -125,6 +143,19 @@ class TrainingCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the sections of callbacks, run folder and wandb, and the links."""
+        parser.set_defaults(
+            {
+                "model": {"class_path": _path(self.model_type)},
+                "data": {"class_path": _path(self.data_type)},
+            }
+        )
+        parser.add_argument(
+            "--imports",
+            type=list[str],
+            default=[],
+            help="modules of your own to import first, for the networks that they register with "
+            "timm, the formats and the runtimes; for example [my_networks]",
+        )
         parser.add_argument("--run.root", default="runs", help="folder of all runs")
         parser.add_argument(
             "--run.name",
@@ -143,29 +174,40 @@ class TrainingCLI(LightningCLI):
         parser.add_lightning_class_args(EMA, "ema")
         self.add_task_arguments(parser)
         parser.add_lightning_class_args(Snapshots, "snapshots")
-        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        parser.link_arguments(
+            "data", "model.init_args.num_classes", self.count_classes, apply_on="instantiate"
+        )
 
     def add_task_arguments(self, parser: LightningArgumentParser) -> None:
         """Add what is the task's own: a `checkpoint` section at least."""
         parser.add_lightning_class_args(ReparameterizeOnSave, "checkpoint")
         parser.add_lightning_class_args(Curriculum, "curriculum")
         parser.add_lightning_class_args(Report, "report")
-        parser.link_arguments("model.model", "data.model")
-        parser.link_arguments("data.in_chans", "model.in_chans", apply_on="instantiate")
+        parser.link_arguments("model.init_args.model", "data.init_args.model")
+        parser.link_arguments("data", "model.init_args.in_chans", in_chans, apply_on="instantiate")
+
+    @staticmethod
+    def count_classes(data: LightningDataModule) -> int:
+        """How many classes the data have, once they are known to be what the task needs.
+
+        Raises:
+            ValueError: They lack something; the message says what it is for.
+        """
+        return len(check_data_module(data).class_names)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, with the checkpoint's hyper-parameters as defaults of the model's arguments."""
         if "_ARGCOMPLETE" in os.environ:  # the shell asks; this answers and exits
             self._subcommand_parsers[sys.argv[1]].parse_args([])
         checkpoint = option_value(sys.argv, "--ckpt_path")
-        self.known = {} if checkpoint is None else hyper_parameters(checkpoint)
-        for subparser in self._subcommand_parsers.values():
-            try:
-                subparser.set_defaults({f"model.{k}": v for k, v in self.known.items()})
-            except KeyError as error:  # jsonargparse knows no such argument
-                raise UsageError(
-                    f"the checkpoint {checkpoint} is not of `{self.program} fit`: {error}"
-                ) from error
+        self.known: dict[str, Any] = {}
+        if checkpoint is not None:
+            given = _given_class(sys.argv)
+            default = _path(self.model_type)
+            self.known = hyper_parameters(checkpoint, given, default, f"{self.program} fit")
+            model = {"class_path": given or default, "init_args": self.known}
+            for subparser in self._subcommand_parsers.values():
+                subparser.set_defaults({"model": model})
         # as LightningCLI does, less the program's own words
         self.config = parser.parse_args(sys.argv[len(self.program.split()) :])
         self.continued = Continuation(None, None, ())
@@ -176,7 +218,7 @@ class TrainingCLI(LightningCLI):
 
     def _resume(self, config: Namespace) -> None:
         """Decide what to go on with, and tell the processes that are started with our command."""
-        parent = RunFolder.parent(config.run.root, config.run.name or config.model.model)
+        parent = RunFolder.parent(config.run.root, _run_name(config))
         defaults = self._subcommand_parsers["fit"].get_defaults(skip_validation=True)
         self.continued = find_continuation(
             parent, yaml.safe_load(self._dump(config)), yaml.safe_load(self._dump(defaults))
@@ -195,28 +237,33 @@ class TrainingCLI(LightningCLI):
         """Not as LightningCLI does, which lets the checkpoint override explicit flags."""
 
     def before_instantiate_classes(self) -> None:
-        """Check what the arguments alone tell."""
+        """Check what the arguments alone tell, and import the user's modules."""
         config = self.config[self.subcommand]
-        if self.subcommand != "fit" and config.ckpt_path is None and not config.model.pretrained:
+        pretrained = config.get("model.init_args.pretrained")
+        if self.subcommand != "fit" and config.ckpt_path is None and not pretrained:
             raise UsageError(
                 f"--ckpt_path is needed: there is nothing to {self.subcommand}; give a checkpoint, "
                 "for example runs/quickstart/latest/checkpoints/best.ckpt, or --model.pretrained "
                 "true for timm's weights"
             )
-        trained = self.known.get("model", config.model.model)
-        if trained != config.model.model:
+        name = config.get("model.init_args.model")
+        trained = self.known.get("model", name)
+        if trained != name:
             raise UsageError(
-                f"the checkpoint {config.ckpt_path} holds a {trained}, not a {config.model.model}: "
+                f"the checkpoint {config.ckpt_path} holds a {trained}, not a {name}: "
                 f"leave --model.model out or set it to {trained}"
             )
         if self.subcommand == "fit":
             contents = None if config.ckpt_path is None else load_ckpt_arg(config.ckpt_path)
             validate_duration(config, contents)
         config.weights_only = True  # a checkpoint holds tensors and primitives, nothing to run
+        import_user_modules(config.imports)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Choose the run folder, when the data are known to be good, and what is written there."""
-        self.datamodule.setup(self.subcommand)
+        self.count_classes(self.datamodule)  # a model that does not ask for it needs them too
+        if isinstance(self.datamodule, ResumableData):  # others may need the Trainer
+            self.datamodule.setup(self.subcommand)
         self.run = None
         config = self.config[self.subcommand]
         if config.trainer.sync_batchnorm:
@@ -265,13 +312,14 @@ class TrainingCLI(LightningCLI):
     @rank_zero_only
     def before_fit(self) -> None:
         """Say what is trained, and where it goes."""
-        network = self.model.model
+        network = getattr(self.model, "model", self.model)
         with warnings.catch_warnings():  # it is only counted, so its mode does not matter
             warnings.simplefilter("ignore")
             folded = reparameterize(network)
+        name = self.model.hparams.get("model", type(self.model).__name__)
         print(
-            f"{self.model.hparams['model']}: {_millions(network)} parameters in training, "
-            f"{_millions(folded)} deployed; {self.datamodule.num_classes} classes, "
+            f"{name}: {_millions(network)} parameters in training, "
+            f"{_millions(folded)} deployed; {num_classes(self.datamodule)} classes, "
             f"{self._input_size()} pixels"
         )
         if self.run is not None:
@@ -305,10 +353,26 @@ class TrainingCLI(LightningCLI):
                 return found
         if self.continued.run is not None:
             return self.continued.run
-        run = RunFolder.create(config.run.root, config.run.name or config.model.model)
+        run = RunFolder.create(config.run.root, _run_name(config))
         if self.subcommand == "fit" and run.path.is_dir():
             run.write_config(self._dump(config))  # a run that is killed early is found by it
         return run
+
+
+def _path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _given_class(argv: list[str]) -> str | None:
+    """The class of the model that a command line or its configurations name."""
+    flag = option_value(argv, "--model", "--model.class_path")
+    return flag or value_in_configs("model.class_path", argv)
+
+
+def _run_name(config: Namespace) -> str:
+    """The name that is given, else the network's, else that of the class."""
+    name: str | None = config.run.name or config.get("model.init_args.model")
+    return name or config.model.class_path.rpartition(".")[2]
 
 
 def _listed(plugins: Any) -> list[Any]:

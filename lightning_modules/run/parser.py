@@ -4,16 +4,24 @@ import re
 import sys
 from argparse import _SubParsersAction
 from collections.abc import Iterator
+from importlib import import_module
 from typing import NoReturn
 
+from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_modules.run.config_files import file_that_sets
 from mobileone.io.suggest import did_you_mean
 
-__all__ = ["Parser"]
+__all__ = ["Parser", "class_arguments"]
 
 _UNKNOWN = re.compile(r"(?:does not accept option '|unrecognized arguments: (?:--)?)([\w.+]+)")
+_IN_CLASS = re.compile(
+    r'key "(?P<key>\w+)":.*given class_path \'(?P<path>[\w.]+)\':\s*(?P<reason>.*?)\s*'
+    r"(?:- Expected a <class 'NoneType'>.*)?\Z",
+    re.DOTALL,
+)
+_UNKNOWN_IN_CLASS = re.compile(r"Option '([\w.]+)' is not accepted")
 
 
 class Parser(LightningArgumentParser):
@@ -21,19 +29,47 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message, for an unknown option what may have been meant, and exit."""
+        if not self.exit_on_error:  # jsonargparse tries whether a value fits
+            super().error(message, ex)
         name = re.sub(r" \[[^]]*\]", "", self.prog)
+        more = "--help"
         if unknown := _UNKNOWN.search(message):
-            message = self._about_unknown(unknown[1])
+            message = self._about_unknown(unknown[1], _options(self))
             name = " ".join([name, *_subcommand(self)])
+        elif found := _IN_CLASS.search(message):
+            more = f"--{found['key']}.help {found['path']}"
+            message = self._about_class(**found.groupdict())
+        elif "Import path does not correspond to a subclass" in message:
+            message = re.sub(r"(?s)\A.*(Import path[^\n]*).*\Z", r"\1", message)
         print(f"{name}: error: {message.strip()}", file=sys.stderr)
-        print(f"`{name} --help` lists all options", file=sys.stderr)
+        print(f"`{name} {more}` lists all options", file=sys.stderr)
         sys.exit(2)
 
-    def _about_unknown(self, option: str) -> str:
+    def _about_class(self, key: str, path: str, reason: str) -> str:
+        """What is wrong with an argument of a class, or with the class."""
+        unknown = _UNKNOWN_IN_CLASS.fullmatch(reason)
+        if unknown is None:
+            return f"--{key} {path}: {' '.join(reason.split())}"
+        options = (f"{key}.{name}" for name in class_arguments(path))
+        return self._about_unknown(f"{key}.{unknown[1]}", options)
+
+    def _about_unknown(self, option: str, options: Iterator[str]) -> str:
+        section, _, rest = option.partition(".")
         file = file_that_sets(option, sys.argv)
+        file = file or file_that_sets(f"{section}.init_args.{rest}", sys.argv)
         place = "" if file is None else f" in {file}"
-        hint = did_you_mean(option, _options(self), cutoff=0.75)
+        hint = did_you_mean(option, options, cutoff=0.75)
         return f"there is no option {option!r}{place}{hint}"
+
+
+def class_arguments(class_path: str) -> set[str]:
+    """Names of a class's arguments; none if there is no such class, as parsing it says."""
+    module, _, name = class_path.rpartition(".")
+    try:
+        kind = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        return set()
+    return set(ArgumentParser().add_class_arguments(kind, fail_untyped=False))
 
 
 def _subcommand(parser: LightningArgumentParser) -> list[str]:
@@ -42,10 +78,9 @@ def _subcommand(parser: LightningArgumentParser) -> list[str]:
 
 
 def _options(parser: LightningArgumentParser) -> Iterator[str]:
-    """Names of a parser's options and of its subcommands'."""
-    for action in parser._actions:
-        if action.option_strings:
-            yield action.dest
+    """Names of a parser's options, those of its default classes too, and of its subcommands'."""
+    for name in parser.get_defaults(skip_validation=True).keys():
+        yield name.replace(".init_args.", ".")
     for action in _children(parser):
         for child in action.choices.values():
             yield from _options(child)

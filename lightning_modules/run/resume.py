@@ -18,7 +18,7 @@ __all__ = ["Continuation", "find_continuation", "newest_usable", "why_unusable"]
 
 # what changes nothing in what is trained: length, place, machines, and how it is watched and saved
 _FREE = re.compile(
-    r"(ckpt_path|weights_only|resume|config|model\.(collapse|channels_last|skip_nonfinite)|"
+    r"(imports|ckpt_path|weights_only|resume|config|model\.(collapse|channels_last|skip_nonfinite)|"
     r"data\.(num_workers|persistent_workers|download)|checkpoint\.(?!monitor|mode)\w+|"
     r"trainer\.(max_\w+|min_\w+|enable_\w+|log_every\w+|logger|profiler|default_root_dir|"
     r"devices|num_nodes|strategy|accelerator|num_sanity\w+|limit_(val|test|predict)_batches|"
@@ -210,10 +210,15 @@ def _differences(
 
 
 def _options(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Options by name, `section.option`; a value may be a mapping, and counts as a whole."""
+    """Options by name, `section.option`; a value may be a mapping, and counts as a whole.
+
+    The arguments of a class are options of its section, as where no class is named.
+    """
     for section, value in values.items():
         if isinstance(value, Mapping):
-            yield from ((f"{section}.{name}", option) for name, option in value.items())
+            options = {k: v for k, v in value.items() if k != "init_args"}
+            options |= value.get("init_args") or {}
+            yield from ((f"{section}.{name}", option) for name, option in options.items())
         else:
             yield section, value
 

@@ -193,9 +193,10 @@ def _parse(argv: Sequence[str]) -> dict[str, Any]:
 
 def _subject(parsed: Mapping[str, Any]) -> tuple[str, int, float]:
     """Name of the model, height of its images, weight decay at the start."""
-    model = str(parsed["model"]["model"])
-    size = resolve_config(model, parsed["data"]["input_size"])["input_size"][1]
-    return model, int(size), float(parsed["model"]["weight_decay"])
+    arguments = parsed["model"]["init_args"]
+    model = str(arguments["model"])
+    size = resolve_config(model, parsed["data"]["init_args"]["input_size"])["input_size"][1]
+    return model, int(size), float(arguments["weight_decay"])
 
 
 def _identity(parsed: Mapping[str, Any]) -> str:
@@ -258,7 +259,7 @@ def _train(
     shutil.rmtree(cells.folder.parent / "runs" / name, ignore_errors=True)
     argv = [*base, *setting.options, "--run.name", name, "--seed_everything", str(seed)]
     if setting.model_kwargs:
-        kwargs = (parsed["model"]["model_kwargs"] or {}) | setting.model_kwargs
+        kwargs = (parsed["model"]["init_args"]["model_kwargs"] or {}) | setting.model_kwargs
         argv += ["--model.model_kwargs", json.dumps(kwargs)]
     started = time.perf_counter()
     try:
