@@ -10,7 +10,7 @@ import yaml
 from lightning_modules.errors import UsageError
 from lightning_modules.run.config_files import option_value
 from lightning_modules.run.folder import RunFolder
-from lightning_modules.run.parser import class_arguments
+from lightning_modules.run.parser import class_arguments, class_path
 from lightning_modules.run.resume import newest_usable
 from mobileone.export.checkpoint import read_checkpoint
 
@@ -47,7 +47,7 @@ def prepend_run_config(argv: list[str], whole: bool) -> list[str]:
 
 
 def hyper_parameters(
-    checkpoint: str, given: str | None, default: str, program: str
+    checkpoint: str, given: str | None, default: type, program: str
 ) -> dict[str, Any]:
     """Arguments of the model that a checkpoint was trained with, less those of the data.
 
@@ -63,14 +63,14 @@ def hyper_parameters(
         UsageError: The checkpoint cannot be read, or is of another class than the default.
     """
     found = dict(load_ckpt_arg(checkpoint).get("hyper_parameters", {}))
-    trained = found.pop("_class_path", default)
+    trained = found.pop("_class_path", class_path(default))
     known = {k: v for k, v in found.items() if k not in _OF_THE_DATA}
-    if given is None and trained != default:
+    if given is None and not trained.startswith(_OURS):
         raise UsageError(
             f"the checkpoint {checkpoint} is of the class {trained}, and a checkpoint does not "
             f"choose what is imported: if you trust its code, give --model {trained}"
         )
-    taken = class_arguments(given or default)
+    taken = class_arguments(given or class_path(default))
     unknown = sorted(set(known) - taken)
     if given is None and unknown:
         raise UsageError(

@@ -5,6 +5,7 @@ import shlex
 import signal
 import sys
 import warnings
+from argparse import ArgumentParser
 from typing import Any, Literal, cast
 
 import yaml
@@ -40,7 +41,7 @@ from lightning_modules.run.config_files import (
     value_in_configs,
 )
 from lightning_modules.run.folder import RunFolder, SaveRunConfig
-from lightning_modules.run.parser import Parser
+from lightning_modules.run.parser import Parser, class_arguments, class_path
 from lightning_modules.run.resume import Continuation, find_continuation, newest_usable
 from lightning_modules.run.summary import fit_summary
 from lightning_modules.run.trainer import IntLimitTrainer, TimmSyncBatchNorm, wait_for_rank_zero
@@ -145,8 +146,8 @@ class TrainingCLI(LightningCLI):
         """Add the sections of callbacks, run folder and wandb, and the links."""
         parser.set_defaults(
             {
-                "model": {"class_path": _path(self.model_type)},
-                "data": {"class_path": _path(self.data_type)},
+                "model": {"class_path": class_path(self.model_type)},
+                "data": {"class_path": class_path(self.data_type)},
             }
         )
         parser.add_argument(
@@ -198,14 +199,19 @@ class TrainingCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, with the checkpoint's hyper-parameters as defaults of the model's arguments."""
         if "_ARGCOMPLETE" in os.environ:  # the shell asks; this answers and exits
-            self._subcommand_parsers[sys.argv[1]].parse_args([])
+            subparser = self._subcommand_parsers[sys.argv[1]]
+            for section, kind in (("model", self.model_type), ("data", self.data_type)):
+                for name in class_arguments(class_path(kind)):
+                    flag, unused = f"--{section}.{name}", f"{section}_{name}"
+                    ArgumentParser.add_argument(subparser, flag, dest=unused)
+            subparser.parse_args([])
         checkpoint = option_value(sys.argv, "--ckpt_path")
         self.known: dict[str, Any] = {}
         if checkpoint is not None:
             given = _given_class(sys.argv)
-            default = _path(self.model_type)
-            self.known = hyper_parameters(checkpoint, given, default, f"{self.program} fit")
-            model = {"class_path": given or default, "init_args": self.known}
+            command = f"{self.program} fit"
+            self.known = hyper_parameters(checkpoint, given, self.model_type, command)
+            model = {"class_path": given or class_path(self.model_type), "init_args": self.known}
             for subparser in self._subcommand_parsers.values():
                 subparser.set_defaults({"model": model})
         # as LightningCLI does, less the program's own words
@@ -258,6 +264,18 @@ class TrainingCLI(LightningCLI):
             validate_duration(config, contents)
         config.weights_only = True  # a checkpoint holds tensors and primitives, nothing to run
         import_user_modules(config.imports)
+
+    def instantiate_classes(self) -> None:
+        """As LightningCLI does; an error of a class is not wrapped in one about its type."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None and str(cause).startswith(_WRAPPED):
+                cause = cause.__cause__
+            if cause is error:
+                raise
+            raise cause from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Choose the run folder, when the data are known to be good, and what is written there."""
@@ -359,14 +377,15 @@ class TrainingCLI(LightningCLI):
         return run
 
 
-def _path(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+_WRAPPED = ("Call to compute_fn", "Does not validate against any of the Union")
 
 
 def _given_class(argv: list[str]) -> str | None:
     """The class of the model that a command line or its configurations name."""
     flag = option_value(argv, "--model", "--model.class_path")
-    return flag or value_in_configs("model.class_path", argv)
+    named: str | None = value_in_configs("model.class_path", argv)
+    # a run's configuration names the template's class where nobody has chosen one
+    return flag or (None if str(named).startswith("lightning_modules.") else named)
 
 
 def _run_name(config: Namespace) -> str:

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning_modules.run.config_files import file_that_sets
 from mobileone.io.suggest import did_you_mean
 
-__all__ = ["Parser", "class_arguments"]
+__all__ = ["Parser", "class_arguments", "class_path"]
 
 _UNKNOWN = re.compile(r"(?:does not accept option '|unrecognized arguments: (?:--)?)([\w.+]+)")
 _IN_CLASS = re.compile(
@@ -62,9 +62,14 @@ class Parser(LightningArgumentParser):
         return f"there is no option {option!r}{place}{hint}"
 
 
-def class_arguments(class_path: str) -> set[str]:
+def class_path(kind: type) -> str:
+    """The path by which a class is imported, where it is defined."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def class_arguments(path: str) -> set[str]:
     """Names of a class's arguments; none if there is no such class, as parsing it says."""
-    module, _, name = class_path.rpartition(".")
+    module, _, name = path.rpartition(".")
     try:
         kind = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError):

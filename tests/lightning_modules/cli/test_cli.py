@@ -82,7 +82,10 @@ def test_fit_leaves_everything_a_user_wants(tmp_path, capsys):
         assert (run / f"checkpoints/{name}/model.torchscript.pt").is_file()
         manifest = json.loads((run / f"checkpoints/{name}/manifest.json").read_text())
         assert manifest["spec"]["class_names"] == [str(n) for n in range(10)]
-    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["model"] == "mobileone_mu0"
+    assert (
+        yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["model"]
+        == "mobileone_mu0"
+    )
     rows = read_table(run / "metrics/version_0/metrics.csv")
     assert {"train/loss", "val/acc1", "lr", "weight_decay"} <= set(rows[0])
     for picture in ("samples", "curves"):

@@ -109,7 +109,9 @@ def test_a_run_has_what_fit_gives(task, capsys):
     metrics = (folder / "metrics/version_0/metrics.csv").read_text().splitlines()[0].split(",")
     assert {"train/loss_epoch", "train/loss", "lr"} <= set(metrics)
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    assert config["model"]["model"] == "mobileone_mu0" and config["run"]["name"] == task
+    assert (
+        config["model"]["init_args"]["model"] == "mobileone_mu0" and config["run"]["name"] == task
+    )
     last = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
     assert last["epoch"] == 1 and last["averaging_state"]["n_averaged"] == 4
     raw, averaged = last["current_model_state"], last["state_dict"]

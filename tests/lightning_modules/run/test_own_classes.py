@@ -1,0 +1,132 @@
+"""A module and a data module of the user's own, by class path, through the whole command."""
+
+import shutil
+import sys
+
+import pytest
+import torch
+import yaml
+
+from lightning_modules.cli.main import main
+from lightning_modules.run.fit import run
+from tests.helpers.paths import PROGRAMS
+
+pytestmark = pytest.mark.filterwarnings("ignore:the checkpoint.s schedule of")  # longer on purpose
+
+QUICK = (
+    "--trainer.max_epochs 1 --trainer.accelerator cpu --trainer.enable_progress_bar false "
+    "--wandb.mode disabled --report.samples 0 --checkpoint.formats [torchscript] "
+    "--checkpoint.background false --run.name r"
+).split()
+TINY = ["--model.model", "test_byobnet", "--model.lr", "0.01"]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    """A folder with a module of the user's own, found without PYTHONPATH."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
+    shutil.copy(PROGRAMS / "own_classes.py", tmp_path / "own.py")
+    sys.modules.pop("own", None)
+
+
+def latest(tmp_path):
+    return (tmp_path / "runs/r/latest").resolve()
+
+
+def test_own_classifier_and_data_train_resume_export_and_predict(tmp_path, capsys):
+    own = ["--model", "own.MyClassifier", "--model.extra", "3", "--data", "own.MyData"]
+    cli = run("fit", [*QUICK, *own, *TINY])
+    assert type(cli.model).__name__ == "MyClassifier"
+    assert (cli.model.extra, cli.model.num_classes, cli.model.hparams.lr) == (3, 2, 0.01)
+    folder = latest(tmp_path)
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert saved["model"]["class_path"] == "own.MyClassifier"
+    assert saved["model"]["init_args"]["extra"] == 3
+
+    checkpoint = str(folder / "checkpoints/last.ckpt")
+    with pytest.raises(SystemExit):  # its configuration would choose what is imported
+        main(["fit", "--ckpt_path", checkpoint])
+    said = capsys.readouterr().err
+    assert "names 'own.MyClassifier'" in said and "--config" in said
+    more = ["--trainer.max_epochs", "2"]
+    cli = run("fit", ["--config", str(folder / "config.yaml"), "--ckpt_path", checkpoint, *more])
+    assert (cli.model.extra, cli.trainer.current_epoch) == (3, 2)
+
+    alone = tmp_path / "alone.ckpt"
+    shutil.copy(folder / "checkpoints/last.ckpt", alone)
+    with pytest.raises(SystemExit):
+        main(["validate", "--ckpt_path", str(alone), "--data", "own.MyData"])
+    assert "give --model own.MyClassifier" in capsys.readouterr().err
+    given = ["--model", "own.MyClassifier", "--data", "own.MyData"]
+    cli = run("validate", [*QUICK[2:], *given, "--ckpt_path", str(alone)])
+    assert (cli.model.extra, cli.model.hparams.lr) == (3, 0.01)  # the checkpoint's
+    main(["export", str(alone), "shipped", "--formats", "[torchscript]"])
+    assert (tmp_path / "shipped/manifest.json").is_file()
+
+
+def test_channels_and_classes_come_from_the_data(tmp_path):
+    cli = run("fit", [*QUICK, *TINY, "--data", "own.MyData", "--data.channels", "1"])
+    assert type(cli.model).__name__ == "ImageClassifier"
+    assert next(cli.model.model.parameters()).shape[1] == 1
+    assert cli.model.export_spec.class_names == ("ant", "bee")
+
+
+def test_a_free_module_needs_no_argument_of_the_templates(tmp_path):
+    run("fit", [*QUICK, "--model", "own.Free", "--model.width", "5", "--data", "own.MyData"])
+    contents = torch.load(latest(tmp_path) / "checkpoints/last.ckpt", weights_only=True)
+    assert contents["state_dict"]["model.0.weight"].shape[0] == 5
+
+
+def test_class_paths_work_in_a_configuration_too(tmp_path):
+    model = {"class_path": "own.MyClassifier", "init_args": {"model": "test_byobnet"}}
+    data = {"class_path": "own.MyData", "init_args": {"count": 12}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"model": model, "data": data}))
+    fast = ["--config", "own.yaml", "--model.extra", "4", "--trainer.fast_dev_run", "true"]
+    cli = run("fit", [*QUICK, *fast])
+    assert (cli.model.extra, len(cli.datamodule.pairs)) == (4, 12)
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["--data", "own.Nameless"], "lacks class_names"),
+        (["--data", "own.Nameless", "--model", "own.Free"], "lacks class_names"),
+        (["--model", "own.Missing"], "own.Missing"),
+        (["--model", "own.MyData"], "subclass of LightningModule"),
+        (["--model", "own.MyClassifier", "--model.extr", "1"], "did you mean model.extra"),
+        (["--data", "own.MyData", "--imports", "[no_networks]"], "no_networks"),
+    ],
+)
+def test_what_cannot_be_used_is_said_in_a_few_lines(argv, complaint, capsys, tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", *QUICK, *argv])
+    said = capsys.readouterr().err
+    assert complaint in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_imports_register_networks_of_their_own(tmp_path, capsys):
+    (tmp_path / "networks.py").write_text(
+        "import timm\n"
+        "@timm.models.register_model\n"
+        "def own_network(pretrained=False, **kwargs):\n"
+        "    return timm.create_model('test_byobnet', **kwargs)\n"
+    )
+    own = ["--data", "own.MyData", "--model.model", "own_network", "--model.lr", "0.01"]
+    run("fit", [*QUICK, *own, "--imports", "[networks]"])
+    checkpoint = str(latest(tmp_path) / "checkpoints/last.ckpt")
+    with pytest.raises(SystemExit):
+        main(["fit", "--ckpt_path", checkpoint])
+    assert "names 'networks'" in capsys.readouterr().err
+
+
+def test_a_resumed_search_compares_own_arguments(tmp_path):
+    own = ["--model", "own.MyClassifier", "--data", "own.MyData", *TINY, "--resume", "auto"]
+    run("fit", [*QUICK, *own, "--model.extra", "3"])
+    folder = latest(tmp_path)
+    run("fit", [*QUICK, *own, "--model.extra", "3", "--trainer.max_epochs", "2"])
+    assert latest(tmp_path) == folder
+    cli = run("fit", [*QUICK, *own, "--model.extra", "4"])
+    assert "model.extra 3 -> 4" in "".join(cli.continued.notes)
