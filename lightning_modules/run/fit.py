@@ -281,7 +281,7 @@ class TrainingCLI(LightningCLI):
         """Choose the run folder, when the data are known to be good, and what is written there."""
         self.count_classes(self.datamodule)  # a model that does not ask for it needs them too
         if isinstance(self.datamodule, ResumableData):  # others may need the Trainer
-            self.datamodule.setup(self.subcommand)
+            self.datamodule.setup(str(self.subcommand))
         self.run = None
         config = self.config[self.subcommand]
         if config.trainer.sync_batchnorm:
