@@ -6,7 +6,7 @@ BatchNorm by itself, add up in training and fold into one convolution.
 
 import torch
 import torch.nn.functional as F
-from timm.models import register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
 
@@ -60,6 +60,9 @@ class MyNetwork(nn.Module):
         return self.fc
 
 
+default_cfgs = generate_default_cfgs({"my_repvgg": {"input_size": (3, 32, 32), "classifier": "fc"}})
+
+
 @register_model
-def my_repvgg(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, **kwargs):
-    return MyNetwork(**kwargs)
+def my_repvgg(pretrained=False, **kwargs):
+    return build_model_with_cfg(MyNetwork, "my_repvgg", pretrained, **kwargs)
