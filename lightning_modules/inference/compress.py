@@ -31,7 +31,8 @@ def compress_checkpoint(
         data: folder with ``train/<class>/*`` (for calibration) and ``val/<class>/*`` (for
             accuracy).
         directory: the folder to create.
-        methods: names from `METHODS` of `mobileone.export.compress`; null for all.
+        methods: of coreml_palette6, coreml_palette4_corrected, coreml_int8_corrected and
+            onnx_int8_corrected; null for all.
         calibration: how many training images the ranges of activations are taken from.
         limit: at most so many validation images; null for all.
 

@@ -21,28 +21,19 @@ _USE = "Core ML compression"
 
 def quantize_weights(source: Path, path: Path, calibration: Tensor) -> None:
     """8-bit integers and one scale an output channel."""
-
-    def work(optimize: Any, mlmodel: Any) -> Any:
-        config = optimize.OpLinearQuantizerConfig(
-            mode="linear_symmetric", granularity="per_channel"
-        )
-        return optimize.linear_quantize_weights(
-            mlmodel, optimize.OptimizationConfig(global_config=config)
-        )
-
-    _rewrite(source, path, work)
+    _rewrite(
+        source,
+        path,
+        "linear_quantize_weights",
+        "OpLinearQuantizerConfig",
+        mode="linear_symmetric",
+        granularity="per_channel",
+    )
 
 
 def palettize(source: Path, path: Path, calibration: Tensor, *, bits: int) -> None:
     """Indices into a table of 2^bits values a layer, by k-means."""
-
-    def work(optimize: Any, mlmodel: Any) -> Any:
-        config = optimize.OpPalettizerConfig(mode="kmeans", nbits=bits)
-        return optimize.palettize_weights(
-            mlmodel, optimize.OptimizationConfig(global_config=config)
-        )
-
-    _rewrite(source, path, work)
+    _rewrite(source, path, "palettize_weights", "OpPalettizerConfig", mode="kmeans", nbits=bits)
 
 
 def correct(
@@ -65,8 +56,11 @@ def correct(
     compress(better, path, calibration)
 
 
-def _rewrite(source: Path, path: Path, work: Callable[[Any, Any], Any]) -> None:
+def _rewrite(source: Path, path: Path, function: str, config: str, **options: Any) -> None:
+    """Call a function of `coremltools.optimize.coreml` with its configuration."""
     with quiet():
         ct = import_optional("coremltools", _USE, "coremltools")
         optimize = import_optional("coremltools.optimize.coreml", _USE, "coremltools")
-        work(optimize, ct.models.MLModel(str(source), skip_model_load=True)).save(str(path))
+        chosen = optimize.OptimizationConfig(global_config=getattr(optimize, config)(**options))
+        mlmodel = ct.models.MLModel(str(source), skip_model_load=True)
+        getattr(optimize, function)(mlmodel, chosen).save(str(path))

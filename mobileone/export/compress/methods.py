@@ -1,40 +1,28 @@
 """Smaller files: quantized weights for Core ML, 8-bit arithmetic for ONNX, and what they cost.
 
-A method is a row of `METHODS`: a plain one, and what may mend it. Reparameterized networks lose
-more to 8 bits than others; per-channel weights, equalized ranges (`equalize.py`) and corrected
-biases (`correct.py`) bring most of it back.
+Reparameterized networks lose more to 8 bits than others: per-channel weights and corrected biases
+(`bias_correction.py`) bring most of it back, tables by k-means need 6 bits for it.
 """
 
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
-from mobileone.export.compress import coreml as compress_coreml
-from mobileone.export.compress import onnx as compress_onnx
-from mobileone.export.compress.equalize import equalize
-from mobileone.export.formats import coreml, onnx
+from mobileone.export.compress import coreml, onnx
+from mobileone.export.formats.table import FORMATS
 from mobileone.export.isolation import isolated
 from mobileone.export.manifest import describe_files
 from mobileone.export.preprocess import normalize
 from mobileone.export.spec import ExportSpec, Metadata
-from mobileone.export.verify.parity import Runner
-from mobileone.io.atomic import publish_folder, staging
+from mobileone.io.atomic import publish_folder, replace_text, staging
 from mobileone.reparameterize import reparameterize
 
-__all__ = ["DEFAULT_METHODS", "METHODS", "Method", "Row", "compress_model"]
-
-
-_CORRECTED = "_corrected"  # how the name of a method ends that corrects biases
-
-# Writes the second path from the first; gets calibration images, normalized
-Compress = Callable[[Path, Path, Tensor], None]
+__all__ = ["METHODS", "Method", "Row", "compress_model"]
 
 
 @dataclass(frozen=True)
@@ -42,26 +30,24 @@ class Method:
     """One way to make a file smaller.
 
     Attributes:
-        kind: `coreml` or `onnx`, the file that it starts from.
-        compress: writes the smaller file.
-        equalized: equalize the network's weight ranges first (`equalize.py`).
-        corrected: correct the biases afterwards (`correct.py`).
+        format: `coreml` or `onnx`, the format that it starts from.
+        compress: writes the second path from the first; gets calibration images, normalized.
+        correct: corrects the biases of the written file; None leaves them as they are.
     """
 
-    kind: str
-    compress: Compress
-    equalized: bool
-    corrected: bool
+    format: str
+    compress: Callable[[Path, Path, Tensor], None]
+    correct: Callable[..., None] | None = None
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """A kind of file: how it is called, written, run, and corrected."""
-
-    suffix: str
-    write: Callable[[nn.Module, ExportSpec, Path, Metadata], Any]
-    runner: Callable[[Path, ExportSpec], Runner]
-    correct: Callable[[Compress, nn.Module, ExportSpec, Path, Path, Tensor], None]
+METHODS = {
+    "coreml_palette6": Method("coreml", partial(coreml.palettize, bits=6)),
+    "coreml_palette4_corrected": Method(
+        "coreml", partial(coreml.palettize, bits=4), coreml.correct
+    ),
+    "coreml_int8_corrected": Method("coreml", coreml.quantize_weights, coreml.correct),
+    "onnx_int8_corrected": Method("onnx", onnx.quantize, onnx.correct),
+}
 
 
 @dataclass(frozen=True)
@@ -97,18 +83,18 @@ def compress_model(
     Args:
         model: the trained network in eval mode, on the CPU, float32.
         spec: what it expects.
-        directory: must not exist; gets `compression.json` beside the files.
+        directory: must not exist; gets `compression.json` next to the files.
         calibration: 8-bit training images (M, C, H, W), for methods that need activations.
         images: 8-bit validation images (N, C, H, W).
         targets: their classes, (N,).
-        methods: names from `METHODS`; None takes `DEFAULT_METHODS`.
+        methods: names from `METHODS`; None takes all.
 
     Raises:
         FileExistsError: `directory` exists.
         ValueError: an unknown method.
         ImportError: a package is missing; names the pip command.
     """
-    chosen = list(DEFAULT_METHODS if methods is None else methods)
+    chosen = list(METHODS if methods is None else methods)
     if unknown := sorted(set(chosen) - set(METHODS)):
         raise ValueError(f"unknown methods {unknown}: choose from {list(METHODS)}")
     if directory.exists():
@@ -120,40 +106,24 @@ def compress_model(
         expected = model(normalize(images, spec)).softmax(dim=1)
         size = 4 * sum(p.numel() for p in fused.parameters())
         rows = [_row("float32", size, expected, expected, targets)]
-        networks = {False: fused}
-        if any(METHODS[name].equalized for name in chosen):
-            networks[True] = equalize(fused)
         inputs = normalize(calibration, spec)
         for name in chosen:
-            method, kind = METHODS[name], _KINDS[METHODS[name].kind]
-            network = networks[method.equalized]
-            source = Path(scratch) / f"{('plain', 'equalized')[method.equalized]}{kind.suffix}"
+            method, row = METHODS[name], FORMATS[METHODS[name].format]
+            source = Path(scratch) / row.filename
             if not source.exists():
-                kind.write(network, spec, source, Metadata())
-            path = staged / f"{name}{kind.suffix}"
-            plain = staged / f"{name.removesuffix(_CORRECTED)}{kind.suffix}"
-            if method.corrected and plain.exists():
-                _copy(plain, path)
-            else:
-                method.compress(source, path, inputs)
-            if method.corrected:
-                kind.correct(method.compress, network, spec, source, path, inputs)
-            answers = kind.runner(path, spec)(images)
-            if method.kind == "onnx":
-                answers = answers.softmax(dim=1)
+                row.write(fused, spec, source, Metadata())
+            path = staged / f"{name}{source.suffix}"
+            method.compress(source, path, inputs)
+            if method.correct:
+                method.correct(method.compress, fused, spec, source, path, inputs)
+            output = row.runner(path, spec)(images)
+            probabilities = output.softmax(dim=1) if row.output == "logits" else output
             written = sum(file["bytes"] for file in describe_files(path).values())
-            rows.append(_row(name, written, answers, expected, targets))
+            rows.append(_row(name, written, probabilities, expected, targets))
         table = {"model": spec.model_name, "images": len(images), "rows": [asdict(r) for r in rows]}
-        (staged / "compression.json").write_text(json.dumps(table, indent=2) + "\n")
+        replace_text(staged / "compression.json", json.dumps(table, indent=2) + "\n")
         publish_folder(staged, directory)
     return rows
-
-
-def _copy(source: Path, path: Path) -> None:
-    if source.is_dir():
-        shutil.copytree(source, path)
-    else:
-        shutil.copy(source, path)
 
 
 def _row(name: str, size: int, answers: Tensor, expected: Tensor, targets: Tensor) -> Row:
@@ -165,29 +135,3 @@ def _row(name: str, size: int, answers: Tensor, expected: Tensor, targets: Tenso
         float((classes == expected.argmax(dim=1)).double().mean()),
         float((answers - expected).abs().max()),
     )
-
-
-_KINDS = {
-    "coreml": _Kind(".mlpackage", coreml.write, coreml.runner, compress_coreml.correct),
-    "onnx": _Kind(".onnx", onnx.write, onnx.runner, compress_onnx.correct),
-}
-
-_PLAIN: dict[str, tuple[str, Compress]] = {
-    "coreml_int8": ("coreml", compress_coreml.quantize_weights),
-    "coreml_palette8": ("coreml", partial(compress_coreml.palettize, bits=8)),
-    "coreml_palette6": ("coreml", partial(compress_coreml.palettize, bits=6)),
-    "coreml_palette4": ("coreml", partial(compress_coreml.palettize, bits=4)),
-    "onnx_int8_tensor": ("onnx", partial(compress_onnx.quantize, per_channel=False)),
-    "onnx_int8": ("onnx", partial(compress_onnx.quantize, per_channel=True)),
-}
-
-METHODS = {
-    f"{name}{'_equalized' * equalized}{_CORRECTED * corrected}": Method(
-        kind, compress, equalized, corrected
-    )
-    for name, (kind, compress) in _PLAIN.items()
-    for equalized in (False, True)
-    for corrected in (False, True)
-}
-# ranges made equal do not help where activations stay float16 (docs/compression.md)
-DEFAULT_METHODS = tuple(n for n, m in METHODS.items() if m.kind == "onnx" or not m.equalized)

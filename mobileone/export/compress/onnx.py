@@ -20,8 +20,8 @@ _BATCH = 32
 Floats = np.ndarray[Any, Any]
 
 
-def quantize(source: Path, path: Path, calibration: Tensor, *, per_channel: bool) -> None:
-    """Activation ranges from the calibration images; one weight scale a tensor or a channel."""
+def quantize(source: Path, path: Path, calibration: Tensor) -> None:
+    """Activation ranges from the calibration images; one weight scale an output channel."""
     quantization = import_optional("onnxruntime.quantization", _USE, onnx.EXTRA)
     prepared = _prepared(source)
     quantization.quant_pre_process(str(source), str(prepared))
@@ -30,7 +30,7 @@ def quantize(source: Path, path: Path, calibration: Tensor, *, per_channel: bool
         str(path),
         _Reader(calibration),
         quant_format=quantization.QuantFormat.QDQ,
-        per_channel=per_channel,
+        per_channel=True,
         activation_type=quantization.QuantType.QUInt8,
         weight_type=quantization.QuantType.QInt8,
     )
@@ -44,7 +44,7 @@ def correct(
     path: Path,
     calibration: Tensor,
 ) -> None:
-    """Correct the biases of a quantized file, by its own arithmetic: see `correct.py`."""
+    """Correct the biases of a quantized file, by its own arithmetic: see `bias_correction.py`."""
     proto = import_optional("onnx", _USE, onnx.EXTRA)
     quantized = proto.load(path)
     expected = _means(proto.load(_prepared(source)), calibration)

@@ -1,9 +1,9 @@
-"""Equalized ranges, and compressed files against arithmetic and coremltools' own reading."""
+"""Compressed files against arithmetic and coremltools' own reading."""
 
 import json
+from dataclasses import replace
 
 import pytest
-import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -11,8 +11,7 @@ from torch.nn import functional as F
 import mobileone
 from mobileone.export import Metadata, load_runner
 from mobileone.export.compress.bias_correction import correct_biases
-from mobileone.export.compress.equalize import _pairs, equalize
-from mobileone.export.compress.methods import DEFAULT_METHODS, METHODS, compress_model
+from mobileone.export.compress.methods import METHODS, compress_model
 from mobileone.export.formats import coreml, onnx
 from mobileone.export.preprocess import normalize
 from mobileone.export.verify.mlprogram import MLProgram
@@ -20,50 +19,6 @@ from mobileone.export.verify.mlprogram_ops import KERNELS
 from mobileone.io.coremltools_noise import quiet
 from tests.helpers.norms import randomize_bn
 from tests.helpers.tiny import tiny_spec
-
-
-def ranges(model):
-    """How many times larger a layer's largest channel is than its smallest, at most."""
-    spans = []
-    for conv in model.modules():
-        if isinstance(conv, nn.Conv2d):
-            largest = conv.weight.detach().flatten(1).abs().amax(1)
-            spans.append(float(largest.max() / largest[largest > 0].min()))
-    return max(spans)
-
-
-def test_equalizing_changes_the_ranges_and_not_the_function():
-    model = randomize_bn(timm.create_model("mobileone_mu1", num_classes=7)).double().eval()
-    fused = mobileone.reparameterize(model)
-    before = {name: value.clone() for name, value in fused.state_dict().items()}
-    equal = equalize(fused)
-    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    with torch.no_grad():
-        expected = model(images)
-        assert (equal(images) - expected).abs().max() < 1e-10 * expected.abs().max()
-    assert ranges(equal) < ranges(fused) / 2
-    assert all(torch.equal(value, before[name]) for name, value in fused.state_dict().items())
-
-
-def test_every_neighbor_of_a_plain_network_is_a_pair():
-    """43 layers in a row have 42 neighbors; in S4 squeeze-and-excitation stands between some.
-
-    It follows twelve layers, the last of all among them, and has a pair of its own inside.
-    """
-    with torch.device("meta"):
-        plain = mobileone.reparameterize(timm.create_model("mobileone_s0").eval())
-        squeezed = mobileone.reparameterize(timm.create_model("mobileone_s4").eval())
-    assert len(_pairs(plain)) == 42
-    assert len(_pairs(squeezed)) == 42 - 11 + 12
-
-
-def test_ranges_of_a_pair_meet_in_the_middle():
-    first, second = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 1, 1)
-    first.weight.data = torch.tensor([[8.0, 0.0], [0.0, 1.0]]).view(2, 2, 1, 1)
-    second.weight.data = torch.tensor([[2.0, 9.0]]).view(1, 2, 1, 1)
-    equal = equalize(nn.Sequential(first, nn.ReLU(), second), sweeps=1)
-    assert equal[0].weight.flatten().tolist() == pytest.approx([4.0, 0.0, 0.0, 3.0])
-    assert equal[2].weight.flatten().tolist() == pytest.approx([4.0, 3.0])
 
 
 def test_packed_indices_are_read_lowest_bits_first():
@@ -89,7 +44,9 @@ def wide():
     return randomize_bn(model).eval()
 
 
-@pytest.mark.parametrize("name", ["coreml_int8", "coreml_palette6", "coreml_palette4"])
+@pytest.mark.parametrize(
+    "name", ["coreml_int8_corrected", "coreml_palette6", "coreml_palette4_corrected"]
+)
 def test_compressed_packages_are_read_as_coremltools_reads_them(wide, tmp_path, name):
     ct = pytest.importorskip("coremltools")
     from coremltools.optimize.coreml import decompress_weights
@@ -113,8 +70,13 @@ def test_a_folder_of_files_and_their_table(wide, tmp_path):
     images = torch.randint(0, 256, (12, 3, 32, 48), dtype=torch.uint8)
     with torch.no_grad():
         targets = wide(normalize(images, spec)).argmax(1)
-    methods = ["coreml_int8", "onnx_int8_tensor", "onnx_int8_equalized_corrected"]
-    rows = compress_model(wide, spec, tmp_path / "small", images, images, targets, methods)
+    rows = compress_model(wide, spec, tmp_path / "small", images, images, targets)
+    methods = [
+        "coreml_palette6",
+        "coreml_palette4_corrected",
+        "coreml_int8_corrected",
+        "onnx_int8_corrected",
+    ]
     assert [row.method for row in rows] == ["float32", *methods]
     assert rows[0].accuracy == rows[0].agreement == 1
     for row in rows[1:]:
@@ -123,25 +85,15 @@ def test_a_folder_of_files_and_their_table(wide, tmp_path):
     table = json.loads((tmp_path / "small" / "compression.json").read_text())
     assert [row["method"] for row in table["rows"]] == ["float32", *methods]
     files = {p.name for p in (tmp_path / "small").iterdir()}
-    assert files == {
-        "coreml_int8.mlpackage",
-        "onnx_int8_tensor.onnx",
-        "onnx_int8_equalized_corrected.onnx",
-        "compression.json",
-    }
+    suffixes = {"coreml": ".mlpackage", "onnx": ".onnx"}
+    expected = {f"{name}{suffixes[METHODS[name].format]}" for name in methods}
+    assert files == expected | {"compression.json"}
     for file in files - {"compression.json"}:
         assert load_runner(tmp_path / "small" / file).spec == spec  # each runs by itself
     with pytest.raises(FileExistsError, match="exists"):
-        compress_model(wide, spec, tmp_path / "small", images, images, targets, methods)
+        compress_model(wide, spec, tmp_path / "small", images, images, targets)
     with pytest.raises(ValueError, match=r"\['int3'\]: choose from"):
         compress_model(wide, spec, tmp_path / "x", images, images, targets, ["int3"])
-
-
-def test_every_method_comes_plain_and_mended():
-    assert len(METHODS) == 4 * 6
-    assert set(DEFAULT_METHODS) < set(METHODS)
-    assert not METHODS["onnx_int8"].equalized and not METHODS["onnx_int8"].corrected
-    assert METHODS["coreml_palette4_equalized_corrected"].equalized
 
 
 def rounded(weight):
@@ -187,22 +139,23 @@ def test_weights_of_another_network_are_refused(wide):
         correct_biases(fused, weights[1:], images)
 
 
-@pytest.mark.parametrize("name", ["coreml_palette4", "onnx_int8_tensor"])
-def test_corrected_files_answer_with_the_right_mean(wide, tmp_path, name):
+@pytest.mark.parametrize("name", ["coreml_palette4_corrected", "onnx_int8_corrected"])
+def test_corrected_files_have_the_right_mean(wide, tmp_path, monkeypatch, name):
     """The last layer's mean is that of the logits, whatever reads the file."""
-    pytest.importorskip({"coreml": "coremltools", "onnx": "onnxruntime"}[METHODS[name].kind])
+    pytest.importorskip({"coreml": "coremltools", "onnx": "onnxruntime"}[METHODS[name].format])
     spec = tiny_spec()
     images = torch.randint(0, 256, (8, 3, 32, 48), dtype=torch.uint8)
     with torch.no_grad():
         mean = wide(normalize(images, spec)).mean(0)
     shifts = []
-    for method in (name, f"{name}_corrected"):
-        folder = tmp_path / method
-        compress_model(wide, spec, folder, images, images, torch.zeros(8), [method])
+    for method in (replace(METHODS[name], correct=None), METHODS[name]):
+        monkeypatch.setitem(METHODS, name, method)
+        folder = tmp_path / str(bool(method.correct))
+        compress_model(wide, spec, folder, images, images, torch.zeros(8), [name])
         (file,) = [p for p in folder.iterdir() if p.suffix != ".json"]
         if file.suffix == ".onnx":
             logits = onnx.runner(file, spec)(images)
         else:
             logits = MLProgram(file).predict(images).logits
         shifts.append(float((logits.mean(0) - mean).abs().max()))
-    assert shifts[1] < shifts[0] / 4
+    assert shifts[1] < shifts[0] / 2
