@@ -1,14 +1,12 @@
 import json
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import nn
 from torch.optim.swa_utils import get_ema_avg_fn
@@ -17,13 +15,22 @@ from torch.utils.data import DataLoader, TensorDataset
 from callbacks.artifacts.callback import ReparameterizeOnSave
 from callbacks.artifacts.folder import CheckpointFolder
 from callbacks.ema import EMA
-from mobileone import MobileOneBlock
 from mobileone.export import ExportSpec, Manifest, Metadata, load_torchscript_artifact
 from mobileone.export import checkpoint as exports
 from mobileone.export.artifact import RejectedError
-
-FORMATS = ["torchscript"]
-STEPS = 4  # training batches an epoch
+from tests.helpers.checkpoints import (
+    STEPS,
+    assert_artifact_is_of,
+    contents,
+    expected,
+    fit,
+    name,
+    outputs,
+    saver,
+    targets,
+)
+from tests.helpers.modules import ScoredClassifier
+from tests.helpers.processes import run_program
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),  # by Lightning
@@ -34,129 +41,18 @@ pytestmark = [
 ]
 
 
-class Classifier(LightningModule):
-    """Scores come from a list, so that tests decide which checkpoint is best."""
-
-    def __init__(self, scores=(), noise=False):
-        super().__init__()
-        torch.manual_seed(1)
-        self.model = nn.Sequential(
-            MobileOneBlock(3, 8, stride=2, num_conv_branches=2),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(8, 3),
-        )
-        self.scores, self.noise = list(scores), noise
-
-    @property
-    def export_spec(self):
-        return ExportSpec(
-            "tiny", ("a", "b", "c"), (3, 16, 16), (0.5,) * 3, (0.2,) * 3, "bilinear", 1
-        )
+class Noisy(ScoredClassifier):
+    """Draws from the generators of torch, Python and NumPy in each step."""
 
     def training_step(self, batch):
         x, y = batch
-        if self.noise:
-            x = x + torch.rand_like(x) + random.random() + float(np.random.rand())
-        return nn.functional.cross_entropy(self.model(x), y)
-
-    def validation_step(self, batch):
-        self.model(batch[0])
-
-    def on_validation_epoch_end(self):
-        if not self.trainer.sanity_checking:
-            self.log("val/acc1", self.scores.pop(0) if self.scores else 0.0)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
-
-    def train_dataloader(self):
-        return self._loader(STEPS)
-
-    def val_dataloader(self):
-        return self._loader(1)
-
-    @staticmethod
-    def _loader(batches):
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(4 * batches, 3, 16, 16, generator=generator)
-        y = torch.randint(0, 3, (4 * batches,), generator=generator)
-        return DataLoader(TensorDataset(x, y), batch_size=4)
-
-
-def fit(module, callback, tmp_path, *, resume=None, callbacks=(), **options):
-    options = {"max_epochs": 1, "num_sanity_val_steps": 0, **options}
-    trainer = Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-        callbacks=[callback, *callbacks] if callback else list(callbacks),
-        enable_checkpointing=callback is not None,
-        **options,
-    )
-    trainer.fit(module, ckpt_path=resume, weights_only=True if resume else None)
-    return trainer
+        noise = torch.rand_like(x) + random.random() + float(np.random.rand())
+        return super().training_step((x + noise, y))
 
 
 @pytest.fixture
-def make(tmp_path):
-    def build(**options):
-        return ReparameterizeOnSave(
-            **{
-                "dirpath": str(tmp_path / "checkpoints"),
-                "formats": FORMATS,
-                "background": False,
-                **options,
-            }
-        )
-
-    return build
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "checkpoints"
-
-
-def name(epoch):
-    return f"epoch={epoch:03d}-step={(epoch + 1) * STEPS:06d}"
-
-
-def contents(folder):
-    return {p.name for p in folder.iterdir()}
-
-
-def expected(*epochs):
-    return {"last", "last.ckpt", "best", "best.ckpt"} | {
-        f"{name(e)}{end}" for e in epochs for end in ("", ".ckpt")
-    }
-
-
-def targets(folder):
-    links = [p for p in folder.iterdir() if p.is_symlink()]
-    return {link.name: str(link.readlink()) for link in links}
-
-
-def answers(module, x):
-    with torch.no_grad():
-        return module.eval()(x)
-
-
-def assert_artifact_is_of(checkpoint):
-    """The artifact's answers against the branches run one by one with the checkpoint's weights."""
-    state = torch.load(checkpoint, weights_only=True)["state_dict"]
-    block = MobileOneBlock(3, 8, stride=2, num_conv_branches=2).eval()
-    block.load_state_dict({k[8:]: v for k, v in state.items() if k.startswith("model.0.")})
-    x = torch.randn(2, 3, 16, 16)
-    with torch.no_grad():
-        y = torch.relu(sum(branch(x) for branch in [*block.conv_kxk, block.conv_scale]))
-        want = y.mean((2, 3)) @ state["model.3.weight"].T + state["model.3.bias"]
-    artifact, manifest = load_torchscript_artifact(str(checkpoint).removesuffix(".ckpt"))
-    assert torch.allclose(answers(artifact, x), want, rtol=1e-4, atol=1e-5)
-    assert manifest.training.checkpoint == checkpoint.name
-    return want
+def make(folder):
+    return lambda **options: saver(folder, **{"background": False, **options})
 
 
 # -- When and what ---------------------------------------------------------------------------
@@ -164,7 +60,7 @@ def assert_artifact_is_of(checkpoint):
 
 def test_each_validation_saves_both_and_links_them(make, tmp_path, folder):
     callback = make(save_top_k=1)
-    fit(Classifier([0.2, 0.9, 0.5]), callback, tmp_path, max_epochs=3)
+    fit(ScoredClassifier([0.2, 0.9, 0.5]), callback, tmp_path, max_epochs=3)
     assert contents(folder) == expected(1, 2)
     assert targets(folder) == {
         "last": name(2),
@@ -186,7 +82,7 @@ def test_each_validation_saves_both_and_links_them(make, tmp_path, folder):
 def test_both_formats_by_default(tmp_path, folder):
     pytest.importorskip("coremltools")
     callback = ReparameterizeOnSave(dirpath=str(folder), metadata=Metadata(author="Ada"))
-    fit(Classifier(), callback, tmp_path)
+    fit(ScoredClassifier(), callback, tmp_path)
     manifest = Manifest.load(folder / "last")
     assert set(manifest.formats) == {"torchscript", "coreml"}
     assert manifest.images == "given"
@@ -201,30 +97,30 @@ def test_both_formats_by_default(tmp_path, folder):
 )
 def test_the_best_k_and_the_last_are_kept(make, tmp_path, folder, mode, top_k, kept):
     scores = [0.5, 0.9, 0.1, 0.8, 0.6]
-    fit(Classifier(scores), make(mode=mode, save_top_k=top_k), tmp_path, max_epochs=5)
+    fit(ScoredClassifier(scores), make(mode=mode, save_top_k=top_k), tmp_path, max_epochs=5)
     assert contents(folder) == expected(*kept)
 
 
 def test_only_the_last_is_kept_without_a_top_k(make, tmp_path, folder):
-    fit(Classifier([0.5, 0.1]), make(save_top_k=0), tmp_path, max_epochs=2)
+    fit(ScoredClassifier([0.5, 0.1]), make(save_top_k=0), tmp_path, max_epochs=2)
     assert contents(folder) == {"last", "last.ckpt", name(1), f"{name(1)}.ckpt"}
 
 
 def test_of_equal_scores_the_older_stays_best(make, tmp_path, folder):
-    fit(Classifier([0.5, 0.5, 0.1]), make(), tmp_path, max_epochs=3)
+    fit(ScoredClassifier([0.5, 0.5, 0.1]), make(), tmp_path, max_epochs=3)
     assert targets(folder)["best"] == name(0)
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
 def test_a_score_that_is_not_a_number_is_never_best(make, tmp_path, folder, mode):
     nan = float("nan")
-    fit(Classifier([nan, 0.5, nan]), make(mode=mode), tmp_path, max_epochs=3)
+    fit(ScoredClassifier([nan, 0.5, nan]), make(mode=mode), tmp_path, max_epochs=3)
     assert targets(folder)["best"] == name(1)
     assert Manifest.load(folder / "last").training.metrics["val/acc1"] is None
 
 
 def test_validations_within_an_epoch_count(make, tmp_path, folder):
-    fit(Classifier([0.1, 0.2]), make(save_top_k=-1), tmp_path, val_check_interval=0.5)
+    fit(ScoredClassifier([0.1, 0.2]), make(save_top_k=-1), tmp_path, val_check_interval=0.5)
     steps = {p.name for p in folder.glob("epoch*.ckpt") if not p.is_symlink()}
     assert steps == {"epoch=000-step=000002.ckpt", "epoch=000-step=000004.ckpt"}
 
@@ -236,24 +132,24 @@ def test_the_sanity_check_and_a_dry_run_save_nothing(make, tmp_path, folder):
         def on_sanity_check_end(self, trainer, pl_module):
             seen.extend(folder.iterdir())
 
-    fit(Classifier([0.5]), make(), tmp_path, num_sanity_val_steps=1, callbacks=[Look()])
+    fit(ScoredClassifier([0.5]), make(), tmp_path, num_sanity_val_steps=1, callbacks=[Look()])
     assert seen == []
     assert contents(folder) == expected(0)
     other = make(dirpath=str(tmp_path / "dry"))
-    fit(Classifier(), other, tmp_path, fast_dev_run=True)
+    fit(ScoredClassifier(), other, tmp_path, fast_dev_run=True)
     assert not (tmp_path / "dry").exists()
 
 
 def test_a_separate_validation_saves_nothing(make, tmp_path, folder):
-    trainer = fit(Classifier([0.5]), make(), tmp_path)
+    trainer = fit(ScoredClassifier([0.5]), make(), tmp_path)
     before = contents(folder)
-    trainer.validate(Classifier([0.9]), verbose=False)
+    trainer.validate(ScoredClassifier([0.9]), verbose=False)
     assert contents(folder) == before
 
 
 def test_a_slash_in_a_metric_does_not_make_a_folder(make, tmp_path, folder):
     callback = make(filename="{step}-{val/acc1:.2f}")
-    fit(Classifier([0.25]), callback, tmp_path)
+    fit(ScoredClassifier([0.25]), callback, tmp_path)
     assert f"step={STEPS}-val_acc1=0.25.ckpt" in contents(folder)
     assert (folder / f"step={STEPS}-val_acc1=0.25" / "manifest.json").is_file()
 
@@ -267,7 +163,7 @@ class Average(WeightAveraging):
 
 
 def test_averaged_weights_are_what_ships(make, tmp_path, folder):
-    fit(Classifier([0.5]), make(), tmp_path, callbacks=[Average()])
+    fit(ScoredClassifier([0.5]), make(), tmp_path, callbacks=[Average()])
     checkpoint = folder / f"{name(0)}.ckpt"
     saved = torch.load(checkpoint, weights_only=True)
     averaged, raw = saved["state_dict"], saved["current_model_state"]
@@ -276,16 +172,16 @@ def test_averaged_weights_are_what_ships(make, tmp_path, folder):
 
 
 def test_weights_only_checkpoints_get_the_artifact_of_their_weights(make, tmp_path, folder):
-    fit(Classifier([0.5]), make(save_weights_only=True), tmp_path)
+    fit(ScoredClassifier([0.5]), make(save_weights_only=True), tmp_path)
     saved = torch.load(folder / f"{name(0)}.ckpt", weights_only=True)
     assert "optimizer_states" not in saved
     assert_artifact_is_of(folder / f"{name(0)}.ckpt")
 
 
 def test_the_images_that_files_were_compared_on_stay_in_the_checkpoint(make, tmp_path, folder):
-    fit(Classifier([0.5]), make(), tmp_path)
+    fit(ScoredClassifier([0.5]), make(), tmp_path)
     saved = torch.load(folder / f"{name(0)}.ckpt", weights_only=True)["export_images"]
-    (x, _) = next(iter(Classifier().val_dataloader()))
+    (x, _) = next(iter(ScoredClassifier().val_dataloader()))
     want = ((x * 0.2 + 0.5) * 255).round().clamp(0, 255)
     assert saved.dtype == torch.uint8
     assert (saved.float() - want).abs().max() <= 1
@@ -294,7 +190,7 @@ def test_the_images_that_files_were_compared_on_stay_in_the_checkpoint(make, tmp
 @pytest.mark.parametrize("weights_only", [False, True])
 def test_the_projects_own_average_ships_too(make, tmp_path, folder, weights_only):
     ema = EMA(decay=0.5, warmup=False)
-    fit(Classifier([0.5]), make(save_weights_only=weights_only), tmp_path, callbacks=[ema])
+    fit(ScoredClassifier([0.5]), make(save_weights_only=weights_only), tmp_path, callbacks=[ema])
     checkpoint = folder / f"{name(0)}.ckpt"
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]
     averaged = ema._average_model.module.state_dict()
@@ -303,7 +199,7 @@ def test_the_projects_own_average_ships_too(make, tmp_path, folder, weights_only
 
 
 def test_a_compiled_network_is_unwrapped(make, tmp_path, folder):
-    module = Classifier([0.5])
+    module = ScoredClassifier([0.5])
     module.model = torch.compile(module.model, backend="eager")
     fit(module, make(), tmp_path)
     saved = torch.load(folder / f"{name(0)}.ckpt", weights_only=True)["state_dict"]
@@ -315,7 +211,7 @@ def test_a_compiled_network_is_unwrapped(make, tmp_path, folder):
 def test_training_is_bit_identical_with_and_without(make, tmp_path, formats):
     def train(callback):
         torch.manual_seed(3), np.random.seed(3), random.seed(3)
-        module = Classifier([0.1, 0.2], noise=True)
+        module = Noisy([0.1, 0.2])
         torch.manual_seed(3)
         fit(module, callback, tmp_path, max_epochs=2, num_sanity_val_steps=1)
         draws = (torch.rand(1).item(), np.random.rand(), random.random())
@@ -332,48 +228,48 @@ def test_training_is_bit_identical_with_and_without(make, tmp_path, formats):
 
 
 def test_the_ranking_survives_a_resume(make, tmp_path, folder):
-    fit(Classifier([0.9, 0.1]), make(), tmp_path, max_epochs=2)
+    fit(ScoredClassifier([0.9, 0.1]), make(), tmp_path, max_epochs=2)
     callback = make()
     resume = str(folder / "last.ckpt")
-    fit(Classifier([0.5, 0.2]), callback, tmp_path, max_epochs=4, resume=resume)
+    fit(ScoredClassifier([0.5, 0.2]), callback, tmp_path, max_epochs=4, resume=resume)
     assert contents(folder) == expected(0, 3)
     assert targets(folder)["best"] == name(0)
     assert float(callback.best_model_score) == pytest.approx(0.9)
 
 
 def test_the_ranking_survives_a_move_of_the_folder(make, tmp_path, folder):
-    fit(Classifier([0.9, 0.1]), make(), tmp_path, max_epochs=2)
+    fit(ScoredClassifier([0.9, 0.1]), make(), tmp_path, max_epochs=2)
     moved = tmp_path / "moved"
     folder.rename(moved)
     callback = make(dirpath=str(moved))
     resume = str(moved / "last.ckpt")
-    fit(Classifier([0.5]), callback, tmp_path, max_epochs=3, resume=resume)
+    fit(ScoredClassifier([0.5]), callback, tmp_path, max_epochs=3, resume=resume)
     assert contents(moved) == expected(0, 2)
     assert callback.best_model_path == str(moved / f"{name(0)}.ckpt")
 
 
 def test_a_new_folder_starts_a_new_ranking(make, tmp_path, folder):
-    fit(Classifier([0.9]), make(), tmp_path)
+    fit(ScoredClassifier([0.9]), make(), tmp_path)
     other = make(dirpath=str(tmp_path / "other"))
     resume = str(folder / "last.ckpt")
-    fit(Classifier([0.5]), other, tmp_path, max_epochs=2, resume=resume)
+    fit(ScoredClassifier([0.5]), other, tmp_path, max_epochs=2, resume=resume)
     assert contents(tmp_path / "other") == expected(1)
     assert contents(folder) == expected(0)
 
 
 def test_a_checkpoint_that_was_deleted_does_not_count(make, tmp_path, folder):
-    fit(Classifier([0.9, 0.1]), make(), tmp_path, max_epochs=2)
+    fit(ScoredClassifier([0.9, 0.1]), make(), tmp_path, max_epochs=2)
     (folder / f"{name(0)}.ckpt").unlink()
     resume = str(folder / "last.ckpt")
-    fit(Classifier([0.5]), make(), tmp_path, max_epochs=3, resume=resume)
+    fit(ScoredClassifier([0.5]), make(), tmp_path, max_epochs=3, resume=resume)
     assert targets(folder)["best.ckpt"] == f"{name(2)}.ckpt"
     assert targets(folder)["best"] == name(2)
 
 
 def test_the_checkpoint_that_was_named_for_resuming_stays(make, tmp_path, folder):
-    fit(Classifier([0.1]), make(), tmp_path)
+    fit(ScoredClassifier([0.1]), make(), tmp_path)
     resume = str(folder / f"{name(0)}.ckpt")
-    fit(Classifier([0.5, 0.6]), make(), tmp_path, max_epochs=3, resume=resume)
+    fit(ScoredClassifier([0.5, 0.6]), make(), tmp_path, max_epochs=3, resume=resume)
     assert contents(folder) == expected(0, 2)
 
 
@@ -384,12 +280,12 @@ def test_a_validation_at_the_same_step_replaces_its_own_files(make, tmp_path, fo
     callback = make()
     callback.listeners.append(lambda path, manifest: published.append(path.name))
     published = []
-    fit(Classifier([0.1, 0.2]), callback, tmp_path, **options())
+    fit(ScoredClassifier([0.1, 0.2]), callback, tmp_path, **options())
     # two batches make one step: validations at step 0 and at step 1
     assert published == ["epoch=000-step=000000", "epoch=000-step=000001"]
     before = torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
     with pytest.warns(UserWarning, match="checkpoints of another run"):
-        fit(Classifier([0.1, 0.3]), make(), tmp_path, **options())
+        fit(ScoredClassifier([0.1, 0.3]), make(), tmp_path, **options())
     assert targets(folder)["last"] == "epoch=000-step=000001"
     Manifest.load(folder / "last").verify(folder / "last")
     after = torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
@@ -420,7 +316,7 @@ def test_a_failed_export_does_not_stop_training(make, tmp_path, folder, failing)
     failing({0, 1, 2})
     callback = make()
     with pytest.warns(UserWarning, match="no such operator"):
-        trainer = fit(Classifier([0.1, 0.2, 0.3]), callback, tmp_path, max_epochs=3)
+        trainer = fit(ScoredClassifier([0.1, 0.2, 0.3]), callback, tmp_path, max_epochs=3)
     assert trainer.current_epoch == 3
     assert "no such operator" in callback.last_error
     assert targets(folder) == {"last.ckpt": f"{name(2)}.ckpt", "best.ckpt": f"{name(2)}.ckpt"}
@@ -438,7 +334,7 @@ def test_a_failed_export_does_not_stop_training(make, tmp_path, folder, failing)
 @pytest.mark.filterwarnings("ignore:Exporting")
 def test_the_last_good_artifact_stays_until_there_is_a_better(make, tmp_path, folder, failing):
     failing({1, 2})
-    fit(Classifier([0.1, 0.2, 0.3]), make(), tmp_path, max_epochs=3)
+    fit(ScoredClassifier([0.1, 0.2, 0.3]), make(), tmp_path, max_epochs=3)
     assert targets(folder) == {
         "last": name(0),
         "best": name(0),
@@ -448,7 +344,7 @@ def test_the_last_good_artifact_stays_until_there_is_a_better(make, tmp_path, fo
     load_torchscript_artifact(folder / "best")
     # A later success moves the links, and what they held on to goes.
     resume = str(folder / "last.ckpt")
-    fit(Classifier([0.4]), make(), tmp_path, max_epochs=4, resume=resume)
+    fit(ScoredClassifier([0.4]), make(), tmp_path, max_epochs=4, resume=resume)
     assert contents(folder) == expected(3)
 
 
@@ -456,7 +352,7 @@ def test_the_last_good_artifact_stays_until_there_is_a_better(make, tmp_path, fo
 def test_the_best_is_tried_again_at_the_next_validation(make, tmp_path, folder, failing):
     failing({0})
     callback = make()
-    fit(Classifier([0.9, 0.1]), callback, tmp_path, max_epochs=2)
+    fit(ScoredClassifier([0.9, 0.1]), callback, tmp_path, max_epochs=2)
     assert contents(folder) == expected(0, 1)
     assert targets(folder)["best"] == name(0)
     assert callback.last_error is None
@@ -470,7 +366,7 @@ def test_only_an_artifact_that_failed_its_checks_is_not_tried_again(
 ):
     """By the export's status: the text of an error may say anything."""
     failing({0}, lambda: OSError("the server said `RejectedError: quota`"))
-    fit(Classifier([0.9, 0.1]), make(), tmp_path, max_epochs=2)
+    fit(ScoredClassifier([0.9, 0.1]), make(), tmp_path, max_epochs=2)
     assert targets(folder)["best"] == name(0)
 
     def reject():
@@ -479,7 +375,7 @@ def test_only_an_artifact_that_failed_its_checks_is_not_tried_again(
 
     failing({3}, reject)  # counted from the start, with the second attempt
     resume = str(folder / "last.ckpt")
-    fit(Classifier([0.95, 0.2]), make(), tmp_path, max_epochs=4, resume=resume)
+    fit(ScoredClassifier([0.95, 0.2]), make(), tmp_path, max_epochs=4, resume=resume)
     assert targets(folder)["best.ckpt"] == f"{name(2)}.ckpt"
     assert not (folder / name(2)).exists()
 
@@ -498,9 +394,9 @@ def test_records_of_older_versions_have_no_status(tmp_path, rejected):
 
 @pytest.mark.filterwarnings("ignore:Exporting", "ignore:.* holds checkpoints of another run")
 def test_an_older_artifact_is_not_taken_for_the_one_that_failed(make, tmp_path, folder, failing):
-    fit(Classifier([0.1]), make(), tmp_path)
+    fit(ScoredClassifier([0.1]), make(), tmp_path)
     failing({0})
-    fit(Classifier([0.9, 0.2]), make(), tmp_path, max_epochs=2)
+    fit(ScoredClassifier([0.9, 0.2]), make(), tmp_path, max_epochs=2)
     assert Manifest.load(folder / "best").training.metrics["val/acc1"] == pytest.approx(0.9)
     assert targets(folder)["best"] == name(0)
 
@@ -508,7 +404,7 @@ def test_an_older_artifact_is_not_taken_for_the_one_that_failed(make, tmp_path, 
 def test_strict_raises_and_keeps_the_checkpoint(make, tmp_path, folder, failing):
     failing({0})
     with pytest.raises(RuntimeError, match="no such operator"):
-        fit(Classifier([0.1]), make(strict=True), tmp_path)
+        fit(ScoredClassifier([0.1]), make(strict=True), tmp_path)
     assert targets(folder)["last.ckpt"] == f"{name(0)}.ckpt"
 
 
@@ -519,7 +415,7 @@ def test_a_full_disk_in_the_export_leaves_no_half_artifact(make, tmp_path, folde
 
     monkeypatch.setattr(Manifest, "save", full)
     callback = make()
-    fit(Classifier([0.1]), callback, tmp_path)
+    fit(ScoredClassifier([0.1]), callback, tmp_path)
     assert "No space left" in callback.last_error
     assert not any(p.name.startswith(".tmp") for p in folder.iterdir())
     assert not (folder / name(0)).exists()
@@ -538,7 +434,7 @@ def test_a_full_disk_in_the_checkpoint_leaves_the_older_one(make, tmp_path, fold
     monkeypatch.setattr(Trainer, "save_checkpoint", save)
     callback = make()
     with pytest.raises(OSError, match="No space left"):
-        fit(Classifier([0.1, 0.2]), callback, tmp_path, max_epochs=2)
+        fit(ScoredClassifier([0.1, 0.2]), callback, tmp_path, max_epochs=2)
     assert contents(folder) == expected(0)
     assert callback.best_model_path == callback.last_model_path == str(folder / f"{name(0)}.ckpt")
     assert_artifact_is_of(folder / f"{name(0)}.ckpt")
@@ -547,29 +443,29 @@ def test_a_full_disk_in_the_checkpoint_leaves_the_older_one(make, tmp_path, fold
 def test_stale_folders_go_at_the_start(make, tmp_path, folder):
     (folder / ".tmp-abc").mkdir(parents=True)
     (folder / "mine").mkdir()
-    fit(Classifier([0.1]), make(), tmp_path)
+    fit(ScoredClassifier([0.1]), make(), tmp_path)
     assert contents(folder) == expected(0) | {"mine"}
 
 
 def test_a_missing_metric_is_named_with_those_there_are(make, tmp_path):
     with pytest.raises(ValueError, match=r"'val/f1'.*available: \['val/acc1'\]"):
-        fit(Classifier([0.1]), make(monitor="val/f1"), tmp_path)
+        fit(ScoredClassifier([0.1]), make(monitor="val/f1"), tmp_path)
 
 
 def test_a_module_without_what_is_needed_is_told_so_at_the_start(make, tmp_path):
-    class Bare(Classifier):
+    class Bare(ScoredClassifier):
         export_spec = None
 
     with pytest.raises(TypeError, match=r"Bare has no `export_spec`: define a property"):
         fit(Bare(), make(), tmp_path)
 
-    class Wrong(Classifier):
+    class Wrong(ScoredClassifier):
         export_spec = "mobileone_s0"
 
     with pytest.raises(TypeError, match="must be an ExportSpec, not str"):
         fit(Wrong(), make(), tmp_path)
 
-    module = Classifier()
+    module = ScoredClassifier()
     del module.model
     module.net = nn.Linear(1, 1)
     with pytest.raises(TypeError, match=r"Classifier must keep the network .* `self\.model`"):
@@ -588,7 +484,7 @@ def test_listeners_hear_of_each_artifact_when_its_links_have_moved(make, tmp_pat
     heard = []
     callback = make()
     callback.listeners.append(lambda p, m: heard.append((p, m.training.step, targets(folder))))
-    fit(Classifier([0.1, 0.2]), callback, tmp_path, max_epochs=2)
+    fit(ScoredClassifier([0.1, 0.2]), callback, tmp_path, max_epochs=2)
     assert [h[:2] for h in heard] == [(folder / name(e), (e + 1) * STEPS) for e in (0, 1)]
     assert [h[2]["last"] for h in heard] == [name(0), name(1)]
 
@@ -597,134 +493,26 @@ def test_a_listener_that_fails_does_not_stop_training(make, tmp_path, folder):
     callback = make()
     callback.listeners.append(lambda path, manifest: 1 / 0)
     with pytest.warns(UserWarning, match="ZeroDivisionError"):
-        fit(Classifier([0.1]), callback, tmp_path)
+        fit(ScoredClassifier([0.1]), callback, tmp_path)
     assert contents(folder) == expected(0)
 
 
 def test_lightning_finds_last_and_best(make, tmp_path):
-    trainer = fit(Classifier([0.9, 0.1]), make(), tmp_path, max_epochs=2)
-    module = Classifier([0.3, 0.3])
+    trainer = fit(ScoredClassifier([0.9, 0.1]), make(), tmp_path, max_epochs=2)
+    module = ScoredClassifier([0.3, 0.3])
     trainer.validate(module, ckpt_path="best", verbose=False, weights_only=True)
     assert trainer.ckpt_path.endswith(f"{name(0)}.ckpt")
     trainer.validate(module, ckpt_path="last", verbose=False, weights_only=True)
     assert Path(trainer.ckpt_path).resolve().name == f"{name(1)}.ckpt"
 
 
-# -- Kills and several processes -------------------------------------------------------------
-
-
-def run_script(script, text, *arguments, timeout=500, module=__file__):
-    """Run a script that has a module's names as `here`, in a process of its own."""
-    head = f"""
-import importlib.util, os, shutil, signal, sys
-from pathlib import Path
-spec = importlib.util.spec_from_file_location("tests_here", {module!r})
-here = importlib.util.module_from_spec(spec)
-sys.modules["tests_here"] = here
-spec.loader.exec_module(here)
-here.torch.set_num_threads(1)
-"""
-    script.write_text(head + text)
-    command = [sys.executable, str(script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-KILLS = """
-start, work = Path(sys.argv[1]), Path(sys.argv[2])
-WATCHED = {"os.rename", "os.remove", "os.symlink", "os.mkdir", "os.rmdir", "os.chmod", "open"}
-
-def train(folder, epochs, kill_at=None):
-    count = 0
-    def hook(event, arguments):
-        nonlocal count
-        if event in WATCHED and any(str(a).startswith(str(folder)) for a in arguments):
-            count += 1
-            if count == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-    if kill_at:
-        sys.addaudithook(hook)
-    callback = here.ReparameterizeOnSave(
-        dirpath=str(folder), formats=["torchscript"], background=False
-    )
-    scores = {2: [0.5], 4: [0.6, 0.1]}[epochs]
-    resume = str(folder / "last.ckpt")
-    here.fit(here.Classifier(scores), callback, folder, max_epochs=epochs, resume=resume)
-
-def child(*arguments):
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        try:
-            train(*arguments)
-        except BaseException as error:
-            print("FAILED", arguments, repr(error), flush=True)
-            os._exit(1)
-        os._exit(0)
-    return os.waitpid(pid, 0)[1]
-
-kills = 0
-while True:
-    kills += 1
-    shutil.rmtree(work, ignore_errors=True)
-    shutil.copytree(start, work, symlinks=True)
-    status = child(work, 4, kills)
-    for name in ("last", "best"):
-        here.torch.load(work / f"{name}.ckpt", weights_only=True)
-        here.Manifest.load(work / name).verify(work / name)
-        here.load_torchscript_artifact(work / name)
-    if not os.WIFSIGNALED(status):
-        assert status == 0
-        break
-    if kills % 10 == 1:
-        saved = here.torch.load(work / "last.ckpt", weights_only=True)["epoch"]
-        if saved < 3:
-            assert child(work, 4) == 0
-            assert not list(work.glob(".tmp*"))
-            assert here.targets(work)["last"] == here.name(3)
-print("kills", kills - 1)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
-def test_a_kill_before_any_file_operation_leaves_usable_files(make, tmp_path, folder):
-    fit(Classifier([0.5, 0.4]), make(), tmp_path, max_epochs=2)
-    out = run_script(tmp_path / "kills.py", KILLS, folder, tmp_path / "work")
-    assert int(out.split("kills")[1]) > 40
-
-
-PROCESSES = """
-import warnings
-folder, fails = Path(sys.argv[1]), sys.argv[2] == "fails"
-if fails:
-    def export(*arguments, **options):
-        raise RuntimeError("no such operator")
-    here.exports.export_model = export
-
-class Unequal(here.Classifier):
-    # each rank would rank differently: rank 0 decides
-    def on_validation_epoch_end(self):
-        first = [0.9, 0.1, 0.5] if self.global_rank == 0 else [0.1, 0.9, 0.5]
-        self.log("val/acc1", first[self.current_epoch], sync_dist=False)
-
-callback = here.ReparameterizeOnSave(
-        dirpath=str(folder), formats=["torchscript"], background=False
-    )
-trainer = here.fit(
-    Unequal(), callback, folder, max_epochs=3, devices=2, strategy="ddp", num_nodes=1
-)
-# not to the standard output, where lines of two processes mix
-result = f"{trainer.global_rank} {callback.best_model_path} {callback.last_error}"
-(folder.parent / f"rank-{trainer.global_rank}.txt").write_text(result)
-"""
+# -- Several processes -------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("outcome", ["works", "fails"])
 def test_two_processes_agree(tmp_path, folder, outcome):
-    run_script(tmp_path / "processes.py", PROCESSES, folder, outcome, timeout=180)
+    run_program("artifacts_on_two_ranks.py", folder, outcome)
     lines = [(folder.parent / f"rank-{rank}.txt").read_text() for rank in (0, 1)]
     assert [line[0] for line in lines] == ["0", "1"]
     assert lines[0][2:] == lines[1][2:]
@@ -740,7 +528,7 @@ def test_families_that_timm_can_fuse(make, tmp_path, folder, model):
 
     pytest.importorskip("coremltools")
 
-    class Timm(Classifier):
+    class Timm(ScoredClassifier):
         def __init__(self):
             super().__init__([0.5])
             self.model = timm.create_model(model, num_classes=3)
@@ -765,5 +553,5 @@ def test_families_that_timm_can_fuse(make, tmp_path, folder, model):
     before = sum(p.numel() for p in module.model.parameters())
     assert manifest.parameters < before
     x = torch.randn(2, 3, 64, 64)
-    want = answers(module.model, x)
-    assert (answers(artifact, x) - want).abs().max() < 1e-3 * want.abs().max()
+    want = outputs(module.model, x)
+    assert (outputs(artifact, x) - want).abs().max() < 1e-3 * want.abs().max()
