@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 from callbacks.checkpointing import on_rank_zero, save_complete
+from callbacks.dry_run import is_dry_run
 from callbacks.signals import ShutdownSignal
 from mobileone.io.atomic import clean_stale, discard
 
@@ -67,7 +68,7 @@ class Snapshots(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen for signals; Lightning has set its own handlers just before."""
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if is_dry_run(trainer):
             return
         self._folder = Path(self.dirpath or Path(trainer.default_root_dir) / "snapshots")
         self._saved_at = (trainer.global_step, time.monotonic())

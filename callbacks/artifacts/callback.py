@@ -27,6 +27,7 @@ from callbacks.artifacts.shipped import (
     rebuilt,
 )
 from callbacks.checkpointing import on_rank_zero, save_complete
+from callbacks.dry_run import is_dry_run
 from callbacks.signals import ForceQuit, interruptible
 from mobileone.export import ExportJob, Metadata
 from mobileone.export.checkpoint import IMAGES_KEY
@@ -156,7 +157,7 @@ class ReparameterizeOnSave(ModelCheckpoint):
         with warnings.catch_warnings():  # said better, and not on resuming, by on_fit_start
             warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
             super().setup(trainer, pl_module, stage)
-        if stage != "fit" or _dry_run(trainer):
+        if stage != "fit" or is_dry_run(trainer):
             return
         # before a checkpoint is restored, which takes time and says nothing of it
         failure = on_rank_zero(trainer, lambda: self._take_folder(trainer))
@@ -165,7 +166,7 @@ class ReparameterizeOnSave(ModelCheckpoint):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         get_network(pl_module), get_spec(pl_module)  # better now than after an epoch
-        if _dry_run(trainer):
+        if is_dry_run(trainer):
             return
         if trainer.is_global_zero:
             self._rebuilt = rebuilt(pl_module)
@@ -223,7 +224,7 @@ class ReparameterizeOnSave(ModelCheckpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wait for the last export."""
         super().on_train_end(trainer, pl_module)
-        if _dry_run(trainer):
+        if is_dry_run(trainer):
             return
         self._conclude(self._on_rank_zero(trainer, self._drain), _STOPS)
 
@@ -243,7 +244,7 @@ class ReparameterizeOnSave(ModelCheckpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        if not fitting or _dry_run(trainer):
+        if not fitting or is_dry_run(trainer):
             return
         metrics = self._monitor_candidates(trainer)
         path, score, self.best_k_models = trainer.strategy.broadcast(
@@ -442,7 +443,3 @@ def _attempt(work: Callable[[], ExportResult | None]) -> ExportResult | None:
         return work()
     except Exception as error:
         return ExportResult("", "failed", reason=f"{type(error).__name__}: {error}")
-
-
-def _dry_run(trainer: Trainer) -> bool:
-    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from callbacks.artifacts.callback import ReparameterizeOnSave
+from callbacks.dry_run import is_dry_run
 from callbacks.report.figures import confusion_figure, curves_figure, read_curves, samples_figure
 from callbacks.report.worst_images import WorstImages, write_worst
 from mobileone.export.manifest import MANIFEST_NAME, Manifest
@@ -143,7 +144,7 @@ class Report(Callback):
             return
         names = cast(ExportSpec, pl_module.export_spec).class_names
         _publish(trainer, "confusion_matrix", confusion_figure(confusion, names))
-        if not _dry_run(trainer):
+        if not is_dry_run(trainer):
             _write_matrix(_folder(trainer) / "confusion_matrix.csv", confusion, names)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -172,12 +173,8 @@ def _folder(trainer: Trainer) -> Path:
     return folder
 
 
-def _dry_run(trainer: Trainer) -> bool:
-    return bool(getattr(trainer, "fast_dev_run", False))
-
-
 def _publish(trainer: Trainer, name: str, figure: Figure) -> None:
-    if _dry_run(trainer):
+    if is_dry_run(trainer):
         return
     final = _folder(trainer) / f"{name}.png"
     with atomic_write(final) as beside, warnings.catch_warnings():
@@ -192,7 +189,7 @@ def _publish_worst(
     trainer: Trainer, name: str, worst: WorstImages, pl_module: LightningModule
 ) -> None:
     found = worst.found()
-    if found is None or _dry_run(trainer):
+    if found is None or is_dry_run(trainer):
         return
     losses, images, targets, probabilities = found
     spec = cast(ExportSpec, pl_module.export_spec)

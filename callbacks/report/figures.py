@@ -110,17 +110,23 @@ def confusion_figure(confusion: Tensor, class_names: Sequence[str]) -> Figure:
 
 
 def curves_figure(curves: Curves) -> Figure:
-    """Loss, accuracy, learning rate and weight decay over the optimizer steps.
+    """Loss, accuracy, learning rate, weight decay and further metrics over the optimizer steps.
 
     Args:
         curves: Points (step, value) of each metric, by its logged name.
 
     Returns:
-        Four panels; a panel without any of its metrics says so.
+        Four panels, and one for each further metric of validation; a panel without any of its
+        metrics says so.
     """
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    for axis, title in zip(figure.subplots(2, 2).ravel(), _PANELS, strict=True):
-        _draw_curves(axis, title, curves)
+    panels = _panels(curves)
+    rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(10, 3 * rows), layout="constrained")
+    axes = figure.subplots(rows, 2).ravel()
+    for axis, (title, names) in zip(axes, panels.items(), strict=False):
+        _draw_curves(axis, title, names, curves)
+    for axis in axes[len(panels) :]:
+        axis.axis("off")
     return figure
 
 
@@ -134,17 +140,24 @@ def curve_figures(curves: Curves) -> dict[str, Figure]:
         A chart for each panel that has points, by its title.
     """
     figures = {}
-    for title, names in _PANELS.items():
+    for title, names in _panels(curves).items():
         if any(curves.get(name) for name in names):
             figures[title] = Figure(figsize=(5, 3.2), layout="constrained")
-            _draw_curves(figures[title].subplots(), title, curves)
+            _draw_curves(figures[title].subplots(), title, names, curves)
     return figures
 
 
-def _draw_curves(axis: Axes, title: str, curves: Curves) -> None:
+def _panels(curves: Curves) -> dict[str, tuple[str, ...]]:
+    """Titles and metrics; the user's own metrics differ in scale, so each has a panel."""
+    usual = {name for names in _PANELS.values() for name in names}
+    further = [name for name in curves if name.startswith("val/") and name not in usual]
+    return {**_PANELS, **{name.removeprefix("val/"): (name,) for name in further}}
+
+
+def _draw_curves(axis: Axes, title: str, names: Sequence[str], curves: Curves) -> None:
     axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.3)
-    shown = [name for name in _PANELS[title] if curves.get(name)]
+    shown = [name for name in names if curves.get(name)]
     for name in shown:
         steps, values = zip(*curves[name], strict=True)
         axis.plot(steps, values, label=name, **_STYLES.get(name, {"color": _RIGHT}))

@@ -2,27 +2,25 @@
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from lightning_modules.checks import check_checkpoint_classes, check_model_name
+from lightning_modules.checks import check_checkpoint_classes
 from lightning_modules.dense.sources import IGNORED
-from lightning_modules.randomness import derive_seed, resolve_seed
-from lightning_modules.recipe.nonfinite_guard import NonFiniteGuard
-from lightning_modules.recipe.optimizers import build_optimizer, total_steps
-from lightning_modules.recipe.schedules import CosineSchedule
+from lightning_modules.recipe.optimizers import build_optimizer
+from lightning_modules.recipe.schedules import Schedule
+from lightning_modules.recipe.training_module import TrainingModule
 from mobileone.dense import segmenter, ssdlite
 
 __all__ = ["Detector", "Segmenter", "mean_average_precision"]
 
-_CLASSES, _SEED = "class_names", "dropout_seed"  # in a checkpoint
+_CLASSES = "class_names"  # in a checkpoint
 
 
-class _DenseModule(LightningModule):
+class _DenseModule(TrainingModule):
     """Optimizer, schedule and names of the classes of both.
 
     Args:
@@ -39,8 +37,6 @@ class _DenseModule(LightningModule):
         class_names: of the data, or of the checkpoint's data.
     """
 
-    model: nn.Module
-
     def __init__(
         self,
         *,
@@ -53,16 +49,7 @@ class _DenseModule(LightningModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()  # those of the subclass, too
-        check_model_name(self.hparams["model"])
         self.class_names = ("background", *(f"class {n}" for n in range(1, num_classes)))
-        self._guard = NonFiniteGuard(skip_nonfinite)
-        self._restored_seed: int | None = None
-
-    @property
-    def seed(self) -> int:
-        """The seed in force: the argument, else the checkpoint's, else the run's, else 0."""
-        return resolve_seed(self.hparams["seed"], self._restored_seed)
 
     def setup(self, stage: str) -> None:
         """Take the names of the classes from the data."""
@@ -70,51 +57,28 @@ class _DenseModule(LightningModule):
         if data is not None:
             self.class_names = data.class_names
 
-    def configure_optimizers(self) -> tuple[list[Any], list[Any]]:
-        """Return the optimizer and the schedule of its learning rate."""
+    def make_optimizer(self) -> Optimizer:
+        """Return timm's optimizer of the network."""
         h = self.hparams
-        steps = total_steps(self.trainer)
-        optimizer = build_optimizer(
-            self.model,
-            h["optimizer"],
-            lr=h["lr"],
-            weight_decay=h["weight_decay"],
-            no_decay_norm_bias=True,
-        )
-        warmup = min(h["warmup_steps"], steps - 1)
-        schedule = CosineSchedule(optimizer, "lr", steps, warmup_steps=warmup)
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+        options = {"lr": h["lr"], "weight_decay": h["weight_decay"]}
+        return build_optimizer(self.model, h["optimizer"], **options, no_decay_norm_bias=True)
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Make the randomness of this batch independent of what was drawn before."""
-        torch.manual_seed(derive_seed(self.seed, self.global_rank, self.current_epoch, batch_idx))
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self._guard.save_buffers(self.model)
+    def make_schedules(self, optimizer: Optimizer, total_steps: int) -> list[LRScheduler]:
+        """Return the cosine of the learning rate."""
+        warmup = min(self.hparams["warmup_steps"], total_steps - 1)
+        return [Schedule(optimizer, "lr", total_steps, warmup_steps=warmup)]
 
-    def _step(self, loss: Tensor, images: int) -> Tensor:
-        """Log a scalar loss, if it is finite, and the learning rate; returns what to minimize."""
-        loss = self._guard.check_loss(loss)
+    def log_step(self, loss: Tensor, batch_size: int) -> Tensor:
+        """Log `train/loss_epoch`, too."""
+        loss = super().log_step(loss, batch_size)
         if self._guard.loss_is_finite:
-            self.log("train/loss", loss, prog_bar=True, batch_size=images)
-            self.log("train/loss_epoch", loss, on_step=False, on_epoch=True, batch_size=images)
-        groups = self.trainer.optimizers[0].param_groups
-        self.log("lr", max(float(group["lr"]) for group in groups), batch_size=images)
+            self.log("train/loss_epoch", loss, on_step=False, on_epoch=True, batch_size=batch_size)
         return loss
 
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Leave the step out if its loss or a gradient is not finite, or stop.
-
-        Raises:
-            FloatingPointError: it is not (see `skip_nonfinite`). The weights are still those before
-                the step.
-        """
-        self._guard.check_gradients(self, optimizer)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let the checkpoint rebuild the network without a download, and name the classes."""
-        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["pretrained"] = False
+        """Name the classes, too."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint[_CLASSES] = list(self.class_names)
-        checkpoint[_SEED] = self.seed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the seed and the names of the checkpoint's classes.
@@ -126,7 +90,7 @@ class _DenseModule(LightningModule):
         if self._trainer is not None:
             check_checkpoint_classes(names, self.class_names)
         self.class_names = names
-        self._restored_seed = checkpoint.get(_SEED)
+        super().on_load_checkpoint(checkpoint)
 
 
 class Segmenter(_DenseModule):
@@ -167,7 +131,7 @@ class Segmenter(_DenseModule):
         """Return the mean cross-entropy of the pixels."""
         images, masks = batch
         loss = F.cross_entropy(self(images).float(), masks, ignore_index=IGNORED)
-        return self._step(loss, len(images))
+        return self.log_step(loss, len(images))
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Add a batch to the validation's loss and score."""
@@ -216,7 +180,7 @@ class Detector(_DenseModule):
         """Return the sum of the losses of boxes and classes."""
         losses = self.model(*batch)
         loss: Tensor = sum(losses.values())
-        return self._step(loss, len(batch[0]))
+        return self.log_step(loss, len(batch[0]))
 
     def validation_step(self, batch: tuple[list[Tensor], list[Any]], batch_idx: int) -> None:
         """Keep the detections of a batch."""

@@ -1,26 +1,23 @@
 """Training of any timm classifier, with the recipe of the MobileOne paper as defaults."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import timm
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification import MulticlassConfusionMatrix
 
 import mobileone  # noqa: F401  (registers the family with timm)
-from lightning_modules.checks import (
-    check_checkpoint_classes,
-    check_model_name,
-    check_targets,
-)
-from lightning_modules.randomness import derive_seed, resolve_seed
+from callbacks.dry_run import is_dry_run
+from lightning_modules.checks import check_checkpoint_classes, check_targets
 from lightning_modules.recipe.distillation import Teacher, check_distillation
 from lightning_modules.recipe.finetuning import freeze as freeze_parts
 from lightning_modules.recipe.finetuning import (
@@ -28,14 +25,22 @@ from lightning_modules.recipe.finetuning import (
     recalibrate_bn_before_fit,
     set_frozen_bn_eval,
 )
-from lightning_modules.recipe.nonfinite_guard import NonFiniteGuard, check_validation_loss
+from lightning_modules.recipe.metrics import (
+    MetricNames,
+    basic_metrics,
+    collect,
+    mean_metric,
+    named_metrics,
+)
+from lightning_modules.recipe.mixing import make_mixing
+from lightning_modules.recipe.nonfinite_guard import check_validation_loss
 from lightning_modules.recipe.optimizers import (
     build_optimizer,
     effective_batch_size,
     steps_per_epoch,
-    total_steps,
 )
-from lightning_modules.recipe.schedules import CosineSchedule
+from lightning_modules.recipe.schedules import Schedule, ScheduleShape, check_shape
+from lightning_modules.recipe.training_module import TrainingModule
 from mobileone import set_collapse
 from mobileone.collapsed import CollapseMode
 from mobileone.export.spec import ExportSpec
@@ -49,7 +54,10 @@ class _ClassifiedData(Protocol):
     data_config: dict[str, Any]
 
 
-class ImageClassifier(LightningModule):
+_STEP_LR_END = 1e-3  # × 0.1 at each of the three steps
+
+
+class ImageClassifier(TrainingModule):
     r"""Classify images with a timm model; batches are `(images, targets)`.
 
     The defaults are the recipe of MobileOne (arXiv 2206.04040, section 4.1): SGD with momentum,
@@ -60,11 +68,20 @@ class ImageClassifier(LightningModule):
     `EMA` callback's.
 
     Logs `train/loss` (this step's, with smoothing), `train/loss_epoch`, `lr`, `weight_decay`, and
-    `loss` (without smoothing), `acc1` and, with more than five classes, `acc5` under `val/` and
-    `test/`. These are exact for uneven batches and over several devices.
+    `loss` (cross-entropy without smoothing, whatever the training's loss), `acc1`, with more than
+    five classes `acc5`, and what `metrics` names, under `val/` and `test/`. These are exact for
+    uneven batches and over several devices.
 
-    Dropout and stochastic depth draw from a generator that is seeded before each batch by (seed,
-    rank, epoch, batch), so that a resumed run repeats the uninterrupted one bit for bit.
+    To change more than arguments can, override `make_loss`, `make_schedules`, `make_metrics` or
+    `make_optimizer` in a subclass. Its own arguments are in `self.hparams`, also while
+    `super().__init__` runs:
+
+        >>> class FocalClassifier(ImageClassifier):
+        ...     def __init__(self, *args, gamma: float = 2.0, **kwargs):
+        ...         super().__init__(*args, **kwargs)
+        ...
+        ...     def make_loss(self):
+        ...         return partial(focal_loss, gamma=self.hparams["gamma"])
 
     Args:
         model: timm name, for example `mobileone_s0` or `repvgg_a0.rvgg_in1k`.
@@ -79,18 +96,28 @@ class ImageClassifier(LightningModule):
         freeze_bn: keep all BatchNorms' statistics, scales and shifts.
         optimizer: timm's name; `"momentum"` is plain momentum, timm's `"sgd"` is Nesterov's.
         optimizer_kwargs: further arguments of the optimizer.
-        lr: learning rate at the start of the cosine.
+        lr: learning rate at the start of the schedule.
+        schedule: of the learning rate, after the warm-up: `cosine` or `linear` to 0, `step` (× 0.1
+            at 30, 60 and 90 % of the steps) or `constant`; `schedules.schedule_factor` has the
+            formulas.
         lr_reference_batch: if given, `lr` is meant for this effective batch (256 in the paper) and
             scaled linearly to the present one (batch × devices × accumulated batches).
         momentum: of SGD; used by optimizers that have one.
         weight_decay: at the start.
-        weight_decay_end: at the end; equal to `weight_decay` for a constant one.
+        weight_decay_end: at the end.
+        weight_decay_schedule: the same shapes, from `weight_decay` to `weight_decay_end`; `step`
+            multiplies by the same factor three times, `constant` does not use the end.
         no_decay_norm_bias: exempt norms and biases. The paper does not state it; mmpretrain's
             reproduction and Apple's CoreNet do so.
-        warmup_epochs: linear warm-up of the learning rate before the cosine; fractions allowed.
+        warmup_epochs: linear warm-up of the learning rate before its schedule; fractions allowed.
         layer_decay: factor of the learning rate from each block to the one before it (timm's
             layer-wise decay); None for one learning rate.
         label_smoothing: of the training loss.
+        mixup: alpha of mixup (arXiv 1710.09412) of the training batches, for example 0.2; 0 is off.
+        cutmix: alpha of cutmix (arXiv 1905.04899), for example 1.0; 0 is off. With both, each batch
+            gets one of them at random.
+        metrics: further ones by torchmetrics' names, for example `["F1Score", "AUROC"]`, or with
+            their arguments, `{"F1Score": {"average": "weighted"}}`; the default average is macro.
         teacher: timm name of a model to distill from; None for labels alone.
         teacher_weights: its weight file; None for timm's pretrained weights.
         distill_weight: share of the distillation loss, the rest being that of the labels.
@@ -103,7 +130,8 @@ class ImageClassifier(LightningModule):
             checkpoint of one continues with any other; other networks have `auto` only.
         skip_nonfinite: how many steps in a row may be left out because their loss or a gradient is
             NaN or infinite; 0 stops at the first.
-        seed: of dropout; None for the checkpoint's, else that of `seed_everything`, else 0.
+        seed: of dropout and mixing; None for the checkpoint's, else that of `seed_everything`,
+            else 0.
 
     Attributes:
         model: the network, a timm model: images (N, C, H, W) -> logits (N, num_classes).
@@ -130,14 +158,19 @@ class ImageClassifier(LightningModule):
         optimizer: str = "momentum",
         optimizer_kwargs: dict[str, Any] | None = None,
         lr: float = 0.1,
+        schedule: ScheduleShape = "cosine",
         lr_reference_batch: int | None = None,
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
         weight_decay_end: float = 1e-5,
+        weight_decay_schedule: ScheduleShape = "cosine",
         no_decay_norm_bias: bool = False,
         warmup_epochs: float = 0.0,
         layer_decay: float | None = None,
         label_smoothing: float = 0.1,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        metrics: MetricNames = (),
         teacher: str | None = None,
         teacher_weights: str | None = None,
         distill_weight: float = 1.0,
@@ -148,8 +181,6 @@ class ImageClassifier(LightningModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
-        check_model_name(model)
         if num_classes < 1:
             raise ValueError(f"`num_classes` (={num_classes}) must be at least 1")
         if not 0 <= label_smoothing <= 1:
@@ -162,6 +193,16 @@ class ImageClassifier(LightningModule):
                 f"`weight_decay_end` (={weight_decay_end}) must be 0 where `weight_decay` is: "
                 "annealing scales the start value"
             )
+        check_shape("schedule", schedule, _STEP_LR_END)
+        check_shape("weight_decay_schedule", weight_decay_schedule, self._weight_decay_ratio())
+        self.num_classes = num_classes
+        self._mixing = make_mixing(mixup, cutmix, num_classes)
+        self.loss = self.make_loss()
+        self.train_loss = mean_metric()
+        self.val_metrics = collect(basic_metrics(num_classes), "val/")
+        self.test_metrics = collect(basic_metrics(num_classes), "test/")
+        self.further_val_metrics = collect(self.make_metrics(), "val/")
+        self.further_test_metrics = collect(self.make_metrics(), "test/")
         self.model = timm.create_model(
             model,
             pretrained=pretrained,
@@ -173,16 +214,10 @@ class ImageClassifier(LightningModule):
         freeze_parts(self.model, freeze, norms=freeze_bn)
         if collapse != "auto":
             set_collapse(self.model, collapse)
-        self._guard = NonFiniteGuard(skip_nonfinite)
-        self.num_classes = num_classes
-        self.train_loss = _mean()
-        self.val_metrics = _metrics(num_classes, "val/")
-        self.test_metrics = _metrics(num_classes, "test/")
         self.test_confusion: Tensor | None = None
         self.test_per_class: Tensor | None = None
         self._spec: ExportSpec | None = None
         self._teacher: Teacher | None = None
-        self._restored_seed: int | None = None
 
     @property
     def export_spec(self) -> ExportSpec:
@@ -199,10 +234,60 @@ class ImageClassifier(LightningModule):
             )
         return self._spec
 
-    @property
-    def seed(self) -> int:
-        """The seed in force: the argument, else the checkpoint's, else the run's, else 0."""
-        return resolve_seed(self.hparams["seed"], self._restored_seed)
+    def make_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return the training loss; called once, in `__init__`.
+
+        Returns:
+            A function, or a module, (logits (N, num_classes), float32, targets (N,), int64, or soft
+            targets (N, num_classes) with mixup or cutmix) -> the loss of each image (N,).
+        """
+        smoothing = self.hparams["label_smoothing"]
+        return partial(F.cross_entropy, label_smoothing=smoothing, reduction="none")
+
+    def make_metrics(self) -> dict[str, Metric]:
+        """Return the metrics next to loss and accuracy; called for each of `val/` and `test/`.
+
+        Returns:
+            Logged name -> metric whose `update` takes probabilities (N, num_classes) and targets
+            (N,), and whose result is one number. `make_metrics` of this class has those of the
+            argument `metrics`: a subclass may return `{**super().make_metrics(), "mine": Mine()}`.
+        """
+        return named_metrics(self.hparams["metrics"], self.num_classes)
+
+    def make_schedules(self, optimizer: Optimizer, total_steps: int) -> list[LRScheduler]:
+        """Return the schedules of learning rate and weight decay.
+
+        Args:
+            optimizer: of `make_optimizer`.
+            total_steps: optimizer steps of the complete training.
+
+        Returns:
+            Schedulers that Lightning advances after every optimizer step, saves and resumes.
+        """
+        h = self.hparams
+        # a development run of a few batches ends before any warm-up would
+        warmup_epochs = 0 if is_dry_run(self.trainer) else h["warmup_epochs"]
+        warmup = round(warmup_epochs * steps_per_epoch(self.trainer)) if warmup_epochs else 0
+        shape, end = h["schedule"], _STEP_LR_END if h["schedule"] == "step" else 0.0
+        schedules: list[LRScheduler] = [Schedule(optimizer, "lr", total_steps, shape, end, warmup)]
+        if h["weight_decay"]:
+            shape, end = h["weight_decay_schedule"], self._weight_decay_ratio()
+            schedules.append(Schedule(optimizer, "weight_decay", total_steps, shape, end))
+        return schedules
+
+    def make_optimizer(self) -> Optimizer:
+        """Return timm's optimizer of the network; the training data are loaded already."""
+        h = self.hparams
+        return build_optimizer(
+            self.model,
+            h["optimizer"],
+            lr=self._scaled_lr(),
+            weight_decay=h["weight_decay"],
+            momentum=h["momentum"],
+            no_decay_norm_bias=h["no_decay_norm_bias"],
+            layer_decay=h["layer_decay"],
+            **(h["optimizer_kwargs"] or {}),
+        )
 
     def setup(self, stage: str) -> None:
         """Take the class names and the transform from the data module, and check the classes.
@@ -271,49 +356,34 @@ class ImageClassifier(LightningModule):
         """Hold what is frozen; validation puts the modes back as it found them."""
         set_frozen_bn_eval(self.model)
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Make the randomness of this batch independent of what was drawn before."""
-        torch.manual_seed(derive_seed(self.seed, self.global_rank, self.current_epoch, batch_idx))
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self._guard.save_buffers(self.model)
-
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the smoothed cross-entropy, a scalar.
+        """Return the mean of `make_loss`'s losses, a scalar.
 
         Raises:
             ValueError: a label is out of range; on a GPU only an epoch's first batch is looked at
                 here (`ImageDataModule` looks at all, before they go there).
         """
-        images, targets = batch
-        if batch_idx == 0 or targets.device.type == "cpu":  # elsewhere it would wait for the GPU
-            check_targets(targets, self.num_classes)
+        images, targets = self._checked(batch, batch_idx)
+        if self._mixing is not None:
+            images, targets = self._mixing(images, targets)  # targets: (N,) -> (N, num_classes)
         logits = self._logits(images)
-        smoothing = self.hparams["label_smoothing"]
-        losses = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")
+        losses = self.loss(logits, targets)
+        if losses.shape != logits.shape[:1]:
+            raise ValueError(
+                f"the loss has the shape {tuple(losses.shape)}, but must have one value an image, "
+                f"{tuple(logits.shape[:1])}: use reduction='none' in `make_loss`"
+            )
         if self._teacher is not None:
             losses = self._teacher.mix(losses, logits, images)
-        loss = self._guard.check_loss(losses.mean())
+        loss = self.log_step(losses.mean(), len(images))
         if self._guard.loss_is_finite:
-            self.log("train/loss", loss, prog_bar=True)
             self.train_loss.update(losses.detach())
         self.log("train/loss_epoch", self.train_loss, on_step=False, on_epoch=True)
-        groups = self.trainer.optimizers[0].param_groups
-        self.log("lr", max(float(group["lr"]) for group in groups))
-        self.log("weight_decay", max(float(group["weight_decay"]) for group in groups))
         return loss
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Leave the step out if its loss or a gradient is not finite, or stop.
-
-        Raises:
-            FloatingPointError: it is not (see `skip_nonfinite`). The weights are still those before
-                the step.
-        """
-        self._guard.check_gradients(self, optimizer)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Add a batch to `val/loss`, `val/acc1` and `val/acc5`; return the logits."""
-        return self._evaluate(batch, batch_idx, self.val_metrics)
+        return self._evaluate(batch, batch_idx, self.val_metrics, self.further_val_metrics)
 
     def on_validation_epoch_end(self) -> None:
         """Stop a training whose weights give no finite loss, before they are saved.
@@ -332,7 +402,7 @@ class ImageClassifier(LightningModule):
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Add a batch to `test/loss` … and the confusion matrix; return the logits."""
-        logits = self._evaluate(batch, batch_idx, self.test_metrics)
+        logits = self._evaluate(batch, batch_idx, self.test_metrics, self.further_test_metrics)
         self._confusion.update(logits, batch[1])
         return logits
 
@@ -348,40 +418,14 @@ class ImageClassifier(LightningModule):
         images = batch if isinstance(batch, Tensor) else batch[0]
         return self._logits(images).softmax(dim=1)
 
-    def configure_optimizers(self) -> tuple[list[Any], list[Any]]:
-        """Return the optimizer and the schedules of learning rate and weight decay."""
-        h = self.hparams
-        steps = total_steps(self.trainer)  # loads the data, which the lines below need
-        # a development run of a few batches ends before any warm-up would
-        warmup_epochs = 0 if _fast_dev_run(self.trainer) else h["warmup_epochs"]
-        warmup = round(warmup_epochs * steps_per_epoch(self.trainer)) if warmup_epochs else 0
-        optimizer = build_optimizer(
-            self.model,
-            h["optimizer"],
-            lr=self._scaled_lr(),
-            weight_decay=h["weight_decay"],
-            momentum=h["momentum"],
-            no_decay_norm_bias=h["no_decay_norm_bias"],
-            layer_decay=h["layer_decay"],
-            **(h["optimizer_kwargs"] or {}),
-        )
-        schedules = [CosineSchedule(optimizer, "lr", steps, warmup_steps=warmup)]
-        if h["weight_decay"]:
-            end = h["weight_decay_end"] / h["weight_decay"]
-            schedules.append(CosineSchedule(optimizer, "weight_decay", steps, end))
-        # LearningRateMonitor logs the learning rate under the name of every schedule it finds, so
-        # a name of its own for the weight decay's would be a wrong label
-        return [optimizer], [{"scheduler": s, "interval": "step", "name": "lr"} for s in schedules]
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint enough to rebuild the model, offline, and to export it."""
+        super().on_save_checkpoint(checkpoint)
         saved = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]
-        # the checkpoint has the weights: nothing to fetch on loading
-        saved["pretrained"], saved["weights"] = False, None
+        saved["weights"] = None  # the checkpoint has them
         if saved["model_kwargs"]:
             kept = {k: v for k, v in saved["model_kwargs"].items() if k != "checkpoint_path"}
             saved["model_kwargs"] = kept
-        checkpoint["dropout_seed"] = self.seed
         if self._spec is not None:
             checkpoint["export_spec"] = self._spec.to_dict()
 
@@ -391,7 +435,7 @@ class ImageClassifier(LightningModule):
         Raises:
             ValueError: the data module's classes are others than the checkpoint's.
         """
-        self._restored_seed = checkpoint.get("dropout_seed")
+        super().on_load_checkpoint(checkpoint)
         self._to_calibrate = False
         if "export_spec" not in checkpoint:
             return
@@ -405,16 +449,27 @@ class ImageClassifier(LightningModule):
         logits: Tensor = self(images)
         return logits.float()  # losses and probabilities lose too much in half precision
 
-    def _evaluate(
-        self, batch: tuple[Tensor, Tensor], batch_idx: int, metrics: MetricCollection
-    ) -> Tensor:
+    def _checked(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
+        """Check the labels of a loader of the user's own."""
         images, targets = batch
         if batch_idx == 0 or targets.device.type == "cpu":  # elsewhere it would wait for the GPU
             check_targets(targets, self.num_classes)
+        return images, targets
+
+    def _evaluate(
+        self,
+        batch: tuple[Tensor, Tensor],
+        batch_idx: int,
+        basic: MetricCollection,
+        further: MetricCollection,
+    ) -> Tensor:
+        images, targets = self._checked(batch, batch_idx)
         logits = self._logits(images)
         losses = F.cross_entropy(logits, targets, reduction="none")
-        metrics.update(preds=logits, target=targets, value=losses)  # each takes what it knows
-        self.log_dict(metrics, prog_bar=True)
+        basic.update(preds=logits, target=targets, value=losses)  # each takes what it knows
+        further.update(logits.softmax(dim=1), targets)
+        self.log_dict(basic, prog_bar=True)
+        self.log_dict(further)
         return logits
 
     def _scaled_lr(self) -> float:
@@ -429,23 +484,6 @@ class ImageClassifier(LightningModule):
     def _uses_channels_last(self) -> bool:
         return bool(self.hparams["channels_last"]) and self.device.type == "cuda"
 
-
-def _mean() -> MeanMetric:
-    # "disable" keeps NaN visible. It also ignores weights (torchmetrics 1.9), so that the mean must
-    # be given the loss of each image, not a batch's mean and size.
-    return MeanMetric(nan_strategy="disable")
-
-
-def _fast_dev_run(trainer: Trainer) -> bool:
-    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-
-
-def _metrics(num_classes: int, prefix: str) -> MetricCollection:
-    metrics: dict[str, Any] = {"loss": _mean()}
-    for k in (1, 5):
-        if k == 1 or num_classes > k:
-            metrics[f"acc{k}"] = MulticlassAccuracy(
-                num_classes, top_k=k, average="micro", validate_args=False
-            )
-    # these share no state, and torchmetrics would guess from the first batch whether they do
-    return MetricCollection(metrics, prefix=prefix, compute_groups=False)
+    def _weight_decay_ratio(self) -> float:
+        start, end = self.hparams["weight_decay"], self.hparams["weight_decay_end"]
+        return float(end / start) if start else 1.0

@@ -167,5 +167,5 @@ def test_a_checkpoint_of_another_task_is_refused(capsys):
     said = error_of(capsys, "detect", "validate", "--ckpt_path", checkpoint)
     assert "is not of `mobileone detect fit`" in said
     said = error_of(capsys, "detect", "export", checkpoint, "out")
-    assert "is no checkpoint of a Detector" in said
+    assert "is not a checkpoint of a Detector" in said
     assert not Path("out").exists()

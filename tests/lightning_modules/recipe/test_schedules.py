@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_modules.recipe.schedules import CosineSchedule, cosine_factor
+from lightning_modules.recipe.schedules import Schedule, schedule_factor
 from tests.helpers import trainer as helpers
 from tests.helpers.trainer import SaveEachEpoch
 
@@ -35,7 +35,7 @@ def walk(schedule, key, steps):
 
 def test_weight_decay_follows_the_papers_formula():
     steps = 40
-    schedule = CosineSchedule(sgd(weight_decay=1e-4), "weight_decay", steps, end=0.1)
+    schedule = Schedule(sgd(weight_decay=1e-4), "weight_decay", steps, end=0.1)
     expected = [
         1e-5 + 0.5 * (1e-4 - 1e-5) * (1 + math.cos(math.pi * t / steps)) for t in range(steps + 1)
     ]
@@ -49,7 +49,7 @@ def test_weight_decay_follows_the_papers_formula():
 
 def test_learning_rate_warms_up_linearly_and_ends_at_zero():
     steps, warmup = 30, 10
-    values = [v for (v,) in walk(CosineSchedule(sgd(), "lr", steps, 0.0, warmup), "lr", steps)]
+    values = [v for (v,) in walk(Schedule(sgd(), "lr", steps, warmup_steps=warmup), "lr", steps)]
     differences = [b - a for a, b in pairwise(values[: warmup + 1])]
     assert values[0] == pytest.approx(LR / 11)
     assert differences == pytest.approx([LR / 11] * warmup)
@@ -59,7 +59,7 @@ def test_learning_rate_warms_up_linearly_and_ends_at_zero():
 
 
 def test_the_end_value_stays_after_the_last_step():
-    assert cosine_factor(1000, 10, end=0.1) == pytest.approx(0.1)
+    assert schedule_factor(1000, 10, end=0.1) == pytest.approx(0.1)
 
 
 def test_groups_scale_their_own_values_and_zero_stays_zero():
@@ -67,7 +67,7 @@ def test_groups_scale_their_own_values_and_zero_stays_zero():
         {"params": [nn.Parameter(torch.ones(1))], "weight_decay": wd} for wd in (0.0, 1e-4, 2e-4)
     ]
     optimizer = torch.optim.SGD(groups, lr=LR)
-    schedule = CosineSchedule(optimizer, "weight_decay", total_steps=8, end=0.1)
+    schedule = Schedule(optimizer, "weight_decay", total_steps=8, end=0.1)
     for t, values in enumerate(walk(schedule, "weight_decay", 8)):
         factor = 0.1 + 0.45 * (1 + math.cos(math.pi * t / 8))
         assert values == pytest.approx([0.0, 1e-4 * factor, 2e-4 * factor])
@@ -77,16 +77,16 @@ def test_groups_scale_their_own_values_and_zero_stays_zero():
 @pytest.mark.parametrize(("warmup", "total"), [(10, 10), (-1, 10), (0, 0)])
 def test_impossible_lengths_are_refused(warmup, total):
     with pytest.raises(ValueError, match=r"`warmup_steps` \(=-?\d+\).*`total_steps` \(=\d+\)"):
-        CosineSchedule(sgd(), "lr", total, warmup_steps=warmup)
+        Schedule(sgd(), "lr", total, warmup_steps=warmup)
 
 
 def test_an_unknown_hyper_parameter_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"'wd'.*SGD.*'weight_decay'"):
-        CosineSchedule(sgd(), "wd", 10)
+        Schedule(sgd(), "wd", 10)
 
 
 def test_state_restores_position_and_values():
-    first, second = CosineSchedule(sgd(), "lr", 10), CosineSchedule(sgd(), "lr", 10)
+    first, second = Schedule(sgd(), "lr", 10), Schedule(sgd(), "lr", 10)
     for _ in range(4):
         first.optimizer.step()
         first.step()
@@ -96,9 +96,9 @@ def test_state_restores_position_and_values():
 
 
 def test_a_changed_length_takes_effect_and_is_said():
-    saved = CosineSchedule(sgd(), "weight_decay", 10, end=0.1)
+    saved = Schedule(sgd(), "weight_decay", 10, end=0.1)
     saved.step(5)
-    resumed = CosineSchedule(sgd(), "weight_decay", 20, end=0.1)
+    resumed = Schedule(sgd(), "weight_decay", 20, end=0.1)
     with pytest.warns(UserWarning, match="`weight_decay` has 10 steps, this run's has 20"):
         resumed.load_state_dict(saved.state_dict())
     expected = WD * (0.1 + 0.45 * (1 + math.cos(math.pi * 5 / 20)))
@@ -123,8 +123,8 @@ class Regression(LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         optimizer = torch.optim.SGD([self.weight], lr=LR, momentum=MOMENTUM, weight_decay=WD)
         schedules = [
-            CosineSchedule(optimizer, "lr", steps, warmup_steps=2),
-            CosineSchedule(optimizer, "weight_decay", steps, end=WD_END / WD),
+            Schedule(optimizer, "lr", steps, warmup_steps=2),
+            Schedule(optimizer, "weight_decay", steps, end=WD_END / WD),
         ]
         return [optimizer], [{"scheduler": s, "interval": "step", "name": "lr"} for s in schedules]
 
