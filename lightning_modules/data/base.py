@@ -1,10 +1,13 @@
 """What a data module needs so that a resumed run sees the batches that it would have seen."""
 
+import math
+from collections.abc import Sized
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_modules.data.samplers import EvaluationSampler
 from lightning_modules.randomness import resolve_seed
 
 __all__ = ["ResumableData"]
@@ -60,6 +63,27 @@ class ResumableData(LightningDataModule):
     @property
     def _rank(self) -> int:
         return self.trainer.global_rank if self.trainer else 0
+
+    def _check_count(self, images: int, split: str, drop_last: bool) -> None:
+        """Raise ValueError if there are too few images for the processes, or for a batch."""
+        share = math.ceil(images / self._processes)
+        if split == "train" and drop_last and share < self._batch_size:
+            raise ValueError(
+                f"batch_size={self._batch_size} is larger than the {share} training images of one "
+                "process, and incomplete batches are left out, so nothing would be trained. Lower "
+                "--data.batch_size, or set --data.drop_last false if there is that option."
+            )
+        if split != "train" and images < self._processes:
+            raise ValueError(
+                f"{split} has {images} images for {self._processes} processes, and each needs at "
+                "least one. Add images, or lower --trainer.devices."
+            )
+
+    def _evaluation_sampler(self, dataset: Sized) -> EvaluationSampler | None:
+        """Each image once over all processes; None where one process takes them in order."""
+        if self._processes == 1:
+            return None
+        return EvaluationSampler(dataset, self._processes, self._rank)
 
     def _batches_done(self) -> int:
         """How many batches of the present epoch lie before the checkpoint that is resumed."""

@@ -14,7 +14,7 @@ from lightning_modules.data.dataloader import image_loader
 from lightning_modules.data.dataset import ImageClassificationDataset, IterableImageDataset
 from lightning_modules.data.digits import cache_root, digits_root, write_digits
 from lightning_modules.data.image_io import color_mode
-from lightning_modules.data.samplers import EpochSampler, EvaluationSampler, ShardSampler
+from lightning_modules.data.samplers import EpochSampler, ShardSampler
 from lightning_modules.data.shards.reader import shard_lengths
 from lightning_modules.data.splits import FOLDER_NAMES, DatasetSplits, check_dataset_name
 from lightning_modules.data.transforms import (
@@ -235,7 +235,7 @@ class ImageDataModule(ResumableData):
         sources = {split: self._splits.source(split) for split in needed.get(stage, ())}
         for split, source in sources.items():
             if not isinstance(source, IterableDataset):
-                self._check_count(len(source), split)
+                self._check_count(len(source), split, self._drop_last)
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled, augmented batches, images float (N, C, H, W) and targets long (N,)."""
@@ -261,25 +261,10 @@ class ImageDataModule(ResumableData):
         """The test images (validation images if there are none), each once and in order."""
         return self._evaluation_loader("test")
 
-    def _check_count(self, images: int, split: str) -> None:
-        share = math.ceil(images / self._processes)
-        if split == "train" and self._drop_last and share < self._batch_size:
-            raise ValueError(
-                f"batch_size={self._batch_size} is larger than the {share} training images of one "
-                "process, and drop_last leaves out incomplete batches, so nothing would be "
-                "trained. Lower --data.batch_size, or set --data.drop_last false."
-            )
-        if split != "train" and images < self._processes:
-            raise ValueError(
-                f"{split} has {images} images for {self._processes} processes, and each needs at "
-                "least one. Add images, or lower --trainer.devices."
-            )
-
     def _evaluation_loader(self, split: str) -> DataLoader:
         source = self._splits.source(split)
-        if self._processes == 1 or isinstance(source, IterableDataset):
-            return self._loader(source, self._eval_transform)
-        sampler = EvaluationSampler(source, self._processes, self._rank)
+        stream = isinstance(source, IterableDataset)
+        sampler = None if stream else self._evaluation_sampler(source)
         return self._loader(source, self._eval_transform, sampler=sampler)
 
     def _loader(self, source: Any, transform: PhasedTransform, **options: Any) -> DataLoader:

@@ -3,21 +3,22 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_modules.data.base import ResumableData
 from lightning_modules.data.dataloader import image_loader
-from lightning_modules.data.samplers import EpochSampler, EvaluationSampler, SampleKey
+from lightning_modules.data.samplers import EpochSampler, SampleKey
 from lightning_modules.data.transforms import resolve_config
 from lightning_modules.dense.shapes import CLASSES, Shapes
 from lightning_modules.dense.sources import VOC_CLASSES, CocoBoxes, VocMasks, coco_classes
 from lightning_modules.dense.transforms import BoxTransform, MaskTransform
 from lightning_modules.randomness import derive_seed, isolated_rng
+from mobileone.io.atomic import directory_lock
 
 __all__ = ["DetectionData", "SegmentationData"]
 
@@ -86,7 +87,7 @@ class _DenseData(ResumableData):
     def setup(self, stage: str) -> None:
         """Read what the stage needs, and check it."""
         for train in (True, False) if stage == "fit" else (False,):
-            self._check_count(len(self.split(train)), train)
+            self._check_count(len(self.split(train)), "train" if train else "val", drop_last=True)
 
     def split(self, train: bool) -> "_Samples":
         """The training or the validation images with their targets."""
@@ -108,10 +109,7 @@ class _DenseData(ResumableData):
 
     def val_dataloader(self) -> DataLoader:
         """Every validation image, in order."""
-        if self._processes == 1:
-            return self._loader(False)
-        sampler = EvaluationSampler(self.split(False), self._processes, self._rank)
-        return self._loader(False, sampler=sampler)
+        return self._loader(False, sampler=self._evaluation_sampler(self.split(False)))
 
     def _loader(self, train: bool, **options: Any) -> DataLoader:
         return image_loader(
@@ -123,19 +121,6 @@ class _DenseData(ResumableData):
             collate_fn=partial(_batch, self._collate),
             **options,
         )
-
-    def _check_count(self, images: int, train: bool) -> None:
-        share = math.ceil(images / self._processes)
-        if train and share < self._batch_size:
-            raise ValueError(
-                f"batch_size={self._batch_size} is larger than the {share} training images of one "
-                "process: nothing would be trained. Lower --data.batch_size."
-            )
-        if images < self._processes:
-            raise ValueError(
-                f"{images} validation images are too few for {self._processes} processes, each of "
-                "which needs one. Add images, or lower --trainer.devices."
-            )
 
     def _real_classes(self, root: str) -> tuple[str, ...]:
         raise NotImplementedError
@@ -176,13 +161,14 @@ class SegmentationData(_DenseData):
         self._download = download
 
     def prepare_data(self) -> None:
-        """Fetch VOC, if that is wanted."""
+        """Fetch VOC, if that is wanted; of several processes the first does, the others wait."""
         if self._root is not None and self._download:
-            VocMasks(self._root, "train", download=True)
+            with directory_lock(Path(self._root).expanduser(), patience=math.inf):
+                VocMasks(self._root, "train", download=True)
 
     def setup(self, stage: str) -> None:
         """Read what the stage needs, and check it."""
-        rank_zero_only(self.prepare_data)()
+        self.prepare_data()
         super().setup(stage)
 
     def _real_classes(self, root: str) -> tuple[str, ...]:
