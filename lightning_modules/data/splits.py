@@ -2,7 +2,7 @@
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from timm.data import create_dataset
@@ -24,8 +24,6 @@ __all__ = [
     "DatasetSplits",
     "check_dataset_name",
     "find_split",
-    "is_indexed",
-    "missing_split",
     "open_split",
 ]
 
@@ -52,14 +50,15 @@ class DatasetSplits:
         classes: str | None,
         **options: Any,
     ) -> None:
-        self._name = name
-        self._root = root
+        self._name, self._root, self._options = name, root, options
+        self._folders = name in FOLDER_NAMES
+        self._shards = _are_shards(name, root)
         self._function = find_function(name) if is_function(name) else None
         if self._function and val == "validation":  # the default, for timm's data sets
             val = "val"
-        self._names = {"train": train, "val": val, "test": test or self._default_test(val)}
+        self._names = {"train": train, "val": val, "test": test or "test"}
+        self._test_is_named = test is not None
         self._class_file = read_class_file(classes) if classes else None
-        self._options = options
         self._opened: dict[str, Any] = {}
         self._returned: dict[str, Any] = {}
 
@@ -109,7 +108,7 @@ class DatasetSplits:
 
     def _checked(self, split: str) -> Any:
         dataset = self._open(split, None)
-        if not self._folders and not self._indexed and not self._function:
+        if not (self._folders or self._shards or self._function):
             return dataset
         check_class_folders(dataset, split)
         names = class_to_index(dataset)
@@ -120,28 +119,15 @@ class DatasetSplits:
 
     @property
     def _tests_validation(self) -> bool:
-        if self._folders:
-            path = self._path("test")
-            return path is not None and path == self._path("val")
-        if self._function and self._names["test"] == "test":
-            return self._call("test") is None
-        return self._names["test"] == self._names["val"]
-
-    @property
-    def _folders(self) -> bool:
-        return self._name in FOLDER_NAMES
-
-    @property
-    def _indexed(self) -> bool:
-        return is_indexed(self._name, self._root)
-
-    def _default_test(self, val: str) -> str:
+        """Whether the test is named like validation, or not named and not there."""
+        if self._test_is_named:
+            place = self._path if self._folders else self._names.get
+            return place("test") == place("val")
         if self._function:
-            return "test"
-        if self._root is not None and self._indexed:
-            return "test" if "test" in Manifest.load(self._root).splits else val
-        has_test = self._root is not None and find_split(self._root, "test") is not None
-        return "test" if self._folders and has_test else val
+            return self._call("test") is None
+        if self._shards:
+            return "test" not in Manifest.load(cast(Path, self._root)).splits
+        return not self._folders or self._path("test") is None
 
     def _path(self, split: str) -> Path | None:
         return None if self._root is None else find_split(self._root, self._names[split])
@@ -150,7 +136,7 @@ class DatasetSplits:
         path = self._path(split)
         if path is None:
             assert self._root is not None
-            raise missing_split(self._root, self._names[split])
+            raise _missing_split(self._root, self._names[split])
         return path
 
     def _call(self, split: str) -> Any:
@@ -200,7 +186,7 @@ def check_dataset_name(name: str) -> None:
         )
 
 
-def is_indexed(name: str, root: Path | None) -> bool:
+def _are_shards(name: str, root: Path | None) -> bool:
     """Whether the data set is one of `mobileone shards`, and not any other WebDataset."""
     return name.partition("/")[0].lower() == "wds" and has_shards(root)
 
@@ -222,7 +208,7 @@ def find_split(root: Path, split: str) -> Path | None:
 _OPTION = "--data.root, or SRC of `mobileone shards`"
 
 
-def missing_split(root: Path, split: str) -> FileNotFoundError:
+def _missing_split(root: Path, split: str) -> FileNotFoundError:
     """The error that says what is there instead of ``split``."""
     if not root.exists():
         return FileNotFoundError(
@@ -261,7 +247,7 @@ def open_split(
         ValueError: no images, or a name that timm's reader does not know.
         ImportError: the reader's package is not installed.
     """
-    if root is not None and is_indexed(name, root):
+    if root is not None and _are_shards(name, root):
         splits = Manifest.load(root).splits
         name = next((name for name in (split, *_synonyms(split)) if name in splits), split)
         return open_shards(root, name, class_map)
