@@ -1,10 +1,10 @@
 """The names that packages offer: loaded when asked for, and complete."""
 
 import importlib
-import subprocess
-import sys
 
 import pytest
+
+from tests.helpers.processes import run_python
 
 PACKAGES = ["callbacks", "lightning_modules"]
 
@@ -12,7 +12,7 @@ PACKAGES = ["callbacks", "lightning_modules"]
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_package_alone_loads_no_torch(package):
     code = f"import sys, {package}; assert not {{'torch', 'timm', 'lightning'}} & {{*sys.modules}}"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    run_python("-c", code)
 
 
 @pytest.mark.parametrize("package", PACKAGES)

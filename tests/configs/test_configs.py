@@ -7,11 +7,11 @@ import pytest
 import timm
 import torch
 import yaml
-from PIL import Image
 
 from callbacks.curriculum import Curriculum
 from lightning_modules.cli.main import main
 from lightning_modules.run.config_files import find_configs, option_value, packaged_configs
+from tests.helpers.images import write_images
 
 ROOT = Path(str(files("configs")))
 RECIPES = sorted(  # those of `mobileone fit`; the others are in tests/dense
@@ -25,14 +25,9 @@ SMALL = ["--data.input_size", "32", "--data.batch_size", "4", "--data.num_worker
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """An ImageFolder of two classes."""
-    root = tmp_path_factory.mktemp("images")
-    for split in ("train", "val"):
-        for label, name in enumerate(("cat", "dog")):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(4):
-                Image.new("RGB", (40, 36), (90 * label, 60 * i, 120)).save(folder / f"{i}.png")
-    return root
+    four = {"cat": 4, "dog": 4}
+    splits = {"train": four, "val": four}
+    return write_images(tmp_path_factory.mktemp("images"), splits, (40, 36))
 
 
 def test_all_recipes_are_known():

@@ -29,8 +29,8 @@ def start_python(*arguments, variables=None, **options):
     return subprocess.Popen(command, env=environment(**variables or {}), text=True, **options)
 
 
-def run_python(*arguments, variables=None, timeout=240, **options):
-    """Run `python *arguments`; returns stdout and stderr. Fails if the process does."""
+def run_python(*arguments, variables=None, timeout=240, status=0, **options):
+    """Run `python *arguments`; returns stdout and stderr. Fails at another exit status."""
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
         env=environment(**variables or {}),
@@ -39,7 +39,7 @@ def run_python(*arguments, variables=None, timeout=240, **options):
         timeout=timeout,
         **options,
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
 

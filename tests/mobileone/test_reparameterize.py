@@ -64,26 +64,26 @@ def test_nested_models_and_lone_blocks_fold(fold):
 
 
 @pytest.mark.parametrize(
-    "convert", [convert_sync_batchnorm, nn.SyncBatchNorm.convert_sync_batchnorm]
+    ("convert", "kind", "training"),
+    [
+        (convert_sync_batchnorm, nn.SyncBatchNorm, False),
+        (nn.SyncBatchNorm.convert_sync_batchnorm, nn.SyncBatchNorm, False),
+        (freeze_batch_norm_2d, None, False),
+        (freeze_batch_norm_2d, None, True),
+    ],
 )
-def test_folds_after_conversion_to_sync_batch_norm(convert):
+def test_folds_after_conversion_of_the_norms(convert, kind, training):
     model = randomize_bn(timm.create_model("mobileone_mu0").double()).eval()
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     expected = model(x)
-    converted = convert(model).eval()
-    assert any(isinstance(m, nn.SyncBatchNorm) for m in converted.modules())
+    converted = convert(model).train(training)
+    norms = [m for m in converted.modules() if isinstance(m, _BatchNorm)]
+    if kind is None:
+        assert not norms
+        assert relative_error(converted(x), expected) < 1e-10
+    else:
+        assert norms and all(isinstance(m, kind) for m in norms)
     assert relative_error(mobileone.reparameterize(converted)(x), expected) < 1e-10
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_folds_with_frozen_batch_norm(training):
-    model = randomize_bn(timm.create_model("mobileone_mu0").double()).eval()
-    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
-    expected = model(x)
-    frozen = freeze_batch_norm_2d(model).train(training)
-    assert not any(isinstance(m, _BatchNorm) for m in frozen.modules())
-    assert relative_error(frozen(x), expected) < 1e-10
-    assert relative_error(mobileone.reparameterize(frozen)(x), expected) < 1e-10
 
 
 def test_folds_with_dilation():

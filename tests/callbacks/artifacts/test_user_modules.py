@@ -1,24 +1,21 @@
 """A network and a format from modules of the user's own: fit, export worker and commands."""
 
 import csv
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import timm
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-from callbacks.artifacts.callback import ReparameterizeOnSave
 from mobileone.export import FORMATS, ExportSpec, Manifest, load_runner, normalize, worker
 from mobileone.io import user_modules
-from tests.helpers.paths import REPOSITORY
-
-PROGRAMS = REPOSITORY / "tests" / "programs"
+from tests.helpers.checkpoints import saver
+from tests.helpers.paths import PROGRAMS
+from tests.helpers.processes import run_python
+from tests.helpers.trainer import fit
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -56,23 +53,18 @@ def run(tmp_path_factory):
         patched.syspath_prepend(str(PROGRAMS))
         patched.setattr(user_modules, "_imported", {})
         user_modules.import_user_modules(["my_networks", "my_formats"])
-        callback = ReparameterizeOnSave(
-            dirpath=str(folder), formats=["torchscript", "weights"], strict=True
-        )
+        callback = saver(folder, formats=["torchscript", "weights"], strict=True)
         torch.manual_seed(0)
         module = Module()
         data = TensorDataset(torch.randn(16, 3, 16, 16), torch.randint(3, (16,)))
-        options = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-        trainer = Trainer(
-            accelerator="cpu", max_epochs=2, callbacks=[callback], num_sanity_val_steps=0, **options
-        )
         seen = []
         with patched.context() as spy:
             real = worker.subprocess.Popen
             spy.setattr(
                 worker.subprocess, "Popen", lambda c, **o: [seen.append(c), real(c, **o)][1]
             )
-            trainer.fit(module, DataLoader(data, 4), DataLoader(data, 8))
+            loaders = DataLoader(data, 4), DataLoader(data, 8)
+            fit(folder.parent, module, loaders, callback, max_epochs=2)
         yield folder, module.eval(), seen
         FORMATS.pop("weights")
 
@@ -128,14 +120,8 @@ def test_a_file_of_the_users_format_that_is_wrong_is_rejected(run, tmp_path, mon
         export_model(module.model, module.export_spec, tmp_path / "out", ["weights"])
 
 
-def command(*arguments, folder=PROGRAMS):
-    return subprocess.run(
-        [sys.executable, "-m", "mobileone", *map(str, arguments)],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-    )
+def command(*arguments, **options):
+    return run_python("-m", "mobileone", *arguments, cwd=PROGRAMS, **options)
 
 
 def test_commands_import_the_modules_by_name_and_never_from_the_checkpoint(run, tmp_path):
@@ -147,24 +133,14 @@ def test_commands_import_the_modules_by_name_and_never_from_the_checkpoint(run, 
         Image.fromarray(image).save(images / f"{index}.png")
     checkpoint = folder / "last.ckpt"
     imports = ("--imports", "[my_networks,my_formats]")
-    refused = command("export", checkpoint, tmp_path / "none")
-    assert refused.returncode == 2
+    refused = command("export", checkpoint, tmp_path / "none", status=2)
     assert "timm knows no model 'my_repvgg'" in refused.stderr and "--imports" in refused.stderr
-    refused = command(
-        "export",
-        checkpoint,
-        tmp_path / "none",
-        "--formats",
-        "[weights]",
-        *imports[:1],
-        "[my_networks]",
-    )
+    words = "--formats", "[weights]", "--imports", "[my_networks]"
+    refused = command("export", checkpoint, tmp_path / "none", *words, status=2)
     assert "unknown formats ['weights']" in refused.stderr and "--imports" in refused.stderr
-    made = command("export", checkpoint, tmp_path / "out", "--formats", "[weights]", *imports)
-    assert made.returncode == 0, made.stderr
+    command("export", checkpoint, tmp_path / "out", "--formats", "[weights]", *imports)
     assert "model.npz" in command("inspect", tmp_path / "out", *imports).stdout
-    done = command("predict", tmp_path / "out", images, tmp_path / "out.csv", *imports)
-    assert done.returncode == 0, done.stderr
+    command("predict", tmp_path / "out", images, tmp_path / "out.csv", *imports)
     with (tmp_path / "out.csv").open() as file:
         found = [float(row["probability"]) for row in csv.DictReader(file)]
     with torch.no_grad():

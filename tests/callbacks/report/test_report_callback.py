@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -20,6 +20,8 @@ from lightning_modules.run.folder import RunFolder
 from lightning_modules.run.wandb_logger import WandbOptions, make_loggers
 from mobileone.export.manifest import Manifest
 from mobileone.export.spec import ExportSpec
+from tests.helpers.trainer import make_trainer
+from tests.helpers.variants import slow
 
 NAMES = ("cat", "dog", "a $5 bill")
 SPEC = ExportSpec("mobileone_mu0", NAMES, (3, 32, 32), (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0)
@@ -71,20 +73,6 @@ def loader():
     return DataLoader(TensorDataset(images, targets), batch_size=4)
 
 
-def trainer(tmp_path, *callbacks, logger=False):
-    return Trainer(
-        max_epochs=1,
-        log_every_n_steps=1,
-        accelerator="cpu",
-        default_root_dir=tmp_path,
-        callbacks=list(callbacks),
-        logger=logger,
-        enable_checkpointing=any(isinstance(c, ReparameterizeOnSave) for c in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-
-
 @pytest.mark.parametrize(("samples", "classes"), [(3, [0, 1, 2]), (8, [0, 0, 1, 1, 1, 2, 2])])
 def test_samples_come_from_the_whole_set(samples, classes, loader, tmp_path, monkeypatch):
     drawn = []
@@ -94,7 +82,7 @@ def test_samples_come_from_the_whole_set(samples, classes, loader, tmp_path, mon
         return samples_figure(images, targets, probabilities, names)
 
     monkeypatch.setattr("callbacks.report.callback.samples_figure", record)
-    trainer(tmp_path, Report(samples=samples)).validate(Classifier(), loader, verbose=False)
+    make_trainer(tmp_path, Report(samples=samples)).validate(Classifier(), loader, verbose=False)
     images, targets, probabilities = drawn[0]
     assert targets.tolist() == classes
     assert probabilities.argmax(1).tolist() == classes
@@ -103,12 +91,12 @@ def test_samples_come_from_the_whole_set(samples, classes, loader, tmp_path, mon
 
 
 def test_no_samples_no_picture(loader, tmp_path):
-    trainer(tmp_path, Report(samples=0)).validate(Classifier(), loader, verbose=False)
+    make_trainer(tmp_path, Report(samples=0)).validate(Classifier(), loader, verbose=False)
     assert not (tmp_path / "report").exists()
 
 
 def test_confusion_matrix_is_drawn_and_written(loader, tmp_path):
-    trainer(tmp_path, Report(samples=0)).test(Classifier(), loader, verbose=False)
+    make_trainer(tmp_path, Report(samples=0)).test(Classifier(), loader, verbose=False)
     assert (tmp_path / "report/confusion_matrix.png").is_file()
     with (tmp_path / "report/confusion_matrix.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
@@ -144,7 +132,7 @@ def test_a_stream_of_unknown_length_is_shown_too(tmp_path):
 
     report = Report(samples=2)
     loader = DataLoader(Stream(), batch_size=2)
-    trainer(tmp_path, report).validate(Classifier(), loader, verbose=False)
+    make_trainer(tmp_path, report).validate(Classifier(), loader, verbose=False)
     assert torch.cat([targets for _, targets, _ in report._shown]).tolist() == [0, 1]
 
 
@@ -227,9 +215,7 @@ def finished_records(path):
     raise AssertionError("wandb did not finish its file")
 
 
-@pytest.mark.parametrize(
-    "mode", ["best", *(pytest.param(m, marks=pytest.mark.slow) for m in ("every", "none"))]
-)
+@pytest.mark.parametrize("mode", ["best", slow("every"), slow("none")])
 def test_wandb_gets_pictures_and_the_artifact_with_its_manifest(
     mode, loader, tmp_path, monkeypatch
 ):
@@ -241,7 +227,7 @@ def test_wandb_gets_pictures_and_the_artifact_with_its_manifest(
     folder = RunFolder.create(str(tmp_path), "test")
     saver = ReparameterizeOnSave(dirpath=str(folder.checkpoints), formats=["torchscript"])
     loggers = make_loggers(folder, WandbOptions())
-    running = trainer(folder.path, saver, Report(2, mode), logger=loggers)
+    running = make_trainer(folder.path, saver, Report(2, mode), logger=loggers)
     running.fit(Classifier(), loader, loader)
     wandb.finish()
     records = finished_records(next(folder.path.rglob("*.wandb")))

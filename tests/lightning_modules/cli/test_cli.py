@@ -48,6 +48,18 @@ def fit(*more, epochs=1):
     wandb.finish()
 
 
+def interrupt(patch, error):
+    """Let a training end with an error at the first batch of its second epoch."""
+    hook = ImageClassifier.on_train_batch_start
+
+    def interrupted(self, batch, batch_idx):
+        if self.current_epoch == 1:
+            raise error
+        return hook(self, batch, batch_idx)
+
+    patch.setattr(ImageClassifier, "on_train_batch_start", interrupted)
+
+
 def read_table(path):
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -142,14 +154,7 @@ def test_two_processes_share_one_run(tmp_path):
 
 
 def test_interrupted_run_says_how_to_continue(capsys, monkeypatch):
-    hook = ImageClassifier.on_train_batch_start
-
-    def interrupted(self, batch, batch_idx):
-        if self.current_epoch == 1:
-            raise KeyboardInterrupt
-        return hook(self, batch, batch_idx)
-
-    monkeypatch.setattr(ImageClassifier, "on_train_batch_start", interrupted)
+    interrupt(monkeypatch, KeyboardInterrupt)
     with pytest.raises(SystemExit):
         fit("--wandb.mode", "disabled", epochs=2)
     command = next(
@@ -189,14 +194,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
     whole = (tmp_path / "runs/quickstart/latest").resolve()
 
     with pytest.MonkeyPatch.context() as patch:
-        hook = ImageClassifier.on_train_batch_start
-
-        def interrupted(self, batch, batch_idx):
-            if self.current_epoch == 1:
-                raise Stop
-            return hook(self, batch, batch_idx)
-
-        patch.setattr(ImageClassifier, "on_train_batch_start", interrupted)
+        interrupt(patch, Stop)
         with pytest.raises(Stop):
             fit(epochs=2)
     wandb.finish()

@@ -6,11 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_modules.cli.main import main
 from lightning_modules.data.samplers import SampleKey
 from lightning_modules.dense.data import DetectionData, SegmentationData
 from lightning_modules.dense.shapes import CLASSES, Shapes
 from lightning_modules.dense.sources import VOC_CLASSES, CocoBoxes, VocMasks
+from tests.helpers.command import error_of
 
 pytest.importorskip("pycocotools", reason="needs the extra `dense`")
 
@@ -232,9 +232,8 @@ def test_missing_data_are_told_before_a_run_begins(task, missing, request, tmp_p
         gone = "2007_1.jpg" if missing == "an image" else "2007_1.png"
         next(root.rglob(gone if task == "segment" else "train2017/001.jpg")).unlink()
     options = ["--data.dataset", name, "--data.root", str(root), "--data.num_workers", "0"]
-    with pytest.raises(SystemExit, match="2"):
-        main([task, "fit", *options, "--data.batch_size", "2", "--model.model", "mobileone_mu0"])
-    message = capsys.readouterr().err
+    options += ["--data.batch_size", "2", "--model.model", "mobileone_mu0"]
+    message = error_of(capsys, task, "fit", *options)
     assert f"mobileone {task} fit: error:" in message
     assert ("in " + repr(str(root)) if missing == "root" else "is missing, and 0 more") in message
     assert not (tmp_path / "runs").exists()

@@ -29,6 +29,13 @@ def image(channels, dtype=torch.float32):
     return torch.randn(4, channels, 9, 8, dtype=dtype)
 
 
+def collapsed(*shape, **options):
+    """A block that always trains in a collapsed form."""
+    block = MobileOneBlock(*shape, **options)
+    set_collapse(block, "always")
+    return block
+
+
 def branches_of(block):
     """A copy that runs its branches."""
     other = copy.deepcopy(block)
@@ -95,8 +102,7 @@ def test_autocast_keeps_the_statistics_in_float32(shape, mode, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast_blocks_behind_the_first_collapse_as_well(dtype):
-    block = MobileOneBlock(16, 16, 1, num_conv_branches=4)
-    set_collapse(block, "always")
+    block = collapsed(16, 16, 1, num_conv_branches=4)
     x = torch.randn(16, 16, 14, 14, dtype=dtype)  # as the block before leaves it
     assert path_of(block, x) is Path.BRANCHES  # an error of the caller's
     with torch.autocast("cpu", dtype):
@@ -108,8 +114,7 @@ def test_under_autocast_blocks_behind_the_first_collapse_as_well(dtype):
 
 
 def test_bfloat16_models_train():
-    block = MobileOneBlock(4, 4, 1, num_conv_branches=3, dtype=torch.bfloat16)
-    set_collapse(block, "always")
+    block = collapsed(4, 4, 1, num_conv_branches=3, dtype=torch.bfloat16)
     x = image(4, torch.bfloat16).requires_grad_()
     assert path_of(block, x) is Path.GRAM
     y = block(x)
@@ -119,8 +124,7 @@ def test_bfloat16_models_train():
 
 
 def test_a_second_derivative_is_an_error_and_not_a_wrong_number():
-    block = MobileOneBlock(4, 4, 1, num_conv_branches=2)
-    set_collapse(block, "always")
+    block = collapsed(4, 4, 1, num_conv_branches=2)
     x = image(4).requires_grad_()
     assert path_of(block, x) is not Path.BRANCHES
     (gradient,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
@@ -130,21 +134,32 @@ def test_a_second_derivative_is_an_error_and_not_a_wrong_number():
 
 @pytest.mark.parametrize("shape", BLOCKS, ids=str)
 def test_batched_gradients_are_an_error_and_not_a_wrong_number(shape):
-    block, x = MobileOneBlock(**shape), image(shape["in_chs"]).requires_grad_()
-    set_collapse(block, "always")
+    block, x = collapsed(**shape), image(shape["in_chs"]).requires_grad_()
     y = block(x)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(y, x, torch.randn(3, *y.shape), is_grads_batched=True)
 
 
+CHANGES = []
+
+
+def change(function):
+    """A change after which a block is not a plain one."""
+    CHANGES.append(function)
+    return function
+
+
+@change
 def frozen(block):
     block.conv_kxk[0].bn.eval()
 
 
+@change
 def without_affine(block):
     block.conv_kxk[0].bn.weight = block.conv_kxk[0].bn.bias = None
 
 
+@change
 def without_running_statistics(block):
     bn = block.conv_kxk[0].bn
     bn.running_mean = bn.running_var = bn.num_batches_tracked = None
@@ -155,27 +170,32 @@ def double(module, args, output):
     return output * 2
 
 
+@change
 def batch_statistics_only(block):  # as virtual adversarial training does for a pass
     for norm in (block.identity, block.conv_scale.bn, block.conv_kxk[0].bn):
         norm.track_running_stats = False
 
 
+@change
 def with_dropout_of_branches(block):
     block.drop_path = nn.Dropout2d(1 - 1e-9)
 
 
+@change
 def patched(block):
     conv = block.conv_kxk[0].conv
     forward = conv.forward
     conv.forward = lambda x: 2 * forward(x)
 
 
+@change
 def patched_norm(block):
     norm = block.identity
     forward = norm.forward
     norm.forward = lambda x: 2 * forward(x)
 
 
+@change
 def another_kind_of_branch(block):
     class Twice(type(block.conv_scale)):
         def forward(self, x):
@@ -184,31 +204,38 @@ def another_kind_of_branch(block):
     block.conv_scale.__class__ = Twice
 
 
+@change
 def dilated_differently(block):
     conv = block.conv_kxk[1].conv
     conv.dilation = conv.padding = (2, 2)
 
 
+@change
 def hooked(block):
     block.conv_kxk[0].conv.register_forward_hook(double)
 
 
+@change
 def hooked_branch(block):
     block.conv_scale.register_forward_hook(double)
 
 
+@change
 def hooked_skip(block):
     block.identity.register_forward_hook(double)
 
 
+@change
 def hooked_stochastic_depth(block):
     block.drop_path.register_forward_hook(double)
 
 
+@change
 def hooked_backwards(block):
     block.conv_scale.conv.register_full_backward_pre_hook(lambda module, gradients: None)
 
 
+@change
 def parametrized(block):
     class Double(nn.Module):
         def forward(self, weight):
@@ -217,39 +244,19 @@ def parametrized(block):
     torch.nn.utils.parametrize.register_parametrization(block.conv_kxk[0].conv, "weight", Double())
 
 
+@change
 def reflecting(block):
     block.conv_kxk[0].conv.padding_mode = "reflect"
 
 
+@change
 def with_bias(block):
     block.conv_kxk[0].conv.bias = nn.Parameter(torch.ones(block.conv_kxk[0].conv.out_channels))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        frozen,
-        without_affine,
-        without_running_statistics,
-        batch_statistics_only,
-        with_dropout_of_branches,
-        patched,
-        patched_norm,
-        another_kind_of_branch,
-        dilated_differently,
-        hooked,
-        hooked_branch,
-        hooked_skip,
-        hooked_stochastic_depth,
-        hooked_backwards,
-        parametrized,
-        reflecting,
-        with_bias,
-    ],
-)
+@pytest.mark.parametrize("change", CHANGES)
 def test_blocks_that_are_not_plain_run_their_branches(change):
-    block = MobileOneBlock(6, 6, groups=6, num_conv_branches=2)
-    set_collapse(block, "always")
+    block = collapsed(6, 6, groups=6, num_conv_branches=2)
     x = image(6)
     assert path_of(block, x) is not Path.BRANCHES
     change(block)
@@ -258,8 +265,7 @@ def test_blocks_that_are_not_plain_run_their_branches(change):
 
 
 def test_statistics_that_are_not_tracked_do_not_move():
-    block = MobileOneBlock(6, 6, groups=6)
-    set_collapse(block, "always")
+    block = collapsed(6, 6, groups=6)
     batch_statistics_only(block)
     before = [b.clone() for b in block.buffers()]
     block(image(6))
@@ -269,8 +275,7 @@ def test_statistics_that_are_not_tracked_do_not_move():
 @pytest.mark.parametrize("name", ["weight", "running_mean"])
 def test_wrapped_parameters_and_buffers_run_the_branches(name):
     """Their own memory is empty: kernels of ours would read at address 0."""
-    block, x = MobileOneBlock(6, 6, groups=6), image(6)
-    set_collapse(block, "always")
+    block, x = collapsed(6, 6, groups=6), image(6)
     expected = block(x)
     norm = block.conv_scale.bn
     wrapped = TwoTensor(*(getattr(norm, name).detach().clone() for _ in range(2)))
@@ -289,8 +294,7 @@ def test_a_frozen_block_drops_its_branches_all_the_same():
 
 
 def test_whoever_watches_all_modules_sees_the_branches():
-    block = MobileOneBlock(6, 6, groups=6)
-    set_collapse(block, "always")
+    block = collapsed(6, 6, groups=6)
     seen = []
     watch = nn.modules.module.register_module_forward_hook(lambda *called: seen.append(called[0]))
     try:
@@ -303,8 +307,7 @@ def test_whoever_watches_all_modules_sees_the_branches():
 
 @pytest.mark.parametrize("part", ["act", "attn"])
 def test_the_hooks_of_what_follows_the_sum_are_called(part):
-    block = MobileOneBlock(6, 6, groups=6)
-    set_collapse(block, "always")
+    block = collapsed(6, 6, groups=6)
     expected, x = copy.deepcopy(block), image(6)
     block.get_submodule(part).register_forward_hook(double)
     assert path_of(block, x) is not Path.BRANCHES  # the sum itself nobody watches
@@ -313,8 +316,7 @@ def test_the_hooks_of_what_follows_the_sum_are_called(part):
 
 @pytest.mark.parametrize("part", ["act", "attn"])
 def test_a_replaced_forward_of_what_follows_the_sum_is_called(part):
-    block = MobileOneBlock(6, 6, groups=6)
-    set_collapse(block, "always")
+    block = collapsed(6, 6, groups=6)
     expected, x = copy.deepcopy(block), image(6)
     module = block.get_submodule(part)
     forward = module.forward
@@ -323,8 +325,7 @@ def test_a_replaced_forward_of_what_follows_the_sum_is_called(part):
 
 
 def test_forward_derivatives_are_those_of_the_branches():
-    block = MobileOneBlock(6, 8, 1, num_conv_branches=3).double()
-    set_collapse(block, "always")
+    block = collapsed(6, 8, 1, num_conv_branches=3).double()
     x, t = torch.randn(2, 4, 6, 9, 8, dtype=torch.float64)
     with torch.autograd.forward_ad.dual_level():
         y = block(torch.autograd.forward_ad.make_dual(x, t))
@@ -349,16 +350,14 @@ def test_what_a_block_returns_may_be_changed_in_place(shape, size):
 
 
 def test_inputs_whose_sign_is_only_noted_run_the_branches():
-    block = MobileOneBlock(6, 6, groups=6)
-    set_collapse(block, "always")
+    block = collapsed(6, 6, groups=6)
     x = torch._neg_view(image(6))  # as of a conjugate's imaginary part: memory has other values
     assert path_of(block, x.resolve_neg()) is not Path.BRANCHES
     torch.testing.assert_close(block(x), branches_of(block)(x.resolve_neg()))
 
 
 def test_float64_is_left_alone_by_autocast():
-    block = MobileOneBlock(6, 8, 1, num_conv_branches=3, dtype=torch.float64)
-    set_collapse(block, "always")
+    block = collapsed(6, 8, 1, num_conv_branches=3, dtype=torch.float64)
     x = image(6, torch.float64)
     assert path_of(block, x) is Path.GRAM
     with torch.autocast("cpu", torch.bfloat16):
@@ -387,8 +386,7 @@ def test_narrow_gradients_lose_nothing_in_cancellation():
 
 
 def test_synchronized_batch_norm_runs_the_branches():
-    block = MobileOneBlock(6, 6, groups=6)
-    set_collapse(block, "always")
+    block = collapsed(6, 6, groups=6)
     assert path_of(convert_sync_batchnorm(block), image(6)) is Path.BRANCHES
 
 
@@ -538,8 +536,7 @@ def test_blocks_pickled_by_versions_without_a_mode_train():
 
 def test_channels_last_inputs_are_taken():
     for shape in BLOCKS:
-        block = MobileOneBlock(**shape)
-        set_collapse(block, "always")
+        block = collapsed(**shape)
         x = image(shape["in_chs"])
         expected = branches_of(block)(x)
         torch.testing.assert_close(

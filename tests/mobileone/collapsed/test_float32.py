@@ -1,6 +1,7 @@
 """Float32 training against float64: the collapsed forms are no less accurate than the branches."""
 
 import copy
+import itertools
 import os
 
 import pytest
@@ -125,29 +126,26 @@ def assert_as_accurate(shape, x, path, act=False, mode="auto", prepare=None, alo
         assert error <= allowed, (name, error, expected[name])
 
 
-@needs_kernels
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("shape", DEPTHWISE, ids=str)
-def test_the_depthwise_kernels_train_as_timms_block(shape, size, choose):
-    choose(Path.DEPTHWISE)
-    x = twin.feature_map(size[0], 6, *size[1:], dtype=torch.float32)
-    assert_as_accurate(shape, x, Path.DEPTHWISE, act=True)
-
-
-@needs_kernels
-@pytest.mark.parametrize("size", [(4, 7, 7), (2, 17, 34), (1, 70, 70)], ids=str)
-@pytest.mark.parametrize("shape", POINTWISE[:2], ids=str)
-def test_the_pointwise_kernels_train_as_timms_block(shape, size, choose):
-    choose(Path.AFFINE)
-    x = twin.feature_map(size[0], 16, *size[1:], dtype=torch.float32)
-    assert_as_accurate(shape, x, Path.AFFINE, act=True)
-
-
 def form(shape):
     if "groups" in shape:
         return Path.DEPTHWISE
     one = shape["kernel_size"] == 1 and shape.get("num_conv_branches", 1) == 1
     return Path.AFFINE if one else Path.GRAM
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        *itertools.product(DEPTHWISE, SIZES),
+        *itertools.product(POINTWISE[:2], [(4, 7, 7), (2, 17, 34), (1, 70, 70)]),
+    ],
+    ids=str,
+)
+def test_the_kernels_train_as_timms_block(shape, size, choose):
+    choose(form(shape))
+    x = twin.feature_map(size[0], shape["in_chs"], *size[1:], dtype=torch.float32)
+    assert_as_accurate(shape, x, form(shape), act=True)
 
 
 @needs_kernels
