@@ -178,17 +178,6 @@ class ImageDataModule(ResumableData):
         index = self._splits.class_index
         return sorted(index, key=index.__getitem__)
 
-    @property
-    def num_classes(self) -> int:
-        """How many classes there are."""
-        return len(self.class_names)
-
-    @property
-    def in_chans(self) -> int:
-        """How many channels the images have, and the model must take."""
-        channels: int = self.data_config["input_size"][0]
-        return channels
-
     def set_curriculum(self, phases: Sequence[tuple[int, int, float]]) -> None:
         """Let image size and augmentation strength of the training change with the epoch.
 

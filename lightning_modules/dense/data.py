@@ -79,11 +79,6 @@ class _DenseData(ResumableData):
         self._sources: dict[bool, Any] = {}
         self.class_names = CLASSES if root is None else self._real_classes(self._root or "")
 
-    @property
-    def num_classes(self) -> int:
-        """Classes, background included."""
-        return len(self.class_names)
-
     def setup(self, stage: str) -> None:
         """Read what the stage needs, and check it."""
         for train in (True, False) if stage == "fit" else (False,):
