@@ -19,6 +19,7 @@ from callbacks.dry_run import is_dry_run
 from callbacks.report.figures import confusion_figure, curves_figure, read_curves, samples_figure
 from callbacks.report.worst_images import WorstImages, write_worst
 from mobileone.export.manifest import MANIFEST_NAME, Manifest
+from mobileone.export.preprocess import denormalize
 from mobileone.export.spec import ExportSpec
 from mobileone.io.atomic import atomic_write
 
@@ -132,7 +133,7 @@ class Report(Callback):
         )
         spec = cast(ExportSpec, pl_module.export_spec)
         figure = samples_figure(
-            _denormalized(images, spec), targets, probabilities, spec.class_names
+            denormalize(images, spec) / 255, targets, probabilities, spec.class_names
         )
         _publish(trainer, "samples", figure)
 
@@ -162,11 +163,6 @@ class Report(Callback):
             _log_artifact(trainer, path, Manifest.load(path), ["best", "latest"])
 
 
-def _denormalized(images: Tensor, spec: ExportSpec) -> Tensor:
-    shape = (-1, 1, 1)
-    return images * torch.tensor(spec.std).view(shape) + torch.tensor(spec.mean).view(shape)
-
-
 def _folder(trainer: Trainer) -> Path:
     folder = Path(trainer.default_root_dir) / "report"
     folder.mkdir(parents=True, exist_ok=True)
@@ -193,14 +189,17 @@ def _publish_worst(
         return
     losses, images, targets, probabilities = found
     spec = cast(ExportSpec, pl_module.export_spec)
-    pixels = _denormalized(images, spec)
+    pixels = denormalize(images, spec) / 255
     path = _folder(trainer) / f"{name}.json"
     write_worst(path, pixels, losses, targets, probabilities, spec.class_names)
     _publish(trainer, name, samples_figure(pixels, targets, probabilities, spec.class_names))
 
 
 def _write_matrix(path: Path, confusion: Tensor, names: tuple[str, ...]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with (
+        atomic_write(path) as tmp_path,
+        tmp_path.open("w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(["true \\ predicted", *names])
         for name, row in zip(names, confusion.tolist(), strict=True):

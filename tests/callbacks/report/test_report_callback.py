@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from callbacks.artifacts.callback import ReparameterizeOnSave
 from callbacks.report.callback import Report
+from callbacks.report.callback import _write_matrix as write_matrix
 from callbacks.report.figures import confusion_figure, curves_figure, read_curves, samples_figure
 from lightning_modules.run.folder import RunFolder
 from lightning_modules.run.wandb_logger import WandbOptions, make_loggers
@@ -255,3 +256,13 @@ def test_wandb_gets_pictures_and_the_artifact_with_its_manifest(
 def test_a_module_without_a_test_matrix_is_left_alone(tmp_path):
     module = SimpleNamespace(test_confusion=None)
     Report().on_test_end(SimpleNamespace(is_global_zero=True), module)
+
+
+def test_a_matrix_that_was_cut_short_leaves_the_one_before(tmp_path):
+    path = tmp_path / "confusion_matrix.csv"
+    write_matrix(path, torch.eye(3, dtype=torch.int64), NAMES)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="zip"):
+        write_matrix(path, torch.zeros(3, 3, dtype=torch.int64), NAMES[:2])
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
