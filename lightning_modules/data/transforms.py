@@ -18,6 +18,7 @@ from timm.data.auto_augment import (
     AutoAugment,
     RandAugment,
 )
+from timm.models import PretrainedCfg
 from torch import Tensor
 
 import mobileone  # noqa: F401  registers the family with timm
@@ -177,8 +178,8 @@ def _check_parts(policy: str) -> None:
 
 def _pretrained_cfg(model: str) -> dict[str, Any]:
     check_model_name(model)
-    cfg = timm.get_pretrained_cfg(model)
-    return {} if cfg is None else cfg.to_dict()
+    # a network of the user's own may have none: timm's default values
+    return (timm.get_pretrained_cfg(model) or PretrainedCfg()).to_dict()
 
 
 def _per_channel(

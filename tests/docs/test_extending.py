@@ -12,13 +12,13 @@ from tests.helpers.processes import run_python
 
 # what makes a snippet small; later words win
 TINY = {
-    "fit": (
-        "--model.lr 0.001 --data.input_size 32 --data.batch_size 4 --data.num_workers 0 "
-        "--trainer.max_epochs 1 --wandb.mode disabled --checkpoint.formats [torchscript]"
-    ),
+    "fit": "--model.lr 0.001 --trainer.max_epochs 1 --wandb.mode disabled "
+    "--checkpoint.formats [torchscript]",
     "benchmark": "--runs 2 --image_size 32",
     "export": "",
 }
+TINY_MODEL = "--model.model mobileone_mu0"
+TINY_DATA = "--data.input_size 32 --data.batch_size 4 --data.num_workers 0"
 
 
 def sections():
@@ -59,8 +59,10 @@ def run_command(words, folder):
     if words[0] == "wandb":  # its server hands out the words; the file is tested with the recipes
         assert (REPOSITORY / words[-1]).is_file()
         return
-    tiny = TINY[words[1]].split()
-    named = set(words)
-    if "--model.model" not in named and words[1] == "fit":
-        tiny += ["--model.model", "mobileone_mu0"]
-    run_python("-m", "mobileone", *words[1:], *tiny, cwd=folder)
+    command = words[1]
+    tiny = [TINY[command]]
+    if command == "fit":
+        tiny += [TINY_MODEL] * ("--model.model" not in words) + [TINY_DATA] * (
+            "--data" not in words
+        )
+    run_python("-m", "mobileone", *words[1:], *" ".join(tiny).split(), cwd=folder)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from docstring_parser import parse
 from PIL import Image
@@ -442,6 +443,13 @@ def test_every_argument_has_its_own_documentation():
     documented = {entry.arg_name for entry in parse(ImageDataModule.__doc__).params}
     arguments = set(inspect.signature(ImageDataModule.__init__).parameters) - {"self"}
     assert arguments <= documented
+
+
+def test_a_network_without_a_configuration_gets_timms_default(pets, monkeypatch):
+    # as `register_model` leaves one of a user's own
+    monkeypatch.setattr("timm.get_pretrained_cfg", lambda name: None)
+    data = ImageDataModule(str(pets), input_size=32)
+    assert data.data_config == timm.data.resolve_data_config({"input_size": (3, 32, 32)})
 
 
 def test_configuration_comes_from_the_model(pets):
