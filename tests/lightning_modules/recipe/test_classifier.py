@@ -157,6 +157,19 @@ def test_learning_rate_monitor_labels_nothing_wrongly(tmp_path):
     assert monitor.last_weight_decay_values.keys() == {"lr-weight_decay"}
 
 
+def test_other_schedules_of_both_and_their_resume(tmp_path):
+    """By formulas written anew; from the second epoch's checkpoint all continues bit for bit."""
+    log, settings = Log(tmp_path), {"schedule": "step", "weight_decay_schedule": "linear"}
+    whole, resumed = classifier(**settings), classifier(**settings)
+    make_trainer(tmp_path, SaveEachEpoch(), logger=log.logger, epochs=3).fit(whole, Images())
+    lr = [0.01 * 0.1 ** sum(t / 18 >= m for m in (0.3, 0.6, 0.9)) for t in range(18)]
+    assert log["lr"] == pytest.approx(lr, rel=1e-6)
+    wd = [1e-4 - 9e-5 * t / 18 for t in range(18)]
+    assert log["weight_decay"] == pytest.approx(wd, rel=1e-6)
+    make_trainer(tmp_path, epochs=3).fit(resumed, Images(), ckpt_path=tmp_path / "1.ckpt")
+    assert_equal(whole.state_dict(), resumed.state_dict())
+
+
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_learning_rate_scales_with_the_effective_batch(tmp_path, accumulate):
     log = Log(tmp_path)
@@ -440,6 +453,18 @@ def test_trains_any_timm_model(tmp_path, name):
         ({"num_classes": 0}, r"`num_classes` \(=0\)"),
         ({"label_smoothing": 1.5}, r"`label_smoothing` \(=1\.5\)"),
         ({"weight_decay": 0.0}, r"`weight_decay_end` \(=1e-05\) must be 0"),
+        ({"schedule": "liner"}, r"`schedule` \(='liner'\) must be one of .*; did you mean linear"),
+        (
+            {"weight_decay_schedule": "step", "weight_decay_end": 0.0},
+            r"`weight_decay_schedule` \(='step'\) cannot reach an end value of 0",
+        ),
+        ({"mixup": -0.1}, r"`mixup` \(=-0\.1\) must be at least 0"),
+        ({"cutmix": math.nan}, r"`cutmix` \(=nan\) must be at least 0"),
+        ({"metrics": ["F1Scor"]}, r"`metrics` names 'F1Scor'.*did you mean F1Score.*AUROC"),
+        ({"metrics": ["ROC"]}, r"`metrics` names 'ROC'.*not one number"),
+        ({"metrics": {"F1Score": {"average": None}}}, r"'F1Score'.*None.*not one number"),
+        ({"metrics": {"F1Score": {"averag": "macro"}}}, r"'F1Score'.*averag"),
+        ({"metrics": ["F1Score"], "num_classes": 1}, r"'F1Score'.*for 1 classes"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):

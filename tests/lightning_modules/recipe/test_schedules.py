@@ -58,6 +58,37 @@ def test_learning_rate_warms_up_linearly_and_ends_at_zero():
     assert values[-1] == pytest.approx(0, abs=1e-15)
 
 
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ("linear", [1.0, 0.91, 0.82, 0.73, 0.64, 0.55, 0.46, 0.37, 0.28, 0.19, 0.1]),
+        ("constant", [1.0] * 11),
+    ],
+)
+def test_other_shapes_between_the_ends(shape, expected):
+    values = walk(
+        Schedule(sgd(weight_decay=1.0), "weight_decay", 10, shape, 0.1), "weight_decay", 10
+    )
+    assert [value for (value,) in values] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("warmup", [0, 7])
+def test_steps_are_a_tenth_each_as_torchs_at_30_60_and_90_percent(warmup):
+    """torch's MultiStepLR is the reference, after the warm-up."""
+    schedule = Schedule(sgd(), "lr", 40 + warmup, "step", 1e-3, warmup_steps=warmup)
+    values = [value for (value,) in walk(schedule, "lr", 40 + warmup)]
+    torchs = torch.optim.lr_scheduler.MultiStepLR(sgd(), [12, 24, 36], gamma=0.1)
+    assert values[:warmup] == pytest.approx([LR * (t + 1) / (warmup + 1) for t in range(warmup)])
+    assert values[warmup:] == pytest.approx([value for (value,) in walk(torchs, "lr", 40)])
+
+
+def test_an_unknown_shape_and_steps_to_zero_are_refused():
+    with pytest.raises(ValueError, match=r"\(='cosin'\) must be one of .*; did you mean cosine"):
+        Schedule(sgd(), "lr", 10, "cosin")
+    with pytest.raises(ValueError, match=r"\(='step'\) cannot reach an end value of 0"):
+        Schedule(sgd(), "lr", 10, "step")
+
+
 def test_the_end_value_stays_after_the_last_step():
     assert schedule_factor(1000, 10, end=0.1) == pytest.approx(0.1)
 
