@@ -1,7 +1,6 @@
 """Groups of networks that are compared, by name."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import timm
@@ -16,7 +15,6 @@ from mobileone.io.suggest import did_you_mean
 __all__ = [
     "SUITES",
     "TORCHVISION",
-    "Suite",
     "build_model",
     "check_models",
     "choose_models",
@@ -24,19 +22,6 @@ __all__ = [
     "has_model",
     "input_size_of",
 ]
-
-
-@dataclass(frozen=True)
-class Suite:
-    """Networks to compare.
-
-    Attributes:
-        models: Those that can be built here.
-        missing: Those that cannot, by the paper's or timm's name.
-    """
-
-    models: tuple[str, ...]
-    missing: tuple[str, ...]
 
 
 _FAMILY = tuple(f"mobileone_s{i}" for i in range(5))
@@ -67,17 +52,16 @@ SUITES: dict[str, tuple[str, ...]] = {
 """Names of each suite; which of them can be built depends on the version of timm."""
 
 
-def get_suite(name: str) -> Suite:
-    """A suite, divided into what can be built here and what cannot.
+def get_suite(name: str) -> tuple[list[str], list[str]]:
+    """The names of a suite: what can be built here, and what cannot.
 
     Raises:
         ValueError: It is unknown.
     """
     if name not in SUITES:
         raise ValueError(f"`suite` (={name!r}) must be one of {', '.join(SUITES)}")
-    names = SUITES[name]
-    here = tuple(n for n in names if has_model(n))
-    return Suite(here, tuple(n for n in names if n not in here))
+    here = [model for model in SUITES[name] if has_model(model)]
+    return here, [model for model in SUITES[name] if model not in here]
 
 
 TORCHVISION = "torchvision/"
@@ -129,8 +113,8 @@ def choose_models(
     """
     if suite is None:
         return check_models(names), {}
-    found = get_suite(suite)
-    return check_models([*names, *found.models]), {"suite": suite, "missing": list(found.missing)}
+    here, missing = get_suite(suite)
+    return check_models([*names, *here]), {"suite": suite, "missing": missing}
 
 
 def build_model(name: str, seed: int = 0) -> nn.Module:

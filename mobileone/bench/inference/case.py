@@ -9,22 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mobileone.bench.inference.deploy_form import (
-    DeployForm,
-    deploy_form,
-    relative_error,
-    reset_bn_statistics,
-)
+from mobileone.bench.inference.deploy_form import DeployForm, build_form, relative_error
 from mobileone.bench.inference.timing import Run
 from mobileone.bench.results import Row
 from mobileone.bench.runtimes import RUNTIMES
-from mobileone.bench.suites import input_size_of
 
 __all__ = ["BenchmarkCase", "Setting", "prepare"]
 
 _Files = dict[Callable[[nn.Module, Tensor, Path], None], Path]  # what each has written
 
-_SETTLING = 4  # images that BatchNorm's statistics are of
 _TOLERANCE = {"float32": 1e-3, "float16": 5e-2}  # as for artifacts: the order of sums; 11 bits
 
 
@@ -89,13 +82,7 @@ def prepare(
         setting: The rest.
     """
     folder.mkdir()
-    model = build()
-    channels, height, width = input_size_of(model, setting.image_size)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        reset_bn_statistics(model, torch.randn(_SETTLING, channels, height, width))
-        x = torch.randn(setting.batch_size, channels, height, width)
-    form = deploy_form(model, x[:1])
+    form, x = build_form(build(), setting.image_size, setting.batch_size)
     with torch.inference_mode():
         expected = form.model(x)
     row: Row = {
@@ -103,7 +90,7 @@ def prepare(
         "runtime": "",
         "threads": setting.threads,
         "batch_size": setting.batch_size,
-        "image_size": height,
+        "image_size": x.shape[2],
         "device": setting.device,
         "branches_left": len(form.branches_left),
         "norms_left": form.norms_left,

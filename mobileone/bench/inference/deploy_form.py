@@ -8,10 +8,11 @@ from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from mobileone.bench.suites import input_size_of
 from mobileone.export.verify.structure import unfused_layers
 from mobileone.reparameterize import reparameterize
 
-__all__ = ["DeployForm", "deploy_form", "relative_error", "reset_bn_statistics"]
+__all__ = ["DeployForm", "build_form", "deploy_form", "relative_error", "reset_bn_statistics"]
 
 _TOLERANCE = 1e-3
 """Of float32 outputs, relative to the largest: folding changes the order of sums only."""
@@ -36,6 +37,33 @@ class DeployForm:
     norms_left: int
     branches_left: tuple[str, ...]
     error: float
+
+
+_SETTLING = 4  # images that BatchNorm's statistics are of
+
+
+def build_form(
+    model: nn.Module, image_size: int | None, batch_size: int = 1
+) -> tuple[DeployForm, Tensor]:
+    """Fold a network with BatchNorm statistics of random images, the same in every call.
+
+    Args:
+        model: In eval mode; its statistics are changed.
+        image_size: Height and width; None: what the model is meant for.
+        batch_size: How many images to return.
+
+    Returns:
+        The form, and other random images, (N, C, H, W).
+
+    Raises:
+        RuntimeError: As `deploy_form`.
+    """
+    size = input_size_of(model, image_size)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        reset_bn_statistics(model, torch.randn(_SETTLING, *size))
+        x = torch.randn(batch_size, *size)
+    return deploy_form(model, x[:1]), x
 
 
 @torch.no_grad()

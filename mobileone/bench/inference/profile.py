@@ -9,17 +9,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from mobileone.bench.inference.deploy_form import deploy_form, reset_bn_statistics
+from mobileone.bench.inference.deploy_form import build_form
 from mobileone.bench.inference.memory_traffic import memory_traffic
 from mobileone.bench.paper import paper_row
 from mobileone.bench.results import Result, Row
-from mobileone.bench.suites import build_model, choose_models, input_size_of
+from mobileone.bench.suites import build_model, choose_models
 
 __all__ = ["profile_models", "profile_module"]
 
 Level = Literal["model", "stage", "layer"]
-
-_SETTLING = 2  # images that BatchNorm's statistics are of
 
 
 def profile_models(
@@ -71,15 +69,12 @@ def profile_module(name: str, model: nn.Module, image_size: int | None = None) -
         model: In eval mode.
         image_size: Height and width.
     """
-    channels, height, width = input_size_of(model, image_size)
-    x = torch.zeros(1, channels, height, width)
     train, stages = _own_parameters(model), _stage_names(model)
-    images = torch.randn(_SETTLING, *x.shape[1:], generator=torch.Generator().manual_seed(0))
-    form = deploy_form(reset_bn_statistics(model, images), images[:1])
+    form, x = build_form(model, image_size)
     own = _own_counts(form.model, x)
     uncounted = own.pop("uncounted")
     total = _add(own, lambda layer: "", train)[""]
-    row: Row = {"model": name, "level": "model", "name": "", **total, "image_size": height}
+    row: Row = {"model": name, "level": "model", "name": "", **total, "image_size": x.shape[2]}
     row |= {"branches_left": len(form.branches_left), "norms_left": form.norms_left}
     row["uncounted"] = ", ".join(f"{op} ×{count}" for op, count in uncounted.most_common())
     by_stage = _add(own, lambda layer: _stage_of(layer, stages), train)

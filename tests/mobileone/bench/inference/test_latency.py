@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mobileone.bench.inference import case as contenders
+from mobileone.bench.inference.deploy_form import build_form
 from mobileone.bench.inference.latency import check_device, measure_latency
 from mobileone.bench.inference.memory import measure_memory
 from mobileone.bench.inference.throughput import measure_throughput
@@ -155,9 +155,9 @@ def test_numbers_are_checked_before_anything_is_built():
 
 def test_suites_hold_what_can_be_built_and_name_the_rest():
     assert set(SUITES) == {"paper", "2026"}
-    paper = get_suite("paper")
-    assert len(paper.models) + len(paper.missing) == 30
-    assert {"MobileNeXt-1.0", "MobileFormer-96"} <= set(paper.missing)
+    here, missing = get_suite("paper")
+    assert len(here) + len(missing) == 30
+    assert {"MobileNeXt-1.0", "MobileFormer-96"} <= set(missing)
     families = "mobilenetv1 mobilenetv2 mobilenetv3 efficientnet shufflenet repvgg fastvit repvit "
     for family in f"{families}mobilenetv4 starnet mobileone_s4".split():
         assert any(family in name for name in SUITES["2026"]), family
@@ -199,8 +199,8 @@ def test_core_ml_files_have_the_names_that_the_runner_uses(tmp_path):
     from mobileone.bench.suites import build_model
 
     model = build_model("mobileone_mu0")
-    form = contenders.deploy_form(model, torch.randn(1, 3, 32, 32))
-    coreml.convert(form.model, torch.randn(1, 3, 32, 32), tmp_path / "model")
+    form, x = build_form(model, 32)
+    coreml.convert(form.model, x, tmp_path / "model")
     spec = coremltools.utils.load_spec(str(tmp_path / "model.mlpackage"))
     assert [i.name for i in spec.description.input] == ["images"]
     assert list(spec.description.input[0].type.multiArrayType.shape) == [1, 3, 32, 32]
