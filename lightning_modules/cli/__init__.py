@@ -1,4 +1,5 @@
-"""The command `mobileone`: one file a group of subcommands.
+"""The command `mobileone`: a table of subcommands, whose parsers come from functions' signatures.
 
-`main` has the table of subcommands and imports the one that is called.
+`commands` is the table, `main` finds a row and completes words, `execute` parses, calls, prints and
+saves.
 """
