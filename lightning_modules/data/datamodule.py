@@ -268,7 +268,7 @@ class ImageDataModule(ResumableData):
                 self._mode,
                 self.seed,
                 self._skip_unreadable,
-                num_classes=classes,
+                classes,
             )
         )
         return image_loader(

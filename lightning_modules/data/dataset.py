@@ -32,6 +32,10 @@ __all__ = [
 ]
 
 
+# in a function of the user's own: they need their traceback, not the name of an image
+_MISTAKES = (LookupError, TypeError, AttributeError, NameError, ImportError)
+
+
 class SkippedImage(NamedTuple):
     """An image that another one stood in for."""
 
@@ -58,7 +62,7 @@ class ImageClassificationDataset(Dataset[Sample]):
         seed: of the augmentation.
         skip_unreadable: let the next readable image of the split stand in for a broken one
             (usually of the same class, for folders are read in order) instead of raising.
-        num_classes: labels from 0 to one less are right; None for any.
+        num_classes: labels from 0 to one less are right.
     """
 
     def __init__(
@@ -68,7 +72,7 @@ class ImageClassificationDataset(Dataset[Sample]):
         mode: str,
         seed: int,
         skip_unreadable: bool,
-        num_classes: int | None = None,
+        num_classes: int,
     ) -> None:
         self.source = source
         self.transform = transform
@@ -97,9 +101,14 @@ class ImageClassificationDataset(Dataset[Sample]):
         for candidate in chain(range(index, len(self)), range(index)):
             try:
                 image, target = self._read(candidate)
+                if fault := label_fault(target, self.num_classes):
+                    raise UnreadableImageError(f"image {self.filename(candidate)} {fault}")
+                return image, int(target), skipped
             except UnreadableImageError:  # a wrong label: nothing stands in for that
                 raise
             except Exception as error:
+                if isinstance(self.source, UserDataset) and isinstance(error, _MISTAKES):
+                    raise
                 name, reason = self.filename(candidate), why_unreadable(error)
                 if not self.skip_unreadable:
                     raise UnreadableImageError(
@@ -107,17 +116,10 @@ class ImageClassificationDataset(Dataset[Sample]):
                         "--data.skip_unreadable true to let another image stand in for it."
                     ) from error
                 skipped.append(SkippedImage(name, reason))
-            else:
-                self._check_label(target, candidate)
-                return image, int(target), skipped
         raise UnreadableImageError(
             f"none of the {len(self)} images of this split can be read, for example "
             f"{skipped[0].name} ({skipped[0].reason})."
         )
-
-    def _check_label(self, target: Any, index: int) -> None:
-        if self.num_classes is not None and (fault := label_fault(target, self.num_classes)):
-            raise UnreadableImageError(f"image {self.filename(index)} {fault}")
 
     def _read(self, index: int) -> tuple[Image.Image, Any]:
         if not isinstance(self.source, ImageDataset):  # torchvision's or the user's own
@@ -162,7 +164,7 @@ class IterableImageDataset(IterableDataset[Sample]):
         transform: PhasedTransform,
         seed: int,
         num_workers: int,
-        num_classes: int | None = None,
+        num_classes: int,
     ) -> None:
         self.source = source
         self.transform = transform
@@ -186,7 +188,7 @@ class IterableImageDataset(IterableDataset[Sample]):
         worker = get_worker_info()
         worker_id, epoch = (worker.id if worker else 0), int(self._epoch)
         for position, (image, target) in enumerate(self.source):
-            if self.num_classes is not None and (fault := label_fault(target, self.num_classes)):
+            if fault := label_fault(target, self.num_classes):
                 raise UnreadableImageError(f"image {position} of worker {worker_id} {fault}")
             with isolated_rng(derive_seed(self.seed, epoch, worker_id, position)):
                 transformed = self.transform.at(epoch)(image)

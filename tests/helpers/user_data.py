@@ -61,6 +61,15 @@ def make_gone(root, split):
     return data
 
 
+class _Mistaken(Paths):
+    def __getitem__(self, index):
+        return super().__getitem__(index) if index == 0 else self.no_such_attribute
+
+
+def make_mistake(root, split):
+    return _Mistaken(root, split)
+
+
 def make_late_error(root, split):
     data = make_paths(root, split)
     data.samples[-1] = (data.samples[-1][0], 2)

@@ -113,6 +113,11 @@ def test_a_later_wrong_label_is_named_with_its_path(pets):
         batches(data)
 
 
+def test_a_mistake_in_the_users_code_is_not_an_unreadable_image(pets):
+    with pytest.raises(AttributeError, match="no_such_attribute"):
+        batches(module(pets, "make_mistake", skip_unreadable=True))
+
+
 def test_a_broken_image_is_named_or_skipped(pets):
     (pets / "val/cat/1.png").write_bytes(b"no image")
     data = module(pets, "make_paths")
