@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +40,21 @@ def find_configs(argv: list[str]) -> list[str]:
         argv: Command-line arguments.
 
     Returns:
-        The arguments, where every `--config` names a file.
+        The configurations in their order, then all else: where both set an option, the command
+        line counts, wherever its words are.
     """
-    found = list(argv)
-    for i, word in enumerate(argv):
+    configs: list[str] = []
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
         flag, equals, value = word.partition("=")
         if flag in _FLAGS and equals:
-            found[i] = f"{flag}={_locate(value)}"
-        elif i and argv[i - 1] in _FLAGS:
-            found[i] = _locate(word)
-    return found
+            configs.append(f"{flag}={_locate(value)}")
+        elif flag in _FLAGS:
+            configs += [word, *map(_locate, islice(words, 1))]
+        else:
+            rest.append(word)
+    return [*configs, *rest]
 
 
 def check_configs(argv: Sequence[str]) -> None:

@@ -138,3 +138,13 @@ def test_option_value_takes_the_last_spelling():
     argv = ["--config", "a", "-c=b", "--other", "c"]
     assert option_value(argv, "--config", "-c") == "b"
     assert option_value(argv, "--missing") is None
+
+
+def test_the_command_line_counts_wherever_its_words_are():
+    """Else the `ckpt_path: null` of a run's configuration would undo a flag before it."""
+    argv = ["--ckpt_path", "x.ckpt", "--config", "mine.yaml", "--model.lr=1", "-c=other.yaml"]
+    assert find_configs(argv) == [
+        *("--config", "mine.yaml", "-c=other.yaml"),
+        *("--ckpt_path", "x.ckpt", "--model.lr=1"),
+    ]
+    assert find_configs(["--config"]) == ["--config"]  # the parser says what is missing
