@@ -63,7 +63,7 @@ def make_shards(
     """
     if images_per_shard < 1:
         raise ValueError(f"images_per_shard={images_per_shard} must be at least 1.")
-    root, target = Path(source).expanduser(), Path(destination).expanduser()
+    root, target = Path(source).expanduser(), Path(destination).expanduser().absolute()
     names, shards = _plan(root, classes, images_per_shard, seed)
     plan = _digest(root, names, shards)
     if has_shards(target) and Manifest.load(target).plan == plan:

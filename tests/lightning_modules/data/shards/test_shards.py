@@ -159,6 +159,13 @@ def test_killed_in_the_middle(make_folder, tmp_path):
     assert files_of(killed) == files_of(complete)
 
 
+def test_an_empty_current_folder_is_filled(folder, shards, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    make_shards(folder, ".", images_per_shard=5)
+    assert files_of(tmp_path / "here") == files_of(shards)
+
+
 def test_finished_shards_are_left_alone(folder, shards):
     before = {p.name: p.stat().st_mtime_ns for p in shards.iterdir()}
     assert make_shards(folder, shards, images_per_shard=5).splits["train"].num_samples == 23
