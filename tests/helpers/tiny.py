@@ -1,4 +1,4 @@
-"""Networks small enough to convert in a second, and the specification of their input."""
+"""A network small enough to convert in a second, and the specification of its input."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ from mobileone import MobileOneBlock
 from mobileone.export import ExportSpec
 from tests.helpers.norms import randomize_bn
 
-__all__ = ["plain_network", "plain_spec", "tiny_network", "tiny_spec"]
+__all__ = ["tiny_network", "tiny_spec"]
 
 
 def tiny_network(channels=3, classes=3):
@@ -29,23 +29,4 @@ def tiny_spec(channels=3, size=(32, 48), names=("a", "b", "c")):
     mean, std = (0.485, 0.456, 0.406, 0.5), (0.229, 0.224, 0.125, 0.25)
     return ExportSpec(
         "tiny", names, (channels, *size), mean[:channels], std[:channels], "bilinear", 0.9
-    )
-
-
-def plain_network(channels=3, classes=3):
-    """One convolution and a head, in eval mode: not blind to where a pixel is."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(channels, 4, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(4, classes),
-    ).eval()
-
-
-def plain_spec(channels=3, size=(32, 32), names=("a", "b", "c")):
-    """Images of (channels, *size) from -2 to 2."""
-    return ExportSpec(
-        "x", names, (channels, *size), (0.5,) * channels, (0.25,) * channels, "bilinear", 1
     )

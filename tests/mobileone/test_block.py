@@ -17,7 +17,6 @@ from timm.layers import (
 )
 from timm.models.byobnet import LayerFn
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from mobileone import MobileOneBlock
 from tests.helpers.norms import randomize_bn
@@ -102,21 +101,6 @@ def test_frozen_batch_norm_in_training_uses_the_one_convolution():
     y = block(x)
     torch.testing.assert_close(y, block._sum_branches(x).relu(), rtol=1e-10, atol=1e-10)
     assert all(torch.equal(a, b) for a, b in zip(buffers, block.buffers(), strict=True))
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing_updates_the_statistics_once(use_reentrant):
-    plain, checked = (MobileOneBlock(4, 4, groups=4, num_conv_branches=2) for _ in range(2))
-    checked.load_state_dict(plain.state_dict())
-    x = torch.randn(3, 4, 6, 6, requires_grad=True)
-    plain(x).square().sum().backward()
-    checkpoint(checked, x, use_reentrant=use_reentrant).square().sum().backward()
-    for (key, expected), value in zip(
-        plain.state_dict().items(), checked.state_dict().values(), strict=True
-    ):
-        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7, msg=key)
-    for a, b in zip(plain.parameters(), checked.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_stochastic_depth_spares_the_skip():

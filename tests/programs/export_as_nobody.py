@@ -4,10 +4,10 @@ import os
 import sys
 
 from mobileone.export import export_model
-from tests.helpers.tiny import plain_network, plain_spec
+from tests.helpers.tiny import tiny_network, tiny_spec
 
 os.setuid(65534)
 try:
-    export_model(plain_network(), plain_spec(), sys.argv[1], ["torchscript"])
+    export_model(tiny_network(), tiny_spec(), sys.argv[1], ["torchscript"])
 except PermissionError as error:
     print(error)

@@ -3,10 +3,10 @@
 import sys
 
 from mobileone.export import TrainingState, export_model
-from tests.helpers.tiny import plain_network, plain_spec
+from tests.helpers.tiny import tiny_network, tiny_spec
 
 input()
 for step in range(10):
     run = TrainingState(step=step, checkpoint=sys.argv[2])
-    model = plain_network()
-    export_model(model, plain_spec(), sys.argv[1], ["torchscript"], run, overwrite=True)
+    model = tiny_network()
+    export_model(model, tiny_spec(), sys.argv[1], ["torchscript"], run, overwrite=True)

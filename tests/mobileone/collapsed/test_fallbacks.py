@@ -44,13 +44,14 @@ def branches_of(block):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("mode", ["always", "never"])
 @pytest.mark.parametrize("shape", BLOCKS, ids=str)
-def test_checkpointing_updates_statistics_once(shape, reentrant):
+def test_checkpointing_updates_statistics_once(shape, mode, reentrant):
     plain, _ = twin.build(shape, dtype=torch.float32)
-    set_collapse(plain, "always")
+    set_collapse(plain, mode)
     wrapped = copy.deepcopy(plain)
     x = image(shape["in_chs"])
-    assert path_of(plain, x) is not Path.BRANCHES
+    assert (path_of(plain, x) is Path.BRANCHES) == (mode == "never")
 
     class Checkpointed(nn.Module):
         def __init__(self, block):
@@ -140,62 +141,36 @@ def test_batched_gradients_are_an_error_and_not_a_wrong_number(shape):
         torch.autograd.grad(y, x, torch.randn(3, *y.shape), is_grads_batched=True)
 
 
-CHANGES = []
+def double(module, args, output):
+    return output * 2
 
 
-def change(function):
-    """A change after which a block is not a plain one."""
-    CHANGES.append(function)
-    return function
+def patch(module):
+    """Replace a module's forward by one that doubles the output."""
+    forward = module.forward
+    module.forward = lambda x: 2 * forward(x)
 
 
-@change
-def frozen(block):
-    block.conv_kxk[0].bn.eval()
-
-
-@change
 def without_affine(block):
     block.conv_kxk[0].bn.weight = block.conv_kxk[0].bn.bias = None
 
 
-@change
+def dilated_differently(block):
+    conv = block.conv_kxk[1].conv
+    conv.dilation = conv.padding = (2, 2)
+
+
 def without_running_statistics(block):
     bn = block.conv_kxk[0].bn
     bn.running_mean = bn.running_var = bn.num_batches_tracked = None
     bn.track_running_stats = False
 
 
-def double(module, args, output):
-    return output * 2
-
-
-@change
 def batch_statistics_only(block):  # as virtual adversarial training does for a pass
     for norm in (block.identity, block.conv_scale.bn, block.conv_kxk[0].bn):
         norm.track_running_stats = False
 
 
-@change
-def with_dropout_of_branches(block):
-    block.drop_path = nn.Dropout2d(1 - 1e-9)
-
-
-@change
-def patched(block):
-    conv = block.conv_kxk[0].conv
-    forward = conv.forward
-    conv.forward = lambda x: 2 * forward(x)
-
-
-@change
-def patched_norm(block):
-    norm = block.identity
-    forward = norm.forward
-    norm.forward = lambda x: 2 * forward(x)
-
-
-@change
 def another_kind_of_branch(block):
     class Twice(type(block.conv_scale)):
         def forward(self, x):
@@ -204,38 +179,6 @@ def another_kind_of_branch(block):
     block.conv_scale.__class__ = Twice
 
 
-@change
-def dilated_differently(block):
-    conv = block.conv_kxk[1].conv
-    conv.dilation = conv.padding = (2, 2)
-
-
-@change
-def hooked(block):
-    block.conv_kxk[0].conv.register_forward_hook(double)
-
-
-@change
-def hooked_branch(block):
-    block.conv_scale.register_forward_hook(double)
-
-
-@change
-def hooked_skip(block):
-    block.identity.register_forward_hook(double)
-
-
-@change
-def hooked_stochastic_depth(block):
-    block.drop_path.register_forward_hook(double)
-
-
-@change
-def hooked_backwards(block):
-    block.conv_scale.conv.register_full_backward_pre_hook(lambda module, gradients: None)
-
-
-@change
 def parametrized(block):
     class Double(nn.Module):
         def forward(self, weight):
@@ -244,17 +187,32 @@ def parametrized(block):
     torch.nn.utils.parametrize.register_parametrization(block.conv_kxk[0].conv, "weight", Double())
 
 
-@change
-def reflecting(block):
-    block.conv_kxk[0].conv.padding_mode = "reflect"
+def first(block):
+    return block.conv_kxk[0].conv
 
 
-@change
-def with_bias(block):
-    block.conv_kxk[0].conv.bias = nn.Parameter(torch.ones(block.conv_kxk[0].conv.out_channels))
+CHANGES = {
+    "frozen": lambda b: b.conv_kxk[0].bn.eval(),
+    "without affine": without_affine,
+    "without running statistics": without_running_statistics,
+    "batch statistics only": batch_statistics_only,
+    "dropout of branches": lambda b: setattr(b, "drop_path", nn.Dropout2d(1 - 1e-9)),
+    "patched": lambda b: patch(first(b)),
+    "patched norm": lambda b: patch(b.identity),
+    "another kind of branch": another_kind_of_branch,
+    "dilated differently": dilated_differently,
+    "hooked": lambda b: first(b).register_forward_hook(double),
+    "hooked branch": lambda b: b.conv_scale.register_forward_hook(double),
+    "hooked skip": lambda b: b.identity.register_forward_hook(double),
+    "hooked stochastic depth": lambda b: b.drop_path.register_forward_hook(double),
+    "hooked backwards": lambda b: first(b).register_full_backward_pre_hook(lambda *called: None),
+    "parametrized": parametrized,
+    "reflecting": lambda b: setattr(first(b), "padding_mode", "reflect"),
+    "with bias": lambda b: setattr(first(b), "bias", nn.Parameter(torch.ones(6))),
+}
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_blocks_that_are_not_plain_run_their_branches(change):
     block = collapsed(6, 6, groups=6, num_conv_branches=2)
     x = image(6)
@@ -286,7 +244,7 @@ def test_wrapped_parameters_and_buffers_run_the_branches(name):
 
 def test_a_frozen_block_drops_its_branches_all_the_same():
     block = MobileOneBlock(6, 6, groups=6)
-    with_dropout_of_branches(block)
+    block.drop_path = nn.Dropout2d(1 - 1e-9)
     for norm in (block.identity, block.conv_scale.bn, block.conv_kxk[0].bn):
         norm.eval()
     x = image(6)
@@ -318,9 +276,7 @@ def test_the_hooks_of_what_follows_the_sum_are_called(part):
 def test_a_replaced_forward_of_what_follows_the_sum_is_called(part):
     block = collapsed(6, 6, groups=6)
     expected, x = copy.deepcopy(block), image(6)
-    module = block.get_submodule(part)
-    forward = module.forward
-    module.forward = lambda x: 2 * forward(x)
+    patch(block.get_submodule(part))
     torch.testing.assert_close(block(x), 2 * expected(x))
 
 

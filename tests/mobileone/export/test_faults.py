@@ -19,7 +19,7 @@ from mobileone.export import (
 from mobileone.export.preprocess import normalize
 from tests.helpers.paths import PROGRAMS
 from tests.helpers.processes import run_program, start_python
-from tests.helpers.tiny import plain_network, plain_spec
+from tests.helpers.tiny import tiny_network, tiny_spec
 
 ODD = ('the "cat", sat', "crème brûlée", "猫\t", "it's; {odd}")
 
@@ -37,7 +37,7 @@ ODD = ('the "cat", sat', "crème brûlée", "猫\t", "it's; {odd}")
 )
 def test_every_format_takes_what_is_unusual(name, channels, size, names, tmp_path):
     pytest.importorskip({"onnx": "onnxruntime"}.get(name, "coremltools"))
-    model, spec = plain_network(channels, len(names)), plain_spec(channels, size, names)
+    model, spec = tiny_network(channels, len(names)), tiny_spec(channels, size, names)
     images = torch.randint(0, 256, (2, channels, *size), dtype=torch.uint8)
     manifest = export_model(model, spec, tmp_path / "artifact", [name], images=images)
     assert Manifest.load(tmp_path / "artifact").spec.class_names == names
@@ -63,7 +63,7 @@ def test_a_read_only_folder_is_said(tmp_path):
     locked.mkdir(mode=0o555)
     if os.geteuid() != 0:
         with pytest.raises(PermissionError, match="locked"):
-            export_model(plain_network(), plain_spec(), locked / "artifact", ["torchscript"])
+            export_model(tiny_network(), tiny_spec(), locked / "artifact", ["torchscript"])
         return
     for parent in [tmp_path, *tmp_path.parents]:  # pytest keeps its folders to itself
         if parent.stat().st_uid == 0 and parent != Path("/"):
@@ -83,7 +83,7 @@ def test_a_full_disk_while_a_file_is_written_leaves_nothing(name, tmp_path, monk
 
     monkeypatch.setitem(FORMATS, name, dataclasses.replace(row, write=full))
     with pytest.raises(OSError, match="No space left"):
-        export_model(plain_network(), plain_spec(), tmp_path / "artifact", ["torchscript", name])
+        export_model(tiny_network(), tiny_spec(), tmp_path / "artifact", ["torchscript", name])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -94,7 +94,7 @@ def test_a_disk_that_is_really_full(tmp_path, name):
     row = FORMATS[name]
     (tmp_path / "full").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
-        row.write(plain_network(), plain_spec(), tmp_path / "full", None)
+        row.write(tiny_network(), tiny_spec(), tmp_path / "full", None)
 
 
 @pytest.mark.slow
