@@ -128,10 +128,21 @@ class MLProgram:
             NotVerifiedError: an operation or an argument is unknown.
             ValueError: the images are not of the program's size.
         """
-        fixed = self._constants(rounding)
-        rows = [self._run(self._pixels(image), fixed, rounding) for image in images]
-        labels, classes, probabilities, logits = zip(*rows, strict=True)
-        return Prediction(labels, classes[0], torch.cat(probabilities), torch.cat(logits))
+        made_by = {op.outputs[0][0]: op for op in self._operations}
+        last = self._operations[-1]
+        if last.type != "classify":
+            raise NotVerifiedError("a program without `classify`")
+        named = last.arguments["probabilities"]
+        source = made_by[named]
+        while source.type == "cast":
+            source = made_by[source.arguments["x"]]
+        if source.type != "softmax":
+            raise NotVerifiedError("probabilities that are not those of a softmax")
+        classes = tuple(_resolve(last.arguments["classes"], self._constants(rounding)))
+        found = self.outputs(images, (named, source.arguments["x"]), rounding=rounding)
+        probabilities, logits = (table.flatten(0, 1) for table in found)
+        labels = tuple(classes[index] for index in probabilities.argmax(dim=1).tolist())
+        return Prediction(labels, classes, probabilities, logits)
 
     @torch.no_grad()
     def outputs(
@@ -147,7 +158,7 @@ class MLProgram:
         for image in images:
             values: dict[str, Any] = {**fixed, self._input.name: self._pixels(image)}
             for operation in self._operations:
-                if not operation.constant:
+                if not operation.constant and operation.type != "classify":
                     self._execute(operation, values, rounding)
             if missing := [name for name in names if name not in values]:
                 raise NotVerifiedError(f"a program without the outputs {missing}")
@@ -178,39 +189,15 @@ class MLProgram:
             raise ValueError(f"the program takes images of {shape}, not {tuple(image.shape)}")
         return (image.flip(0) if order == "BGR" else image)[None].float()
 
-    def _run(
-        self, pixels: Tensor, fixed: Mapping[str, Any], rounding: bool
-    ) -> tuple[str, tuple[str, ...], Tensor, Tensor]:
-        values: dict[str, Any] = {**fixed, self._input.name: pixels}
-        softmax_of: dict[str, Tensor] = {}
-        for operation in self._operations:
-            if operation.constant:
-                continue
-            if operation.type == "classify":
-                given = {k: _resolve(v, values) for k, v in operation.arguments.items()}
-                source = operation.arguments["probabilities"]
-                if source not in softmax_of:
-                    raise NotVerifiedError("probabilities that are not those of a softmax")
-                probabilities, classes = given["probabilities"], tuple(given["classes"])
-                label = classes[int(probabilities.argmax())]
-                return label, classes, probabilities, softmax_of[source]
-            name = self._execute(operation, values, rounding)
-            if operation.type == "softmax":
-                softmax_of[name] = values[operation.arguments["x"]]
-            elif operation.type == "cast" and operation.arguments["x"] in softmax_of:
-                softmax_of[name] = softmax_of[operation.arguments["x"]]
-        raise NotVerifiedError("a program without `classify`")
-
     @staticmethod
-    def _execute(operation: _Operation, values: dict[str, Any], rounding: bool) -> str:
-        """Put the output of an operation among the values; returns its name."""
+    def _execute(operation: _Operation, values: dict[str, Any], rounding: bool) -> None:
+        """Put the output of an operation among the values."""
         given = {k: _resolve(v, values) for k, v in operation.arguments.items()}
         ((name, kind),) = operation.outputs
         value = given["val"] if operation.type == "const" else _call(operation.type, given)
         if rounding and kind == "FLOAT16":
             value = torch.as_tensor(value).half().float()
         values[name] = value
-        return name
 
     # -- Reading ------------------------------------------------------------------------------
 
