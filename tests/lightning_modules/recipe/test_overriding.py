@@ -4,6 +4,7 @@ import csv
 
 import pytest
 import torch
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import MultiStepLR
@@ -68,6 +69,22 @@ def test_its_checkpoint_is_resumed_rebuilt_and_exported(tmp_path):
     shipped, _ = load_torchscript_artifact(tmp_path / "artifact")
     logits = reference(whole.model, Images())
     torch.testing.assert_close(shipped(Images().images), logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [("[F1Score, AUROC]", ["F1Score", "AUROC"]), ("{F1Score: {average: micro}}", ["F1Score"])],
+)
+def test_the_command_line_takes_metrics_and_the_argument_of_a_subclass(words, names):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Focal, "model")
+    line = f"--model.num_classes=7 --model.model={TINY} --model.gamma=3 --model.mixup=0.2".split()
+    config = parser.parse_args([*line, f"--model.metrics={words}", "--model.schedule=linear"])
+    model = Focal(**config.model.as_dict())
+    assert (model.hparams["gamma"], model.hparams["mixup"]) == (3.0, 0.2)
+    assert list(model.make_metrics()) == [*names, "kappa"]
+    with pytest.raises(ArgumentError, match="schedule"):
+        parser.parse_args([*line, "--model.schedule=lineer"])
 
 
 def test_a_loss_of_one_number_is_refused(tmp_path):
