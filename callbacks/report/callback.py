@@ -1,7 +1,6 @@
-"""Pictures and artifacts of a run: into the run folder and, where there is one, into wandb."""
+"""Pictures and artifacts of a run: into the run folder, and to the loggers that take them."""
 
 import csv
-import json
 import math
 import warnings
 from pathlib import Path
@@ -9,16 +8,16 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from callbacks.artifacts.callback import ReparameterizeOnSave
 from callbacks.dry_run import is_dry_run
 from callbacks.report.figures import confusion_figure, curves_figure, read_curves, samples_figure
+from callbacks.report.loggers import log_artifact, log_picture
 from callbacks.report.worst_images import WorstImages, write_worst
-from mobileone.export.manifest import MANIFEST_NAME, Manifest
+from mobileone.export.manifest import Manifest
 from mobileone.export.preprocess import denormalize
 from mobileone.export.spec import ExportSpec
 from mobileone.io.atomic import atomic_write
@@ -27,14 +26,14 @@ __all__ = ["Report"]
 
 
 class Report(Callback):
-    """Show what the model does, and hand its fused artifact to wandb.
+    """Show what the model does, and hand its fused artifact to the loggers.
 
     After each validation: predictions on images from the whole validation set, and the images of
     highest loss. At the end of a fit: the curves of loss, accuracy, learning rate and weight
     decay. After a test: the confusion matrix, as a picture and as CSV, and the images of highest
-    loss. All go to `<run>/report/` and to a WandbLogger. On several devices, the images are those
-    of the first. The artifact
-    is logged as a wandb Artifact of type "model", with the manifest as its metadata.
+    loss. All go to `<run>/report/` and to the loggers that take pictures. On several devices, the
+    images are those of the first. wandb gets the artifact as an Artifact of type "model", with the
+    manifest as its metadata; TensorBoard gets the manifest as a text.
 
     The LightningModule needs `export_spec` (class names, normalization), for the images of highest
     loss a `validation_step` and a `test_step` that return logits, and for the matrix
@@ -42,7 +41,7 @@ class Report(Callback):
 
     Args:
         samples: Images to show after a validation, and images of highest loss; 0 for none.
-        log_artifact: Which artifacts go to wandb: the best one when the fit ends, one after
+        log_artifact: Which artifacts go to the loggers: the best one when the fit ends, one after
             each validation, or none.
     """
 
@@ -65,7 +64,9 @@ class Report(Callback):
             return
         if self.log_artifact == "every":
             saver.listeners.append(
-                lambda path, manifest: _log_artifact(trainer, path, manifest, ["latest"])
+                lambda path, manifest: log_artifact(
+                    trainer.loggers, path, manifest, ["latest"], trainer.global_step
+                )
             )
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -140,7 +141,7 @@ class Report(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the confusion matrix of the test and the images of highest loss."""
         _publish_worst(trainer, "worst_test", self._worst, pl_module)
-        confusion = cast(Tensor | None, pl_module.test_confusion)
+        confusion = cast(Tensor | None, getattr(pl_module, "test_confusion", None))
         if confusion is None or not trainer.is_global_zero:
             return
         names = cast(ExportSpec, pl_module.export_spec).class_names
@@ -160,7 +161,8 @@ class Report(Callback):
             return
         path = saver.best_artifact_path
         if path is not None and trainer.is_global_zero:
-            _log_artifact(trainer, path, Manifest.load(path), ["best", "latest"])
+            manifest, aliases = Manifest.load(path), ["best", "latest"]
+            log_artifact(trainer.loggers, path, manifest, aliases, trainer.global_step)
 
 
 def _folder(trainer: Trainer) -> Path:
@@ -176,9 +178,7 @@ def _publish(trainer: Trainer, name: str, figure: Figure) -> None:
     with atomic_write(final) as beside, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph \d+")  # names in a script without font
         figure.savefig(beside, dpi=120, format="png")
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            logger.log_image(f"report/{name}", [str(final)], step=trainer.global_step)
+    log_picture(trainer.loggers, f"report/{name}", final, trainer.global_step)
 
 
 def _publish_worst(
@@ -204,24 +204,3 @@ def _write_matrix(path: Path, confusion: Tensor, names: tuple[str, ...]) -> None
         writer.writerow(["true \\ predicted", *names])
         for name, row in zip(names, confusion.tolist(), strict=True):
             writer.writerow([name, *row])
-
-
-@rank_zero_only
-def _log_artifact(trainer: Trainer, path: Path, manifest: Manifest, aliases: list[str]) -> None:
-    import wandb
-
-    for logger in trainer.loggers:
-        if not isinstance(logger, WandbLogger):
-            continue
-        name = f"{manifest.spec.model_name}-{logger.experiment.id}".replace("/", "-")
-        artifact = wandb.Artifact(
-            name, type="model", metadata=json.loads((path / MANIFEST_NAME).read_text())
-        )
-        artifact.add_dir(str(path))
-        try:
-            logger.experiment.log_artifact(artifact, aliases=aliases)
-        except Exception as error:  # online it asks the server, and fails without a connection
-            rank_zero_warn(
-                f"wandb did not take the artifact ({type(error).__name__}). To send it later: "
-                f"wandb artifact put --type model --name {logger.name}/{name} {path}"
-            )

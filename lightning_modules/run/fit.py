@@ -48,6 +48,7 @@ from lightning_modules.run.trainer import IntLimitTrainer, TimmSyncBatchNorm, wa
 from lightning_modules.run.wandb_logger import (
     WandbOptions,
     check_tracking,
+    csv_logger,
     finish_tracking,
     make_loggers,
 )
@@ -280,6 +281,8 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Choose the run folder, when the data are known to be good, and what is written there."""
         self.count_classes(self.datamodule)  # a model that does not ask for it needs them too
+        if self.subcommand == "fit" and self.config["fit"].get("curriculum.phases"):
+            check_data_module(self.datamodule, needs_curriculum=True)
         if isinstance(self.datamodule, ResumableData):  # others may need the Trainer
             self.datamodule.setup(str(self.subcommand))
         self.run = None
@@ -287,7 +290,8 @@ class TrainingCLI(LightningCLI):
         if config.trainer.sync_batchnorm:
             kwargs["sync_batchnorm"] = False
             kwargs["plugins"] = [*_listed(config.trainer.plugins), TimmSyncBatchNorm()]
-        if config.trainer.logger in (None, True):
+        own_logger = config.trainer.logger not in (None, True)
+        if not own_logger:
             kwargs["logger"] = False
         if not config.trainer.fast_dev_run:
             options = self._get(self.config_init, "wandb")
@@ -298,8 +302,11 @@ class TrainingCLI(LightningCLI):
             kwargs["default_root_dir"] = str(self.run.path)
             saver = self._get(self.config_init, "checkpoint")
             saver.dirpath = saver.dirpath or str(self.run.checkpoints)
-            if "logger" in kwargs:
+            if not own_logger:
                 kwargs["logger"] = make_loggers(self.run, options)
+            elif config.trainer.logger:  # the curves of the run folder stay, whoever else has them
+                given = self._get(self.config_init, "trainer").logger
+                kwargs["logger"] = [*_listed(given), csv_logger(self.run)]
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except Exception:

@@ -17,6 +17,7 @@ __all__ = [
     "FaultTolerantWandbLogger",
     "WandbOptions",
     "check_tracking",
+    "csv_logger",
     "finish_timeout",
     "finish_tracking",
     "how_to_send",
@@ -152,6 +153,11 @@ class WandbOptions:
     tags: list[str] | None = None
 
 
+def csv_logger(run: RunFolder) -> CSVLogger:
+    """The run folder's own curves: `metrics/version_*/metrics.csv`, a new version a resume."""
+    return CSVLogger(run.path, name="metrics")
+
+
 def make_loggers(run: RunFolder, options: WandbOptions) -> list[Logger]:
     """Make the run's loggers.
 
@@ -169,7 +175,7 @@ def make_loggers(run: RunFolder, options: WandbOptions) -> list[Logger]:
     Raises:
         ValueError: wandb should be online, and the server refuses the key, team or project.
     """
-    loggers: list[Logger] = [CSVLogger(run.path, name="metrics")]
+    loggers: list[Logger] = [csv_logger(run)]
     if options.mode == "disabled":
         return loggers
     if options.mode == "online":

@@ -1,5 +1,6 @@
 """A module and a data module of the user's own, by class path, through the whole command."""
 
+import csv
 import shutil
 import sys
 
@@ -92,6 +93,7 @@ def test_class_paths_work_in_a_configuration_too(tmp_path):
     [
         (["--data", "own.Nameless"], "lacks class_names"),
         (["--data", "own.Nameless", "--model", "own.Free"], "lacks class_names"),
+        (["--data", "own.MyData", "--curriculum.phases", "[[0,32,1.0]]"], "lacks set_curriculum"),
         (["--model", "own.Missing"], "own.Missing"),
         (["--model", "own.MyData"], "subclass of LightningModule"),
         (["--model", "own.MyClassifier", "--model.extr", "1"], "did you mean model.extra"),
@@ -130,3 +132,33 @@ def test_a_resumed_search_compares_own_arguments(tmp_path):
     assert latest(tmp_path) == folder
     cli = run("fit", [*QUICK, *own, "--model.extra", "4"])
     assert "model.extra 3 -> 4" in "".join(cli.continued.notes)
+
+
+def test_tensorboard_gets_curves_pictures_and_the_artifacts_manifest(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = ["--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "boards"]
+    fit = [*QUICK, *TINY, "--data", "own.MyData", "--report.samples", "4", *logger]
+    run("fit", fit)
+    folder = latest(tmp_path)
+    (events,) = (tmp_path / "boards").rglob("events.out.*")
+    board = EventAccumulator(str(events)).Reload()
+    tags = board.Tags()
+    assert {"val/acc1", "train/loss_epoch", "lr"} <= set(tags["scalars"])
+    assert {"report/samples", "report/curves"} <= set(tags["images"])
+    assert any("artifact/best" in tag for tag in tags["tensors"])
+    (value,) = board.Scalars("val/acc1")
+    with (folder / "metrics/version_0/metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["val/acc1"]]
+    assert [float(row["val/acc1"]) for row in rows] == pytest.approx([value.value])
+    for name in ("samples.png", "curves.png"):
+        assert (folder / "report" / name).is_file()
+    assert not list(folder.glob("wandb*"))
+    run("fit", [*fit, "--resume", "auto", "--trainer.max_epochs", "2"])
+    assert latest(tmp_path) == folder
+
+
+def test_a_free_module_is_shown_and_tested_too(tmp_path):
+    own = ["--model", "own.Free", "--data", "own.MyData", "--report.samples", "4"]
+    run("fit", [*QUICK, *own, "--trainer.logger", "false"])
+    assert (latest(tmp_path) / "report/samples.png").is_file()
