@@ -76,7 +76,7 @@ class MobileOneBlock(nn.Module):
         use_scale: Build the 1×1 scale branch; needs K > 1. Default: build it where that holds.
         use_skip: Build the BatchNorm skip; needs `in_chs == out_chs` and stride 1. Default: build
             it where that holds.
-        drop_path_rate: Stochastic depth on the branches beside the skip; no effect without one.
+        drop_path_rate: Stochastic depth on the branches other than the skip; no effect without one.
         layers: timm's layer factories (convolution–norm, norm, activation, attention). The norm is
             a BatchNorm with running statistics: no other folds exactly.
         device: Device of the parameters.
@@ -90,7 +90,7 @@ class MobileOneBlock(nn.Module):
         >>> fused = block.fuse()  # one depthwise convolution and a ReLU
     """
 
-    # of the training run, so no buffer, and of the class, so that blocks pickled whole by versions
+    # part of the training run, so not a buffer; of the class, so that blocks pickled by versions
     # without it have it; see set_collapse
     collapse: CollapseMode = "auto"
     __jit_ignored_attributes__ = ("collapse",)

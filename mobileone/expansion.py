@@ -34,7 +34,7 @@ def expand(model: nn.Module, fused: Mapping[str, Tensor]) -> dict[str, Tensor]:
         fused: weights of the same MobileOne in fused form, in any known layout.
 
     Returns:
-        A state dict for `model`. What is not part of a block is handed on as it is.
+        A state dict for `model`. What is not part of a block stays as it is.
 
     Raises:
         ValueError: the weights lack a block's fused kernel or bias, or it has another shape.
@@ -135,7 +135,7 @@ def _spread(norm: _BatchNorm) -> Tensor:
 
 
 def _branches(block: MobileOneBlock, kernel: Tensor, bias: Tensor) -> dict[str, Tensor]:
-    """The state of a block's branches; attention is not among it."""
+    """The state of a block's branches; without its attention."""
     state = {
         key: value.clone()
         for key, value in block.state_dict().items()

@@ -36,7 +36,7 @@ def batch_norm_affine(
     Returns:
         `scale` and `shift`, each of shape (C,), in float32 or better.
     """
-    # the dtype comes from a buffer: FX tracing stands a proxy for parameters, which has none yet
+    # the dtype comes from a buffer: FX tracing replaces parameters by proxies, which have none yet
     scale = at_least_float32(var).add(eps).rsqrt()
     shift = -mean.to(scale.dtype)
     if gamma is not None:
@@ -115,7 +115,7 @@ class StridedPointwise(nn.Conv2d):
     It takes the pixels that the stride leaves and convolves them with stride 1. PyTorch on a CPU
     computes the weight gradient of the convolution as such by oneDNN, which writes past its
     buffer where there are fewer than 16 channels in channels-last: the process dies, hangs, or
-    goes on with wrong numbers (oneDNN issue 6035; seen with torch 2.14). That is MobileOne's
+    continues with wrong numbers (oneDNN issue 6035; seen with torch 2.14). That is MobileOne's
     stem, and compilers choose channels-last.
     """
 

@@ -46,7 +46,7 @@ class MobileOne(ByobNet):
         Input (N, in_chans, H, W), output (N, num_classes).
 
     Raises:
-        ValueError: `output_stride` is not one of the above, `norm_layer` is no BatchNorm, or a
+        ValueError: `output_stride` is not one of the above, `norm_layer` is not a BatchNorm, or a
             branch breaks a block's rule.
     """
 

@@ -1,4 +1,4 @@
-"""A whole model at once: folded for inference, or set to train collapsed or branch by branch."""
+"""A complete model at once: folded for inference, or set to train collapsed or branch by branch."""
 
 from copy import deepcopy
 from typing import get_args

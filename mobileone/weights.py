@@ -35,7 +35,7 @@ _CONV = rf"(?:conv_kxk\.0\.conv|{_FUSED[: -len('.weight')]})\.weight"
 
 @dataclass(frozen=True)
 class WeightsInfo:
-    """What a state dict holds, as far as its keys and shapes tell.
+    """What a state dict holds, read from its keys and shapes.
 
     Attributes:
         variant: Name in the family, or None if the layout is not one of its rows.
@@ -60,7 +60,7 @@ def convert_keys(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Rename the keys of a known layout to timm's; keys of timm's own layout stay.
 
     Args:
-        state_dict: Weights of a whole MobileOne.
+        state_dict: Weights of a complete MobileOne.
 
     Returns:
         The same tensors under timm's names.
@@ -166,7 +166,7 @@ def adapt_on_load(
     Args:
         model: The MobileOne that loads; its blocks are replaced if the weights are fused.
         state_dict: The weights, renamed in place.
-        prefix: Where the model stands in the module that loads.
+        prefix: Prefix of the model's keys in the module that loads.
         local_metadata: Unused; part of torch's hook signature, like all that follow.
         strict: Unused: True in every call of torch's.
         missing_keys: Unused.
@@ -258,7 +258,7 @@ def _explain_form(
     weights: Mapping[str, Any],
     folded: Mapping[str, FusedMobileOneBlock],
 ) -> str | None:
-    """Blocks folded on one side only, or not wholly."""
+    """Blocks folded on one side only, or in part."""
     modules = dict(model.named_modules())
     fused = [n for n, m in modules.items() if isinstance(m, FusedMobileOneBlock)]
     if any(f"{name}.{_BRANCH}" in weights for name in fused):

@@ -1,4 +1,4 @@
-"""Collapsed training: exact over-parameterized training at the price of a plain network."""
+"""Collapsed training: exact over-parameterized training at the cost of a plain network."""
 
 from mobileone.collapsed.branches import CollapseMode, is_hooked
 from mobileone.collapsed.cost_model import Path

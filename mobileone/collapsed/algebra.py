@@ -4,7 +4,7 @@ Notation of docs/collapsed-training.md. The J = K²·C_in/G inputs of a window a
 outputs that read them form a group; with m and C the mean and covariance of the windows, branch i
 has μᵢ = Wᵢ m, vᵢ = diag(Wᵢ C Wᵢᵀ), aᵢ = γᵢ / sqrt(vᵢ + ε), and the block is Ŵ = Σ aᵢWᵢ with
 bias b̂ = Σ βᵢ − Ŵ m. The skip is the branch whose rows are unit vectors. Nothing here depends on
-where the windows' origin lies, so that they may be shifted by a constant together with m.
+where the windows' origin is, so that they may be shifted by a constant together with m.
 """
 
 from dataclasses import dataclass
@@ -81,7 +81,7 @@ class BranchGrads(NamedTuple):
         kernels: (B, G, O, J).
         gamma: (B or B + 1, G, O).
         beta: (G, O); the same for every branch.
-        slope: S = (2/n) ∂L/∂C, (G, J, J): a window x receives S x + offset besides Ŵᵀg.
+        slope: S = (2/n) ∂L/∂C, (G, J, J): a window x receives S x + offset in addition to Ŵᵀg.
         offset: r = (1/n) ∂L/∂m − S m, (G, J).
     """
 

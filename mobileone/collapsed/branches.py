@@ -109,7 +109,7 @@ class Geometry:
 
 
 def describe(block: BranchedBlock) -> Geometry:
-    """Read a block's geometry; it means something where there is no `unsupported_reason`."""
+    """Read a block's geometry; valid where `unsupported_reason` is None."""
     first, norms = block.conv_kxk[0].conv, block.norms()
     return Geometry(
         in_chs=first.in_channels,
@@ -129,7 +129,7 @@ def unsupported_reason(block: BranchedBlock) -> str | None:
     """Why a block's branches are not what the algebra describes; None: they are.
 
     It describes bias-free, zero-padded convolutions and plain BatchNorms on batch statistics with
-    affine terms and running averages, which nobody watches: what does not run calls no hook.
+    affine terms and running averages, without hooks: what does not run calls none.
     """
     if type(block.drop_path) is not nn.Identity:
         return "stochastic depth on the branches"
@@ -148,7 +148,7 @@ def unsupported_reason(block: BranchedBlock) -> str | None:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether anybody watches or replaces what a module does; its parts not asked."""
+    """Whether a module has hooks or a forward of its own; its children are not looked at."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

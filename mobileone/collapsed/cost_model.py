@@ -64,7 +64,7 @@ class Setting(NamedTuple):
         device: Device type.
         dtype: Dtype of the convolution.
         kernels: Whether there are kernels of ours for this device and dtype.
-        channels_last: Whether the input lies in channels-last on a CPU, where it matters.
+        channels_last: Whether the input is in channels-last on a CPU, where it matters.
     """
 
     device: str

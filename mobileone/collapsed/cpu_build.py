@@ -1,4 +1,4 @@
-"""The CPU kernels as a library: compiled once a machine with the compiler at hand, and cached.
+"""The CPU kernels as a library: compiled once a machine with its own compiler, and cached.
 
 The build takes a few seconds, happens at the first training step, and stays in
 `$XDG_CACHE_HOME/mobileone` (default `~/.cache/mobileone`), or, where nothing can be written there,
@@ -78,7 +78,7 @@ def _private(folder: Path) -> Path:
 
 def _digest(compiler: str) -> str:
     """Of all that decides what the compiler makes."""
-    # the compiler's own macros tell its version and what this processor can do
+    # the compiler's own macros name its version and what this processor can do
     probe = (compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull)
     macros = subprocess.run(probe, check=True, capture_output=True, timeout=60).stdout
     texts = [Path(__file__).with_name(name).read_bytes() for name in (*_SOURCES, *_HEADERS)]
@@ -102,7 +102,7 @@ def _built(compiler: str, digest: str, folder: Path) -> Path:
         subprocess.run(command, check=True, capture_output=True, timeout=300)
         flush(fresh)
         built = folder / f"collapsed-{digest}-{_hash(fresh.read_bytes())}.so"
-        return fresh.replace(built)  # whole, also when several processes build at once
+        return fresh.replace(built)  # complete, also when several processes build at once
 
 
 def _hash(data: bytes) -> str:

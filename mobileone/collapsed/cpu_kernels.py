@@ -61,7 +61,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def fits(x: Tensor) -> bool:
-    """Whether the kernels are at hand for a tensor of this device, dtype and layout."""
+    """Whether there are kernels for a tensor of this device, dtype and layout."""
     ordinary = x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
     return ordinary and library() is not None
 
@@ -119,7 +119,7 @@ def depthwise_input_grad(
     offset: Tensor,
     shift: Tensor,
 ) -> Tensor:
-    """∂L/∂x; a window x receives slope · (x − shift) + offset besides Ŵᵀg.
+    """∂L/∂x; a window x receives slope · (x − shift) + offset in addition to Ŵᵀg.
 
     Slope (C, 9, 9) and offset (C, 9) are in float64, shift (C,) in float32.
     """

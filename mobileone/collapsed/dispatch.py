@@ -31,7 +31,7 @@ __all__ = ["Plan", "log_path_once", "path_of", "plan_collapsed", "run_collapsed"
 
 log = logging.getLogger(__name__)
 
-_STRANGE = "an input that is recorded, transformed, or no plain data of four dimensions"
+_STRANGE = "an input that is recorded, transformed, or not plain data of four dimensions"
 
 _KERNEL_FORMS = {
     Path.DEPTHWISE: DepthwiseConvolution,
@@ -58,7 +58,7 @@ class Plan(NamedTuple):
 
 
 def plan_collapsed(block: BranchedBlock, x: Tensor) -> Plan | None:
-    """How the block is to train on x now; None: in its branches. The log is told once a shape."""
+    """How the block is to train on x now; None: in its branches. Logged once a shape."""
     plan = _plan(block, x)
     if log.isEnabledFor(logging.INFO):
         _log_path(block, x, plan)
@@ -84,7 +84,7 @@ def _plan(block: BranchedBlock, x: Tensor) -> Plan | str:
     own, kind = tensors[0].dtype, x.device.type
     buffers = (b for norm in block.norms() for b in (norm.running_mean, norm.running_var))
     if not all(map(_is_plain_data, (*tensors, *buffers))):
-        return "parameters or buffers that are no plain tensors"
+        return "parameters or buffers that are not plain tensors"
     if any(tensor.device != x.device or tensor.dtype != own for tensor in tensors):
         return "parameters of several dtypes, or on another device"
     # float64 is left alone by autocast
@@ -148,7 +148,7 @@ def run_collapsed(
 
 
 def _is_ordinary(x: Tensor) -> bool:
-    """Whether x is data in memory, and nobody records or transforms what is done to it."""
+    """Whether x is data in memory, and nothing records or transforms what is done to it."""
     return (
         _is_plain_data(x)
         and not torch.compiler.is_compiling()
@@ -164,7 +164,7 @@ def _is_ordinary(x: Tensor) -> bool:
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    """Whether x lies in channels-last on a CPU, and not in both layouts, as one channel does."""
+    """Whether x is in channels-last on a CPU, and not in both layouts, as one channel is."""
     if x.device.type != "cpu" or x.is_contiguous():
         return False
     return x.is_contiguous(memory_format=torch.channels_last)

@@ -140,7 +140,7 @@ def _center(g: Tensor, in_place: bool) -> tuple[Tensor, Tensor, Tensor]:
     """g − ḡ of g (N, C_out, H', W'), Σ g and Σ (g − ḡ), (C_out,) in float64.
 
     BatchNorm passes nothing of ḡ on but to β, and products with it would only cancel. What is
-    left of the sum, since ḡ is rounded, is told as well.
+    left of the sum, since ḡ is rounded, is returned as well.
     """
     total = g.sum((2, 3)).sum(0, dtype=torch.float64)
     number = g.numel() // g.shape[1]

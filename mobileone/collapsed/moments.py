@@ -88,7 +88,7 @@ def im2col(x: Tensor, geometry: Geometry) -> Tensor:
 
 
 def col2im(matrix: Tensor, geometry: Geometry, shape: torch.Size) -> Tensor:
-    """The adjoint of `columns`: sum (M, G, J, L) into an image of the given shape."""
+    """The adjoint of `im2col`: sum (M, G, J, L) into an image of the given shape."""
     if geometry.pointwise:
         return image(matrix, shape)
     return F.fold(

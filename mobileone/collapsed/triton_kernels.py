@@ -218,7 +218,7 @@ def depthwise_input_grad(
     offset: Tensor,
     shift: Tensor,
 ) -> Tensor:
-    """∂L/∂x; a window x receives slope · (x − shift) + offset besides Ŵᵀg.
+    """∂L/∂x; a window x receives slope · (x − shift) + offset in addition to Ŵᵀg.
 
     Slope (C, 9, 9) and offset (C, 9) are in float64, shift (C,) in float32.
     """

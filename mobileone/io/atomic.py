@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, and renamed when complete."""
+"""Files that appear complete or not at all: written under another name, then renamed."""
 
 import ctypes
 import os
@@ -27,30 +27,30 @@ __all__ = [
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Where to write what shall stand at `path`, for a kill at any moment leaves old or new.
+    """A name to write to, renamed to `path` at the end: a kill at any moment leaves old or new.
 
-    The file is renamed when the block ends. If the block raises, it is removed, and what stood at
-    `path` stays. The folder is made if need be. Where a power cut matters too, `flush` the file.
+    If the block raises, the new file is removed and the old one stays. The folder is made if it
+    does not exist. Where a power cut matters too, `flush` the file.
 
     Args:
         path: The file's place.
 
     Returns:
-        A hidden name beside it with the same ending, nobody else's.
+        A hidden name in the same folder with the same ending, of this call alone.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{secrets.token_hex(4)}-{path.name}")
+    hidden = path.with_name(f".{secrets.token_hex(4)}-{path.name}")
     try:
-        yield beside
-        beside.replace(path)
+        yield hidden
+        hidden.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        hidden.unlink(missing_ok=True)
 
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text in UTF-8, in place of an older one."""
-    with atomic_write(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    with atomic_write(path) as hidden:
+        hidden.write_text(text, encoding="utf-8")
 
 
 def flush(path: Path) -> None:
@@ -85,7 +85,7 @@ def staging(parent: Path) -> Iterator[Path]:
 
 
 def staging_folder(parent: Path) -> Path:
-    """A fresh folder in `parent` that `clean_stale` removes if nobody else does."""
+    """A fresh folder in `parent` that `clean_stale` removes if nothing else does."""
     parent.mkdir(parents=True, exist_ok=True)
     folder = parent / f"{_PREFIX}{secrets.token_hex(6)}"
     folder.mkdir()
@@ -191,7 +191,7 @@ def clean_stale(parent: Path) -> None:
 
 
 def _replace_in_two_steps(staged: Path, final: Path) -> None:
-    """For file systems without a swap: a kill between the renames is mended by `clean_stale`."""
+    """For file systems without a swap: a kill between the renames is repaired by `clean_stale`."""
     aside = final.with_name(f"{_PREFIX}{secrets.token_hex(6)}{_REPLACED}{final.name}")
     final.rename(aside)
     try:

@@ -79,7 +79,7 @@ def _pickles(source: Path | bytes) -> Iterator[bytes]:
 
 
 def _globals(stream: bytes) -> Iterator[str]:
-    """What the pickles that stand one after another in `stream` name."""
+    """What the pickles that follow each other in `stream` name."""
     texts: list[str] = []
     rest = io.BytesIO(stream)
     try:

@@ -1,4 +1,4 @@
-"""The names that a misspelled one may stand for."""
+"""The names that a misspelled one may mean."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
