@@ -28,6 +28,12 @@ GOOD = {
         ({"trainer": {"strategy": {"class_path": "evil.S"}}}, "evil.S"),
         ({"trainer": "other.yaml"}, "other.yaml"),
         ({"config": "other.yaml"}, "other.yaml"),
+        ({"imports": ["evil"]}, "evil"),
+        ({"model": {"class_path": "evil.Model"}}, "evil.Model"),
+        ({"model": "evil.Model"}, "evil.Model"),
+        ({"data": {"class_path": "evil.Data", "init_args": {}}}, "evil.Data"),
+        ({"data": {"dataset": "evil:split"}}, "evil:split"),
+        ({"data": {"init_args": {"dataset": "evil:split"}}}, "evil:split"),
     ],
 )
 def test_foreign_classes_are_refused(tmp_path, values, named):
@@ -41,6 +47,13 @@ def test_values_and_lightnings_classes_are_taken(tmp_path):
     path = tmp_path / "config.yaml"
     trainer = {"callbacks": [GOOD], "strategy": "ddp", "logger": None, "max_epochs": 3}
     path.write_text(yaml.safe_dump({"trainer": trainer, "data": {"root": "a/b.c"}}))
+    check_run_config(path)
+    ours = {
+        "class_path": "lightning_modules.ImageClassifier",
+        "init_args": {"freeze": ["stages.0"]},
+    }
+    data = {"init_args": {"dataset": "torch/cifar10", "model": "mobileone_s1.apple_in1k"}}
+    path.write_text(yaml.safe_dump({"model": ours, "data": data, "imports": []}))
     check_run_config(path)
     path.write_text("a: [")
     with pytest.raises(ValueError, match="cannot be read"):
