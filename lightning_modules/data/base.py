@@ -4,26 +4,43 @@ import math
 from collections.abc import Sized
 from typing import Any
 
+import torch
+from lightning.fabric.utilities.data import suggested_max_num_workers
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_modules.data.dataloader import DeferredStartDataLoader, ResumableDataLoader
+from lightning_modules.data.dataset import collate
 from lightning_modules.data.samplers import EvaluationSampler
-from lightning_modules.randomness import resolve_seed
+from lightning_modules.randomness import derive_seed, resolve_seed
 
 __all__ = ["ResumableData"]
 
 
 class ResumableData(LightningDataModule):
-    """A seed that is kept in checkpoints, and the place within the epoch that is resumed.
+    """Loaders, a seed that is kept in checkpoints, and the place within the epoch that is resumed.
 
     Args:
         batch_size: images a batch and device.
+        num_workers: processes a loader; None for what the machine suggests, 8 at most.
+        persistent_workers: keep them from one epoch to the next.
         seed: of order and augmentation; None for the checkpoint's, else the run's, else 0.
+
+    Raises:
+        ValueError: a number out of range.
     """
 
-    def __init__(self, batch_size: int, seed: int | None) -> None:
+    def __init__(
+        self, batch_size: int, num_workers: int | None, persistent_workers: bool, seed: int | None
+    ) -> None:
         super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1 (images per device).")
+        if num_workers is not None and num_workers < 0:
+            raise ValueError(f"num_workers={num_workers} must be 0 or more, or null.")
         self._batch_size = batch_size
+        self._num_workers = num_workers
+        self._persistent_workers = persistent_workers
         self._seed = seed
         self._restored_seed: int | None = None
 
@@ -78,6 +95,39 @@ class ResumableData(LightningDataModule):
                 f"{split} has {images} images for {self._processes} processes, and each needs at "
                 "least one. Add images, or lower --trainer.devices."
             )
+
+    def _workers(self) -> int:
+        if self._num_workers is not None:
+            return self._num_workers
+        processes = self.trainer.num_devices if self.trainer else 1
+        return min(8, suggested_max_num_workers(processes))
+
+    def _loader(
+        self, dataset: Any, resumable: bool = False, **options: Any
+    ) -> DeferredStartDataLoader:
+        """A loader that leaves the global random generators alone.
+
+        Args:
+            dataset: of samples that `collate` takes, unless another ``collate_fn`` is given.
+            resumable: whether it continues within an epoch; the sampler is an `EpochSampler`.
+            options: of `DataLoader`, for example sampler and drop_last.
+        """
+        workers = self._workers()
+        options = {
+            "dataset": dataset,
+            "batch_size": self._batch_size,
+            "num_workers": workers,
+            "persistent_workers": self._persistent_workers and workers > 0,
+            "collate_fn": collate,
+            # of the workers' base seed, which would otherwise be drawn from torch's generator
+            "generator": torch.Generator().manual_seed(derive_seed(self.seed)),
+            "pin_memory": self.trainer is not None
+            and self.trainer.strategy.root_device.type == "cuda",
+            **options,
+        }
+        if resumable:
+            return ResumableDataLoader(batches_done=self._batches_done, **options)
+        return DeferredStartDataLoader(**options)
 
     def _evaluation_sampler(self, dataset: Sized) -> EvaluationSampler | None:
         """Each image once over all processes; None where one process takes them in order."""

@@ -4,15 +4,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_modules.data.dataset import IterableImageDataset, collate
 from lightning_modules.data.samplers import EpochSampler
-from lightning_modules.randomness import derive_seed
 
-__all__ = ["DataWorkerError", "DeferredStartDataLoader", "ResumableDataLoader", "image_loader"]
+__all__ = ["DataWorkerError", "DeferredStartDataLoader", "ResumableDataLoader"]
 
 _NAMES_SHOWN = 5
 
@@ -86,42 +83,6 @@ class ResumableDataLoader(DeferredStartDataLoader):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing to take; see `state_dict`."""
-
-
-def image_loader(
-    dataset: Any,
-    seed: int,
-    num_workers: int,
-    persistent_workers: bool,
-    batches_done: Callable[[], int] | None = None,
-    **options: Any,
-) -> DeferredStartDataLoader:
-    """A `DeferredStartDataLoader` that leaves the global random generators alone.
-
-    Args:
-        dataset: `ImageClassificationDataset` or `IterableImageDataset`.
-        seed: of the workers' base seed, which would otherwise be drawn from torch's generator.
-        num_workers: processes beside this one.
-        persistent_workers: keep them from one epoch to the next; ignored without workers.
-        batches_done: makes it an `ResumableDataLoader`.
-        options: batch_size, sampler, drop_last, pin_memory as `DataLoader` takes them.
-    """
-    options = {
-        "dataset": dataset,
-        "num_workers": num_workers,
-        "persistent_workers": persistent_workers and num_workers > 0,
-        "collate_fn": collate,
-        "generator": torch.Generator().manual_seed(derive_seed(seed)),
-        **options,
-    }
-    loader = (
-        DeferredStartDataLoader(**options)
-        if batches_done is None
-        else ResumableDataLoader(batches_done=batches_done, **options)
-    )
-    if isinstance(dataset, IterableImageDataset):  # Lightning calls this one
-        loader.sampler.set_epoch = dataset.set_epoch  # type: ignore[attr-defined]
-    return loader
 
 
 def _length(loader: DataLoader) -> int:

@@ -6,11 +6,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.data import suggested_max_num_workers
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_modules.data.base import ResumableData
-from lightning_modules.data.dataloader import image_loader
 from lightning_modules.data.dataset import ImageClassificationDataset, IterableImageDataset
 from lightning_modules.data.digits import cache_root, digits_root, write_digits
 from lightning_modules.data.image_io import color_mode
@@ -42,7 +40,7 @@ class ImageDataModule(ResumableData):
             their reader wants.
         dataset: "" for folders, "digits" for the handwritten digits that come with scikit-learn,
             "wds" for the shards that `mobileone shards` writes, "my_data:make_split" for a function
-            of your own (see `user_dataset`), or a name of `timm.data.create_dataset`:
+            of your own (see `dataset.find_function`), or a name of `timm.data.create_dataset`:
             "torch/cifar10", "hfds/…", "wds/…" (others' shards), ….
         model: timm name; its pretrained configuration gives the values left None below.
         train_split: name of the training split; for folders also a usual synonym of it.
@@ -114,11 +112,7 @@ class ImageDataModule(ResumableData):
         skip_unreadable: bool = False,
         seed: int | None = None,
     ) -> None:
-        super().__init__(batch_size, seed)
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1 (images per device).")
-        if num_workers is not None and num_workers < 0:
-            raise ValueError(f"num_workers={num_workers} must be 0 or more, or null.")
+        super().__init__(batch_size, num_workers, persistent_workers, seed)
         if dataset != "digits":
             check_dataset_name(dataset)
         if root is None and dataset in FOLDER_NAMES:
@@ -163,8 +157,6 @@ class ImageDataModule(ResumableData):
             input_img_mode=self._mode,
         )
         self._download = download
-        self._num_workers = num_workers
-        self._persistent_workers = persistent_workers
         self._drop_last = drop_last
         self._skip_unreadable = skip_unreadable
 
@@ -230,17 +222,12 @@ class ImageDataModule(ResumableData):
         """Shuffled, augmented batches, images float (N, C, H, W) and targets long (N,)."""
         source = self._splits.source("train")
         if isinstance(source, IterableDataset):  # shuffles and shares out by itself
-            return self._loader(source, self._train_transform, drop_last=self._drop_last)
+            return self._loader_of(source, self._train_transform, drop_last=self._drop_last)
         share = (self.seed, self._processes, self._rank)
         lengths = shard_lengths(source)
         sampler = ShardSampler(source, lengths, *share) if lengths else EpochSampler(source, *share)
-        return self._loader(
-            source,
-            self._train_transform,
-            sampler=sampler,
-            drop_last=self._drop_last,
-            batches_done=self._batches_done,
-        )
+        options = {"sampler": sampler, "drop_last": self._drop_last, "resumable": True}
+        return self._loader_of(source, self._train_transform, **options)
 
     def val_dataloader(self) -> DataLoader:
         """The validation images, each once and in order, with the evaluation transform."""
@@ -254,36 +241,16 @@ class ImageDataModule(ResumableData):
         source = self._splits.source(split)
         stream = isinstance(source, IterableDataset)
         sampler = None if stream else self._evaluation_sampler(source)
-        return self._loader(source, self._eval_transform, sampler=sampler)
+        return self._loader_of(source, self._eval_transform, sampler=sampler)
 
-    def _loader(self, source: Any, transform: PhasedTransform, **options: Any) -> DataLoader:
-        workers = self._workers()
+    def _loader_of(self, source: Any, transform: PhasedTransform, **options: Any) -> DataLoader:
         classes = len(self._splits.class_index)
-        dataset = (
-            IterableImageDataset(source, transform, self.seed, workers, classes)
-            if isinstance(source, IterableDataset)
-            else ImageClassificationDataset(
-                source,
-                transform,
-                self._mode,
-                self.seed,
-                self._skip_unreadable,
-                classes,
-            )
+        if isinstance(source, IterableDataset):
+            stream = IterableImageDataset(source, transform, self.seed, self._workers(), classes)
+            loader = self._loader(stream, **options)
+            loader.sampler.set_epoch = stream.set_epoch  # type: ignore[attr-defined]  # Lightning calls it
+            return loader
+        images = ImageClassificationDataset(
+            source, transform, self._mode, self.seed, self._skip_unreadable, classes
         )
-        return image_loader(
-            dataset,
-            self.seed,
-            workers,
-            self._persistent_workers,
-            batch_size=self._batch_size,
-            pin_memory=self.trainer is not None
-            and self.trainer.strategy.root_device.type == "cuda",
-            **options,
-        )
-
-    def _workers(self) -> int:
-        if self._num_workers is not None:
-            return self._num_workers
-        processes = self.trainer.num_devices if self.trainer else 1
-        return min(8, suggested_max_num_workers(processes))
+        return self._loader(images, **options)

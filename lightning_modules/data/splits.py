@@ -1,31 +1,20 @@
 """The splits of one data set, opened when needed, with one class index for all of them."""
 
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from timm.data import create_dataset
+from timm.data import ImageDataset, create_dataset
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.utils.misc import natural_key
 
-from lightning_modules.data.classes import (
-    canonical_order,
-    check_all_classes,
-    check_class_folders,
-    check_known_classes,
-    class_to_index,
-    read_class_file,
-)
+from lightning_modules.data.dataset import UserDataset, find_function, is_function
 from lightning_modules.data.image_io import IMAGE_SUFFIXES
 from lightning_modules.data.shards.reader import Manifest, has_shards, open_shards
-from lightning_modules.data.user_dataset import UserDataset, find_function, is_function
 
-__all__ = [
-    "FOLDER_NAMES",
-    "DatasetSplits",
-    "check_dataset_name",
-    "find_split",
-    "open_split",
-]
+__all__ = ["FOLDER_NAMES", "DatasetSplits", "check_dataset_name", "find_split", "open_split"]
 
 
 class DatasetSplits:
@@ -36,7 +25,7 @@ class DatasetSplits:
         root: where it lies; may be None for data sets that their reader finds itself.
         train, val, test: the data set's names of the splits; ``test=None`` means the folder test/
             if there is one, else the validation split.
-        classes: file for `read_class_file`, or None.
+        classes: file with one class a line, or None.
         options: for `timm.data.create_dataset`.
     """
 
@@ -58,7 +47,7 @@ class DatasetSplits:
             val = "val"
         self._names = {"train": train, "val": val, "test": test or "test"}
         self._test_is_named = test is not None
-        self._class_file = read_class_file(classes) if classes else None
+        self._class_file = _read_class_file(classes) if classes else None
         self._opened: dict[str, Any] = {}
         self._returned: dict[str, Any] = {}
 
@@ -87,9 +76,9 @@ class DatasetSplits:
             )
             split = "val"
         dataset = self._open(split, None)
-        check_class_folders(dataset, split)
-        names = class_to_index(dataset)
-        return canonical_order(names) if self._folders else names
+        _check_class_folders(dataset, split)
+        names = _class_to_index(dataset)
+        return _canonical_order(names) if self._folders else names
 
     def source(self, split: str) -> Any:
         """timm's dataset of ``split``, its targets being indices of `class_index`.
@@ -110,11 +99,11 @@ class DatasetSplits:
         dataset = self._open(split, None)
         if not (self._folders or self._shards or self._function):
             return dataset
-        check_class_folders(dataset, split)
-        names = class_to_index(dataset)
-        check_known_classes(self.class_index, names, split)
+        _check_class_folders(dataset, split)
+        names = _class_to_index(dataset)
+        _check_known_classes(self.class_index, names, split)
         if split != "test":
-            check_all_classes(self.class_index, names, split)
+            _check_all_classes(self.class_index, names, split)
         return dataset if names == self.class_index else self._open(split, self.class_index)
 
     @property
@@ -265,3 +254,105 @@ def open_split(
         ) from error
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(f"cannot open split {split!r} of {name or place!r}: {error}") from error
+
+
+def _read_class_file(path: str) -> dict[str, int]:
+    """Name -> index from a text file with one class a line, in the order of the indices.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an empty file or a name that occurs twice.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"classes={path!r} is not a file. Give a text file with one class name a line."
+        )
+    names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    names = [name for name in names if name]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if not names or repeated:
+        wrong = f"repeats {_listing(repeated)}" if repeated else "is empty"
+        raise ValueError(f"classes={path!r} {wrong}. It needs one distinct class name a line.")
+    return {name: index for index, name in enumerate(names)}
+
+
+def _class_to_index(dataset: Any) -> dict[str, int]:
+    """Name -> index as timm's reader or torchvision's dataset has it.
+
+    Raises:
+        ValueError: the dataset does not say how its classes are called.
+    """
+    holder = getattr(dataset, "reader", dataset)
+    for attribute in ("class_to_idx", "class_name_to_idx"):  # the second in timm's tar reader
+        if mapping := getattr(holder, attribute, None):
+            return {str(name): int(index) for name, index in mapping.items()}
+    raise ValueError(
+        f"{type(holder).__name__} does not name its classes. Set --data.classes to a text file "
+        "with one class name a line, in the order of the indices."
+    )
+
+
+def _check_class_folders(dataset: Any, split: str) -> None:
+    """For image folders: every folder of the split is a class with at least one image.
+
+    Raises:
+        ValueError: an empty class folder, images outside any class folder, or a hidden folder
+            with images, which would silently become a class.
+    """
+    reader = getattr(dataset, "reader", None)
+    if not isinstance(dataset, ImageDataset) or not isinstance(reader, ReaderImageFolder):
+        return
+    root = Path(reader.root)
+    inside = {name.replace("\\", "/").partition("/")[0] for name in reader.filenames()}
+    folders = {path.name for path in root.iterdir() if path.is_dir()}
+    hidden = sorted(name for name in folders & inside if name.startswith("."))
+    if hidden:
+        raise ValueError(
+            f"{split}: hidden folders in {str(root)!r} hold images and would become classes: "
+            f"{_listing(hidden)}. Remove them."
+        )
+    loose = sorted(inside - folders)
+    if loose:
+        raise ValueError(
+            f"{split}: {len(loose)} images lie directly in {str(root)!r}, for example "
+            f"{loose[0]}. Every image must lie in a folder named after its class."
+        )
+    empty = sorted(name for name in folders - inside if not name.startswith("."))
+    if empty:
+        raise ValueError(
+            f"{split}: no images in {_listing(empty)} (in {str(root)!r}). Add images or remove "
+            "the empty folders."
+        )
+
+
+def _check_known_classes(expected: Iterable[str], found: Iterable[str], split: str) -> None:
+    """Raise ValueError if ``split`` has a class that has no index."""
+    unknown = sorted(set(found) - set(expected))
+    if unknown:
+        raise ValueError(
+            f"{split} has classes that are not among the {len(set(expected))} known ones (those of "
+            f"training, or of the --data.classes file): {_listing(unknown)}. Add training images "
+            "of them, remove them, or correct the spelling."
+        )
+
+
+def _check_all_classes(expected: Iterable[str], found: Iterable[str], split: str) -> None:
+    """Raise ValueError if ``split`` lacks a class: it would silently not count."""
+    absent = sorted(set(expected) - set(found))
+    if absent:
+        raise ValueError(
+            f"{split} has no images of {_listing(absent)}, which training (or the --data.classes "
+            f"file) has. Add a folder with images of them to {split}, or remove them there."
+        )
+
+
+def _canonical_order(names: Iterable[str]) -> dict[str, int]:
+    """Name -> index as timm sorts folders (numbers by value), but with ties ("1", "01") decided."""
+    ordered = sorted(names, key=lambda name: (natural_key(name), name))
+    return {name: index for index, name in enumerate(ordered)}
+
+
+def _listing(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:10])
+    return shown + (f" and {len(names) - 10} more" if len(names) > 10 else "")

@@ -9,14 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from lightning_modules.data.base import ResumableData
-from lightning_modules.data.dataloader import image_loader
 from lightning_modules.data.samplers import EpochSampler, SampleKey
 from lightning_modules.data.transforms import resolve_config
-from lightning_modules.dense.shapes import CLASSES, Shapes
-from lightning_modules.dense.sources import VOC_CLASSES, CocoBoxes, VocMasks, coco_classes
-from lightning_modules.dense.transforms import BoxTransform, MaskTransform
+from lightning_modules.dense.shapes import CLASSES, Picture, Shapes
+from lightning_modules.dense.sources import (
+    VOC_CLASSES,
+    Boxed,
+    CocoBoxes,
+    Masked,
+    VocMasks,
+    coco_classes,
+)
 from lightning_modules.randomness import derive_seed, isolated_rng
 from mobileone.io.atomic import directory_lock
 
@@ -47,7 +54,12 @@ class _DenseData(ResumableData):
     """
 
     real: str
+    stacked: bool  # whether all images of a batch have one size
     class_names: tuple[str, ...]
+    # of a subclass: names of the classes below a root; a split there; what changes a sample
+    _real_classes: Callable[[str], tuple[str, ...]]
+    _read: Callable[[str, bool], Dataset]
+    _transform: Callable[[bool], Callable[[Any], Any]]
 
     def __init__(
         self,
@@ -60,11 +72,7 @@ class _DenseData(ResumableData):
         num_workers: int = 4,
         seed: int | None = None,
     ) -> None:
-        super().__init__(batch_size, seed)
-        if batch_size < 1 or num_workers < 0:
-            raise ValueError(
-                f"batch_size={batch_size} must be at least 1, num_workers={num_workers} at least 0."
-            )
+        super().__init__(batch_size, num_workers, persistent_workers=True, seed=seed)
         if size < 32 or size % 32 or count < 1:
             raise ValueError(f"size={size} must be a multiple of 32, and count={count} at least 1.")
         if dataset not in ("shapes", self.real):
@@ -75,7 +83,6 @@ class _DenseData(ResumableData):
             raise ValueError(f"dataset={dataset!r} needs --data.root, the folder where it lies.")
         self._root = None if root is None else str(root)
         self.size, self._count = size, count
-        self._num_workers = num_workers
         self._sources: dict[bool, Any] = {}
         self.class_names = CLASSES if root is None else self._real_classes(self._root or "")
 
@@ -99,36 +106,15 @@ class _DenseData(ResumableData):
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches, without an incomplete last one."""
         sampler = EpochSampler(self.split(True), self.seed, self._processes, self._rank)
-        done = self._batches_done
-        return self._loader(True, sampler=sampler, drop_last=True, batches_done=done)
+        return self._loader_of(True, sampler=sampler, drop_last=True, resumable=True)
 
     def val_dataloader(self) -> DataLoader:
         """Every validation image, in order."""
-        return self._loader(False, sampler=self._evaluation_sampler(self.split(False)))
+        return self._loader_of(False, sampler=self._evaluation_sampler(self.split(False)))
 
-    def _loader(self, train: bool, **options: Any) -> DataLoader:
-        return image_loader(
-            self.split(train),
-            self.seed,
-            self._num_workers,
-            persistent_workers=True,
-            batch_size=self._batch_size,
-            collate_fn=partial(_batch, self._collate),
-            **options,
-        )
-
-    def _real_classes(self, root: str) -> tuple[str, ...]:
-        raise NotImplementedError
-
-    def _read(self, root: str, train: bool) -> Dataset:
-        raise NotImplementedError
-
-    def _transform(self, augment: bool) -> Callable[[Any], Any]:
-        raise NotImplementedError
-
-    @staticmethod
-    def _collate(samples: list[Any]) -> tuple[Any, Any]:
-        raise NotImplementedError
+    def _loader_of(self, train: bool, **options: Any) -> DataLoader:
+        collate = partial(_collate, self.stacked)
+        return self._loader(self.split(train), collate_fn=collate, **options)
 
 
 class SegmentationData(_DenseData):
@@ -147,6 +133,7 @@ class SegmentationData(_DenseData):
     """
 
     real = "voc"
+    stacked = True
 
     def __init__(
         self, model: str = "mobileone_s0", *, download: bool = False, **options: Any
@@ -172,13 +159,8 @@ class SegmentationData(_DenseData):
     def _read(self, root: str, train: bool) -> Dataset:
         return VocMasks(root, "train" if train else "val")
 
-    def _transform(self, augment: bool) -> MaskTransform:
-        return MaskTransform(self._config["mean"], self._config["std"], self.size, augment)
-
-    @staticmethod
-    def _collate(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        images, masks = zip(*samples, strict=True)
-        return torch.stack(images), torch.stack(masks)
+    def _transform(self, augment: bool) -> "_MaskTransform":
+        return _MaskTransform(self._config["mean"], self._config["std"], self.size, augment)
 
 
 class DetectionData(_DenseData):
@@ -194,6 +176,7 @@ class DetectionData(_DenseData):
     """
 
     real = "coco"
+    stacked = False
 
     def _real_classes(self, root: str) -> tuple[str, ...]:
         return coco_classes(root, "val2017")
@@ -207,13 +190,8 @@ class DetectionData(_DenseData):
             )
         return source
 
-    def _transform(self, augment: bool) -> BoxTransform:
-        return BoxTransform(augment)
-
-    @staticmethod
-    def _collate(samples: list[tuple[Tensor, Any]]) -> tuple[list[Tensor], list[Any]]:
-        images, targets = zip(*samples, strict=True)
-        return list(images), list(targets)
+    def _transform(self, augment: bool) -> "_BoxTransform":
+        return _BoxTransform(augment)
 
 
 class _Samples(Dataset):
@@ -233,9 +211,74 @@ class _Samples(Dataset):
             return self.transform(sample)
 
 
-def _batch(
-    collate: Callable[[list[Any]], tuple[Any, Any]], samples: list[Any]
-) -> tuple[Any, Any, list[Any]]:
-    """Images and targets; the loader asks for replaced images too, and here are none."""
-    images, targets = collate(samples)
-    return images, targets, []
+def _collate(stacked: bool, samples: list[Any]) -> tuple[Any, Any, list[Any]]:
+    """Images, targets, and the replaced images that the loader asks for: there are none here."""
+    images, targets = zip(*samples, strict=True)
+    if stacked:
+        return torch.stack(images), torch.stack(targets), []
+    return list(images), list(targets), []
+
+
+class _MaskTransform:
+    """A picture with its mask -> image (3, S, S), normalized, and mask (S, S).
+
+    Args:
+        mean: subtracted from images scaled to 0..1, one a channel.
+        std: that the difference is divided by.
+        size: side in pixels.
+        augment: crop and mirror at random; else resize.
+    """
+
+    def __init__(
+        self, mean: tuple[float, ...], std: tuple[float, ...], size: int, augment: bool
+    ) -> None:
+        square = (size, size)
+        place = (
+            [v2.RandomResizedCrop(square, scale=(0.25, 1.0)), v2.RandomHorizontalFlip()]
+            if augment
+            else [v2.Resize(square)]
+        )
+        self._change = v2.Compose([*place, *_FLOAT, v2.Normalize(list(mean), list(std))])
+
+    def __call__(self, sample: Picture | Masked) -> tuple[Tensor, Tensor]:
+        image, mask = self._change(
+            tv_tensors.Image(sample.image), tv_tensors.Mask(sample.mask[None])
+        )
+        return image.as_subclass(Tensor), mask[0].as_subclass(Tensor).long()
+
+
+class _BoxTransform:
+    """A picture with its boxes -> image (3, H, W) in 0..1 and target.
+
+    The target has `boxes` (B, 4) as x1, y1, x2, y2, `labels` (B,) and `iscrowd` (B,).
+
+    Args:
+        augment: crop around objects, as SSD does, mirror at random, and leave out boxes of which
+            nothing remains; else change nothing.
+    """
+
+    def __init__(self, augment: bool) -> None:
+        place = [
+            v2.RandomIoUCrop(),
+            v2.RandomHorizontalFlip(),
+            v2.ClampBoundingBoxes(),
+            v2.SanitizeBoundingBoxes(labels_getter=_beside_boxes),
+        ]
+        self._change = v2.Compose([*(place if augment else []), *_FLOAT])
+
+    def __call__(self, sample: Picture | Boxed) -> tuple[Tensor, dict[str, Tensor]]:
+        crowds = sample.iscrowd if isinstance(sample, Boxed) else torch.zeros_like(sample.labels)
+        boxes = tv_tensors.BoundingBoxes(
+            sample.boxes, format="XYXY", canvas_size=tuple(sample.image.shape[-2:])
+        )
+        target = {"boxes": boxes, "labels": sample.labels, "iscrowd": crowds}
+        image, target = self._change(tv_tensors.Image(sample.image), target)
+        return image.as_subclass(Tensor), {k: v.as_subclass(Tensor) for k, v in target.items()}
+
+
+def _beside_boxes(sample: Any) -> tuple[Tensor, Tensor]:
+    """What goes with a box when it is left out."""
+    return sample[1]["labels"], sample[1]["iscrowd"]
+
+
+_FLOAT = (v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),)
