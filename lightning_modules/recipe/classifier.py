@@ -60,6 +60,8 @@ _STEP_LR_END = 1e-3  # × 0.1 at each of the three steps
 class ImageClassifier(TrainingModule):
     r"""Classify images with a timm model; batches are `(images, targets)`.
 
+    The network is `self.model`, a timm model: images (N, C, H, W) -> logits (N, num_classes).
+
     The defaults are the recipe of MobileOne (arXiv 2206.04040, section 4.1): SGD with momentum,
     learning rate 0.1 for an effective batch of 256 on a cosine, label smoothing 0.1, weight decay
     annealed from 1e-4 to 1e-5 on the same cosine. The paper states neither the momentum (0.9 in
@@ -134,7 +136,6 @@ class ImageClassifier(TrainingModule):
             else 0.
 
     Attributes:
-        model: the network, a timm model: images (N, C, H, W) -> logits (N, num_classes).
         test_confusion: after a test, counts (num_classes, num_classes): row = true class, column =
             predicted class.
         test_per_class: after a test, accuracy in 0..1 (num_classes,); NaN for absent classes.

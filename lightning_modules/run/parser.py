@@ -2,7 +2,7 @@
 
 import re
 import sys
-from argparse import _SubParsersAction
+from argparse import SUPPRESS, HelpFormatter, _SubParsersAction
 from collections.abc import Iterator
 from importlib import import_module
 from typing import NoReturn
@@ -45,6 +45,13 @@ class Parser(LightningArgumentParser):
         print(f"`{name} {more}` lists all options", file=sys.stderr)
         sys.exit(2)
 
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
+        """As the base class; then the options of the model and of the data that are the default."""
+        defaults = self.get_defaults(skip_validation=True)
+        paths = {section: defaults.get(f"{section}.class_path") for section in ("model", "data")}
+        shown = super().format_help(formatter)
+        return "\n".join([shown, *map(_class_help, paths, paths.values())])
+
     def _about_class(self, key: str, path: str, reason: str) -> str:
         """What is wrong with an argument of a class, or with the class."""
         unknown = _UNKNOWN_IN_CLASS.fullmatch(reason)
@@ -69,12 +76,26 @@ def class_path(kind: type) -> str:
 
 def class_arguments(path: str) -> set[str]:
     """Names of a class's arguments; none if there is no such class, as parsing it says."""
-    module, _, name = path.rpartition(".")
     try:
-        kind = getattr(import_module(module), name)
+        kind = _class(path)
     except (ImportError, AttributeError, ValueError):
         return set()
     return set(ArgumentParser().add_class_arguments(kind, fail_untyped=False))
+
+
+def _class(path: str) -> type:
+    module, _, name = path.rpartition(".")
+    kind: type = getattr(import_module(module), name)
+    return kind
+
+
+def _class_help(section: str, path: str | None) -> str:
+    """The options `--<section>.…` of a class, as a parser's help lists them."""
+    if path is None:
+        return ""
+    parser = ArgumentParser(usage=SUPPRESS, add_help=False)
+    parser.add_class_arguments(_class(path), section, fail_untyped=False)
+    return parser.format_help()
 
 
 def _subcommand(parser: LightningArgumentParser) -> list[str]:

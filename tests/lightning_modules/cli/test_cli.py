@@ -384,6 +384,16 @@ def test_top_level_help_is_fast_because_it_imports_nothing():
     assert all(name in said for name in COMMANDS)
 
 
+def test_the_help_of_fit_lists_the_options_of_model_and_data(capsys):
+    """They belong to classes that may be others, which jsonargparse's own help leaves out."""
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--model.lr LR learning rate" in said and "--data.batch_size BATCH_SIZE" in said
+    assert "--model.model MODEL timm name" in said
+    assert "--ema.decay" in said and "--trainer.max_epochs" in said
+
+
 @pytest.mark.slow
 def test_python_dash_m_is_the_same_command():
     ours = run_python("-m", "lightning_modules.cli.main", "--help")
