@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, WeightAveraging
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_avg_fn
@@ -83,6 +83,11 @@ class Fail(Callback):
     def on_validation_batch_end(self, *args):
         if next(self.count) == self.validation:
             raise self.error
+
+
+def save_at(hook, path, **options):
+    """Writes a checkpoint at each call of a hook."""
+    return LambdaCallback(**{hook: lambda trainer, *_: trainer.save_checkpoint(path, **options)})
 
 
 def ema(warmup=False, **options):
@@ -241,11 +246,7 @@ def test_validation_sees_the_average_and_training_goes_on_raw(tmp_path):
 
 
 def test_checkpoint_holds_both_sets_and_loads_safely(tmp_path):
-    class AfterValidation(Callback):
-        def on_validation_end(self, trainer, pl_module):
-            trainer.save_checkpoint(tmp_path / "now.ckpt")
-
-    _, _, states = fit(tmp_path, ema(), AfterValidation())
+    _, _, states = fit(tmp_path, ema(), save_at("on_validation_end", tmp_path / "now.ckpt"))
     saved = load(tmp_path / "now.ckpt")
     assert_near(saved["state_dict"], averaged(states))
     assert_equal(saved["current_model_state"], states[-1])
@@ -278,12 +279,9 @@ def test_either_role_resumes_the_other_bit_for_bit(tmp_path, before, after):
 
 
 def test_checkpoint_saved_during_validation_is_not_swapped(tmp_path):
-    class InValidation(Callback):
-        def on_validation_batch_end(self, trainer, *args):
-            trainer.save_checkpoint(tmp_path / "now.ckpt")
-
     def scenario(callback):
-        _, _, states = fit(tmp_path, callback, InValidation())
+        save = save_at("on_validation_batch_end", tmp_path / "now.ckpt")
+        _, _, states = fit(tmp_path, callback, save)
         return load(tmp_path / "now.ckpt"), states
 
     saved, states = scenario(ema())
@@ -380,23 +378,17 @@ def test_defect_3_weights_only_checkpoints_hold_the_average(tmp_path):
 
 
 def test_weights_only_checkpoint_leaves_training_alone(tmp_path):
-    class Save(Callback):
-        def on_train_batch_end(self, trainer, *args):
-            trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
-
+    save = save_at("on_train_batch_end", tmp_path / "weights.ckpt", weights_only=True)
     _, _, without = fit(tmp_path)
-    _, trainer, states = fit(tmp_path, ema(), Save())
+    _, trainer, states = fit(tmp_path, ema(), save)
     assert_equal(without[-1], states[-1])
     trainer.save_checkpoint(tmp_path / "after.ckpt", weights_only=True)
     assert_near(load(tmp_path / "after.ckpt")["state_dict"], averaged(states))
 
 
 def test_weights_only_checkpoint_in_a_validation_leaves_the_average_there(tmp_path):
-    class Save(Callback):
-        def on_validation_batch_start(self, trainer, *args):
-            trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
-
-    net, _, states = fit(tmp_path, ema(), Save())
+    save = save_at("on_validation_batch_start", tmp_path / "weights.ckpt", weights_only=True)
+    net, _, states = fit(tmp_path, ema(), save)
     assert_averaged(net.validated[-1], states)
 
 
@@ -430,10 +422,10 @@ def test_interrupt_in_the_middle_of_an_exchange_loses_nothing(tmp_path, monkeypa
             module.linear.weight.copy_(weights["linear.weight"])
         raise RuntimeError("stop")
 
-    before_the_exchange = Callback()
-    setattr(
-        before_the_exchange, hook, lambda *_: monkeypatch.setattr("callbacks.ema._copy", half_copy)
-    )
+    def break_copy(*args):
+        monkeypatch.setattr("callbacks.ema._copy", half_copy)
+
+    before_the_exchange = LambdaCallback(**{hook: break_copy})
     net, trace = Net(), Trace()
     trainer = make_trainer(tmp_path, before_the_exchange, ema(), trace, max_epochs=3)
     with pytest.raises(RuntimeError, match="stop"):

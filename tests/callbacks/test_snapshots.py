@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -106,15 +107,10 @@ def test_the_newest_are_kept(tmp_path):
 
 
 def test_by_time(tmp_path, monkeypatch):
-    class Clock(Callback):
-        now = 0.0
-
-        def on_train_batch_start(self, *args):
-            self.now += 20
-
-    clock = Clock()
-    monkeypatch.setattr("callbacks.snapshots.time", SimpleNamespace(monotonic=lambda: clock.now))
-    fit(tmp_path, Snapshots(every_minutes=1.5, keep=99), clock)
+    times = [0.0]
+    tick = LambdaCallback(on_train_batch_start=lambda *_: times.append(times[-1] + 20))
+    monkeypatch.setattr("callbacks.snapshots.time", SimpleNamespace(monotonic=lambda: times[-1]))
+    fit(tmp_path, Snapshots(every_minutes=1.5, keep=99), tick)
     assert steps(tmp_path) == [5, 10, 11, 16, 21, 23]
 
 
@@ -223,35 +219,36 @@ def test_a_full_disk_is_said_and_training_goes_on(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("spoilt", ["weight", "momentum"])
 def test_weights_that_are_no_numbers_are_not_saved(tmp_path, spoilt):
-    class Diverge(Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            if trainer.global_step == 6:
-                weight = pl_module.layer.weight
-                momentum = trainer.optimizers[0].state[weight]["momentum_buffer"]
-                (weight if spoilt == "weight" else momentum).data.fill_(torch.inf)
+    def diverge(trainer, pl_module, *args):
+        if trainer.global_step == 6:
+            weight = pl_module.layer.weight
+            momentum = trainer.optimizers[0].state[weight]["momentum_buffer"]
+            (weight if spoilt == "weight" else momentum).data.fill_(torch.inf)
 
+    spoil = LambdaCallback(on_train_batch_end=diverge)
     with pytest.raises(FloatingPointError, match=rf"step=00000006.*{spoilt}.* not finite after s"):
-        fit(tmp_path, Snapshots(every_n_steps=2, every_minutes=0, keep=1), Diverge())
+        fit(tmp_path, Snapshots(every_n_steps=2, every_minutes=0, keep=1), spoil)
     assert steps(tmp_path) == [4]
 
 
 def test_a_snapshot_that_leads_to_no_finite_loss_is_set_aside(tmp_path):
     """Its weights may be finite, and too large."""
 
-    class Refuse(Callback):
-        def on_before_optimizer_step(self, trainer, *args):
-            if trainer.global_step == 6:
-                raise FloatingPointError("the loss is nan")
+    def refuse(trainer, *args):
+        if trainer.global_step == 6:
+            raise FloatingPointError("the loss is nan")
 
     with (
         pytest.warns(UserWarning, match=r"step=00000006.ckpt.diverged is set aside"),
         pytest.raises(FloatingPointError),
     ):
-        fit(tmp_path, Snapshots(every_n_steps=2, every_minutes=0), Refuse())
-    assert [p.name for p in sorted((tmp_path / "snapshots").iterdir())] == [
-        "step=00000004.ckpt",
-        "step=00000006.ckpt.diverged",
-    ]
+        fit(
+            tmp_path,
+            Snapshots(every_n_steps=2, every_minutes=0),
+            LambdaCallback(on_before_optimizer_step=refuse),
+        )
+    names = {p.name for p in (tmp_path / "snapshots").iterdir()}
+    assert names == {"step=00000004.ckpt", "step=00000006.ckpt.diverged"}
 
 
 @pytest.mark.slow  # starts two processes

@@ -169,13 +169,15 @@ def test_an_entry_of_another_kind_is_named(value):
         model.load_state_dict(weights)
 
 
-def test_headless_fused_weights_load_without_the_head():
+@pytest.mark.parametrize("fused", [False, True])
+def test_headless_weights_load_without_the_head(fused):
     source = randomize_bn(mu0())
-    weights = {k: v for k, v in fused_weights(source).items() if not k.startswith("head.")}
+    weights = fused_weights(source) if fused else source.state_dict()
+    body = {k: v for k, v in weights.items() if not k.startswith("head.")}
     loaded = mu0(num_classes=5)
-    missing = loaded.load_state_dict(weights, strict=False).missing_keys
+    missing = loaded.load_state_dict(body, strict=False).missing_keys
     assert missing == ["head.fc.weight", "head.fc.bias"]
-    assert not any(isinstance(m, MobileOneBlock) for m in loaded.modules())
+    assert any(isinstance(m, MobileOneBlock) for m in loaded.modules()) == (not fused)
     x = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(loaded.forward_features(x), source.forward_features(x))
 

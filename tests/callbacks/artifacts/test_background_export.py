@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import LambdaCallback
 
 from callbacks.artifacts.folder import CheckpointFolder
 from callbacks.signals import ForceQuit, Interrupted
@@ -168,13 +169,13 @@ def test_an_export_that_was_missed_is_made_up_for(make, tmp_path, folder, starte
 
 
 def test_an_exception_in_training_lets_the_export_end(make, tmp_path, folder, started):
-    class Fails(Callback):
-        def on_train_epoch_start(self, trainer, pl_module):
-            if trainer.current_epoch == 1:
-                raise RuntimeError("out of memory")
+    def fail(trainer, pl_module):
+        if trainer.current_epoch == 1:
+            raise RuntimeError("out of memory")
 
+    fails = LambdaCallback(on_train_epoch_start=fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        fit(ScoredClassifier([0.5]), make(), tmp_path, max_epochs=2, callbacks=[Fails()])
+        fit(ScoredClassifier([0.5]), make(), tmp_path, max_epochs=2, callbacks=[fails])
     assert contents(folder) == expected(0)
 
 
@@ -224,16 +225,16 @@ def test_training_goes_on_while_the_worker_works(make, tmp_path, folder, started
 
 
 def test_two_runs_do_not_write_to_one_folder(make, tmp_path, folder):
-    class Second(Callback):
-        def on_train_start(self, trainer, pl_module):
-            with pytest.raises(RuntimeError, match="another run writes to"):
-                fit(ScoredClassifier(), make(), tmp_path, callbacks=[Never()])
+    def second(trainer, pl_module):
+        with pytest.raises(RuntimeError, match="another run writes to"):
+            fit(ScoredClassifier(), make(), tmp_path, callbacks=[never])
 
-    class Never(Callback):
-        def on_fit_start(self, trainer, pl_module):
-            raise AssertionError("it is refused before a checkpoint is restored")
+    def refused(trainer, pl_module):
+        raise AssertionError("it is refused before a checkpoint is restored")
 
-    fit(ScoredClassifier(), make(background=False), tmp_path, callbacks=[Second()])
+    never = LambdaCallback(on_fit_start=refused)
+    started = LambdaCallback(on_train_start=second)
+    fit(ScoredClassifier(), make(background=False), tmp_path, callbacks=[started])
     assert contents(folder) == expected(0)
     load_torchscript_artifact(folder / "last")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LambdaCallback, WeightAveraging
 from torch import nn
 from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
@@ -128,11 +128,8 @@ def test_validations_within_an_epoch_count(make, tmp_path, folder):
 def test_the_sanity_check_and_a_dry_run_save_nothing(make, tmp_path, folder):
     seen = []
 
-    class Look(Callback):
-        def on_sanity_check_end(self, trainer, pl_module):
-            seen.extend(folder.iterdir())
-
-    fit(ScoredClassifier([0.5]), make(), tmp_path, num_sanity_val_steps=1, callbacks=[Look()])
+    look = LambdaCallback(on_sanity_check_end=lambda *_: seen.extend(folder.iterdir()))
+    fit(ScoredClassifier([0.5]), make(), tmp_path, num_sanity_val_steps=1, callbacks=[look])
     assert seen == []
     assert contents(folder) == expected(0)
     other = make(dirpath=str(tmp_path / "dry"))

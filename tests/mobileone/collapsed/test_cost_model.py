@@ -25,22 +25,13 @@ def chosen(block, pixels, dtype, channels_last, kernels=True):
 
 
 def pointwise(inputs, outputs, branches):
-    return {
-        "in_chs": inputs,
-        "out_chs": outputs,
-        "kernel_size": 1,
-        "num_conv_branches": branches,
-    }
+    widths = {"in_chs": inputs, "out_chs": outputs}
+    return {**widths, "kernel_size": 1, "num_conv_branches": branches}
 
 
 def depthwise(channels, branches, stride=1):
-    return {
-        "in_chs": channels,
-        "out_chs": channels,
-        "groups": channels,
-        "stride": stride,
-        "num_conv_branches": branches,
-    }
+    widths = {"in_chs": channels, "out_chs": channels, "groups": channels}
+    return {**widths, "stride": stride, "num_conv_branches": branches}
 
 
 # CPU milliseconds, 16 images: form against branches, first in planes, then in channels-last
