@@ -7,7 +7,7 @@ from tests.helpers.processes import run_python
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
-    """The run folder of two epochs of four digits each, with a snapshot and a test."""
+    """The run folder of two epochs of eight digits each, with snapshots and a test."""
     root = tmp_path_factory.mktemp("docs")
     words = (
         "--config quickstart.yaml --model.model mobileone_mu0 --model.lr 0.001 "
@@ -17,4 +17,7 @@ def tiny_run(tmp_path_factory):
         "--checkpoint.formats [torchscript,coreml_fp32,onnx]"
     )
     run_python("-m", "mobileone", "fit", *words.split(), "--run.root", root, cwd=root)
-    return root / "quickstart" / "latest"
+    run = root / "quickstart" / "latest"
+    last = run / "checkpoints/last.ckpt"
+    run_python("-m", "mobileone", "test", "--ckpt_path", last, "--wandb.mode", "disabled", cwd=root)
+    return run
