@@ -103,6 +103,7 @@ def _with_another(error: ValueError, checkpoint: str) -> str:
 _OURS = ("lightning_modules.", "mobileone.")
 _OWN = ("lightning.pytorch.", "callbacks.", *_OURS)
 _IMPORTING = ("callbacks", "logger", "plugins", "profiler", "strategy", "accelerator")
+_NO_SECTIONS = ("ckpt_path", "imports", "resume", "seed_everything", "verbose", "weights_only")
 _PLAIN = re.compile(r"\w*")
 _FUNCTION = re.compile(r"[\w.]+:\w+")  # of a data set, as module:function
 _IMPORTABLE = re.compile(r"[A-Za-z_]\w*(\.\w+)+")
@@ -137,20 +138,36 @@ def _foreign(values: Any) -> Iterator[str]:
     if not isinstance(values, Mapping):
         yield str(values)
         return
+    yield from _other_spellings(values)
     yield from map(str, _listed(values.get("imports") or []))
     for section in ("model", "data"):
         yield from _foreign_in_section(values.get(section))
+    for name, section in values.items():
+        if name not in _NO_SECTIONS and not isinstance(section, Mapping | None):
+            yield str(section)  # another file
+            return
     trainer = values.get("trainer") or {}
-    if "config" in values or not isinstance(trainer, Mapping):
-        yield str(values.get("config", trainer))
-        return
-    for name in _IMPORTING:
-        for item in _listed(trainer.get(name)):
-            # a string with a dot or a slash is the path of a class or of a file
-            if isinstance(item, str) and not _PLAIN.fullmatch(item):
-                yield item
+    for item in _leaves([trainer.get(name) for name in _IMPORTING]):
+        # a string with a dot or a slash is the path of a class or of a file
+        if isinstance(item, str) and not _PLAIN.fullmatch(item):
+            yield item
     rest = {key: value for key, value in values.items() if key not in ("model", "data")}
     yield from _classes(rest)
+
+
+def _other_spellings(value: Any) -> Iterator[str]:
+    """Keys by which jsonargparse takes an option in another way than a saved configuration has it.
+
+    `data.dataset` at the top, `callbacks+`, `dict_kwargs`: what is judged below are plain keys.
+    """
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if not _PLAIN.fullmatch(str(key)) or key == "dict_kwargs":
+                yield str(key)
+            yield from _other_spellings(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _other_spellings(inner)
 
 
 def _foreign_in_section(section: Any) -> Iterator[str]:
@@ -163,9 +180,9 @@ def _foreign_in_section(section: Any) -> Iterator[str]:
     if not str(given.get("class_path", _OURS[0])).startswith(_OURS):
         yield str(given["class_path"])
     if isinstance(arguments, Mapping):
-        dataset = str(arguments.get("dataset"))
-        if _FUNCTION.fullmatch(dataset):
-            yield dataset
+        for dataset in (str(given.get("dataset")), str(arguments.get("dataset"))):
+            if _FUNCTION.fullmatch(dataset):
+                yield dataset
         yield from _classes(arguments)
 
 
@@ -192,6 +209,15 @@ def _words(value: Any, key: str = "") -> Iterator[str]:
         for inner in value:
             yield from _words(inner, key)
     elif isinstance(value, str) and key != "class_path" and _IMPORTABLE.fullmatch(value):
+        yield value
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What is in a list, and in the lists in it."""
+    if isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner)
+    else:
         yield value
 
 

@@ -34,6 +34,16 @@ GOOD = {
         ({"data": {"class_path": "evil.Data", "init_args": {}}}, "evil.Data"),
         ({"data": {"dataset": "evil:split"}}, "evil:split"),
         ({"data": {"init_args": {"dataset": "evil:split"}}}, "evil:split"),
+        ({"data": {"dataset": "evil:split", "init_args": {}}}, "evil:split"),
+        ({"data": {"init_args": {}, "dict_kwargs": {"dataset": "evil:split"}}}, "dict_kwargs"),
+        ({"data": {"init_args.dataset": "evil:split"}}, r"init_args\.dataset"),
+        ({"data.dataset": "evil:split"}, r"data\.dataset"),
+        ({"model.class_path": "evil.Model"}, r"model\.class_path"),
+        ({"trainer.logger": "evil.Logger"}, r"trainer\.logger"),
+        ({"trainer": {"callbacks+": ["evil.Callback"]}}, r"callbacks\+"),
+        ({"trainer": {"callbacks": [["evil.Callback"]]}}, "evil.Callback"),
+        ({"imports+": ["evil"]}, r"imports\+"),
+        ({"ema": "other.yaml"}, "other.yaml"),
     ],
 )
 def test_foreign_classes_are_refused(tmp_path, values, named):
