@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from callbacks.artifacts.folder import CheckpointFolder
-from callbacks.artifacts.publisher import Listener, Publisher, Ranking
+from callbacks.artifacts.publisher import ExportQueue, Listener, Publisher
 from callbacks.artifacts.shipped import (
     Architecture,
     architecture,
@@ -160,7 +160,7 @@ class ReparameterizeOnSave(ModelCheckpoint):
         if stage != "fit" or is_dry_run(trainer):
             return
         # before a checkpoint is restored, which takes time and says nothing of it
-        failure = on_rank_zero(trainer, lambda: self._take_folder(trainer))
+        failure = on_rank_zero(trainer, lambda: self._take_folder(trainer, pl_module))
         if failure:
             raise RuntimeError(failure)
 
@@ -171,7 +171,7 @@ class ReparameterizeOnSave(ModelCheckpoint):
         if trainer.is_global_zero:
             self._rebuilt = rebuilt(pl_module)
         if trainer.ckpt_path is not None:
-            self._report(self._on_rank_zero(trainer, lambda: self._recover(pl_module)))
+            self._report(self._on_rank_zero(trainer, lambda: self._held.recover()))
         elif self._publisher is not None:
             self._publisher.warn_if_not_empty()
 
@@ -219,7 +219,7 @@ class ReparameterizeOnSave(ModelCheckpoint):
         publisher = self._publisher
         if publisher is None or self.strict:  # strict: all ranks stop at the next validation
             return
-        self._report(_attempt(lambda: publisher.poll(self._ranking)))
+        self._report(_attempt(publisher.poll))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wait for the last export."""
@@ -259,9 +259,7 @@ class ReparameterizeOnSave(ModelCheckpoint):
             self._restore(before)
             raise
         logged = {k: float(v) for k, v in trainer.callback_metrics.items()}
-        result = self._on_rank_zero(
-            trainer, lambda: self._publish(pl_module, path, logged, earlier)
-        )
+        result = self._on_rank_zero(trainer, lambda: self._held.publish(path, logged, earlier))
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))
@@ -301,8 +299,9 @@ class ReparameterizeOnSave(ModelCheckpoint):
         return CheckpointFolder(self.dirpath)
 
     @property
-    def _ranking(self) -> Ranking:
-        return Ranking(self.last_model_path, list(self.best_k_models))
+    def _held(self) -> Publisher:
+        assert self._publisher is not None
+        return self._publisher
 
     def _score(self, metrics: dict[str, Tensor]) -> Tensor:
         """The monitored value."""
@@ -348,14 +347,15 @@ class ReparameterizeOnSave(ModelCheckpoint):
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
 
-    def _take_folder(self, trainer: Trainer) -> str | None:
+    def _take_folder(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
         """Make sure that nobody else writes there."""
         try:
             self._publisher = Publisher(
                 trainer,
                 self._folder,
-                self.background,
-                self.timeout,
+                ExportQueue(self._folder, self.background, self.timeout),
+                partial(self._job, pl_module),
+                lambda: (self.last_model_path, list(self.best_k_models)),
                 self.listeners,
                 lambda old, last: self._should_remove_checkpoint(trainer, old, last),
             )
@@ -367,19 +367,6 @@ class ReparameterizeOnSave(ModelCheckpoint):
         if self._publisher is not None:
             self._publisher.close()
             self._publisher = None
-
-    def _recover(self, pl_module: LightningModule) -> ExportResult | None:
-        """Make up for what a killed run has not come to."""
-        assert self._publisher is not None
-        return self._publisher.recover(partial(self._job, pl_module), self._ranking)
-
-    def _publish(
-        self, pl_module: LightningModule, path: str, logged: dict[str, float], earlier: set[str]
-    ) -> ExportResult | None:
-        """All that rank 0 does once the checkpoint is complete."""
-        assert self._publisher is not None
-        make_job = partial(self._job, pl_module)
-        return self._publisher.publish(path, logged, make_job, self._ranking, earlier)
 
     def _job(
         self, pl_module: LightningModule, checkpoint: str, metrics: Mapping[str, float] | None
@@ -401,7 +388,7 @@ class ReparameterizeOnSave(ModelCheckpoint):
         )
 
     def _drain(self) -> ExportResult | None:
-        return self._publisher.drain(self._ranking) if self._publisher is not None else None
+        return self._publisher.drain() if self._publisher is not None else None
 
     def _drain_patiently(self) -> ExportResult | None:
         """Wait for exports of a run that stops; Ctrl-C ends them and the wait."""

@@ -1,20 +1,23 @@
-"""What rank 0 does with the folder of a fit: exports, links, removals, notifications."""
+"""What rank 0 does with the folder of a fit: exports, links, removals, notifications.
+
+Exports run one after the other, in this process or in a worker's.
+"""
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from pickle import PicklingError
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from callbacks.artifacts.folder import CheckpointFolder
-from callbacks.artifacts.queue import ExportQueue
 from mobileone.export import ExportJob, Manifest
-from mobileone.export.worker import ExportResult
-from mobileone.io.atomic import clean_stale, directory_lock
+from mobileone.export.worker import ExportResult, ExportWorker, can_travel, run_job
+from mobileone.io.atomic import clean_stale, directory_lock, staging_folder
 
-__all__ = ["Listener", "MakeJob", "Publisher", "Ranking"]
+__all__ = ["ExportQueue", "Listener", "MakeJob", "Publisher"]
 
 # Called with the folder and the manifest of a published artifact
 Listener = Callable[[Path, Manifest], None]
@@ -22,11 +25,94 @@ Listener = Callable[[Path, Manifest], None]
 MakeJob = Callable[[str, Mapping[str, float] | None], ExportJob]
 
 
-class Ranking(NamedTuple):
-    """The newest checkpoint, and the best ones in order; empty names stand for none."""
+# The newest checkpoint, and the best ones in order; an empty name stands for none
+Ranking = Callable[[], tuple[str, Sequence[str]]]
 
-    last: str
-    best: Sequence[str]
+
+class ExportQueue:
+    """A queue with at most one export under way.
+
+    What has not ended well is on record next to its checkpoint from the moment it begins, so that
+    a process that is killed leaves no artifact that could be taken for complete.
+
+    Args:
+        folder: where checkpoints and artifacts are.
+        background: export in a worker process; otherwise `submit` returns when all is done. A
+            network that another process can neither rebuild nor unpickle is exported in this one.
+        timeout: seconds after which a worker is stopped.
+    """
+
+    def __init__(self, folder: CheckpointFolder, background: bool, timeout: float) -> None:
+        self.folder, self.background, self.timeout = folder, background, timeout
+        self._queue: deque[ExportJob] = deque()
+        self._worker: ExportWorker | None = None
+        self._ended: list[ExportResult] = []
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a worker runs."""
+        return self._worker is not None and self._worker.running()
+
+    def submit(self, job: ExportJob) -> None:
+        """Export a checkpoint, now or after those before it."""
+        self._record(job, "failed", "the export has not ended")
+        self._queue.append(job)
+        self._advance()
+
+    def poll(self) -> list[ExportResult]:
+        """What has ended since the last call, without waiting."""
+        if self._worker and not self._worker.running():
+            self._finish()
+            self._advance()
+        ended, self._ended = self._ended, []
+        return ended
+
+    def drain(self) -> list[ExportResult]:
+        """Wait for all of them."""
+        while self._worker:
+            self._finish()
+            self._advance()
+        return self.poll()
+
+    def stop(self) -> None:
+        """End the worker, if there is one; what it had not published stays on record."""
+        self._queue.clear()
+        if self._worker:
+            self._worker.stop()
+            self._worker = None
+
+    def _advance(self) -> None:
+        """Begin what can begin."""
+        while self._queue and not self._worker:
+            job = self._queue.popleft()
+            try:
+                self._begin(job)
+            except Exception as error:  # the disk is full, or no process can be started
+                self._end(job, ExportResult.of(job, "failed", f"{type(error).__name__}: {error}"))
+
+    def _begin(self, job: ExportJob) -> None:
+        if self.background and can_travel(job):
+            with contextlib.suppress(PicklingError, AttributeError, TypeError):  # by pickle
+                place = staging_folder(self.folder.path)
+                self._worker = ExportWorker(job, place, self.timeout)
+                return
+        self._end(job, run_job(job))
+
+    def _finish(self) -> None:
+        assert self._worker is not None
+        worker, self._worker = self._worker, None
+        self._end(worker.job, worker.wait())
+
+    def _end(self, job: ExportJob, result: ExportResult) -> None:
+        if result.status == "published":
+            self.folder.clear_error(result.checkpoint)
+        else:
+            self._record(job, result.status, str(result.details))
+        self._ended.append(result)
+
+    def _record(self, job: ExportJob, status: str, error: str) -> None:
+        with contextlib.suppress(OSError):  # a full disk is no reason to stop
+            self.folder.record_error(job.checkpoint, status, error, job.metrics)
 
 
 class Publisher:
@@ -38,8 +124,9 @@ class Publisher:
     Args:
         trainer: the Trainer of the fit; its loggers get the measurements.
         folder: the folder of checkpoints and artifacts.
-        background: export in a worker process.
-        timeout: seconds after which a worker is stopped.
+        exports: runs the exports.
+        make_job: the export of any checkpoint.
+        ranking: gives the newest checkpoint and the best ones, as they are now.
         listeners: called with each published artifact, after the links have moved.
         removable: whether a checkpoint may be removed, given the newest one.
 
@@ -51,19 +138,20 @@ class Publisher:
         self,
         trainer: Trainer,
         folder: CheckpointFolder,
-        background: bool,
-        timeout: float,
+        exports: ExportQueue,
+        make_job: MakeJob,
+        ranking: Ranking,
         listeners: Sequence[Listener],
         removable: Callable[[str, str], bool],
     ) -> None:
-        self.trainer, self.folder = trainer, folder
+        self.trainer, self.folder, self.exports = trainer, folder, exports
+        self.make_job, self.ranking = make_job, ranking
         self.listeners, self.removable = listeners, removable
         self._hold = contextlib.ExitStack()
         self.used = any(folder.path.glob("*.ckpt"))
         # for some seconds a killed run's data workers keep its folder
         self._hold.enter_context(directory_lock(folder.path, 15.0 if self.used else 0.0))
         clean_stale(folder.path)  # what a killed run has left
-        self.exports = ExportQueue(folder, background, timeout)
 
     def warn_if_not_empty(self) -> None:
         """Say so if there are checkpoints, which are then another run's."""
@@ -79,71 +167,63 @@ class Publisher:
         self._hold.close()
 
     def publish(
-        self,
-        path: str,
-        metrics: Mapping[str, float],
-        make_job: MakeJob,
-        ranking: Ranking,
-        earlier: Collection[str],
+        self, path: str, metrics: Mapping[str, float], earlier: Collection[str]
     ) -> ExportResult | None:
         """Export a checkpoint that is complete, and those that were missed before.
 
         Args:
-            path: the checkpoint.
+            path: the checkpoint, which the ranking has already.
             metrics: what its validation logged.
-            make_job: the export of any checkpoint.
-            ranking: with the new checkpoint in it.
             earlier: checkpoints that were kept before it came.
         """
         results = self.exports.drain()  # those of the validation before
-        self.exports.submit(make_job(path, metrics))
+        self.exports.submit(self.make_job(path, metrics))
         results += self.exports.poll()
         if not any(r.checkpoint == path and r.status != "published" for r in results):
-            for missed, known in self._missed(path, ranking.best):
-                self.exports.submit(make_job(missed, known))
+            for missed, known in self._missed(path):
+                self.exports.submit(self.make_job(missed, known))
             results += self.exports.poll()
-        return self._update_links_and_prune(results, ranking, earlier)
+        return self._update_links_and_prune(results, earlier)
 
-    def recover(self, make_job: MakeJob, ranking: Ranking) -> ExportResult | None:
+    def recover(self) -> ExportResult | None:
         """Bring links and artifacts up to the ranking: a killed run may not have come to it.
 
         Waits for the exports, since a run that is done has no later moment to do so.
         """
-        if not ranking.last:
+        last, best = self.ranking()
+        if not last:
             return None
-        for path in dict.fromkeys([*ranking.best, ranking.last]):
+        for path in dict.fromkeys([*best, last]):
             if not self.folder.has_artifact(path) and not self.folder.is_rejected(path):
-                self.exports.submit(make_job(path, None))
-        return self._update_links_and_prune(self.exports.drain(), ranking)
+                self.exports.submit(self.make_job(path, None))
+        return self._update_links_and_prune(self.exports.drain())
 
-    def poll(self, ranking: Ranking) -> ExportResult | None:
+    def poll(self) -> ExportResult | None:
         """Take in an export that has ended meanwhile."""
         results = self.exports.poll()
-        return self._update_links_and_prune(results, ranking) if results else None
+        return self._update_links_and_prune(results) if results else None
 
-    def drain(self, ranking: Ranking) -> ExportResult | None:
+    def drain(self) -> ExportResult | None:
         """Wait for all exports."""
         results = self.exports.drain()
-        return self._update_links_and_prune(results, ranking) if results else None
+        return self._update_links_and_prune(results) if results else None
 
-    def _missed(
-        self, current: str, best: Sequence[str]
-    ) -> Iterator[tuple[str, Mapping[str, float]]]:
+    def _missed(self, current: str) -> Iterator[tuple[str, Mapping[str, float]]]:
         """The best checkpoints whose export failed, but for those that were rejected."""
-        for path in best:
+        for path in self.ranking()[1]:
             metrics = self.folder.missed_metrics(path)
             if path != current and metrics is not None and not self.folder.is_rejected(path):
                 yield path, metrics
 
     def _update_links_and_prune(
-        self, results: Sequence[ExportResult], ranking: Ranking, earlier: Collection[str] = ()
+        self, results: Sequence[ExportResult], earlier: Collection[str] = ()
     ) -> ExportResult | None:
         """Move the links, remove what is neither last nor best, notify loggers and listeners."""
-        folder, last = self.folder, ranking.last
+        folder, (last, best) = self.folder, self.ranking()
         before = {*earlier, *folder.linked_checkpoints()}
         folder.move_link("last", [last])
-        folder.move_link("best", ranking.best)
-        keep = {*ranking.best, last} | folder.linked_checkpoints()
+        folder.move_link("best", best)
+        keep = {*best, last} | folder.linked_checkpoints()
         for old in sorted(before - keep):
             if self.removable(old, last):
                 folder.remove(old)

@@ -22,7 +22,7 @@ import torch
 from bitwise import differing
 
 import callbacks.artifacts.callback
-import callbacks.artifacts.queue
+import callbacks.artifacts.publisher
 import callbacks.snapshots
 import mobileone.export.checkpoint
 from callbacks.artifacts.folder import CheckpointFolder
@@ -48,7 +48,7 @@ PLACES = {
     "checkpoint": (callbacks.artifacts.callback, "save_complete"),
     "snapshot": (callbacks.snapshots, "save_complete"),
     "artifact": (mobileone.export.checkpoint, "export_model"),
-    "worker": (callbacks.artifacts.queue, "ExportWorker"),  # of an export in background
+    "worker": (callbacks.artifacts.publisher, "ExportWorker"),  # of an export in background
     "links": (CheckpointFolder, "move_link"),
     "switch": (Curriculum, "on_train_batch_start"),
     "anywhere": None,
