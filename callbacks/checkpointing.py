@@ -2,17 +2,20 @@
 
 import contextlib
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from mobileone.io.atomic import publish_file, staging
 
 __all__ = [
+    "AtomicCheckpoint",
     "find_nonfinite",
     "find_nonfinite_in_file",
     "on_rank_zero",
@@ -55,6 +58,25 @@ def save_complete(trainer: Trainer, final: Path, weights_only: bool = False) -> 
         failure = on_rank_zero(trainer, lambda: publish_file(staged, final))
     if failure:
         raise RuntimeError(failure)
+
+
+class AtomicCheckpoint(ModelCheckpoint):
+    """Lightning's, but a file appears complete or not at all.
+
+    Lightning's own way writes elsewhere and moves, which across file systems is a copy: a kill or
+    a full disk leaves half a file in place of the one before.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """As Lightning does; a run that is resumed has checkpoints already, which is no news."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+            super().setup(trainer, pl_module, stage)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        save_complete(trainer, Path(filepath), self.save_weights_only)
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = filepath
 
 
 def _write(trainer: Trainer, staged: Path, final: Path, weights_only: bool) -> str | None:

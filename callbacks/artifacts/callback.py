@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,6 @@ from weakref import proxy
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -26,7 +24,7 @@ from callbacks.artifacts.shipped import (
     get_spec,
     rebuilt,
 )
-from callbacks.checkpointing import on_rank_zero, save_complete
+from callbacks.checkpointing import AtomicCheckpoint, on_rank_zero
 from callbacks.dry_run import is_dry_run
 from callbacks.signals import ForceQuit, interruptible
 from mobileone.export import ExportJob, Metadata
@@ -40,7 +38,7 @@ _CONTINUES = "Training continues; the next validation tries again."
 _STOPS = "The checkpoint is complete; the run tries again when it is continued."
 
 
-class ReparameterizeOnSave(ModelCheckpoint):
+class ReparameterizeOnSave(AtomicCheckpoint):
     """Save a checkpoint and its fused artifact after every validation of a fit.
 
     ```
@@ -154,9 +152,7 @@ class ReparameterizeOnSave(ModelCheckpoint):
         if self.dirpath is None:
             root = Path(trainer.log_dir or trainer.default_root_dir)
             self.dirpath = str((root / "checkpoints").resolve())
-        with warnings.catch_warnings():  # said better, and not on resuming, by on_fit_start
-            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
-            super().setup(trainer, pl_module, stage)
+        super().setup(trainer, pl_module, stage)
         if stage != "fit" or is_dry_run(trainer):
             return
         # before a checkpoint is restored, which takes time and says nothing of it
@@ -341,11 +337,6 @@ class ReparameterizeOnSave(ModelCheckpoint):
         for name in ("best_k_models", "current_score", "last_model_path"):
             setattr(self, name, state[name])
         self._name_best()
-
-    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        save_complete(trainer, Path(filepath), self.save_weights_only)
-        self._last_global_step_saved = trainer.global_step
-        self._last_checkpoint_saved = filepath
 
     def _take_folder(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
         """Make sure that nobody else writes there."""

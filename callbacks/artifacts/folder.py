@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from mobileone.export.artifact import REJECTED
 from mobileone.export.manifest import MANIFEST_NAME
@@ -85,25 +86,21 @@ class CheckpointFolder:
 
     def missed_metrics(self, checkpoint: str | Path) -> dict[str, float] | None:
         """The metrics of a checkpoint whose export failed; None if it did not."""
-        file = self._error_file(checkpoint)
-        if not file.is_file():
-            return None
-        metrics: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))["training"][
-            "metrics"
-        ]
-        return metrics
+        record = self._error_record(checkpoint)
+        return dict(record["training"]["metrics"]) if record else None
 
     def is_rejected(self, checkpoint: str | Path) -> bool:
         """Whether its last export failed the checks, as it would again."""
-        file = self._error_file(checkpoint)
-        if not file.is_file():
-            return False
+        record = self._error_record(checkpoint)
         # records of older versions have no status: their rejected folder tells
         rejected = (self.rejected_of(checkpoint) / MANIFEST_NAME).is_file()
         default = "rejected" if rejected else "failed"
-        return bool(
-            json.loads(file.read_text(encoding="utf-8")).get("status", default) == "rejected"
-        )
+        return bool(record) and record.get("status", default) == "rejected"
+
+    def _error_record(self, checkpoint: str | Path) -> dict[str, Any]:
+        """Why a checkpoint has no artifact; empty if it has one."""
+        file = self._error_file(checkpoint)
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
     def clear_error(self, checkpoint: str | Path) -> None:
         """Forget an error: the artifact exists."""

@@ -1,23 +1,27 @@
 """Pictures and artifacts of a run: into the run folder, and to the loggers that take them."""
 
 import csv
+import json
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from callbacks.artifacts.callback import ReparameterizeOnSave
 from callbacks.dry_run import is_dry_run
 from callbacks.report.figures import confusion_figure, curves_figure, read_curves, samples_figure
-from callbacks.report.loggers import log_artifact, log_picture
 from callbacks.report.worst_images import WorstImages, write_worst
-from mobileone.export.manifest import Manifest
+from mobileone.export.manifest import MANIFEST_NAME, Manifest
 from mobileone.export.preprocess import denormalize
 from mobileone.export.spec import ExportSpec
 from mobileone.io.atomic import atomic_write
@@ -64,7 +68,7 @@ class Report(Callback):
             return
         if self.log_artifact == "every":
             saver.listeners.append(
-                lambda path, manifest: log_artifact(
+                lambda path, manifest: _log_artifact(
                     trainer.loggers, path, manifest, ["latest"], trainer.global_step
                 )
             )
@@ -162,7 +166,7 @@ class Report(Callback):
         path = saver.best_artifact_path
         if path is not None and trainer.is_global_zero:
             manifest, aliases = Manifest.load(path), ["best", "latest"]
-            log_artifact(trainer.loggers, path, manifest, aliases, trainer.global_step)
+            _log_artifact(trainer.loggers, path, manifest, aliases, trainer.global_step)
 
 
 def _folder(trainer: Trainer) -> Path:
@@ -178,7 +182,7 @@ def _publish(trainer: Trainer, name: str, figure: Figure) -> None:
     with atomic_write(final) as beside, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph \d+")  # names in a script without font
         figure.savefig(beside, dpi=120, format="png")
-    log_picture(trainer.loggers, f"report/{name}", final, trainer.global_step)
+    _log_picture(trainer.loggers, f"report/{name}", final, trainer.global_step)
 
 
 def _publish_worst(
@@ -204,3 +208,74 @@ def _write_matrix(path: Path, confusion: Tensor, names: tuple[str, ...]) -> None
         writer.writerow(["true \\ predicted", *names])
         for name, row in zip(names, confusion.tolist(), strict=True):
             writer.writerow([name, *row])
+
+
+# -- Loggers, each as far as it can take what there is --------------------------------------------
+
+
+def _log_picture(loggers: Sequence[Logger], name: str, file: Path, step: int) -> None:
+    """Show a picture wherever it can be shown; the file stays in the run folder in any case.
+
+    | logger | how |
+    |---|---|
+    | has `log_image(key, images, step)`, as WandbLogger | the file |
+    | its `experiment` has `add_image`, as TensorBoard's writer | the pixels |
+    | any other | not at all |
+
+    Args:
+        loggers: those of the trainer.
+        name: `report/<picture>`.
+        file: the picture, RGB.
+        step: optimizer steps so far.
+    """
+    for logger in loggers:
+        if callable(log_image := getattr(logger, "log_image", None)):
+            log_image(name, [str(file)], step=step)
+        elif callable(add_image := _writer(logger, "add_image")):
+            with Image.open(file) as picture:
+                add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+
+
+@rank_zero_only
+def _log_artifact(
+    loggers: Sequence[Logger], path: Path, manifest: Manifest, aliases: list[str], step: int
+) -> None:
+    """Hand a fused artifact to wandb as a file, and its manifest to TensorBoard as a text.
+
+    Args:
+        loggers: those of the trainer.
+        path: folder of the artifact.
+        manifest: what it says of itself.
+        aliases: names that wandb moves to it, for example `best`.
+        step: optimizer steps so far.
+    """
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            _log_to_wandb(logger, path, manifest, aliases)
+        elif callable(add_text := _writer(logger, "add_text")):
+            text = (path / MANIFEST_NAME).read_text(encoding="utf-8")
+            lines = [f"{path.resolve()}", *text.splitlines()]
+            add_text(f"artifact/{'-'.join(aliases)}", "\n".join(f"    {x}" for x in lines), step)
+
+
+def _log_to_wandb(logger: WandbLogger, path: Path, manifest: Manifest, aliases: list[str]) -> None:
+    import wandb
+
+    name = f"{manifest.spec.model_name}-{logger.experiment.id}".replace("/", "-")
+    artifact = wandb.Artifact(
+        name, type="model", metadata=json.loads((path / MANIFEST_NAME).read_text())
+    )
+    artifact.add_dir(str(path))
+    try:
+        logger.experiment.log_artifact(artifact, aliases=aliases)
+    except Exception as error:  # online it asks the server, and fails without a connection
+        rank_zero_warn(
+            f"wandb did not take the artifact ({type(error).__name__}). To send it later: "
+            f"wandb artifact put --type model --name {logger.name}/{name} {path}"
+        )
+
+
+def _writer(logger: Logger, method: str) -> Any:
+    """A method of the object behind a logger, or None; a CSV file takes numbers only."""
+    experiment: Any = getattr(logger, "experiment", None)
+    return None if isinstance(logger, CSVLogger) else getattr(experiment, method, None)

@@ -2,14 +2,12 @@
 
 import contextlib
 import shutil
-import warnings
 from pathlib import Path
 from weakref import proxy
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 
-from callbacks.checkpointing import on_rank_zero, save_complete
+from callbacks.checkpointing import AtomicCheckpoint, on_rank_zero
 from mobileone.io.atomic import clean_stale, directory_lock, publish_file, staging
 
 __all__ = ["CompleteCheckpoint", "SoleRun"]
@@ -17,27 +15,15 @@ __all__ = ["CompleteCheckpoint", "SoleRun"]
 _PATIENCE = 15.0  # seconds for which the data workers of a killed run may keep its folder
 
 
-class CompleteCheckpoint(ModelCheckpoint):
-    """Lightning's, but a file appears complete or not at all, and always after a validation.
-
-    Lightning's own way writes elsewhere and moves, which across file systems is a copy: a kill or
-    a full disk leaves half a file in place of the one before.
-    """
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """As Lightning does; a run that is resumed has checkpoints already, which is no news."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
-            super().setup(trainer, pl_module, stage)
+class CompleteCheckpoint(AtomicCheckpoint):
+    """A complete file, and always after a validation."""
 
     def _should_save_on_train_epoch_end(self, trainer: Trainer) -> bool:
         # after a validation is where `mobileone fit` saves, and where resuming is tested
         return not trainer.enable_validation
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        save_complete(trainer, Path(filepath), self.save_weights_only)
-        self._last_global_step_saved = trainer.global_step
-        self._last_checkpoint_saved = filepath
+        super()._save_checkpoint(trainer, filepath)
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))

@@ -82,15 +82,8 @@ def load_torchscript_artifact(path: str | Path) -> tuple[nn.Module, Manifest]:
         FileNotFoundError: `path` is not an artifact folder, or holds no TorchScript file.
         ValueError: a file does not match the manifest.
     """
-    path = Path(path)
-    manifest = Manifest.load(path)
-    if "torchscript" not in manifest.formats:
-        raise FileNotFoundError(
-            f"{path} holds {sorted(manifest.formats)} and no `torchscript`: export it again with "
-            "`torchscript` among its formats"
-        )
-    manifest.verify(path)
-    return torchscript.load(path / manifest.formats["torchscript"]["path"]), manifest
+    loaded = load_runner(path, "torchscript")
+    return torchscript.load(loaded.file), Manifest.load(path)
 
 
 def _load_file(path: Path, name: str | None) -> Loaded:

@@ -1,6 +1,6 @@
 """Per-channel normalization of 8-bit images, as a function and as the first layer of a model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mobileone.export.spec import ExportSpec
 
-__all__ = ["WithPreprocessing", "denormalize", "normalize", "tensor_interface"]
+__all__ = ["WithPreprocessing", "denormalize", "normalize", "pixels_runner", "tensor_interface"]
 
 
 def normalize(images: Tensor, spec: ExportSpec) -> Tensor:
@@ -51,6 +51,16 @@ class WithPreprocessing(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """(N, C, H, W) of 0..255 -> (N, classes) logits."""
         return self.model((x - self.mean) * self.scale)
+
+
+def pixels_runner(module: nn.Module, spec: ExportSpec) -> Callable[[Tensor], Any]:
+    """A module of normalized images as a function of 8-bit images (N, C, H, W)."""
+
+    @torch.no_grad()
+    def run(images: Tensor) -> Any:
+        return module(normalize(images, spec))
+
+    return run
 
 
 def tensor_interface(spec: ExportSpec, outputs: Sequence[str] | None = None) -> dict[str, Any]:

@@ -6,8 +6,9 @@ This process computes nothing, so that the forked children may use torch's threa
 import os
 import sys
 
+from callbacks import checkpointing
 from lightning_modules.cli.main import main
-from lightning_modules.dense import models, saving
+from lightning_modules.dense import models
 
 
 def kill_before(owner, name, condition):
@@ -25,7 +26,11 @@ def kill_before(owner, name, condition):
 MINES = [
     (models._DenseModule, "on_train_batch_start", lambda module, *_: module.global_step == 3),
     # between the best checkpoint and the last one
-    (saving, "save_complete", lambda t, p, *_: p.name == "last.ckpt" and t.current_epoch == 2),
+    (
+        checkpointing,
+        "save_complete",
+        lambda t, p, *_: p.name == "last.ckpt" and t.current_epoch == 2,
+    ),
 ]
 for mine in MINES:
     if (pid := os.fork()) == 0:

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from bitwise import differing
 
-import callbacks.artifacts.callback
 import callbacks.artifacts.publisher
+import callbacks.checkpointing
 import callbacks.snapshots
 import mobileone.export.checkpoint
 from callbacks.artifacts.folder import CheckpointFolder
@@ -45,7 +45,7 @@ fit --resume auto --run.root {root} --run.name {name} --model.model test_byobnet
 PLACES = {
     "step": (ImageClassifier, "training_step"),
     "validation": (ImageClassifier, "validation_step"),
-    "checkpoint": (callbacks.artifacts.callback, "save_complete"),
+    "checkpoint": (callbacks.checkpointing, "save_complete"),
     "snapshot": (callbacks.snapshots, "save_complete"),
     "artifact": (mobileone.export.checkpoint, "export_model"),
     "worker": (callbacks.artifacts.publisher, "ExportWorker"),  # of an export in background

@@ -1,1 +1,1 @@
-"""Smaller files: `methods` is the table, `bias_correction` restores accuracy after rounding."""
+"""Smaller files: `methods` is the table, a file a format has what it does to weights and biases."""

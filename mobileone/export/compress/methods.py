@@ -1,7 +1,7 @@
 """Smaller files: quantized weights for Core ML, 8-bit arithmetic for ONNX, and what they cost.
 
 Reparameterized networks lose more to 8 bits than others: per-channel weights and corrected biases
-(`bias_correction.py`) bring most of it back, tables by k-means need 6 bits for it.
+(`coreml.correct_biases`) bring most of it back, tables by k-means need 6 bits for it.
 """
 
 import json

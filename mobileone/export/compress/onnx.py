@@ -44,7 +44,7 @@ def correct(
     path: Path,
     calibration: Tensor,
 ) -> None:
-    """Correct the biases of a quantized file, by its own arithmetic: see `bias_correction.py`."""
+    """Correct the biases of a quantized file, by its own arithmetic: see `compress/coreml.py`."""
     proto = import_optional("onnx", _USE, onnx.EXTRA)
     quantized = proto.load(path)
     expected = _means(proto.load(_prepared(source)), calibration)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from mobileone.export.formats.pt2_reader import load_program
-from mobileone.export.preprocess import normalize, tensor_interface
+from mobileone.export.preprocess import pixels_runner, tensor_interface
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Runner
 
@@ -60,13 +60,7 @@ def spec(path: Path) -> ExportSpec:
 
 def runner(path: Path, spec: ExportSpec) -> Runner:
     """The file as a function: 8-bit images (N, C, H, W) -> logits (N, classes)."""
-    module = load_program(path)[0].module()
-
-    @torch.no_grad()
-    def run(images: Tensor) -> Any:
-        return module(normalize(images, spec))
-
-    return run
+    return pixels_runner(load_program(path)[0].module(), spec)
 
 
 def operations(path: Path) -> Counter[str]:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mobileone.export.preprocess import normalize, tensor_interface
+from mobileone.export.preprocess import pixels_runner, tensor_interface
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Runner
 from mobileone.io.safe_pickle import UnsafeFileError
@@ -71,13 +71,7 @@ def spec(path: Path) -> ExportSpec:
 
 def runner(path: Path, spec: ExportSpec) -> Runner:
     """The file as a function: 8-bit images (N, C, H, W) -> logits (N, classes)."""
-    module = load(path)
-
-    @torch.no_grad()
-    def run(images: Tensor) -> Any:
-        return module(normalize(images, spec))
-
-    return run
+    return pixels_runner(load(path), spec)
 
 
 def operations(path: Path) -> Counter[str]:

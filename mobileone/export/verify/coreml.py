@@ -3,7 +3,6 @@
 import copy
 import sys
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ from mobileone.export.verify.parity import (
     measure,
 )
 
-__all__ = ["check", "weights_parity"]
+__all__ = ["check"]
 
 
 def check(
@@ -56,38 +55,33 @@ def check(
     Raises:
         ValueError: the package's labels or input are not the spec's.
     """
-    return {
-        "parity": measure(partial(_stated, path, spec, reference, tolerance)),
-        "program_parity": measure(
-            partial(_exact, path, spec, reference, precision, program_tolerance)
-        ),
-        "weights_parity": measure(partial(weights_parity, path, spec, reference, precision)),
-    } | (
-        {"runtime_parity": measure(partial(_native, path, spec, reference, tolerance))}
-        if sys.platform == "darwin"
-        else {}
-    )
 
+    def stated() -> Parity:
+        answer = MLProgram(path).predict(reference.images)
+        found = answer.logits[:, columns(answer, spec)]
+        return compare(reference.logits, found, "logits", tolerance)
 
-def _stated(path: Path, spec: ExportSpec, reference: Reference, tolerance: float) -> Parity:
-    answer = MLProgram(path).predict(reference.images)
-    order = columns(answer, spec)
-    return compare(reference.logits, answer.logits[:, order], "logits", tolerance)
+    def exact() -> Parity:
+        # the synthetic images have colors: gray ones cannot tell RGB from BGR
+        images = torch.cat([reference.images, fixed_images(spec, 2)])
+        answer = MLProgram(path).predict(images, rounding=False)
+        found = answer.logits[:, columns(answer, spec)]
+        logits = _rounded_logits(spec, reference.model, images, precision)
+        return compare(logits, found, "logits", program_tolerance)
 
+    def native() -> Parity:
+        probabilities = runtime(path, spec)(reference.images)
+        expected = reference.logits.softmax(dim=1)
+        return compare(expected, probabilities, "probabilities", tolerance)
 
-def _exact(
-    path: Path,
-    spec: ExportSpec,
-    reference: Reference,
-    precision: torch.dtype,
-    tolerance: float,
-) -> Parity:
-    # the synthetic images have colors: gray ones cannot tell RGB from BGR
-    images = torch.cat([reference.images, fixed_images(spec, 2)])
-    answer = MLProgram(path).predict(images, rounding=False)
-    order = columns(answer, spec)
-    logits = _rounded_logits(spec, reference.model, images, precision)
-    return compare(logits, answer.logits[:, order], "logits", tolerance)
+    checks = {
+        "parity": stated,
+        "program_parity": exact,
+        "weights_parity": lambda: _weights_parity(path, spec, reference, precision),
+    }
+    if sys.platform == "darwin":
+        checks["runtime_parity"] = native
+    return {name: measure(run) for name, run in checks.items()}
 
 
 @torch.no_grad()
@@ -97,11 +91,6 @@ def _rounded_logits(
     """Logits of the fused network, in float32, with weights that went through `precision`."""
     network = WithPreprocessing(copy.deepcopy(fused), spec)
     return network.to(precision).float().logits(images.float())
-
-
-def _native(path: Path, spec: ExportSpec, reference: Reference, tolerance: float) -> Parity:
-    probabilities = runtime(path, spec)(reference.images)
-    return compare(reference.logits.softmax(dim=1), probabilities, "probabilities", tolerance)
 
 
 # Of each weight by itself. Bit for bit is the rule; where a converter folds a scale that follows
@@ -116,16 +105,10 @@ class _Layer(NamedTuple):
 
 
 @torch.no_grad()
-def weights_parity(
+def _weights_parity(
     path: Path, spec: ExportSpec, reference: Reference, precision: torch.dtype
 ) -> Parity:
-    """The largest relative error of a single weight or bias.
-
-    Args:
-        path: the `.mlpackage`.
-        spec: what the network expects.
-        reference: the network that was written, and an image to see the order of its layers.
-        precision: in which the package states its weights.
+    """The largest relative error of a single weight or bias; an image shows the layers' order.
 
     Raises:
         NotVerifiedError: the layers are not the network's, so that they cannot be told apart.
@@ -137,15 +120,11 @@ def weights_parity(
     if Counter(w.weight.shape for w in written) != Counter(o.weight.shape for o in own):
         raise NotVerifiedError("the converter has rearranged the layers")
     errors = [  # parallel layers may stand in another order
-        min(_error(layer, other, precision) for other in own if _alike(layer, other))
-        for layer in written
+        min(_error(w, o, precision) for o in own if w.weight.shape == o.weight.shape)
+        for w in written
     ]
     worst = max(errors, default=0.0)
     return Parity("measured", kind="weights", max_relative_error=worst, tolerance=TOLERANCE)
-
-
-def _alike(written: _Layer, own: _Layer) -> bool:
-    return written.weight.shape == own.weight.shape
 
 
 def _error(written: _Layer, own: _Layer, precision: torch.dtype) -> float:
