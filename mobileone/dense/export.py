@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import batched_nms, box_convert
 
-from mobileone.export.formats import coreml
+from mobileone.export.formats import coreml, torchscript
 from mobileone.export.formats.table import (
     FLOAT16_TOLERANCE,
     FLOAT32_TOLERANCE,
@@ -318,7 +318,6 @@ def _joined(detections: list[dict[str, Tensor]]) -> tuple[Tensor, ...]:
 
 @contextmanager
 def _torchscript_is_deprecated() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated")
+    with torchscript.deprecation_ignored():
         warnings.filterwarnings("ignore", message="RCNN always returns|SSD always returns")
         yield

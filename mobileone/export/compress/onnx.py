@@ -1,7 +1,7 @@
 """ONNX with 8-bit weights and activations, by onnxruntime's static quantization."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ __all__ = ["correct", "quantize"]
 
 _USE = "ONNX int8"
 _LAYERS = ("Conv", "Gemm")
-_BATCH = 32
 Floats = np.ndarray[Any, Any]
 
 
@@ -87,16 +86,10 @@ def _means(model: Any, images: Tensor, only: str | None = None) -> dict[str, Flo
         outputs.append(proto.helper.make_tensor_value_info(mean, proto.TensorProto.FLOAT, None))
     del graph.output[:]
     graph.output.extend(outputs)
-    batches = images.split(_BATCH)
-    run = onnx.session(watched.SerializeToString())
-    answers = [run.run(None, {"images": batch.numpy()}) for batch in batches]
-    return dict(zip(names, _weighted(answers, [len(b) for b in batches]), strict=True))
-
-
-def _weighted(answers: Sequence[Sequence[Floats]], sizes: Sequence[int]) -> list[Floats]:
-    shares = np.array(sizes) / sum(sizes)
-    layers = zip(*answers, strict=True)
-    return [sum(s * a for s, a in zip(shares, layer, strict=True)) for layer in layers]
+    run = onnx.session(watched.SerializeToString()).run
+    found = [run(None, {"images": image[None].numpy()}) for image in images]
+    layers = zip(names, zip(*found, strict=True), strict=True)
+    return {name: np.mean(values, axis=0) for name, values in layers}
 
 
 def _add_to_bias(graph: Any, layer: str, shift: Floats) -> None:

@@ -4,7 +4,8 @@ import io
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Runner
 from mobileone.io.safe_pickle import UnsafeFileError
 
-__all__ = ["load", "operations", "runner", "spec", "write"]
+__all__ = ["deprecation_ignored", "load", "operations", "runner", "spec", "write"]
 
 _SPEC = "spec.json"
 _ON_FILES = re.compile(r"\b(save|from_file)\s*\(")
@@ -42,8 +43,7 @@ def write(
         Description of the input and the output for the manifest.
     """
     example = torch.zeros(2, *spec.input_size)
-    with warnings.catch_warnings():
-        _ignore_deprecation()
+    with deprecation_ignored():
         traced = torch.jit.trace(model, example, check_trace=False)
         # through memory: on a full disk PyTorch's own writer ends the process, Python's raises
         contents = io.BytesIO()
@@ -95,11 +95,13 @@ def _load(path: Path, extra: dict[str, Any] | None = None) -> Any:
                     f"{path} calls {found[1]!r}, a function that opens files: refused. Export the "
                     "checkpoint again: mobileone export CHECKPOINT FOLDER"
                 )
-    with warnings.catch_warnings():
-        _ignore_deprecation()
+    with deprecation_ignored():
         return torch.jit.load(path, map_location="cpu", _extra_files=extra)
 
 
-def _ignore_deprecation() -> None:
-    # PyTorch points at torch.export; the TorchScript file is for runtimes that read only this.
-    warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated")
+@contextmanager
+def deprecation_ignored() -> Iterator[None]:
+    """PyTorch points at torch.export; the TorchScript file is for runtimes that read only this."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated")
+        yield

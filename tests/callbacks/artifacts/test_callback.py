@@ -106,17 +106,19 @@ def test_only_the_last_is_kept_without_a_top_k(make, tmp_path, folder):
     assert contents(folder) == {"last", "last.ckpt", name(1), f"{name(1)}.ckpt"}
 
 
-def test_of_equal_scores_the_older_stays_best(make, tmp_path, folder):
-    fit(ScoredClassifier([0.5, 0.5, 0.1]), make(), tmp_path, max_epochs=3)
-    assert targets(folder)["best"] == name(0)
-
-
-@pytest.mark.parametrize("mode", ["min", "max"])
-def test_a_score_that_is_not_a_number_is_never_best(make, tmp_path, folder, mode):
-    nan = float("nan")
-    fit(ScoredClassifier([nan, 0.5, nan]), make(mode=mode), tmp_path, max_epochs=3)
-    assert targets(folder)["best"] == name(1)
-    assert Manifest.load(folder / "last").training.metrics["val/acc1"] is None
+@pytest.mark.parametrize(
+    ("scores", "mode", "best"),
+    [
+        ([0.5, 0.5, 0.1], "max", 0),  # of equal scores the older stays best
+        ([float("nan"), 0.5, float("nan")], "max", 1),  # one that is not a number is never best
+        ([float("nan"), 0.5, float("nan")], "min", 1),
+    ],
+)
+def test_equal_scores_and_those_that_are_not_numbers(make, tmp_path, folder, scores, mode, best):
+    fit(ScoredClassifier(scores), make(mode=mode), tmp_path, max_epochs=3)
+    assert targets(folder)["best"] == name(best)
+    logged = Manifest.load(folder / "last").training.metrics["val/acc1"]
+    assert logged == (None if np.isnan(scores[-1]) else pytest.approx(scores[-1]))
 
 
 def test_validations_within_an_epoch_count(make, tmp_path, folder):

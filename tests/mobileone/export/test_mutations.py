@@ -146,19 +146,15 @@ def test_a_wrong_normalization(copied, publish, field):
     rejected(publish, copied, "program parity")
 
 
-def test_rgb_declared_as_bgr(copied, publish):
-    edit(copied, declare_bgr)
+@pytest.mark.parametrize("change", [declare_bgr, permute_labels])
+def test_rgb_declared_as_bgr_and_a_permuted_label_list(copied, publish, change):
+    edit(copied, change)
     rejected(publish, copied, "parity", "program parity")
 
 
 def test_swapped_channels_of_the_first_layer(fused, publish, tmp_path):
     coreml.write(swap_channels(fused), SPEC, tmp_path / "m.mlpackage", Metadata())
     rejected(publish, tmp_path / "m.mlpackage", "program parity", "weights parity")
-
-
-def test_a_permuted_label_list(copied, publish):
-    edit(copied, permute_labels)
-    rejected(publish, copied, "parity", "program parity")
 
 
 @pytest.mark.parametrize("what", ["largest", "median", "bias"])

@@ -7,6 +7,7 @@ import torch
 
 from mobileone import reparameterize
 from mobileone.export.formats import coreml
+from mobileone.export.preprocess import normalize
 from mobileone.export.spec import Metadata
 from mobileone.export.verify.parity import NotVerifiedError, fixed_images
 from tests.helpers.tiny import tiny_network, tiny_spec
@@ -120,7 +121,7 @@ def test_without_a_mac_there_is_no_runtime(convert):
 def test_the_runtime_agrees(convert):
     spec = tiny_spec(3, (32, 48), NAMES)
     images = fixed_images(spec)
-    expected = tiny_network()(coreml.normalize(images, spec)).softmax(1)
+    expected = tiny_network()(normalize(images, spec)).softmax(1)
     assert torch.allclose(coreml.runtime(convert()[2], spec)(images), expected, atol=5e-3)
 
 

@@ -3,7 +3,6 @@ import timm
 import torch
 
 import mobileone
-from mobileone.export import load_torchscript_artifact
 from mobileone.export.formats.table import check_formats
 from mobileone.export.formats.torchscript import load, write
 from mobileone.export.spec import Metadata
@@ -31,22 +30,6 @@ def test_float64_fusing_is_exact():
     branches = [*blocks.conv_kxk, blocks.conv_scale]
     expected = torch.relu(sum(branch(images) for branch in branches))
     assert torch.allclose(mobileone.reparameterize(blocks)(images), expected, rtol=1e-10)
-
-
-@pytest.mark.parametrize("batch", [1, 2, 5])
-def test_the_batch_size_is_free(exported, batch):
-    model, folder, _ = exported
-    module, _ = load_torchscript_artifact(folder)
-    images = torch.randn(batch, 3, 32, 48)
-    with torch.no_grad():
-        assert torch.allclose(module(images), model(images), rtol=1e-4, atol=1e-5)
-
-
-def test_the_file_is_fused(exported):
-    module, manifest = load_torchscript_artifact(exported[1])
-    names = dict(module.named_parameters())
-    assert sum(p.numel() for p in names.values()) == manifest.parameters
-    assert not any("bn" in name or "conv_kxk" in name for name in names)
 
 
 def test_unknown_formats_are_named():
