@@ -84,7 +84,7 @@ COMMANDS = {
     ),
     "benchmark throughput": Command(
         "count images a second of fused networks, by batch size",
-        f"{_INFERENCE}.throughput:measure_throughput",
+        f"{_INFERENCE}.latency:measure_throughput",
         f"{_TABLES}throughput_table",
         "mobileone_s1 --batch_sizes [1,16,64]",
     ),

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,15 +17,7 @@ from typing import Any
 
 from mobileone.io.atomic import atomic_write, replace_text
 
-__all__ = [
-    "KINDS",
-    "Result",
-    "Row",
-    "compare_machines",
-    "describe_machine",
-    "describe_versions",
-    "processor",
-]
+__all__ = ["Result", "Row", "compare_machines"]
 
 Row = dict[str, Any]
 """One line of a table: a string, number, bool or None by column name."""
@@ -44,6 +37,7 @@ KINDS: dict[str, tuple[tuple[str, ...], str]] = {
 that the protocol names as its `statistic`."""
 
 _FORMAT = "mobileone-result-1"
+_DATE = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+(Z|[+-]\d\d:\d\d)")
 
 
 @dataclass(frozen=True)
@@ -162,19 +156,14 @@ class Result:
             raise ValueError(f'{path} is not a result: it lacks `"format": "{_FORMAT}"`')
         try:
             result = cls(**content)
-        except (TypeError, AttributeError) as error:
+            if "machine_id" not in result.machine:
+                raise ValueError("its `machine` has no `machine_id`")
+            if not _DATE.fullmatch(result.date):
+                rule = "must be ISO 8601 with the offset of the zone"
+                raise ValueError(f"its `date` (={result.date!r}) {rule}")
+            datetime.fromisoformat(result.date)  # that there is such a day
+        except (TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} is not a whole result: {error}") from error
-        try:
-            zone = datetime.fromisoformat(result.date).tzinfo
-        except ValueError:
-            zone = None
-        if zone is None:
-            raise ValueError(
-                f"{path} is not a whole result: its `date` (={result.date!r}) must be ISO 8601 "
-                "with the offset of the zone"
-            )
-        if "machine_id" not in result.machine:
-            raise ValueError(f"{path} is not a whole result: its `machine` has no `machine_id`")
         if kind is not None and result.kind != kind:
             raise ValueError(f"{path} is a result of {result.kind!r}, not of {kind!r}")
         return result
@@ -221,8 +210,7 @@ def compare_machines(results: Sequence[Result]) -> str:
 
 
 def _place(result: Result) -> str:
-    fields = (result.machine.get(k) for k in ("cpu", "cores", "memory_gib", "os"))
-    cpu, cores, memory, system = fields
+    cpu, cores, memory, system = map(result.machine.get, ("cpu", "cores", "memory_gib", "os"))
     return f"{result.machine_id} ({cpu}, {cores} cores, {memory} GiB, {system}; {result.date})"
 
 

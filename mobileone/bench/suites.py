@@ -12,16 +12,7 @@ import mobileone  # noqa: F401  (registers the family)
 from mobileone.bench.paper import paper_table
 from mobileone.io.suggest import did_you_mean
 
-__all__ = [
-    "SUITES",
-    "TORCHVISION",
-    "build_model",
-    "check_models",
-    "choose_models",
-    "get_suite",
-    "has_model",
-    "input_size_of",
-]
+__all__ = ["build_model", "choose_models", "input_size_of"]
 
 
 _FAMILY = tuple(f"mobileone_s{i}" for i in range(5))

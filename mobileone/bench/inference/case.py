@@ -1,20 +1,176 @@
-"""A fused network in a runtime: built, folded, converted, and shown to compute the same."""
+"""A fused network in a runtime: folded, converted, and shown to compute the same."""
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from mobileone.bench.inference.deploy_form import DeployForm, build_form, relative_error
-from mobileone.bench.inference.timing import Run
 from mobileone.bench.results import Row
 from mobileone.bench.runtimes import RUNTIMES
+from mobileone.bench.suites import input_size_of
+from mobileone.bench.timing import Run, check_device, check_threads
+from mobileone.export.verify.structure import unfused_layers
+from mobileone.reparameterize import reparameterize
 
-__all__ = ["BenchmarkCase", "Setting", "prepare"]
+__all__ = ["BenchmarkCase", "Setting", "build_form", "prepare"]
+
+_FOLDING_TOLERANCE = 1e-3
+"""Of float32 outputs, relative to the largest: folding changes the order of sums only."""
+
+
+@dataclass(frozen=True)
+class DeployForm:
+    """A network in inference form.
+
+    Attributes:
+        model: In eval mode, on the CPU.
+        norms_left: BatchNorms that remain, since no convolution directly precedes them.
+        branches_left: Layers that have a folded form but are not in it, as sentences; none is
+            expected.
+    """
+
+    model: nn.Module
+    norms_left: int
+    branches_left: tuple[str, ...]
+
+
+_SETTLING = 4  # images that BatchNorm's statistics are of
+
+
+def build_form(
+    model: nn.Module, image_size: int | None, batch_size: int = 1
+) -> tuple[DeployForm, Tensor]:
+    """Fold a network with BatchNorm statistics of random images, the same in every call.
+
+    Args:
+        model: In eval mode; its statistics are changed.
+        image_size: Height and width; None: what the model is meant for.
+        batch_size: How many images to return.
+
+    Returns:
+        The form, and other random images, (N, C, H, W).
+
+    Raises:
+        RuntimeError: As `deploy_form`.
+    """
+    size = input_size_of(model, image_size)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        reset_bn_statistics(model, torch.randn(_SETTLING, *size))
+        x = torch.randn(batch_size, *size)
+    return deploy_form(model, x[:1]), x
+
+
+@torch.no_grad()
+def deploy_form(model: nn.Module, x: Tensor) -> DeployForm:
+    """Fold a network and verify the fold on an input.
+
+    Every network gets what converters for phones do anyway: BatchNorm inside the convolution. So
+    those that ship without it have no advantage where the runtime (eager PyTorch) folds nothing.
+
+    Args:
+        model: In eval mode, with BatchNorm statistics that are not the initial ones, or the
+            check says little; see `reset_bn_statistics`.
+        x: (N, C, H, W), on the same device.
+
+    Raises:
+        RuntimeError: The folded branches do not compute what the network computes.
+    """
+    expected = model(x)
+    fused = reparameterize(model)
+    error = relative_error(fused(x), expected)
+    if not error < _FOLDING_TOLERANCE:
+        raise RuntimeError(f"folding the branches changed the output by {error:.2g} (relative)")
+    branches_left = tuple(unfused_layers(fused))
+    before = deepcopy(fused)  # in case that a pair is not what it seems
+    for conv_name, norm_name in _pairs(fused, x):
+        _fold(fused, conv_name, norm_name)
+    if not relative_error(fused(x), expected) < _FOLDING_TOLERANCE:
+        fused = before  # the output of some convolution is read by another operation as well
+    left = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fused.modules())
+    return DeployForm(fused, left, branches_left)
+
+
+@torch.no_grad()
+def reset_bn_statistics(model: nn.Module, x: Tensor) -> nn.Module:
+    """Set BatchNorm's statistics to those of a batch, so that activations are of ordinary size.
+
+    With the initial statistics those of an untrained MobileOne grow beyond 1e8, other networks'
+    shrink to denormal numbers, which processors multiply slowly.
+
+    Args:
+        model: Changed in place; returned in eval mode.
+        x: At least two images, (N, C, H, W).
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    model.train()(x)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model.eval()
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference over the largest absolute expected value."""
+    difference = (actual.double().cpu() - expected.double().cpu()).abs().max()
+    return float(difference / expected.double().cpu().abs().max())
+
+
+def _pairs(model: nn.Module, x: Tensor) -> list[tuple[str, str]]:
+    """Names of convolutions and of the BatchNorms that read their output as it is."""
+    made: dict[int, tuple[str, Tensor, int]] = {}  # the tensors too: a freed id is used again
+    pairs: list[tuple[str, str]] = []
+    calls: dict[str, int] = {}
+    hooks = []
+
+    def after_conv(name: str) -> None:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            calls[name] = calls.get(name, 0) + 1
+            made[id(output)] = (name, output, output._version)
+
+        hooks.append(model.get_submodule(name).register_forward_hook(hook))
+
+    def before_norm(name: str) -> None:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            calls[name] = calls.get(name, 0) + 1
+            conv, tensor, version = made.get(id(inputs[0]), ("", inputs[0], -1))
+            if tensor._version == version:  # nothing changed it in place in between
+                pairs.append((conv, name))
+
+        hooks.append(model.get_submodule(name).register_forward_pre_hook(hook))
+
+    for name, module in model.named_modules():
+        if type(module) in (nn.Conv2d, Conv2dSame):
+            after_conv(name)
+        elif type(module) in (nn.BatchNorm2d, BatchNormAct2d):
+            before_norm(name)
+    try:
+        model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [(conv, norm) for conv, norm in pairs if calls[conv] == calls[norm] == 1]
+
+
+def _fold(model: nn.Module, conv_name: str, norm_name: str) -> None:
+    norm = model.get_submodule(norm_name)
+    assert isinstance(norm, nn.BatchNorm2d)
+    conv = fuse_conv_bn_eval(model.get_submodule(conv_name), norm)  # type: ignore[type-var]
+    rest: nn.Module = nn.Identity()
+    if isinstance(norm, BatchNormAct2d):
+        rest = nn.Sequential(norm.drop, norm.act).eval()
+    model.set_submodule(conv_name, conv)
+    model.set_submodule(norm_name, rest)
+
 
 _Files = dict[Callable[[nn.Module, Tensor, Path], None], Path]  # what each has written
 
@@ -30,6 +186,9 @@ class Setting:
         batch_size: Images in an inference.
         image_size: Height and width; None: what each model is meant for.
         device: Device of PyTorch.
+
+    Raises:
+        ValueError: One is out of its range, or there is no such device.
     """
 
     threads: int = 1
@@ -43,6 +202,8 @@ class Setting:
                 f"`batch_size` (={self.batch_size}) and `image_size` (={self.image_size}) must be "
                 "at least 1"
             )
+        check_device(self.device)
+        check_threads(self.threads)
 
 
 @dataclass(frozen=True)
@@ -88,10 +249,8 @@ def prepare(
     row: Row = {
         "model": name,
         "runtime": "",
-        "threads": setting.threads,
-        "batch_size": setting.batch_size,
+        **asdict(setting),
         "image_size": x.shape[2],
-        "device": setting.device,
         "branches_left": len(form.branches_left),
         "norms_left": form.norms_left,
     }

@@ -1,24 +1,22 @@
-"""Latency of fused networks across runtimes, contenders in alternation."""
+"""Latency and throughput of fused networks across runtimes, contenders in alternation."""
 
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from mobileone.bench.inference.case import Setting, prepare
-from mobileone.bench.inference.timing import get_protocol, summarize, time_in_turn
-from mobileone.bench.results import Result
+from mobileone.bench.results import Result, Row
 from mobileone.bench.runtimes import check_runtimes, missing_runtimes
 from mobileone.bench.suites import build_model, choose_models
-from mobileone.bench.threads import check_threads, pinned, torch_threads
+from mobileone.bench.timing import get_protocol, pinned, summarize, time_in_turn, torch_threads
 
-__all__ = ["check_device", "measure_latency"]
-
+__all__ = ["measure_latency", "measure_throughput"]
 
 _log = logging.getLogger(__name__)
 
@@ -68,8 +66,6 @@ def measure_latency(
         models = {name: partial(build_model, name) for name in chosen_names}
     chosen = get_protocol(protocol, runs)
     setting = Setting(threads, batch_size, image_size, device)
-    check_device(device)
-    check_threads(threads)
     names = check_runtimes(runtimes, device)
     with tempfile.TemporaryDirectory() as folder, torch_threads(threads):
         contenders = []
@@ -84,13 +80,9 @@ def measure_latency(
         contender.row | (summarize(times[str(i)]) if str(i) in times else {})
         for i, contender in enumerate(contenders)
     ]
-    how = chosen.to_dict() | choice
+    how = asdict(chosen) | choice | asdict(setting)
     how |= {
-        "threads": threads,
         "processors": processors,
-        "batch_size": batch_size,
-        "image_size": image_size,
-        "device": device,
         "form": "fused, BatchNorm folded",
         "order": "in turns, shuffled",
         "runtimes_missing": missing_runtimes() if runtimes is None else {},
@@ -98,16 +90,65 @@ def measure_latency(
     return Result.new("latency", how, rows, device)
 
 
-def check_device(device: str) -> None:
-    """Make sure that PyTorch has a device.
+def measure_throughput(
+    models: Sequence[str],
+    batch_sizes: Sequence[int] = (1, 8, 32),
+    devices: Sequence[str] = ("cpu",),
+    runtimes: Sequence[str] | None = ("eager",),
+    runs: int = 40,
+    threads: int = 1,
+    image_size: int | None = None,
+    suite: str | None = None,
+) -> Result:
+    """Time batches, as `measure_latency` times single images, and divide.
+
+    Contenders of the same batch size and device alternate. A batch that does not fit into memory
+    stands in the result with that reason.
+
+    Args:
+        models: Names of timm's models, or torchvision's with the prefix `torchvision/`.
+        batch_sizes: Images in an inference.
+        devices: Devices of PyTorch.
+        runtimes: Names in `RUNTIMES`; None: all that are present.
+        runs: Timed inferences of each contender, batch size and device.
+        threads: Threads, and processors that they are kept on.
+        image_size: Height and width; None: what each model is meant for.
+        suite: A group of models, in addition: `paper` (Table 9) or `2026`.
+
+    Returns:
+        A result of the kind `throughput`; rows are those of `measure_latency` with
+        `images_per_s`, from the median time, and `best_images_per_s`, from the shortest.
 
     Raises:
-        ValueError: It has not; names those that there are.
+        ValueError: A name or number is out of range, or there is no such device.
+        ImportError: A runtime was named that is not installed; says how to install it.
     """
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: not compiled with CUDA
-        there = [d for d in ("cuda", "mps", "xpu") if torch.get_device_module(d).is_available()]
-        raise ValueError(
-            f"`device` (={device!r}) is not on this machine; there is {', '.join(['cpu', *there])}"
-        ) from error
+    names, choice = choose_models(models, suite)
+    for name, values in (("batch_sizes", batch_sizes), ("devices", devices)):
+        if not values or isinstance(values, str):
+            raise ValueError(f"`{name}` (={values!r}) must be a list of one or more")
+    places = [(batch, image_size, device) for device in devices for batch in batch_sizes]
+    for place in places:
+        Setting(threads, *place)  # all are checked before the first is measured
+        check_runtimes(runtimes, place[-1])
+    results = [measure_latency(names, runtimes, "paper", runs, threads, *place) for place in places]
+    how = results[0].protocol | choice
+    how |= {
+        "batch_size": None,
+        "batch_sizes": list(batch_sizes),
+        "device": None,
+        "devices": {r.machine["device"]: r.machine["device_name"] for r in results},
+        "statistic": "images_per_s",
+    }
+    rows = [_with_rate(row) for result in results for row in result.rows]
+    return Result.new("throughput", how, rows, devices[-1])
+
+
+def _with_rate(row: Row) -> Row:
+    if row["failure"] is not None:
+        return row
+    images = 1e3 * row["batch_size"]
+    return row | {
+        "images_per_s": images / row["median_ms"],
+        "best_images_per_s": images / row["min_ms"],
+    }

@@ -13,12 +13,11 @@ from pathlib import Path
 import torch
 
 from mobileone.bench.inference.case import BenchmarkCase, Setting, prepare
-from mobileone.bench.inference.latency import check_device
 from mobileone.bench.results import Result, Row
 from mobileone.bench.runtimes import RUNTIMES, check_runtimes, runtimes_for
 from mobileone.bench.suites import build_model, choose_models
-from mobileone.bench.threads import check_threads, torch_threads
-from mobileone.bench.training_step.memory import peak_bytes
+from mobileone.bench.timing import torch_threads
+from mobileone.bench.training_step.worker import peak_bytes
 from mobileone.io.user_modules import import_user_modules, imported_user_modules
 
 __all__ = ["measure_memory"]
@@ -64,16 +63,14 @@ def measure_memory(
         ImportError: A runtime was named that is not installed; says how to install it.
     """
     names, choice = choose_models(models, suite)
-    check_device(device)
-    check_threads(threads)
-    if not batch_sizes or min(batch_sizes) < 1:
-        raise ValueError(f"`batch_sizes` (={list(batch_sizes)}) must be one or more, from 1 up")
+    if not batch_sizes:
+        raise ValueError(f"`batch_sizes` (={batch_sizes!r}) must be a list of one or more")
+    settings = [Setting(threads, batch, image_size, device) for batch in batch_sizes]
     chosen = _check_own_memory(runtimes, device)
     rows: list[Row] = []
     with torch_threads(threads):
         for name in names:
-            for batch in batch_sizes:
-                setting = Setting(threads, batch, image_size, device)
+            for setting in settings:
                 with tempfile.TemporaryDirectory() as folder:
                     build = partial(build_model, name)
                     contenders = prepare(name, build, chosen, Path(folder) / "models", setting)
@@ -98,47 +95,34 @@ def _check_own_memory(runtimes: Sequence[str] | None, device: str) -> tuple[str,
 
 
 def _measured(contender: BenchmarkCase) -> Row:
-    row = contender.row | {
-        "weights_mib": sum(p.numel() * p.element_size() for p in contender.model.parameters())
-        / _MIB
-    }
+    weights = sum(p.numel() * p.element_size() for p in contender.model.parameters())
+    row = contender.row | {"weights_mib": weights / _MIB}
     if contender.load is None:
         return row
     if row["runtime"] == "eager":
         row["tensors_mib"] = peak_bytes(contender.load(), row["device"]) / _MIB
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as process:
-        peak, running = process.submit(
-            _probe,
-            row["runtime"],
-            str(contender.path),
-            tuple(contender.x.shape),
-            row["threads"],
-            row["device"],
-            imported_user_modules(),
-        ).result()
+        shape, modules = tuple(contender.x.shape), imported_user_modules()
+        peak, running = process.submit(_probe, row, contender.path, shape, modules).result()
     return row | {"peak_mib": peak / _MIB, "running_mib": running / _MIB}
 
 
 def _probe(
-    runtime: str,
-    path: str,
-    shape: tuple[int, ...],
-    threads: int,
-    device: str,
-    modules: tuple[str, ...],
+    row: Row, path: Path, shape: tuple[int, ...], modules: tuple[str, ...]
 ) -> tuple[int, int]:
     """In the fresh process: bytes at the peak of loading and running, and of running alone."""
     import_user_modules(modules)  # which may have registered the runtime
+    runtime, device, threads = RUNTIMES[row["runtime"]], row["device"], row["threads"]
     torch.set_num_threads(threads)
-    for package in RUNTIMES[runtime].packages:
+    for package in runtime.packages:
         import_module(package)
     x = torch.randn(shape).to(device)
     torch.nn.Conv2d(shape[1], 8, 3).to(device)(x[:1, :, :8, :8])  # libraries set themselves up
     gc.collect()
     _forget_peak(device)
     before = _peak(device)
-    run = RUNTIMES[runtime].load(Path(path), x, threads)
+    run = runtime.load(path, x, threads)
     for _ in range(_RUNS):
         run()
     most = _peak(device)

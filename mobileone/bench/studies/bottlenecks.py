@@ -1,32 +1,101 @@
 """What activations and architectural blocks cost in latency: the paper's Tables 2 and 3."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
+import torch
 from matplotlib.figure import Figure
 from rich.table import Table
 from timm.layers import SqueezeExcite
 from torch import Tensor, nn
 
 from mobileone.bench.inference.latency import measure_latency
-from mobileone.bench.paper import PaperTable, paper_table
+from mobileone.bench.paper import paper_table
 from mobileone.bench.results import Result, Row
 from mobileone.bench.show.charts import draw_bars, plain_ticks
 from mobileone.bench.show.tables import Column, make_table, number, words
-from mobileone.bench.studies.dynamic_activations import DynamicReLU, DynamicShiftMax
 
-__all__ = [
-    "ACTIVATIONS",
-    "BLOCKS",
-    "LAYOUT",
-    "WIDTHS",
-    "ThirtyLayers",
-    "bottlenecks_figure",
-    "bottlenecks_table",
-    "study_bottlenecks",
-]
+__all__ = ["bottlenecks_figure", "bottlenecks_table", "study_bottlenecks"]
+
+
+def _hyper_function(channels: int, coefficients: int, reduction: int) -> nn.Sequential:
+    """Coefficients in (0, 1) from the image as a whole: (N, C, H, W) -> (N, coefficients, 1, 1)."""
+    hidden = max(1, channels // reduction)
+    return nn.Sequential(
+        nn.AdaptiveAvgPool2d(1),
+        nn.Conv2d(channels, hidden, 1),
+        nn.ReLU(),
+        nn.Conv2d(hidden, coefficients, 1),
+    )
+
+
+class DynamicReLU(nn.Module):
+    r"""Dynamic ReLU (Chen et al., ECCV 2020, arXiv 2003.10027), of two linear pieces.
+
+    y_c = max_k (a_c^k(x) x_c + b_c^k(x)), k = 1, 2, where the coefficients are residuals from
+    those of ReLU: a^k = α^k + λ_a (2 σ(θ) − 1), b^k = β^k + λ_b (2 σ(θ) − 1), with α¹ = 1, all
+    other α and β 0, λ_a = 1, λ_b = 0.5; θ comes from the pooled input by two layers.
+
+    Args:
+        channels: C.
+        kind: "A" shares the coefficients among all channels, "B" has them for each channel.
+        reduction: Of the hidden layer, 8 in the paper.
+
+    Shape:
+        (N, C, H, W) -> (N, C, H, W).
+    """
+
+    def __init__(self, channels: int, kind: Literal["A", "B"], reduction: int = 8) -> None:
+        super().__init__()
+        self.width = 1 if kind == "A" else channels
+        self.theta = _hyper_function(channels, 4 * self.width, reduction)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) to the same shape."""
+        residual = 2 * torch.sigmoid(self.theta(x)) - 1  # (N, 4 · width, 1, 1)
+        a1, a2, b1, b2 = residual.split(self.width, dim=1)
+        return torch.maximum(x * (1 + a1) + 0.5 * b1, x * a2 + 0.5 * b2)
+
+
+class DynamicShiftMax(nn.Module):
+    r"""Dynamic Shift-Max of MicroNet (Li et al., ICCV 2021, arXiv 2108.05894), J = K = 2.
+
+    y_i = max_k Σ_j a_{i,j}^k(x) x_{(i + j C/G) mod C}, j = 0, 1, k = 1, 2: the larger of two
+    combinations of a channel and of the one C/G further on, in a circle. The coefficients are
+    residuals from those of ReLU, a_{i,0}^1 = 1 and all others 0, of a hard sigmoid of two layers
+    on the pooled input, scaled to (−1, 1).
+
+    Args:
+        channels: C, a multiple of G.
+        groups: G.
+        reduction: Of the hidden layer.
+
+    Shape:
+        (N, C, H, W) -> (N, C, H, W).
+
+    Raises:
+        ValueError: `groups` does not divide `channels`.
+    """
+
+    def __init__(self, channels: int, groups: int = 4, reduction: int = 8) -> None:
+        super().__init__()
+        if channels % groups:
+            raise ValueError(f"`groups` (={groups}) must divide `channels` (={channels})")
+        self.shift = channels // groups
+        self.channels = channels
+        self.theta = _hyper_function(channels, 4 * channels, reduction)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) to the same shape."""
+        residual = 2 * nn.functional.hardsigmoid(self.theta(x)) - 1  # (N, 4 C, 1, 1)
+        own1, own2, other1, other2 = residual.split(self.channels, dim=1)
+        # channel i becomes channel i + C/G of the input, in a circle
+        shifted = torch.cat((x[:, self.shift :], x[:, : self.shift]), dim=1)
+        return torch.maximum(x * (1 + own1) + shifted * other1, x * own2 + shifted * other2)
+
 
 WIDTHS = (16, 32, 64, 128, 256)
 """Channels of the five stages. Each has six layers, so thirty in all."""
@@ -62,6 +131,7 @@ BLOCKS = {
 
 _STEADY = 1.3  # median over minimum, of the middle one of the rows
 _BASELINE = "ReLU"
+_TIMES = ("runtime", "min_ms", "median_ms", "p90_ms", "mean_ms", "max_ms", "timed", "failure")
 
 
 class ThirtyLayers(nn.Module):
@@ -157,9 +227,7 @@ def bottlenecks_table(result: Result) -> Table:
     shown = number(statistic, statistic)
     paper = number("paper (ms)", "paper_ms")
     columns = (
-        words("table", "paper_table"),
-        words("network", "name"),
-        words("runtime", "runtime"),
+        *(words("table", "paper_table"), words("network", "name"), words("runtime", "runtime")),
         Column(statistic, lambda row: row["failure"] or shown.text(row)),
         number("× ReLU", "ratio"),
         number("median_ms", "median_ms"),
@@ -222,16 +290,17 @@ def _rows(latency: Result) -> list[Row]:
     for table_number, names in ((2, {name: name for name in ACTIVATIONS}), (3, BLOCKS)):
         table = paper_table(table_number)
         paper = {row.get("activation", row.get("block")): row["mobile_ms"] for row in table.rows}
+        first = next(iter(paper))  # the plain network
         for name, network in names.items():
             for runtime in runtimes:
-                row = measured[network, runtime]
-                base = measured[_BASELINE, runtime]
+                row, base = measured[network, runtime], measured[_BASELINE, runtime]
                 rows.append(
                     {"paper_table": table_number, "name": name}
-                    | _times(row)
+                    | {key: row.get(key) for key in _TIMES}
                     | {"ratio": _ratio(row, base, statistic)}
                     | {"ratio_median": _ratio(row, base, "median_ms")}
-                    | _beside(table, paper, name)
+                    | {"paper_ms": paper[name], "paper_ratio": paper[name] / paper[first]}
+                    | {"paper_verified": table.verified}
                 )
     return rows
 
@@ -239,31 +308,14 @@ def _rows(latency: Result) -> list[Row]:
 def _busy(result: Result) -> str:
     """A warning where times vary so much that their minima are a matter of luck."""
     spread = [r["median_ms"] / r["min_ms"] for r in result.rows if r["failure"] is None]
-    if not spread or statistics.median(spread) < _STEADY:
-        return ""
-    return (
-        f"The machine was busy: medians are {statistics.median(spread):.1f} times the minima. "
-        "Measure again when it is idle."
-    )
+    middle = statistics.median(spread or [1.0])
+    busy = f"The machine was busy: medians are {middle:.1f} times the minima."
+    return "" if middle < _STEADY else f"{busy} Measure again when it is idle."
 
 
 def _ratio(row: Row, base: Row, statistic: str) -> float | None:
     own, other = row.get(statistic), base.get(statistic)
     return own / other if own and other else None
-
-
-def _times(row: Row) -> Row:
-    keys = ("runtime", "min_ms", "median_ms", "p90_ms", "mean_ms", "max_ms", "timed", "failure")
-    return {key: row.get(key) for key in keys}
-
-
-def _beside(table: PaperTable, paper: Mapping[str | None, float], name: str) -> Row:
-    base = next(iter(paper.values()))
-    return {
-        "paper_ms": paper[name],
-        "paper_ratio": paper[name] / base,
-        "paper_verified": table.verified,
-    }
 
 
 def _bar(row: Row, ratio: str, time: str) -> tuple[float | None, str]:

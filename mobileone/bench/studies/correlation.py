@@ -15,12 +15,7 @@ from mobileone.bench.show.charts import COLORS, MARKERS, plain_ticks
 from mobileone.bench.show.tables import Column, make_table, number, words
 from mobileone.bench.suites import choose_models
 
-__all__ = [
-    "correlation_figure",
-    "correlation_table",
-    "rank_correlation",
-    "study_correlation",
-]
+__all__ = ["correlation_figure", "correlation_table", "study_correlation"]
 
 QUANTITIES = {"mmacs": "multiply-adds (M)", "params_m": "parameters (M)"}
 
@@ -119,29 +114,26 @@ def correlation_figure(result: Result) -> Figure:
     """Latency over multiply-adds and over parameters, a marker for each runtime."""
     correlations, points = _split(result)
     statistic = str(result.protocol["statistic"])
+    here = {(r["device"], r["quantity"]): r for r in correlations if r["source"] == "here"}
     runtimes = list(dict.fromkeys(row["runtime"] for row in points))
     figure = Figure(figsize=(10, 5), layout="constrained")
-    for axis, (quantity, label) in zip(figure.subplots(1, 2, sharey=True), QUANTITIES.items(),
-                                       strict=True):  # fmt: skip
+    panels = figure.subplots(1, 2, sharey=True)
+    for axis, (quantity, label) in zip(panels, QUANTITIES.items(), strict=True):
         for i, runtime in enumerate(runtimes):
-            shown = [r for r in points if r["runtime"] == runtime and r["failure"] is None]
-            found = next(
-                r for r in correlations if (r["source"], r["device"], r["quantity"]) ==
-                ("here", runtime, quantity)
-            )  # fmt: skip
+            rows = [r for r in points if r["runtime"] == runtime and r["failure"] is None]
+            own = [r["model"].startswith("mobileone_") for r in rows]
+            found, color = here[runtime, quantity], COLORS[i % len(COLORS)]
             rho = "ρ –" if found["rho"] is None else f"ρ {found['rho']:.2f}, p {found['p']:.2g}"
-            for own in (False, True):
-                rows = [r for r in shown if r["model"].startswith("mobileone_") == own]
-                axis.scatter(
-                    [r[quantity] for r in rows],
-                    [r[statistic] for r in rows],
-                    s=34,
-                    marker=MARKERS[i % len(MARKERS)],
-                    facecolor=COLORS[i % len(COLORS)] if own else "none",
-                    edgecolor=COLORS[i % len(COLORS)],
-                    linewidth=1.4,
-                    label=f"{runtime}: {rho}" if own or not _any_own(shown) else None,
-                )
+            axis.scatter(
+                [r[quantity] for r in rows],
+                [r[statistic] for r in rows],
+                s=34,
+                marker=MARKERS[i % len(MARKERS)],
+                facecolor=[color if filled else "none" for filled in own],
+                edgecolor=color,
+                linewidth=1.4,
+                label=f"{runtime}: {rho}",
+            )
         axis.set_xscale("log")
         axis.set_yscale("log")
         plain_ticks(axis.xaxis)
@@ -149,12 +141,9 @@ def correlation_figure(result: Result) -> Figure:
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-        paper = {r["device"]: r for r in _printed() if r["quantity"] == quantity}
-        axis.set_title(
-            "paper: "
-            + "; ".join(f"{k} ρ {r['rho']:.2f}, p {r['p']:.2f}" for k, r in paper.items()),
-            fontsize=9,
-        )
+        paper = [r for r in _printed() if r["quantity"] == quantity]
+        printed = "; ".join(f"{r['device']} ρ {r['rho']:.2f}, p {r['p']:.2f}" for r in paper)
+        axis.set_title(f"paper: {printed}", fontsize=9)
     figure.axes[0].set_ylabel(f"latency, {statistic.removesuffix('_ms')} (ms)")
     figure.suptitle(
         f"{len({r['model'] for r in points})} networks (filled: MobileOne), "
@@ -162,11 +151,6 @@ def correlation_figure(result: Result) -> Figure:
         fontsize=10,
     )
     return figure
-
-
-def _any_own(rows: Sequence[Row]) -> bool:
-    """Whether one of the family is among the rows."""
-    return any(row["model"].startswith("mobileone_") for row in rows)
 
 
 def _split(result: Result) -> tuple[list[Row], list[Row]]:
@@ -182,8 +166,7 @@ def _counts(row: Row) -> Row:
 def _correlation(
     source: str, device: str, quantity: str, pairs: Sequence[tuple[float, float]]
 ) -> Row:
-    found = rank_correlation([x for x, _ in pairs], [y for _, y in pairs])
-    rho, p = found or (None, None)
+    rho, p = rank_correlation([x for x, _ in pairs], [y for _, y in pairs]) or (None, None)
     row = {"source": source, "device": device, "quantity": quantity}
     return row | {"rho": rho, "p": p, "n": len(pairs)}
 
@@ -208,12 +191,8 @@ def _recomputed() -> list[Row]:
     table = paper_table(9)
     rows = []
     for device in ("mobile", "cpu"):
+        timed = [row for row in table.rows if row[f"{device}_ms"] is not None]
         for quantity in QUANTITIES:
-            pairs = [
-                (row[quantity], row[f"{device}_ms"])
-                for row in table.rows
-                if row[f"{device}_ms"] is not None
-            ]
-            source = table.mark("paper, Table 9")
-            rows.append(_correlation(source, device, quantity, pairs))
+            pairs = [(row[quantity], row[f"{device}_ms"]) for row in timed]
+            rows.append(_correlation(table.mark("paper, Table 9"), device, quantity, pairs))
     return rows

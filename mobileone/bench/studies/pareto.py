@@ -15,7 +15,7 @@ from mobileone.bench.paper import UNVERIFIED, paper_row, paper_table
 from mobileone.bench.results import Result, compare_machines
 from mobileone.bench.show.charts import COLORS, plain_ticks, save_figure
 
-__all__ = ["Point", "draw_pareto", "measured_points", "paper_points", "pareto_front"]
+__all__ = ["draw_pareto"]
 
 _OURS, _OTHERS, _PAPER = COLORS[4], COLORS[0], "#777777"
 
@@ -48,17 +48,13 @@ class Point:
 
 
 def draw_pareto(
-    results: Sequence[str] = (),
-    runtime: str = "onnxruntime",
-    paper_column: str = "mobile_ms",
-    output: str | Path = ".",
+    results: Sequence[str] = (), runtime: str = "onnxruntime", output: str | Path = "."
 ) -> tuple[Path, Path]:
     """Draw accuracy against latency, with the Pareto fronts.
 
     Args:
         results: Latency results of one machine; none: the paper's data alone.
         runtime: Which runtime of these results.
-        paper_column: The paper's latency: `mobile_ms` (Figure 1), `cpu_ms` or `gpu_ms`.
         output: Folder for `pareto.png` and `pareto.svg`.
 
     Returns:
@@ -66,19 +62,15 @@ def draw_pareto(
 
     Raises:
         ValueError: The results are of different machines, threads or sizes, or hold nothing of
-            that runtime whose accuracy is known; or `paper_column` is unknown.
+            that runtime whose accuracy is known.
         FileNotFoundError: There is no such result.
     """
     loaded = [Result.load(path) for path in results]
-    columns = ("mobile_ms", "cpu_ms", "gpu_ms")
-    if paper_column not in columns:
-        raise ValueError(f"`paper_column` (={paper_column!r}) must be one of {', '.join(columns)}")
     measured = measured_points(loaded, runtime) if loaded else []
     canvas = Figure(figsize=(8, 5.5), layout="constrained")
     axes = canvas.subplots()
-    heading = paper_table(9).columns[paper_column]
-    paper = paper_points(paper_column)
-    _draw_set(axes, paper, f"paper: {heading}", own=False)
+    paper = paper_points()
+    _draw_set(axes, paper, f"paper: {paper_table(9).columns['mobile_ms']}", own=False)
     if loaded:
         _draw_set(axes, measured, _legend(loaded[0], runtime), own=True)
     axes.set_xscale("log")
@@ -94,16 +86,15 @@ def draw_pareto(
         title=None if all(point.verified for point in measured) else note, title_fontsize=7,
     )  # fmt: skip
     named = _labels(measured, own=True) + _labels(paper, own=False, all_of_them=not loaded)
-    _place_labels(axes, named, [(p.latency, p.top1) for p in [*paper, *measured]])
+    _place_labels(axes, named, [*paper, *measured])
     return save_figure(canvas, Path(output) / "pareto")
 
 
-def paper_points(column: str = "mobile_ms") -> list[Point]:
-    """Table 9, with one of its latencies, where it has it."""
+def paper_points() -> list[Point]:
+    """Table 9, with its latency on the phone, as in Figure 1."""
     return [
-        Point(row["model"], row[column], row["top1"], row["model"].startswith("MobileOne"))
+        Point(row["model"], row["mobile_ms"], row["top1"], row["model"].startswith("MobileOne"))
         for row in paper_table(9).rows
-        if row[column] is not None
     ]
 
 
@@ -178,17 +169,12 @@ def _draw_set(axes: Axes, points: Sequence[Point], name: str, own: bool) -> None
 
 def _labels(
     points: Sequence[Point], own: bool, all_of_them: bool = True
-) -> list[tuple[str, float, float, dict[str, Any]]]:
+) -> list[tuple[Point, dict[str, Any]]]:
     """The labels of MobileOnes first; without `all_of_them`, of these and of the front alone."""
     front = pareto_front(points)
     style = {"fontsize": 6.5, "color": "black" if own else "#555555"}
     return [
-        (
-            point.label.replace("MobileOne-", ""),
-            point.latency,
-            point.top1,
-            style | {"fontweight": "bold" if point.family else "normal"},
-        )
+        (point, style | {"fontweight": "bold" if point.family else "normal"})
         for point in sorted(points, key=lambda p: not p.family)
         if all_of_them or point.family or point in front
     ]
@@ -204,9 +190,7 @@ def _legend(result: Result, runtime: str) -> str:
 
 
 def _place_labels(
-    axes: Axes,
-    labels: Sequence[tuple[str, float, float, dict[str, Any]]],
-    points: Sequence[tuple[float, float]],
+    axes: Axes, labels: Sequence[tuple[Point, dict[str, Any]]], points: Sequence[Point]
 ) -> None:
     """Write each label at the first place around its point that is free.
 
@@ -215,17 +199,18 @@ def _place_labels(
 
     Args:
         axes: Where.
-        labels: Text, x and y of the point, and style of each, the most important ones first.
-        points: All points that are drawn, x and y.
+        labels: The points to name, each with the style, the most important ones first.
+        points: All points that are drawn.
     """
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()  # the layout decides where points are
-    marks = axes.transData.transform(list(points))
+    marks = axes.transData.transform([(point.latency, point.top1) for point in points])
     reach = 3 * figure.dpi / 72
     taken = [Bbox([(x - reach, y - reach), (x + reach, y + reach)]) for x, y in marks]
-    for text, x, y, style in labels:
-        label = axes.annotate(text, (x, y), xytext=_PLACES[0], textcoords="offset points", **style)
+    for point, style in labels:
+        text, at = point.label.replace("MobileOne-", ""), (point.latency, point.top1)
+        label = axes.annotate(text, at, xytext=_PLACES[0], textcoords="offset points", **style)
         tried = []
         for place in _PLACES:
             label.set_position(place)
@@ -239,7 +224,7 @@ def _place_labels(
         label.set_horizontalalignment("left" if place[0] > 0 else "right")
         taken.append(box)
         if abs(place[0]) > 6:
-            axes.annotate("", (x, y), place, textcoords="offset points", arrowprops=_LINE)
+            axes.annotate("", at, place, textcoords="offset points", arrowprops=_LINE)
 
 
 def _covered(box: Bbox, taken: Sequence[Bbox], frame: Bbox) -> float:

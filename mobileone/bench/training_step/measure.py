@@ -12,19 +12,21 @@ import torch
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from mobileone.bench.inference.latency import check_device
 from mobileone.bench.results import Result, Row
 from mobileone.bench.show.charts import draw_bars
 from mobileone.bench.show.tables import Column, make_table, number, words
-from mobileone.bench.threads import check_threads
-from mobileone.bench.training_step.images import ImageKind
-from mobileone.bench.training_step.implementations import CONTENDERS, change_of, check_contender
+from mobileone.bench.timing import check_device, check_threads
+from mobileone.bench.training_step.contenders import (
+    CONTENDERS,
+    ImageKind,
+    change_of,
+    check_contender,
+)
 from mobileone.bench.training_step.worker import StepTime, StepWorker, TraineeError, TrainingSetting
 
 __all__ = ["measure_training", "training_figure", "training_table"]
 
 _log = logging.getLogger(__name__)
-_MIB = 2.0**20
 
 
 def measure_training(
@@ -134,8 +136,7 @@ def _measure_model(
                     times[name].append(at_work[name].step())
         for name in list(at_work):
             with survived(name):
-                memory = at_work[name].memory()
-                needs[name] = {"kept_mib": memory.kept / _MIB, "peak_mib": memory.peak / _MIB}
+                needs[name] = at_work[name].memory()
     return [
         {"model": model, "contender": name}
         | ({} if name in failures else _statistics(name, times, failures) | needs[name])

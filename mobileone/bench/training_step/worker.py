@@ -1,4 +1,4 @@
-"""A network that trains in a process of its own, one step whenever it is told to."""
+"""A network that trains in a process of its own, one step at each request; its time and memory."""
 
 import multiprocessing
 import os
@@ -13,13 +13,60 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
-from mobileone.bench.training_step.images import ImageKind, sample_images
-from mobileone.bench.training_step.implementations import build_contender
-from mobileone.bench.training_step.memory import kept_bytes, peak_bytes
+from mobileone.bench.training_step.contenders import ImageKind, build_contender, sample_images
 
-__all__ = ["Memory", "StepTime", "StepWorker", "TraineeError", "TrainingSetting", "training_step"]
+__all__ = [
+    "StepTime",
+    "StepWorker",
+    "TraineeError",
+    "TrainingSetting",
+    "kept_bytes",
+    "peak_bytes",
+    "training_step",
+]
 
+
+def kept_bytes(model: nn.Module, x: Tensor) -> int:
+    """Bytes that a forward pass keeps for the backward pass, every storage counted once.
+
+    Parameters and buffers exist anyway and do not count.
+    """
+    owned = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}  # the tensors themselves: a freed address may be used again
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(x)
+    total = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in owned)
+    del output
+    return total
+
+
+def peak_bytes(step: Callable[[], object], device: str) -> int:
+    """The most bytes of tensors that are alive at a time in a step, beyond those alive before."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
+_MIB = 2.0**20
 _WARMUP = 2  # steps in which compilers run and libraries set themselves up
 _LIMIT = 1800.0  # seconds for an answer: compilers take minutes, a hung process for ever
 _PATIENCE = 10.0  # seconds until a process that does not end is killed
@@ -64,19 +111,6 @@ class StepTime:
     cpu_seconds: float
 
 
-@dataclass(frozen=True)
-class Memory:
-    """What a step needs, in bytes for an image.
-
-    Attributes:
-        kept: What autograd keeps for the backward pass, every storage once.
-        peak: Most bytes of tensors alive at a time, beyond those alive between steps.
-    """
-
-    kept: float
-    peak: float
-
-
 class TraineeError(RuntimeError):
     """A contender could not be trained; the message says why."""
 
@@ -86,7 +120,7 @@ class StepWorker:
 
     Args:
         model: timm's name of the model.
-        contender: Which implementation, a name in `CONTENDERS` of `implementations.py`.
+        contender: Which implementation, a name in `CONTENDERS` of `contenders.py`.
         setting: How it is trained.
     """
 
@@ -111,9 +145,14 @@ class StepWorker:
         taken: StepTime = self._ask("step")
         return taken
 
-    def memory(self) -> Memory:
-        """Measure the memory of a step."""
-        needed: Memory = self._ask("memory")
+    def memory(self) -> dict[str, float]:
+        """Measure the memory of a step, for an image.
+
+        Returns:
+            `kept_mib`, what autograd keeps for the backward pass, every storage once; `peak_mib`,
+            most tensors alive at a time, beyond those alive between steps.
+        """
+        needed: dict[str, float] = self._ask("memory")
         return needed
 
     def close(self) -> None:
@@ -174,11 +213,12 @@ class _Training:
         self._synchronize()
         return StepTime(time.perf_counter() - started, time.process_time() - cpu_started)
 
-    def memory(self) -> Memory:
+    def memory(self) -> dict[str, float]:
         peak = peak_bytes(self._step, self.setting.device)
         with _autocast(self.x, self.setting.amp):
             kept = kept_bytes(self.model, self.x)
-        return Memory(kept / len(self.x), peak / len(self.x))
+        share = _MIB * len(self.x)
+        return {"kept_mib": kept / share, "peak_mib": peak / share}
 
     def _synchronize(self) -> None:
         if self.x.is_cuda:

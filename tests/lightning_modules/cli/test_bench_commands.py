@@ -60,7 +60,7 @@ def test_every_kind_of_result_has_a_command_and_can_be_compared(kind):
         (["benchmark", "latency", "--suite", "2027"], "must be one of paper, 2026"),
         (["benchmark", "latency", "mobileone_s0", "--runtimes", "[x]"], "choose from eager"),
         (["benchmark", "latency", "mobileone_s0", "--against", "no.json"], "is not a file"),
-        (["benchmark", "memory", "mobileone_s0", "--batch_sizes", "[0]"], "from 1 up"),
+        (["benchmark", "memory", "mobileone_s0", "--batch_sizes", "[0]"], "`batch_size` (=0)"),
         (["benchmark", "pareto", "--results", "[no.json]"], "is not a file"),
         (["benchmark", "latncy"], "unknown subcommand 'benchmark latncy'; choose one of: latency"),
         (["profile", "mobileone_s0", "--imports", "[no_such_module]"], "'no_such_module'"),

@@ -13,7 +13,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 from mobileone import MobileOneBlock, set_collapse
-from mobileone.bench.training_step.memory import kept_bytes
+from mobileone.bench.training_step.worker import kept_bytes
 from mobileone.collapsed import Path, path_of
 from tests.helpers import twin
 

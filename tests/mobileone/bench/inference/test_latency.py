@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from mobileone.bench.inference.deploy_form import build_form
-from mobileone.bench.inference.latency import check_device, measure_latency
+from mobileone.bench.inference.case import build_form
+from mobileone.bench.inference.latency import measure_latency, measure_throughput
 from mobileone.bench.inference.memory import measure_memory
-from mobileone.bench.inference.throughput import measure_throughput
 from mobileone.bench.runtimes import RUNTIMES, check_runtimes, missing_runtimes, runtimes_for
 from mobileone.bench.show.tables import change_table, latency_table, memory_table, throughput_table
 from mobileone.bench.suites import SUITES, get_suite
+from mobileone.bench.timing import check_device
 
 PRESENT = [
     name
@@ -144,7 +144,7 @@ def test_runtimes_that_are_missing_are_named_with_the_remedy(monkeypatch):
 def test_numbers_are_checked_before_anything_is_built():
     with pytest.raises(ValueError, match=r"`batch_size` \(=0\)"):
         measure_latency(["mobileone_mu0"], batch_size=0)
-    with pytest.raises(ValueError, match=r"`batch_sizes` \(=\[0\]\)"):
+    with pytest.raises(ValueError, match=r"`batch_size` \(=0\)"):
         measure_throughput(["mobileone_mu0"], [0])
     with pytest.raises(ValueError, match="compiles in the process"):
         measure_memory(["mobileone_mu0"], ["compile"])
@@ -195,12 +195,12 @@ def test_peak_memory_grows_with_the_batch():
 def test_core_ml_files_have_the_names_that_the_runner_uses(tmp_path):
     import coremltools
 
-    from mobileone.bench.runtimes import coreml
+    from mobileone.bench.runtimes import convert_coreml
     from mobileone.bench.suites import build_model
 
     model = build_model("mobileone_mu0")
     form, x = build_form(model, 32)
-    coreml.convert(form.model, x, tmp_path / "model")
+    convert_coreml(form.model, x, tmp_path / "model")
     spec = coremltools.utils.load_spec(str(tmp_path / "model.mlpackage"))
     assert [i.name for i in spec.description.input] == ["images"]
     assert list(spec.description.input[0].type.multiArrayType.shape) == [1, 3, 32, 32]

@@ -7,8 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from mobileone.bench.inference.memory_traffic import memory_traffic
-from mobileone.bench.inference.profile import profile_models, profile_module
+from mobileone.bench.inference.profile import memory_traffic, profile_models, profile_module
 from mobileone.bench.show.tables import profile_table
 
 

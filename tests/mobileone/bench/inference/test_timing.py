@@ -7,9 +7,16 @@ import sys
 import pytest
 import torch
 
-from mobileone.bench.inference import timing
-from mobileone.bench.inference.timing import Protocol, get_protocol, summarize, time_in_turn
-from mobileone.bench.threads import check_threads, pinned, torch_threads
+from mobileone.bench import timing
+from mobileone.bench.timing import (
+    Protocol,
+    check_threads,
+    get_protocol,
+    pinned,
+    summarize,
+    time_in_turn,
+    torch_threads,
+)
 
 
 class Clock:

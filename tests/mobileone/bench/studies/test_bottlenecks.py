@@ -1,4 +1,6 @@
-"""The 30-layer network and the study of Tables 2 and 3."""
+"""The 30-layer network, its activations by their formulas, and the study of Tables 2 and 3."""
+
+import math
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from mobileone.bench.results import Result
 from mobileone.bench.studies.bottlenecks import (
     ACTIVATIONS,
     BLOCKS,
+    DynamicReLU,
+    DynamicShiftMax,
     ThirtyLayers,
     bottlenecks_figure,
     bottlenecks_table,
@@ -55,12 +59,11 @@ def test_every_line_of_the_papers_tables_is_measured():
 
 
 @pytest.fixture(scope="module")
-def study():
+def result():
     return study_bottlenecks(["eager"], runs=2, image_size=32)
 
 
-def test_the_study(study):
-    result = study
+def test_the_study(result):
     assert len(result.rows) == 10
     assert "thirty 3×3 convolutions" in result.protocol["layout"]
     rows = {(row["paper_table"], row["name"]): row for row in result.rows}
@@ -74,8 +77,7 @@ def test_the_study(study):
     assert rows[3, "squeeze-and-excite"]["min_ms"] == rows[2, "SE-ReLU"]["min_ms"]
 
 
-def test_unverified_numbers_are_marked(study, capsys):
-    result = study
+def test_unverified_numbers_are_marked(result, capsys):
     Console(width=200).print(bottlenecks_table(result))
     lines = capsys.readouterr().out.splitlines()
     assert "unverified" in next(line for line in lines if "skip connections" in line)
@@ -85,16 +87,14 @@ def test_unverified_numbers_are_marked(study, capsys):
 
 
 @pytest.mark.parametrize(("median", "said"), [(1.1, False), (1.6, True)])
-def test_a_busy_machine_is_said(study, median, said):
-    result = study
+def test_a_busy_machine_is_said(result, median, said):
     rows = [row | {"median_ms": median * row["min_ms"]} for row in result.rows]
     other = Result(**{**vars(result), "rows": rows})
     assert ("The machine was busy" in bottlenecks_table(other).caption) == said
     assert ("The machine was busy" in bottlenecks_figure(other).get_suptitle()) == said
 
 
-def test_a_runtime_that_fails_is_said(study):
-    result = study
+def test_a_runtime_that_fails_is_said(result):
     times = ("min_ms", "median_ms", "ratio", "ratio_median")
     rows = [
         row | dict.fromkeys(times) | {"failure": "no such operator"}
@@ -108,3 +108,60 @@ def test_a_runtime_that_fails_is_said(study):
         console.print(bottlenecks_table(failed))
     assert "no such operator" in output.get()
     assert "failed" in [t.get_text() for a in bottlenecks_figure(failed).axes for t in a.texts]
+
+
+def coefficients(layer: nn.Sequential, image: torch.Tensor) -> list[float]:
+    """θ of one image (C, H, W), by two matrix products on the means."""
+    _, first, _, second = layer
+    hidden = first.weight[:, :, 0, 0] @ image.mean(dim=(1, 2)) + first.bias
+    return (second.weight[:, :, 0, 0] @ hidden.clamp(min=0) + second.bias).tolist()
+
+
+@pytest.mark.parametrize("kind", ["A", "B"])
+@torch.no_grad()
+def test_dynamic_relu_is_its_formula(kind):
+    layer = DynamicReLU(8, kind).double()
+    nn.init.normal_(layer.theta[3].weight)
+    x = torch.randn(2, 8, 3, 2, dtype=torch.float64)
+    y = layer(x)
+    width = 1 if kind == "A" else 8
+    for image, out in zip(x, y, strict=True):
+        residual = [2 / (1 + math.exp(-t)) - 1 for t in coefficients(layer.theta, image)]
+        assert len(residual) == 4 * width
+        for c in range(8):
+            a1, a2, b1, b2 = (residual[k * width + c % width] for k in range(4))
+            for value, result in zip(image[c].flatten(), out[c].flatten(), strict=True):
+                pieces = ((1 + a1) * value + 0.5 * b1, a2 * value + 0.5 * b2)
+                assert float(result) == pytest.approx(float(max(pieces)), rel=1e-12)
+
+
+@torch.no_grad()
+def test_shift_max_is_its_formula():
+    layer = DynamicShiftMax(8, groups=4).double()
+    nn.init.normal_(layer.theta[3].weight, std=3)
+    x = torch.randn(2, 8, 3, 2, dtype=torch.float64)
+    y = layer(x)
+    for image, out in zip(x, y, strict=True):
+        hard = [min(max(t / 6 + 0.5, 0), 1) for t in coefficients(layer.theta, image)]
+        own1, own2, other1, other2 = ([2 * h - 1 for h in hard[k : k + 8]] for k in (0, 8, 16, 24))
+        for i in range(8):
+            other = image[(i + 8 // 4) % 8]
+            first = (1 + own1[i]) * image[i] + other1[i] * other
+            second = own2[i] * image[i] + other2[i] * other
+            assert torch.allclose(out[i], torch.maximum(first, second), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "layer", [DynamicReLU(8, "A"), DynamicReLU(8, "B"), DynamicShiftMax(8)], ids=["A", "B", "max"]
+)
+@torch.no_grad()
+def test_without_residuals_they_are_relu(layer):
+    nn.init.zeros_(layer.theta[3].weight)
+    nn.init.zeros_(layer.theta[3].bias)
+    x = torch.randn(2, 8, 3, 3)
+    assert torch.equal(layer(x), x.relu())
+
+
+def test_groups_must_divide_the_channels():
+    with pytest.raises(ValueError, match=r"`groups` \(=4\) must divide `channels` \(=6\)"):
+        DynamicShiftMax(6, groups=4)

@@ -10,19 +10,20 @@ from torch import nn
 
 from mobileone import MobileOneBlock
 from mobileone.bench.training_step import worker as worker_module
-from mobileone.bench.training_step.images import sample_images
-from mobileone.bench.training_step.implementations import (
+from mobileone.bench.training_step.contenders import (
     CONTENDERS,
     build_contender,
     change_of,
     plain_network,
+    sample_images,
 )
 from mobileone.bench.training_step.measure import measure_training, training_figure, training_table
-from mobileone.bench.training_step.memory import kept_bytes, peak_bytes
 from mobileone.bench.training_step.worker import (
     StepWorker,
     TraineeError,
     TrainingSetting,
+    kept_bytes,
+    peak_bytes,
     training_step,
 )
 from mobileone.folding import StridedPointwise

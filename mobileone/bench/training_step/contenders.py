@@ -1,4 +1,4 @@
-"""Networks whose training cost is compared: timm's, ours, the plain net of the same topology."""
+"""Networks whose training cost is compared, and the images that they train on."""
 
 # torch types every attribute of an nn.Module as `Tensor | Module`
 # mypy: disable-error-code="arg-type,union-attr"
@@ -6,18 +6,29 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Literal
 
 import timm
 import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import byobnet
-from torch import nn
+from torch import Tensor, nn
 
 from mobileone.block import MobileOneBlock
 from mobileone.collapsed import CollapseMode
 from mobileone.folding import slice_before_1x1
 from mobileone.reparameterize import set_collapse
 
-__all__ = ["CONTENDERS", "build_contender", "change_of", "check_contender", "plain_network"]
+__all__ = [
+    "CONTENDERS",
+    "ImageKind",
+    "build_contender",
+    "change_of",
+    "check_contender",
+    "plain_network",
+    "sample_images",
+]
 
 
 def plain_network(model: nn.Module) -> nn.Module:
@@ -107,3 +118,46 @@ def build_contender(name: str, variant: str, device: str, channels_last: bool = 
         slice_before_1x1(model.stem.conv_scale.conv)
     form = torch.channels_last if channels_last else torch.contiguous_format
     return model.to(device).to(memory_format=form).train()
+
+
+ImageKind = Literal["photos", "noise"]
+"""`photos`: neighbors are alike, as in what networks train on; `noise`: nothing is."""
+
+_PHOTOS = ("china.jpg", "flower.jpg")
+_SMALLEST = 0.4  # side of a crop, of the photograph's height
+
+
+def sample_images(kind: ImageKind, number: int, size: int) -> Tensor:
+    """Images (number, 3, size, size) of mean 0 and deviation 1 about, the same in every call.
+
+    Args:
+        kind: Which images. Photographs are the two that scikit-learn ships, in square crops of
+            random place and size, normalized as ImageNet's.
+        number: How many.
+        size: Height and width in pixels.
+    """
+    chance = torch.Generator().manual_seed(0)
+    if kind == "noise":
+        return torch.randn(number, 3, size, size, generator=chance)
+    photos = _photographs()
+    crops = []
+    for i in range(number):
+        photo = photos[i % len(photos)]
+        height, width = photo.shape[1:]
+        part, top, left = torch.rand(3, generator=chance).tolist()
+        side = round(height * (_SMALLEST + (1 - _SMALLEST) * part))
+        top, left = round(top * (height - side)), round(left * (width - side))
+        crop = photo[None, :, top : top + side, left : left + side]
+        crops.append(F.interpolate(crop, (size, size), mode="bilinear", antialias=True))
+    mean, std = (
+        torch.tensor(v)[:, None, None] for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    )
+    return (torch.cat(crops) - mean) / std
+
+
+def _photographs() -> list[Tensor]:
+    """In [0, 1], (3, H, W)."""
+    from sklearn.datasets import load_sample_image  # takes a second
+
+    arrays = [load_sample_image(name) for name in _PHOTOS]
+    return [torch.tensor(array).permute(2, 0, 1).float() / 255 for array in arrays]

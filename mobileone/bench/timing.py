@@ -1,19 +1,133 @@
-"""How often, in which order, and by which statistic inferences are timed."""
+"""How inferences are timed: order, statistic, and the processors that they are kept on."""
 
+import gc
+import os
 import random
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-__all__ = ["PROTOCOLS", "Protocol", "Run", "get_protocol", "summarize", "time_in_turn"]
+__all__ = [
+    "PROTOCOLS",
+    "Protocol",
+    "Run",
+    "check_device",
+    "check_threads",
+    "get_protocol",
+    "pinned",
+    "summarize",
+    "time_in_turn",
+    "torch_threads",
+]
+
+_TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+
+
+def check_threads(threads: int) -> None:
+    """Make sure that this process may use so many processors.
+
+    Raises:
+        ValueError: It may not.
+    """
+    usable = _usable()
+    if not 1 <= threads <= usable:
+        raise ValueError(
+            f"`threads` (={threads}) must be from 1 to {usable}, the processors of this process: "
+            "with more, threads wait for each other"
+        )
+
+
+def check_device(device: str) -> None:
+    """Make sure that PyTorch has a device.
+
+    Raises:
+        ValueError: It has not; names those that there are.
+    """
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: not compiled with CUDA
+        there = [d for d in ("cuda", "mps", "xpu") if torch.get_device_module(d).is_available()]
+        raise ValueError(
+            f"`device` (={device!r}) is not on this machine; there is {', '.join(['cpu', *there])}"
+        ) from error
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """PyTorch's number of threads within an operation; restored afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def pinned(threads: int) -> Iterator[list[int]]:
+    """Keep all threads of this process on fixed processors, and the garbage collector off.
+
+    Where the system says which logical processors share a core, one of each core is taken
+    first. The processors cannot be fixed outside Linux; there the list is empty.
+
+    Args:
+        threads: How many processors.
+
+    Returns:
+        The processors.
+    """
+    chosen = _spread()[:threads] if hasattr(os, "sched_setaffinity") else []
+    before = {}
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        # pools of threads exist already, and each thread has its own affinity
+        for task in _tasks() if chosen else []:
+            before[task] = os.sched_getaffinity(task)
+            os.sched_setaffinity(task, chosen)
+        yield chosen
+    finally:
+        for task, processors in before.items():
+            try:
+                os.sched_setaffinity(task, processors)
+            except ProcessLookupError:  # the thread has ended
+                continue
+        if collecting:
+            gc.enable()
+
+
+def _usable() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _tasks() -> list[int]:
+    return [int(task.name) for task in Path("/proc/self/task").iterdir()]
+
+
+def _spread() -> list[int]:
+    """The usable logical processors, those of different cores first."""
+    firsts: list[int] = []
+    others: list[int] = []
+    seen = set()
+    for processor in sorted(os.sched_getaffinity(0)):
+        topology = Path(_TOPOLOGY.format(processor))
+        core = topology.read_text().strip() if topology.exists() else str(processor)
+        (others if core in seen else firsts).append(processor)
+        seen.add(core)
+    return firsts + others
+
 
 Run = Callable[[], Any]
 """One inference on an input that exists already; returns when the output exists."""
-
-_ROUNDS = 20
 
 
 @dataclass(frozen=True)
@@ -38,10 +152,6 @@ class Protocol:
     trim: int
     statistic: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields, for a result."""
-        return asdict(self)
-
     def turns(self) -> list[int]:
         """Timed inferences of each round."""
         share, rest = divmod(self.runs, self.rounds)
@@ -52,12 +162,10 @@ PROTOCOLS = {
     # Section 3 of the paper: 1 warm-up, 1000 runs, the minimum. The runs come in turns, so that
     # contenders can alternate; the untimed inference of each turn brings the weights back into
     # the caches, where an uninterrupted series would have them.
-    "paper": Protocol("paper", 1000, _ROUNDS, 1, reload=False, trim=0, statistic="min_ms"),
+    "paper": Protocol("paper", 1000, 20, 1, reload=False, trim=0, statistic="min_ms"),
     # ModelBench, the app of the paper's code: 20 rounds of 50, loaded anew, 1 warm-up, without
     # the 10 lowest and highest of each round; low, average, high.
-    "modelbench": Protocol(
-        "modelbench", 1000, _ROUNDS, 1, reload=True, trim=10, statistic="mean_ms"
-    ),
+    "modelbench": Protocol("modelbench", 1000, 20, 1, reload=True, trim=10, statistic="mean_ms"),
 }
 
 
@@ -75,8 +183,7 @@ def get_protocol(name: str, runs: int | None = None) -> Protocol:
     least = chosen.rounds * (2 * chosen.trim + 1) if chosen.trim else 1
     if runs < least:
         raise ValueError(f"`runs` (={runs}) must be at least {least} for the protocol {name!r}")
-    fields = chosen.to_dict() | {"runs": runs, "rounds": min(chosen.rounds, runs)}
-    return Protocol(**fields)
+    return replace(chosen, runs=runs, rounds=min(chosen.rounds, runs))
 
 
 def time_in_turn(
