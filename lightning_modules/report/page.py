@@ -143,7 +143,13 @@ def _find_results(folder: Path) -> tuple[dict[Path, Result], list[str]]:
         if not isinstance(content, dict) or "kind" not in content or "rows" not in content:
             continue  # the record of a run, a manifest, …
         try:
-            results[path] = _complete(path, Result.load(path))
+            result = Result.load(path)
+            for row in result.rows:
+                missing = [name for name in _COLUMNS.get(result.kind, ()) if name not in row]
+                if missing:
+                    lack = f"a row has no {', '.join(missing)}"
+                    raise ValueError(f"{path} is not a whole result: {lack}")
+            results[path] = result
         except ValueError as error:
             unreadable.append(str(error))
     return results, unreadable
@@ -154,13 +160,6 @@ _COLUMNS = {
     "profile": ("model", "level", "parameters", "macs"),
     "latency": ("model", "runtime", "threads"),
 }
-
-
-def _complete(path: Path, result: Result) -> Result:
-    for row in result.rows:
-        if missing := [name for name in _COLUMNS.get(result.kind, ()) if name not in row]:
-            raise ValueError(f"{path} is not a whole result: a row has no {', '.join(missing)}")
-    return result
 
 
 def _family(results: Sequence[Result]) -> dict[str, Any]:

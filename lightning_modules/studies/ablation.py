@@ -20,20 +20,12 @@ from lightning_modules.run.config_files import packaged_configs
 from lightning_modules.run.fit import TrainingCLI, run
 from mobileone.bench.paper import UNVERIFIED, paper_table
 from mobileone.bench.results import Result, Row
-from mobileone.bench.show.charts import COLORS
+from mobileone.bench.show.charts import draw_bars
 from mobileone.bench.show.tables import Column, make_table, number, words
 from mobileone.io.atomic import replace_text
 from mobileone.variants import VARIANTS
 
-__all__ = [
-    "PARTS",
-    "Part",
-    "Setting",
-    "ablation_figure",
-    "ablation_settings",
-    "ablation_table",
-    "study_ablation",
-]
+__all__ = ["ablation_figure", "ablation_table", "study_ablation"]
 
 Part = Literal["k", "branches", "recipe"]
 PARTS: tuple[Part, ...] = ("k", "branches", "recipe")
@@ -161,7 +153,8 @@ def study_ablation(
             cells.write(setting, seed, _train(base, parsed, setting, seed, cells))
     how = {"config": config, "options": list(options), "epochs": epochs, "seeds": seeds}
     how |= {"model": model, "image_size": size, "statistic": "after the last epoch"}
-    rows = [_row(s, [_found(cells, s, i) for i in range(seeds)], model) for s in settings]
+    found = [[cells.read(setting, seed) or {} for seed in range(seeds)] for setting in settings]
+    rows = [_row(*pair, model) for pair in zip(settings, found, strict=True)]
     return Result.new("ablation", how, rows)
 
 
@@ -245,12 +238,6 @@ class _Cells:
         replace_text(self.path(setting, seed), json.dumps(content, indent=2) + "\n")
 
 
-def _found(cells: _Cells, setting: Setting, seed: int) -> dict[str, Any]:
-    cell = cells.read(setting, seed)
-    assert cell is not None
-    return cell
-
-
 def _train(
     base: Sequence[str], parsed: Mapping[str, Any], setting: Setting, seed: int, cells: _Cells
 ) -> dict[str, float]:
@@ -301,22 +288,19 @@ def _row(setting: Setting, cells: Sequence[Mapping[str, float]], model: str) -> 
 
 def _paper(setting: Setting, model: str) -> Row:
     """The paper's line: of the same model if it has that, else of the first one it has."""
-    number = {"k": 6, "branches": 5, "recipe": 8}[setting.part]
-    table = paper_table(number)
+    table = paper_table({"k": 6, "branches": 5, "recipe": 8}[setting.part])
+    name, top1 = "MobileOne-S2", None
     if setting.part == "recipe":
         top1 = {row["recipe"]: row["top1"] for row in table.rows}.get(setting.name)
-        return _beside("MobileOne-S2", top1, table.verified)
-    name = model if any(row["build"] == model for row in table.rows) else table.rows[0]["build"]
-    rows = [row for row in table.rows if row["build"] == name]
-    if setting.part == "k":
-        rows = [row for row in rows if setting.name == f"k = {row['k']}"]
-        return _beside(rows[0]["model"], rows[0]["top1"], table.verified)
-    column = {"all branches": "top1", "no branches": "top1_without"}.get(setting.name)
-    return _beside(rows[0]["model"], rows[0][column] if column else None, table.verified)
-
-
-def _beside(model: str, top1: float | None, verified: bool) -> Row:
-    return {"paper_model": model, "paper_top1": top1, "paper_verified": verified}
+    else:
+        rows = [row for row in table.rows if row["build"] == model]
+        rows = rows or [row for row in table.rows if row["build"] == table.rows[0]["build"]]
+        name = rows[0]["model"]
+        if setting.part == "k":
+            top1 = next(row["top1"] for row in rows if setting.name == f"k = {row['k']}")
+        elif column := {"all branches": "top1", "no branches": "top1_without"}.get(setting.name):
+            top1 = rows[0][column]
+    return {"paper_model": name, "paper_top1": top1, "paper_verified": table.verified}
 
 
 _TITLES = {
@@ -348,27 +332,25 @@ def ablation_table(result: Result) -> Table:
 
 
 def ablation_figure(result: Result) -> Figure:
-    """Mean accuracy of each setting with its deviation, and the paper's on an axis of its own."""
+    """Bars of each setting's mean accuracy, and of the paper's on an axis of its own."""
     parts = list(dict.fromkeys(row["part"] for row in result.rows))
     groups = [[row for row in result.rows if row["part"] == part] for part in parts]
     height = 1.1 + sum(0.75 + 0.34 * len(rows) for rows in groups)
     figure = Figure(figsize=(8, height), layout="constrained")
-    axes = figure.subplots(len(parts), 2, squeeze=False, height_ratios=[len(g) for g in groups])
+    axes = figure.subplots(
+        len(parts), 2, squeeze=False, sharey="row", height_ratios=[len(g) for g in groups]
+    )
     for (here, there), part, rows in zip(axes, parts, groups, strict=True):
         names = [row["setting"] for row in rows]
-        spread = [row["acc1_std"] or 0.0 for row in rows]
-        _points(here, names, [row["acc1_mean"] for row in rows], spread, COLORS[0], "o")
+        _draw(here, names, [(row["acc1_mean"], _accuracy(row)) for row in rows])
         here.set_title(_TITLES[part], fontsize=9, loc="left")
-        known = [row for row in rows if row["paper_top1"] is not None]
-        places = [names.index(row["setting"]) for row in known]
-        _points(there, names, [row["paper_top1"] for row in known], [], COLORS[4], "s", places)
+        _draw(there, names, [(row["paper_top1"], f"{row['paper_top1'] or '–'}") for row in rows])
         mark = "" if all(row["paper_verified"] for row in rows) else UNVERIFIED
         there.set_title(f"paper, {rows[0]['paper_model']}{mark}", fontsize=9, loc="right")
-        there.set_yticklabels([])
-    axes[-1][0].set_xlabel("top-1 here (%)", fontsize=9)
-    axes[-1][1].set_xlabel("top-1 on ImageNet (%)", fontsize=9)
+    axes[-1][0].set_xlabel("top-1 here (%), not from 0", fontsize=9)
+    axes[-1][1].set_xlabel("top-1 on ImageNet (%), not from 0", fontsize=9)
     how = result.protocol
-    seeds = f"{how['seeds']} seed" + ("s, bars: deviation" if how["seeds"] > 1 else "")
+    seeds = f"{how['seeds']} seed" + ("s: mean ± deviation" if how["seeds"] > 1 else "")
     figure.suptitle(
         f"{how['model']}, {how['config']}, {how['image_size']} px, {how['epochs']} epochs, {seeds}",
         fontsize=10,
@@ -376,28 +358,12 @@ def ablation_figure(result: Result) -> Figure:
     return figure
 
 
-def _points(
-    axis: Axes,
-    names: Sequence[str],
-    values: Sequence[float],
-    spread: Sequence[float],
-    color: str,
-    marker: str,
-    places: Sequence[int] | None = None,
-) -> None:
-    y = list(range(len(names))) if places is None else list(places)
-    error = list(spread) if any(spread) else None
-    axis.errorbar(values, y, xerr=error, fmt=marker, color=color, capsize=3)
-    for place, value in zip(y, values, strict=True):
-        axis.annotate(
-            f"{value:.1f}", (value, place), (0, 5), textcoords="offset points", fontsize=8,
-            ha="center",
-        )  # fmt: skip
-    axis.set_yticks(range(len(names)), names, fontsize=9)
-    axis.set_ylim(len(names) - 0.5, -0.7)
-    axis.margins(x=0.15)
-    axis.grid(axis="x", alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
+def _draw(axes: Axes, names: Sequence[str], bars: Sequence[tuple[float | None, str]]) -> None:
+    """Bars that begin a little below the least, or small differences could not be seen."""
+    known = [value for value, _ in bars if value is not None]
+    margin = 0.25 * (max(known) - min(known)) or 1.0
+    draw_bars(axes, names, {"": bars}, start=min(known) - margin)
+    axes.margins(x=0.2)
 
 
 def _accuracy(row: Row) -> str:

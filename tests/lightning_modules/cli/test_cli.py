@@ -180,13 +180,6 @@ def test_gray_images_need_no_second_option():
     main(["fit", *TINY, "--data.input_size", "[1,32,32]", "--trainer.fast_dev_run", "true"])
 
 
-def test_second_run_gets_a_folder_of_its_own(trained, tmp_path):
-    fit("--wandb.mode", "disabled")
-    runs = [p for p in (tmp_path / "runs/quickstart").iterdir() if not p.is_symlink()]
-    assert len(runs) == 2
-    assert all((p / "checkpoints/last.ckpt").is_file() for p in runs)
-
-
 @pytest.mark.slow  # the same with fewer parts: test_resume, test_classifier
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
     """Same folder, same wandb run, same weights bit for bit."""
@@ -282,13 +275,6 @@ def test_every_file_of_an_artifact_predicts_and_is_described(trained, cache, tmp
     with pytest.raises(SystemExit, match="1"):
         main(["inspect", "shipped"])
     assert "NOT AS WRITTEN: shipped does not match" in capsys.readouterr().out
-
-
-def test_export_writes_an_artifact_once(trained, tmp_path, capsys):
-    command = ["export", str(trained / "checkpoints/last.ckpt"), str(tmp_path / "shipped")]
-    main([*command, "--formats", "[torchscript]"])
-    assert (tmp_path / "shipped/manifest.json").is_file()
-    assert "shipped" in error_of(capsys, *command, "--formats", "[torchscript]")
 
 
 def test_explicit_flag_wins_over_the_checkpoint(trained, tmp_path, monkeypatch):
@@ -392,12 +378,6 @@ def test_the_help_of_fit_lists_the_options_of_model_and_data(capsys):
     assert "--model.lr LR learning rate" in said and "--data.batch_size BATCH_SIZE" in said
     assert "--model.model MODEL timm name" in said
     assert "--ema.decay" in said and "--trainer.max_epochs" in said
-
-
-@pytest.mark.slow
-def test_python_dash_m_is_the_same_command():
-    ours = run_python("-m", "lightning_modules.cli.main", "--help")
-    assert run_python("-m", "mobileone", "--help").stdout == ours.stdout
 
 
 @pytest.mark.parametrize(

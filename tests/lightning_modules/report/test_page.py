@@ -267,13 +267,3 @@ def test_a_browser_shows_the_page(results, run, width, tmp_path):
     assert seen["width"] <= width
     assert seen["wide"] == 0
     assert seen["size"] >= 12
-
-
-def test_the_browser_would_notice(tmp_path):
-    """The checks can fail: a script, a lost image and a wide box are seen."""
-    path = tmp_path / "bad.html"
-    path.write_text("<img src='missing.png'><script>console.error('no')</script>")
-    assert "no" in " ".join(browse(path)[1])
-    bad = "<p style='font-size: 5px'>small</p><img src='data:image/png;base64,x'>"
-    seen = look(f"{bad}<div style='width:900px'>wide</div>", 390, tmp_path)
-    assert seen == {"images": [0], "width": 908, "wide": 1, "size": 5}
