@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.ssd import SSD
-from torchvision.ops import batched_nms, box_convert
+from torchvision.ops import box_convert
 
 from mobileone.export.formats import coreml, torchscript
 from mobileone.export.formats.table import (
@@ -36,11 +36,8 @@ from mobileone.io.optional_import import import_optional
 __all__ = [
     "BOXES",
     "LOGITS",
-    "Detections",
     "Suppression",
     "box_formats",
-    "candidates",
-    "detect",
     "map_formats",
     "write_boxes",
 ]
@@ -62,16 +59,6 @@ class Suppression(NamedTuple):
 
     iou: float = 0.45
     confidence: float = 0.25
-
-
-class Detections(NamedTuple):
-    """What the pipeline returns: confidence (B, classes) and coordinates (B, 4).
-
-    Coordinates are x and y of the center, width and height, as parts of the image's sides.
-    """
-
-    confidence: Tensor
-    coordinates: Tensor
 
 
 def map_formats() -> dict[str, Format]:
@@ -150,14 +137,13 @@ def write_boxes(
     path: Path,
     metadata: Metadata,
     *,
-    suppression: Suppression | None = None,
     precision: coreml.Precision = "float16",
 ) -> dict[str, Any]:
     """Convert a detector, join it with a suppression, and save the `.mlpackage` folder.
 
     The package takes an RGB `image` and, if the app wants others, `iouThreshold` and
     `confidenceThreshold`; it returns `confidence` (B, classes without background) and
-    `coordinates` (B, 4), as `Detections` has them.
+    `coordinates` (B, 4): x and y of the center, width and height, as parts of the image's sides.
 
     Args:
         network: fused, in eval mode, float32, on the CPU; normalized images (1, 3, H, W) -> boxes
@@ -165,12 +151,11 @@ def write_boxes(
         spec: size, normalization and names of the classes, background first.
         path: folder to write; must not exist.
         metadata: shown by Xcode.
-        suppression: the thresholds that hold by default.
         precision: of weights and arithmetic.
     """
     with _converted(_Candidates(network, spec), spec, path, _RAW, precision) as model:
         ct = import_optional("coremltools", "Core ML", "coremltools")
-        following = _suppression(ct, model.get_spec(), spec, suppression or Suppression())
+        following = _suppression(ct, model.get_spec(), spec)
         pipeline = ct.utils.make_pipeline(model, ct.models.MLModel(following))
         coreml.save(pipeline, spec, path, metadata)
     return {"input": _PIXELS, "output": {"names": list(BOXES)}}
@@ -189,7 +174,7 @@ def _converted(
     return coreml.converted(network, spec, path, precision, outputs=outputs)
 
 
-def _suppression(ct: Any, network: Any, spec: ExportSpec, chosen: Suppression) -> Any:
+def _suppression(ct: Any, network: Any, spec: ExportSpec) -> Any:
     """The model that follows the network: its inputs are the network's outputs."""
     model = ct.proto.Model_pb2.Model()
     model.specificationVersion = network.specificationVersion
@@ -198,7 +183,7 @@ def _suppression(ct: Any, network: Any, spec: ExportSpec, chosen: Suppression) -
     nms.confidenceOutputFeatureName, nms.coordinatesOutputFeatureName = CONFIDENCE, COORDINATES
     nms.iouThresholdInputFeatureName = "iouThreshold"
     nms.confidenceThresholdInputFeatureName = "confidenceThreshold"
-    nms.iouThreshold, nms.confidenceThreshold = chosen
+    nms.iouThreshold, nms.confidenceThreshold = Suppression()
     nms.pickTop.perClass = True
     nms.stringClassLabels.vector.extend(spec.class_names[1:])
     columns = {CONFIDENCE: spec.num_classes - 1, COORDINATES: 4}
@@ -238,34 +223,6 @@ def _boxes(program: MLProgram, images: Tensor) -> tuple[Tensor, Tensor]:
     background = 1 - confidence.sum(dim=-1, keepdim=True)
     corners = box_convert(coordinates, "cxcywh", "xyxy")
     return corners, torch.cat([background, confidence], dim=-1)
-
-
-def candidates(program: MLProgram, image: Tensor, *, rounding: bool = True) -> Detections:
-    """What the suppression gets for one 8-bit image (3, H, W): one row an anchor.
-
-    Raises:
-        NotVerifiedError: an operation, an argument or an output is unknown.
-        ValueError: the image is not of the program's size.
-    """
-    confidence, coordinates = program.outputs(image[None], _RAW, rounding=rounding)
-    return Detections(confidence[0], coordinates[0])
-
-
-def detect(program: MLProgram, image: Tensor, chosen: Suppression | None = None) -> Detections:
-    """What the pipeline returns for one 8-bit image (3, H, W), best box first.
-
-    A box belongs to the class of its highest confidence, and competes with those of that class
-    (`PickTop.perClass` of Core ML's specification).
-    """
-    confidence, coordinates = candidates(program, image)
-    nms = program.following[0].nonMaximumSuppression
-    overlap, least = chosen or (nms.iouThreshold, nms.confidenceThreshold)
-    best, labels = confidence.max(dim=1)
-    kept = best >= least
-    confidence, coordinates = confidence[kept], coordinates[kept]
-    corners = box_convert(coordinates, "cxcywh", "xyxy")
-    order = batched_nms(corners, best[kept], labels[kept], overlap)
-    return Detections(confidence[order], coordinates[order])
 
 
 # -- The detector as a whole, in TorchScript -------------------------------------------------------

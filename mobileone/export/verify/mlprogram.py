@@ -47,13 +47,11 @@ class Prediction:
     """What the program returns for a batch of images.
 
     Attributes:
-        labels: the named class of each image.
         classes: the label of each column of the tables.
         probabilities: (N, classes).
         logits: what the softmax was given, (N, classes).
     """
 
-    labels: tuple[str, ...]
     classes: tuple[str, ...]
     probabilities: Tensor
     logits: Tensor
@@ -95,9 +93,8 @@ class MLProgram:
             from coremltools.models.utils import load_spec
 
             spec = load_spec(str(path))
-        self.following: list[Any] = []  # what a pipeline does after the program
         if spec.WhichOneof("Type") == "pipeline":
-            spec, *self.following = spec.pipeline.models
+            spec = spec.pipeline.models[0]  # the network; a suppression follows
         if spec.WhichOneof("Type") != "mlProgram" or len(spec.description.input) != 1:
             raise NotVerifiedError(f"{path} is not an ML program with one input")
         (self._input,) = spec.description.input
@@ -141,8 +138,7 @@ class MLProgram:
         classes = tuple(_resolve(last.arguments["classes"], self._constants(rounding)))
         found = self.outputs(images, (named, source.arguments["x"]), rounding=rounding)
         probabilities, logits = (table.flatten(0, 1) for table in found)
-        labels = tuple(classes[index] for index in probabilities.argmax(dim=1).tolist())
-        return Prediction(labels, classes, probabilities, logits)
+        return Prediction(classes, probabilities, logits)
 
     @torch.no_grad()
     def outputs(

@@ -38,18 +38,6 @@ def _batch_norm(
     return F.batch_norm(x, mean, variance, gamma, beta, eps=epsilon)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.linear(x, weight, bias)
-
-
-def _reduce_mean(x: Tensor, axes: list[int], keep_dims: bool) -> Tensor:
-    return x.mean(dim=axes, keepdim=keep_dims)
-
-
-def _reduce_max(x: Tensor, axes: list[int], keep_dims: bool) -> Tensor:
-    return x.amax(dim=axes, keepdim=keep_dims)
-
-
 def _gelu(x: Tensor, mode: str) -> Tensor:
     if mode not in ("EXACT", "TANH_APPROXIMATION"):
         raise NotImplementedError(f"mode {mode!r}")
@@ -142,12 +130,12 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "exp": lambda x: x.exp(),
     "gelu": _gelu,
     "identity": lambda x: x,
-    "linear": _linear,
+    "linear": lambda x, weight, bias=None: F.linear(x, weight, bias),
     "matmul": _matmul,
     "minimum": lambda x, y: torch.minimum(x, torch.as_tensor(y)),
     "mul": lambda x, y: x * y,
-    "reduce_max": _reduce_max,
-    "reduce_mean": _reduce_mean,
+    "reduce_max": lambda x, axes, keep_dims: x.amax(axes, keep_dims),
+    "reduce_mean": lambda x, axes, keep_dims: x.mean(axes, keep_dims),
     "relu": lambda x: x.relu(),
     "reshape": lambda x, shape: x.reshape(shape),
     "sigmoid": lambda x: x.sigmoid(),

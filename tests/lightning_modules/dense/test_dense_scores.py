@@ -14,8 +14,9 @@ from lightning_modules.cli.main import main
 from lightning_modules.dense.data import DetectionData, SegmentationData
 from lightning_modules.dense.export import export_detector, export_segmenter
 from lightning_modules.dense.models import Detector
-from mobileone.dense.export import Suppression, detect
+from mobileone.dense.export import Suppression
 from mobileone.export.verify.mlprogram import MLProgram
+from tests.helpers.core_ml_boxes import detect
 
 pytest.importorskip("segmentation_models_pytorch", reason="needs the extra `dense`")
 pytest.importorskip("pycocotools", reason="needs the extra `dense`")
@@ -196,7 +197,7 @@ def test_detection_learns_and_ships(tmp_path):
 def _as_torchvision(program, image):
     """What Core ML's pipeline finds, in pixels."""
     pixels = (image * 255).round().to(torch.uint8)
-    found = detect(program, pixels, Suppression(0.55, 0.001))
-    scores, labels = found.confidence.max(dim=1)
-    corners = box_convert(found.coordinates, "cxcywh", "xyxy") * image.shape[-1]
+    confidence, coordinates = detect(program, pixels, Suppression(0.55, 0.001))
+    scores, labels = confidence.max(dim=1)
+    corners = box_convert(coordinates, "cxcywh", "xyxy") * image.shape[-1]
     return {"boxes": corners, "scores": scores, "labels": labels + 1}

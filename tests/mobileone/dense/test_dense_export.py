@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from torch import nn
-from torchvision.ops import box_convert, nms
+from torchvision.ops import box_convert
 
 from lightning_modules.data.transforms import resolve_config
 from lightning_modules.dense.export import export_detector, export_segmenter
@@ -13,11 +13,8 @@ from lightning_modules.dense.models import Detector, Segmenter
 from mobileone.dense import fuse, segmenter, ssdlite
 from mobileone.dense.detection import SSDBoxes
 from mobileone.dense.export import (
-    Detections,
     Suppression,
     box_formats,
-    candidates,
-    detect,
     map_formats,
     write_boxes,
 )
@@ -27,6 +24,7 @@ from mobileone.export.preprocess import normalize
 from mobileone.export.spec import ExportSpec
 from mobileone.export.verify.mlprogram import MLProgram
 from mobileone.export.verify.mlprogram_ops import KERNELS
+from tests.helpers.core_ml_boxes import candidates
 
 NAMES = ("background", "circle", "square", "triangle")
 WHOLE_DETECTOR = "detector.torchscript.pt"
@@ -132,11 +130,11 @@ def test_core_mls_boxes_are_the_networks(detector, tmp_path):
     path = tmp_path / "model.mlpackage"
     write_boxes(SSDBoxes(detector).eval(), spec(96), path, Metadata(), precision="float32")
     (image,) = pixels(1, seed=3)
-    found = candidates(MLProgram(path), image)
+    confidence, coordinates = candidates(MLProgram(path), image)
     with torch.no_grad():
         boxes, scores = SSDBoxes(detector)(normalize(image[None], spec(96)))
-    assert torch.allclose(found.confidence, scores[0, :, 1:], atol=1e-4)
-    assert torch.allclose(box_convert(found.coordinates, "cxcywh", "xyxy"), boxes[0], atol=1e-4)
+    assert torch.allclose(confidence, scores[0, :, 1:], atol=1e-4)
+    assert torch.allclose(box_convert(coordinates, "cxcywh", "xyxy"), boxes[0], atol=1e-4)
 
 
 def test_what_vision_reads_of_the_package(package):
@@ -172,39 +170,6 @@ def test_what_vision_reads_of_the_package(package):
     }
     assert [o.name for o in read.description.output] == ["confidence", "coordinates"]
     assert json.loads(read.description.metadata.userDefined["spec"])["class_names"] == [*NAMES]
-
-
-def test_suppression_is_by_class_and_by_threshold(package):
-    """Against one loop over the boxes, best first."""
-    program = MLProgram(package)
-    (image,) = pixels(1, seed=2)
-    confidence, coordinates = candidates(program, image)
-    chosen = Suppression(iou=0.3, confidence=float(confidence.max(dim=1).values.quantile(0.7)))
-    kept: list[int] = []
-    best, labels = confidence.max(dim=1)
-    corners = box_convert(coordinates, "cxcywh", "xyxy")
-    for index in best.argsort(descending=True).tolist():
-        if best[index] < chosen.confidence:
-            break
-        rivals = [k for k in kept if labels[k] == labels[index]]
-        if all(overlap(corners[index], corners[k]) <= chosen.iou for k in rivals):
-            kept.append(index)
-    found = detect(program, image, chosen)
-    assert isinstance(found, Detections) and 1 < len(kept) < len(confidence) / 2
-    assert torch.equal(found.confidence.amax(dim=1), best[kept])  # in this order
-    assert rows(found) == rows(Detections(confidence[kept], coordinates[kept]))  # equals tie
-    assert len(nms(corners, best, chosen.iou)) < len(kept) or len(labels[kept].unique()) == 1
-
-
-def rows(detections):
-    return sorted(torch.cat(detections, dim=1).tolist())
-
-
-def overlap(one, other):
-    low, high = torch.maximum(one[:2], other[:2]), torch.minimum(one[2:], other[2:])
-    common = (high - low).clamp(min=0).prod()
-    area = (one[2:] - one[:2]).prod() + (other[2:] - other[:2]).prod() - common
-    return float(common / area)
 
 
 def test_slices_of_core_ml():

@@ -81,15 +81,6 @@ def test_a_rejected_artifact_leaves_the_older_one(tmp_path, monkeypatch):
     assert Manifest.load(folder) == first
 
 
-def test_the_images_that_are_given_are_compared_on(tmp_path):
-    images = torch.randint(0, 256, (5, 3, 32, 48), dtype=torch.uint8)
-    manifest = export_model(
-        tiny_network(), tiny_spec(), tmp_path / "artifact", FORMATS, images=images
-    )
-    assert manifest.images == "given"
-    assert manifest.formats["torchscript"]["parity"]["images"] == 5
-
-
 def test_a_failure_leaves_no_trace_and_the_older_artifact(tmp_path, monkeypatch):
     folder = tmp_path / "artifact"
     first = export_model(tiny_network(), tiny_spec(), folder, FORMATS)
@@ -194,21 +185,6 @@ def test_a_wrong_number_of_classes_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"returned \[\(8, 5\)\].*3 class names"):
         export_model(tiny_network(classes=5), tiny_spec(), tmp_path / "artifact", FORMATS)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("channels", "names"), [(1, ("a", "b")), (4, ("a", "b", "c")), (3, ("only",))]
-)
-def test_channels_and_classes_may_be_few_or_many(tmp_path, channels, names):
-    spec = tiny_spec(channels, (64, 96), names)
-    model = tiny_network(channels, len(names))
-    manifest = export_model(model, spec, tmp_path / "artifact", FORMATS)
-    module, loaded = load_torchscript_artifact(tmp_path / "artifact")
-    assert loaded.spec == spec
-    assert manifest.channel_order == {1: "L", 3: "RGB"}.get(channels, "unspecified")
-    images = torch.randn(3, channels, 64, 96)
-    with torch.no_grad():
-        assert torch.allclose(module(images), model(images), rtol=1e-4, atol=1e-5)
 
 
 def test_the_metadata_is_completed(tmp_path):

@@ -41,6 +41,7 @@ def test_every_format_takes_what_is_unusual(name, channels, size, names, tmp_pat
     images = torch.randint(0, 256, (2, channels, *size), dtype=torch.uint8)
     manifest = export_model(model, spec, tmp_path / "artifact", [name], images=images)
     assert Manifest.load(tmp_path / "artifact").spec.class_names == names
+    assert manifest.channel_order == {1: "L", 3: "RGB"}.get(channels, "unspecified")
     entry = manifest.formats[name]
     assert entry["parity"]["status"] == "measured"
     kind = entry["input"]["type"]

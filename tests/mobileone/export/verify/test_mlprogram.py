@@ -96,7 +96,7 @@ def test_the_answers_are_those_of_arithmetic_written_again(package, network):
         logits = half(fused[4](half(y.mean((2, 3)))))
     assert torch.allclose(answer.logits, logits, rtol=2e-3, atol=2e-3)
     assert torch.allclose(answer.probabilities, logits.softmax(1), atol=2e-3)
-    assert answer.labels == tuple(spec.class_names[i] for i in logits.argmax(1))
+    assert torch.equal(answer.probabilities.argmax(1), logits.argmax(1))
     assert answer.classes == spec.class_names
 
 
