@@ -20,6 +20,7 @@ from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.data.image_io import read_image
 from lightning_modules.data.protocol import check_data_module, in_chans, num_classes
 from lightning_modules.data.samplers import SampleKey
+from lightning_modules.data.shards.writer import make_shards
 from lightning_modules.errors import UnreadableImageError
 from tests.helpers.paths import PROGRAMS
 from tests.helpers.processes import start_python
@@ -34,6 +35,20 @@ def ready(root, stage="fit", **options):
     data = module(root, **options)
     data.setup(stage)
     return data
+
+
+def as_shards(root):
+    folder = root.with_name(f"{root.name}-shards")
+    make_shards(root, folder)
+    return {"root": folder, "dataset": "wds"}
+
+
+# the same images in every way that they may be stored -> options
+STORAGES = {
+    "folder": lambda root: {"root": root},
+    "function": lambda root: {"root": root, "dataset": "tests.helpers.user_data:make_paths"},
+    "shards": as_shards,
+}
 
 
 # --- layout and classes
@@ -61,11 +76,12 @@ def test_names_of_the_validation_folder(make_folder, name):
     assert len(ready(root).val_dataloader().dataset) == 3
 
 
-def test_test_folder_is_used_if_there_is_one(make_folder, pets):
-    assert len(ready(pets, "test").test_dataloader().dataset) == 4
+@pytest.mark.parametrize("storage", STORAGES)
+def test_test_images_are_used_if_there_are_any(make_folder, pets, storage):
     splits = {"train": {"a": 2, "b": 2}, "val": {"a": 1, "b": 1}, "test": {"b": 5}}
-    data = ready(make_folder(splits, "three"), "test")
-    assert [t for _, batch in data.test_dataloader() for t in batch.tolist()] == [1] * 5
+    for root, expected in ((pets, [0, 0, 1, 1]), (make_folder(splits, "three"), [1] * 5)):
+        data = ready(stage="test", **STORAGES[storage](root))
+        assert [t for _, batch in data.test_dataloader() for t in batch.tolist()] == expected
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -96,11 +112,17 @@ def test_natural_order_with_ties_decided(make_folder):
     assert [data.class_names[t] for t in targets] == [Path(path).parent.name for path in files]
 
 
-def test_class_file_fixes_the_order_in_both_splits(pets, tmp_path):
-    (tmp_path / "classes.txt").write_text("dog\ncat\n")
-    data = ready(pets, classes=str(tmp_path / "classes.txt"))
+@pytest.mark.parametrize("storage", STORAGES)
+def test_class_file_fixes_the_order_in_both_splits(pets, tmp_path, storage):
+    file = tmp_path / "classes.txt"
+    file.write_text("dog\ncat\n")
+    options = {**STORAGES[storage](pets), "classes": str(file)}
+    data = ready(**options)
     assert data.class_names == ["dog", "cat"]
     assert [t for _, batch in data.val_dataloader() for t in batch.tolist()] == [1, 1, 0, 0]
+    file.write_text("dog\n")
+    with pytest.raises(ValueError, match=r"train has classes.*'cat'"):
+        ready(**options)
 
 
 def test_evaluation_without_training_images(pets, make_folder):

@@ -35,6 +35,11 @@ def module(root, workers=0, persistent=False, **options):
     )
 
 
+def training_loader(data):
+    data.setup("fit")
+    return data.train_dataloader()
+
+
 def fit(data, folder, epochs, *callbacks, **options):
     """Epoch and digest of each training batch."""
     recorder = Recorder(lambda module, batch: (module.current_epoch, digest(batch)))
@@ -80,24 +85,23 @@ def test_reloading_the_loader_and_no_sanity_check_change_nothing(pets, tmp_path,
     assert reloaded == uninterrupted
 
 
-def test_global_generators_neither_matter_nor_move(pets, tmp_path, uninterrupted):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_global_generators_neither_matter_nor_move(pets, uninterrupted, workers):
+    def state():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
     random.seed(99)
     np.random.seed(99)
     torch.manual_seed(99)
-    data = module(pets)
-    data.setup("fit")
-    loader = data.train_dataloader()
-    before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    loader, before = training_loader(module(pets, workers)), state()
     batches = list(loader)
-    after = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
-    assert before == after
+    assert state() == before
     assert digest(batches[0]) == uninterrupted[0][1]
 
 
 def test_torch_flips_vary_with_image_and_epoch_but_not_with_the_global_seed(pets):
-    data = module(pets, auto_augment=None, scale=(1, 1), ratio=(1, 1), hflip=0.5)
-    data.setup("fit")
-    samples = data.train_dataloader().dataset
+    options = {"auto_augment": None, "scale": (1, 1), "ratio": (1, 1), "hflip": 0.5}
+    samples = training_loader(module(pets, **options)).dataset
     draws = []
     for seed in range(4):
         torch.manual_seed(seed)
@@ -106,14 +110,6 @@ def test_torch_flips_vary_with_image_and_epoch_but_not_with_the_global_seed(pets
         )
     assert draws[0] == draws[1] == draws[2] == draws[3]
     assert len(set(draws[0])) == 2  # the image and its mirror image
-
-
-def test_workers_do_not_move_the_global_generator(pets):
-    data = module(pets, workers=1)
-    data.setup("fit")
-    before = torch.get_rng_state()
-    list(data.train_dataloader())
-    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_seed_comes_from_the_checkpoint_unless_given(pets, tmp_path, monkeypatch):
@@ -156,9 +152,7 @@ def test_ranks_share_the_images_out():
 
 
 def test_same_image_differs_between_epochs_but_not_between_reads(pets):
-    data = module(pets)
-    data.setup("fit")
-    samples = data.train_dataloader().dataset
+    samples = training_loader(module(pets)).dataset
     first = samples[SampleKey(0, 0)].image
     assert torch.equal(first, samples[SampleKey(0, 0)].image)
     assert not torch.equal(first, samples[SampleKey(1, 0)].image)
@@ -166,9 +160,7 @@ def test_same_image_differs_between_epochs_but_not_between_reads(pets):
 
 
 def test_loaders_survive_pickling(pets):
-    data = module(pets)
-    data.setup("fit")
-    samples = data.train_dataloader().dataset
+    samples = training_loader(module(pets)).dataset
     copy = pickle.loads(pickle.dumps(samples))
     assert torch.equal(copy[SampleKey(2, 1)].image, samples[SampleKey(2, 1)].image)
 
@@ -186,9 +178,7 @@ def test_two_processes_see_every_image_once_an_epoch(make_folder, tmp_path):
     root = make_folder({"train": {"a": 4, "b": 4}, "val": {"a": 2, "b": 2}})
     run_program("images_of_two_ranks.py", root, tmp_path)
     seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
-    alone = ImageDataModule(str(root), batch_size=8, input_size=16, seed=3, num_workers=0)
-    alone.setup("fit")
-    loader = alone.train_dataloader()
+    loader = training_loader(module(root, batch_size=8, auto_augment=None))
     for epoch in (0, 1):
         loader.sampler.set_epoch(epoch)
         expected = sorted(next(iter(loader))[0].sum((1, 2, 3)).tolist())

@@ -51,25 +51,6 @@ def test_a_resumed_epoch_continues_where_it_stopped(pets):
     assert same(batches(resumed), complete[2:])
 
 
-def test_without_test_images_those_of_validation_are_tested(make_folder):
-    splits = {"train": {"a": 2, "b": 2}, "val": {"a": 1, "b": 2}}
-    without = module(make_folder(splits), "make_paths", "test")
-    assert len(without.test_dataloader().dataset) == 3
-    root = make_folder({**splits, "test": {"b": 1}}, "three")
-    targets = [
-        t for _, batch in module(root, "make_paths", "test").test_dataloader() for t in batch
-    ]
-    assert targets == [1]
-
-
-def test_a_file_of_classes_decides_the_indices(pets, tmp_path):
-    names = tmp_path / "names.txt"
-    names.write_text("dog\ncat\n")
-    data = module(pets, "make_paths", classes=str(names))
-    assert data.class_names == ["dog", "cat"]
-    assert [t for _, batch in data.val_dataloader() for t in batch] == [1, 1, 0, 0]
-
-
 def test_splits_must_have_the_same_classes(make_folder):
     root = make_folder({"train": {"a": 2, "b": 2}, "val": {"a": 1, "c": 1}})
     with pytest.raises(ValueError, match=r"val has classes .*'c'"):

@@ -330,28 +330,9 @@ def test_shards_are_read_in_turn_and_each_process_reads_its_own():
     assert not shards_of[0] & shards_of[1]
 
 
-def test_classes_file_reorders(shards, tmp_path):
-    names = tmp_path / "names.txt"
-    names.write_text("dog\ncat\n")
-    data = module(shards, classes=str(names))
-    assert data.class_names == ["dog", "cat"]
-    assert [t for _, batch in data.val_dataloader() for t in batch.tolist()] == [1] * 4 + [0] * 3
-    names.write_text("dog\n")
-    with pytest.raises(ValueError, match="'cat'"):
-        module(shards, classes=str(names))
-
-
 def test_unknown_split_lists_those_there_are(shards):
     with pytest.raises(ValueError, match=r"no split 'extra'.*train, validation"):
         open_split("wds", shards, "extra", None)
-
-
-def test_test_split_is_used_if_there_is_one(make_folder, tmp_path):
-    root = make_folder({**SPLITS, "test": {"dog": 2}}, "three", (9, 8))
-    make_shards(root, tmp_path / "three-shards")
-    data = ImageDataModule(str(tmp_path / "three-shards"), "wds", input_size=8, num_workers=0)
-    data.setup("test")
-    assert [t for _, batch in data.test_dataloader() for t in batch.tolist()] == [1, 1]
 
 
 def test_broken_image_in_a_shard_is_named(folder, tmp_path):
