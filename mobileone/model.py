@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg, LayerFn, get_layer_fns
+from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg, get_layer_fns
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -203,19 +203,16 @@ def _build_block(
     in_chs: int,
     out_chs: int,
     kernel_size: int,
-    stride: int,
     dilation: tuple[int, int],
     group_size: int,
-    num_conv_branches: int,
     use_scale: bool,
     use_skip: bool,
-    drop_path_rate: float,
-    layers: LayerFn,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-    **_: Any,  # what ByobNet passes to all kinds of blocks: bottle_ratio, downsample, drop_block
+    bottle_ratio: float,
+    downsample: str,
+    drop_block: Any,
+    **options: Any,
 ) -> MobileOneBlock:
-    """Translate ByobNet's block arguments.
+    """Translate ByobNet's block arguments, of which the last three are for other kinds of blocks.
 
     A stage whose stride was traded for dilation starts with unequal dilations; its first block
     has no skip, as it has none with the stride, so that weights fit either way.
@@ -225,14 +222,9 @@ def _build_block(
         in_chs,
         out_chs,
         kernel_size=kernel_size,
-        stride=stride,
         dilation=dilation[0] if kernel_size > 1 else 1,
         groups=in_chs // group_size if group_size else 1,
-        num_conv_branches=num_conv_branches,
         use_scale=use_scale and kernel_size > 1,
         use_skip=False if strided or not use_skip else None,
-        drop_path_rate=drop_path_rate,
-        layers=layers,
-        device=device,
-        dtype=dtype,
+        **options,
     )

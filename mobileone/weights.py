@@ -83,7 +83,7 @@ def identify(state_dict: Mapping[str, Any]) -> WeightsInfo | None:
     Returns:
         What it holds, or None if it is not a MobileOne's.
     """
-    stem = _first(state_dict, rf"^stem\.{_CONV}$")
+    stem = next((v for k, v in state_dict.items() if re.match(rf"^stem\.{_CONV}$", k)), None)
     if stem is None:
         return None
     classifier = state_dict.get("head.fc.weight")
@@ -99,10 +99,6 @@ def _timm_key(key: str) -> str:
     for pattern, replacement in _APPLE_TO_TIMM:
         key = pattern.sub(replacement, key)
     return key
-
-
-def _first(state_dict: Mapping[str, Any], pattern: str) -> Tensor | None:
-    return next((v for k, v in state_dict.items() if re.match(pattern, k)), None)
 
 
 def _any_folded(state_dict: Mapping[str, Any]) -> bool:
@@ -215,7 +211,10 @@ def _refuse_misfit(
     if found is None:
         # what remains is a deliberate part of a model, such as its head
         if strict or unlike is not None or any(key not in tensors for key in weights):
-            misfit = _explain_foreign(expected)
+            misfit = (
+                "the weights are not a MobileOne's: they have no stem; this model is "
+                f"{expected or 'a MobileOne'}"
+            )
     elif expected is not None:
         misfit = _explain_layout(found, expected, strict, unlike)
     misfit = misfit or _explain_form(model, weights, folded)
@@ -223,13 +222,6 @@ def _refuse_misfit(
         misfit = _explain_keys(weights, target, tensors)
     if misfit is not None:
         raise RuntimeError(misfit)
-
-
-def _explain_foreign(expected: WeightsInfo | None) -> str:
-    return (
-        "the weights are not a MobileOne's: they have no stem; this model is "
-        f"{expected or 'a MobileOne'}"
-    )
 
 
 def _explain_layout(

@@ -6,16 +6,18 @@ import statistics
 import tarfile
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from PIL import Image
 from rich.table import Table
-from torch.utils.data import DataLoader
 
 from lightning_modules.checks import check_model_name
 from lightning_modules.data.datamodule import ImageDataModule
@@ -96,9 +98,11 @@ def benchmark_data(
             )
             data.setup("fit")
             loaders.append(data.train_dataloader())
-        costs = _time_in_turn([_one_pass(loader) for loader in loaders], rounds)
+        # a pass each, of which no batch is kept
+        runs: list[Callable[[], Any]] = [partial(deque, loader, maxlen=0) for loader in loaders]
+        costs = _time_in_turn(runs, rounds)
         size = sum(file.stat().st_size for file in files) / len(files)
-        del loaders  # whose workers end before their files do
+        del loaders, runs  # whose workers end before their files do
     rows = []
     for (reader, count), passes in zip(combinations, costs, strict=True):
         speeds = [len(files) / wall for wall, _ in passes]
@@ -217,16 +221,8 @@ def _store(place: Path, readers: Sequence[str]) -> None:
         make_shards(place / "folder", place / "shards")
 
 
-def _one_pass(loader: DataLoader) -> Callable[[], None]:
-    def run() -> None:
-        for _ in loader:
-            pass
-
-    return run
-
-
 def _time_in_turn(
-    actions: Sequence[Callable[[], None]], rounds: int
+    actions: Sequence[Callable[[], Any]], rounds: int
 ) -> list[list[tuple[float, float]]]:
     """Wall and processor seconds of each action in each round, after one untimed round."""
     costs: list[list[tuple[float, float]]] = [[] for _ in actions]
@@ -242,9 +238,8 @@ def _time_in_turn(
 def _step_speed(model: str, batch_size: int, image_size: int, rounds: int, device: str) -> float:
     """Images a second of training steps on images that are there already."""
     network = timm.create_model(model).to(device).train()
-    take_step = training_step(
-        network, torch.randn(batch_size, 3, image_size, image_size).to(device)
-    )
+    images = torch.randn(batch_size, 3, image_size, image_size).to(device)
+    take_step = training_step(network, images)
 
     def step() -> None:
         take_step()

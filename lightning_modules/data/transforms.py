@@ -64,7 +64,9 @@ def resolve_config(
     Raises:
         ValueError: unknown model, or sizes and numbers of channels that cannot be.
     """
-    cfg = _pretrained_cfg(model)
+    check_model_name(model)
+    # a network of the user's own may have none: timm's default values
+    cfg = (timm.get_pretrained_cfg(model) or PretrainedCfg()).to_dict()
     if isinstance(input_size, int):
         input_size = (cfg["input_size"][0], input_size, input_size)
     if input_size is not None and (len(input_size) != 3 or min(input_size) < 1):
@@ -174,12 +176,6 @@ def _check_parts(policy: str) -> None:
                 f"{', t<name of a set>' if name == 'rand' else ''}, for example "
                 "'rand-m9-mstd0.5', 'original-mstd0.5' or 'augmix-m3'."
             )
-
-
-def _pretrained_cfg(model: str) -> dict[str, Any]:
-    check_model_name(model)
-    # a network of the user's own may have none: timm's default values
-    return (timm.get_pretrained_cfg(model) or PretrainedCfg()).to_dict()
 
 
 def _per_channel(

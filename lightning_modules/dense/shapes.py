@@ -97,9 +97,6 @@ def _paint(
 
 
 def _overlap(first: tuple[float, ...], second: tuple[float, ...]) -> bool:
-    return (
-        first[0] < second[2]
-        and second[0] < first[2]
-        and first[1] < second[3]
-        and second[1] < first[3]
-    )
+    left, top = map(max, first[:2], second[:2])
+    right, bottom = map(min, first[2:], second[2:])
+    return left < right and top < bottom

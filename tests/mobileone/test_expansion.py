@@ -17,27 +17,27 @@ def shapes():
     return torch.randn(2, 3, 48, 48, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["mobileone_s0", slow("mobileone_s4"), "mobileone_mu1"],
-)
-def test_expanded_weights_compute_what_the_fused_ones_do(name, shapes):
-    fused = mobileone.reparameterize(randomize_bn(timm.create_model(name).double()).eval())
-    model = timm.create_model(name).double().eval()
+def expanded(name, prepare=randomize_bn, **options):
+    """A network's fused form in float64, and a fresh network with its weights expanded."""
+    source = prepare(timm.create_model(name, **options).double())
+    fused = mobileone.reparameterize(source.eval())
+    model = timm.create_model(name, **options).double()
     model.load_state_dict(mobileone.expand(model, fused.state_dict()))
+    return fused, model
+
+
+@pytest.mark.parametrize("name", ["mobileone_s0", slow("mobileone_s4"), "mobileone_mu1"])
+def test_expanded_weights_compute_what_the_fused_ones_do(name, shapes):
+    fused, model = expanded(name)
     expected = fused(shapes)
     # and once more as the plain sum of the branches, which eval mode does not compute
-    for network in (model, by_branches(model)):
+    for network in (model.eval(), by_branches(model)):
         error = (network(shapes) - expected).abs().max() / expected.abs().max()
         assert error < 1e-10
 
 
 def test_the_other_branches_can_learn(shapes):
-    fused = mobileone.reparameterize(
-        randomize_bn(timm.create_model("mobileone_mu0").double()).eval()
-    )
-    model = timm.create_model("mobileone_mu0").double()
-    model.load_state_dict(mobileone.expand(model, fused.state_dict()))
+    _, model = expanded("mobileone_mu0")
     block = model.stages[1][2]
     model.train()(shapes).square().mean().backward()
     kernels = [branch.conv.weight for branch in block.conv_kxk]
@@ -51,12 +51,13 @@ def test_calibrated_weights_compute_the_same_in_training_mode():
     """Exactly on the batch that they were calibrated on, so in expectation on others."""
     torch.manual_seed(3)
     images = torch.randn(2, 4, 3, 32, 32, dtype=torch.float64)
-    source = timm.create_model("mobileone_mu1", num_classes=5).double()
-    with torch.no_grad():
+
+    @torch.no_grad()
+    def seen(source):
         source(images[0])  # statistics that are not a fresh layer's
-    fused = mobileone.reparameterize(source.eval())
-    model = timm.create_model("mobileone_mu1", num_classes=5).double()
-    model.load_state_dict(mobileone.expand(model, fused.state_dict()))
+        return source
+
+    fused, model = expanded("mobileone_mu1", seen, num_classes=5)
     expected = fused(images[0])
 
     def error(training):
