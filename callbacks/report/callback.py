@@ -220,7 +220,11 @@ def _log_picture(loggers: Sequence[Logger], name: str, file: Path, step: int) ->
     |---|---|
     | has `log_image(key, images, step)`, as WandbLogger | the file |
     | its `experiment` has `add_image`, as TensorBoard's writer | the pixels |
+    | its `experiment` has `log_image`, as Comet's | the file |
+    | its `experiment` has `log_artifact`, as MLflow's client | the file, as a file of the run |
     | any other | not at all |
+
+    A logger that raises is warned of, and the training continues.
 
     Args:
         loggers: those of the trainer.
@@ -229,11 +233,22 @@ def _log_picture(loggers: Sequence[Logger], name: str, file: Path, step: int) ->
         step: optimizer steps so far.
     """
     for logger in loggers:
-        if callable(log_image := getattr(logger, "log_image", None)):
-            log_image(name, [str(file)], step=step)
-        elif callable(add_image := _writer(logger, "add_image")):
-            with Image.open(file) as picture:
-                add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+        try:
+            _show(logger, name, file, step)
+        except Exception as error:  # whatever a logger's service raises
+            rank_zero_warn(f"{type(logger).__name__} did not take {name}: {error}")
+
+
+def _show(logger: Logger, name: str, file: Path, step: int) -> None:
+    if callable(log_image := getattr(logger, "log_image", None)):
+        log_image(name, [str(file)], step=step)
+    elif callable(add_image := _writer(logger, "add_image")):
+        with Image.open(file) as picture:
+            add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+    elif callable(log_image := _writer(logger, "log_image")):
+        log_image(str(file), name=name, step=step)
+    elif callable(log_file := _writer(logger, "log_artifact")):
+        log_file(getattr(logger, "run_id", None), str(file), name)
 
 
 @rank_zero_only

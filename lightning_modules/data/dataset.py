@@ -1,5 +1,6 @@
 """The datasets of the loaders: samples are a pure function of (seed, epoch, index)."""
 
+import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -230,8 +231,13 @@ def find_function(name: str) -> Callable[[Path | None, str], Any]:
     module = import_user_module(module_name, "data.dataset")
     function = getattr(module, function_name, None)
     if callable(function):
-        return function
-    if function is None:
+        try:
+            inspect.signature(function).bind(None, "train")
+        except TypeError as error:
+            wrong = f"does not take (root, split): {error}."
+        else:
+            return function
+    elif function is None:
         wrong = f"does not exist{did_you_mean(function_name, vars(module)) or '.'}"
     else:
         wrong = f"is not a function, but {function!r}."

@@ -98,7 +98,15 @@ def _export(
     spec = ExportSpec(model, names, **resolve_config(model, size))
     metadata = Metadata(description=f"{model}, {len(names)} classes, reparameterized")
     return export_model(
-        network, spec, directory, formats, run, metadata, outputs=shapes, table=table
+        network,
+        spec,
+        directory,
+        formats,
+        run,
+        metadata,
+        outputs=shapes,
+        table=table,
+        synthetic=2,  # maps and boxes are many values
     )
 
 

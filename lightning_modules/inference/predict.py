@@ -103,6 +103,8 @@ def predict_folder(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
+    if Path(output).is_dir():
+        raise ValueError(f"output={str(output)!r} is a folder: give the CSV file to write.")
     place = _device(device)
     paths = find_images(images)
     classify, spec = load_classifier(source, format, place)

@@ -184,6 +184,9 @@ class ImageClassifier(TrainingModule):
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"`num_classes` (={num_classes}) must be at least 1")
+        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
+            if value < 0:
+                raise ValueError(f"`{name}` (={value}) must be at least 0")
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"`label_smoothing` (={label_smoothing}) must lie in [0, 1]")
         if layer_decay is not None and not 0 < layer_decay <= 1:
@@ -451,7 +454,21 @@ class ImageClassifier(TrainingModule):
         return logits.float()  # losses and probabilities lose too much in half precision
 
     def _checked(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
-        """Check the labels of a loader of the user's own."""
+        """Check a batch of a loader of the user's own.
+
+        Raises:
+            ValueError: it is not a pair of float images (N, C, H, W) and class indices (N,).
+        """
+        pair = isinstance(batch, tuple | list) and len(batch) == 2
+        if not pair or not isinstance(batch[0], Tensor) or not batch[0].is_floating_point():
+            kinds = ", ".join(
+                f"{part.dtype} {tuple(part.shape)}" if isinstance(part, Tensor) else str(type(part))
+                for part in (batch if isinstance(batch, tuple | list) else [batch])
+            )
+            raise ValueError(
+                "a batch must be a pair of normalized float images (N, C, H, W) and class indices "
+                f"(N,); this one has {kinds}: change what the data module's loaders collate"
+            )
         images, targets = batch
         if batch_idx == 0 or targets.device.type == "cpu":  # elsewhere it would wait for the GPU
             check_targets(targets, self.num_classes)

@@ -1,9 +1,12 @@
 """What all trainings share: seeds, the guard against NaN, one optimizer and its schedules."""
 
-from typing import Any
+import inspect
+from types import FrameType
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -41,6 +44,11 @@ class TrainingModule(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.save_hyperparameters()
+        # the command line gives Lightning what a subclass takes, not what it hands on by itself
+        frame = cast(FrameType, inspect.currentframe())
+        for arguments in collect_init_args(frame, [], classes=(TrainingModule,)):
+            for name, value in arguments.items():
+                self.hparams.setdefault(name, value)
         check_model_name(self.hparams["model"])
         self._guard = NonFiniteGuard(self.hparams["skip_nonfinite"])
         self._restored_seed: int | None = None

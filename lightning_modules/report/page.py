@@ -115,7 +115,10 @@ def _is_number(value: object) -> bool:
 def _folder(path: str | Path, name: str) -> Path:
     found = Path(path).expanduser()
     if not found.is_dir():
-        raise FileNotFoundError(f"`{name}` (={str(path)!r}) is not a folder")
+        raise FileNotFoundError(
+            f"`{name}` (={str(path)!r}) is not a folder: give one that a measurement has written "
+            "with --output, or a run folder"
+        )
     return found
 
 

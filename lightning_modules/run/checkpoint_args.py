@@ -1,14 +1,14 @@
 """The checkpoint that a user names by `--ckpt_path`, and what follows from it."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lightning_modules.errors import UsageError
-from lightning_modules.run.config_files import option_value
+from lightning_modules.run.config_files import option_value, option_values
 from lightning_modules.run.folder import RunFolder
 from lightning_modules.run.parser import class_arguments, class_path
 from lightning_modules.run.resume import newest_usable
@@ -39,11 +39,20 @@ def prepend_run_config(argv: list[str], whole: bool) -> list[str]:
     checkpoint = option_value(argv, "--ckpt_path")
     if checkpoint is None or option_value(argv, "--config", "-c") is not None:
         return argv
+    if "auto" in option_values(argv, "--resume")[:-1]:
+        return argv  # a process that a resuming run has started: it has that command's options
     found = RunFolder.of_checkpoint(checkpoint)
     if found is None or not found.config.is_file():
         return argv
-    check_run_config(found.config)
+    check_run_config(found.config, _given_names(argv))
     return ["--config", str(found.config), *(_WHOLE if whole else ()), *argv]
+
+
+def _given_names(argv: list[str]) -> set[str]:
+    """The modules, classes and functions of the user's own that a command line names itself."""
+    flags = ("model", "model.class_path", "data", "data.class_path", "data.dataset", "imports")
+    values = (option_values(argv, f"--{flag}") for flag in flags)
+    return {name for words in values for word in words for name in _NAME.findall(str(word))}
 
 
 def hyper_parameters(
@@ -69,6 +78,12 @@ def hyper_parameters(
         raise UsageError(
             f"the checkpoint {checkpoint} is of the class {trained}, and a checkpoint does not "
             f"choose what is imported: if you trust its code, give --model {trained}"
+        )
+    foreign = next(_classes(known), None)
+    if foreign is not None:
+        raise UsageError(
+            f"the checkpoint {checkpoint} names {foreign!r} to be imported and run: refused, for a "
+            "checkpoint holds values and tensors"
         )
     taken = class_arguments(given or class_path(default))
     unknown = sorted(set(known) - taken)
@@ -104,16 +119,21 @@ _OURS = ("lightning_modules.", "mobileone.")
 _OWN = ("lightning.pytorch.", "callbacks.", *_OURS)
 _IMPORTING = ("callbacks", "logger", "plugins", "profiler", "strategy", "accelerator")
 _NO_SECTIONS = ("ckpt_path", "imports", "resume", "seed_everything", "verbose", "weights_only")
+_NAME = re.compile(r"[\w.:]+")
 _PLAIN = re.compile(r"\w*")
 _FUNCTION = re.compile(r"[\w.]+:\w+")  # of a data set, as module:function
 _IMPORTABLE = re.compile(r"[A-Za-z_]\w*(\.\w+)+")
 
 
-def check_run_config(path: Path) -> None:
+def check_run_config(path: Path, given: Collection[str] = ()) -> None:
     """Refuse a configuration that nobody gave and that would import code of the sender's choice.
 
     Values are taken as they are. Classes are taken from Lightning and this project, with arguments
     that name nothing to import: some of Lightning's call what they are given.
+
+    Args:
+        path: The configuration.
+        given: Names that the command line gives, so that they may be imported.
 
     Raises:
         ValueError: it names other classes or files, or cannot be read.
@@ -125,7 +145,7 @@ def check_run_config(path: Path) -> None:
             f"{path} cannot be read ({str(error).splitlines()[0]}): give a configuration with "
             "--config"
         ) from error
-    foreign = next(_foreign(values), None)
+    foreign = next((name for name in _foreign(values) if name not in given), None)
     if foreign is not None:
         raise ValueError(
             f"{path}, found beside the checkpoint, names {foreign!r} to be imported and run: "

@@ -15,6 +15,7 @@ __all__ = [
     "file_that_sets",
     "find_configs",
     "option_value",
+    "option_values",
     "packaged_configs",
     "value_in_configs",
 ]
@@ -100,19 +101,22 @@ def option_value(argv: list[str], *flags: str) -> str | None:
         argv: Command-line arguments.
         *flags: Spellings of the option.
     """
-    *_, last = (None, *_values(argv, flags))
+    *_, last = (None, *option_values(argv, *flags))
     return last
 
 
-def _values(argv: Sequence[str], flags: Sequence[str]) -> Iterator[str | None]:
+def option_values(argv: Sequence[str], *flags: str) -> list[str | None]:
+    """All values of an option on a command line, in order; None where its value is missing."""
+    values: list[str | None] = []
     for word, following in zip(argv, [*argv[1:], None], strict=False):
         flag, equals, attached = word.partition("=")
         if flag in flags:
-            yield attached if equals else following
+            values.append(attached if equals else following)
+    return values
 
 
 def _configs(argv: Sequence[str]) -> list[Path]:
-    named = [Path(value) for value in _values(argv, _FLAGS) if value is not None]
+    named = [Path(value) for value in option_values(argv, *_FLAGS) if value is not None]
     return [path for path in named if path.is_file()]
 
 

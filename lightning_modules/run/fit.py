@@ -30,6 +30,7 @@ from lightning_modules.errors import UsageError, message_for_user
 from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.run.check_args import validate_duration
 from lightning_modules.run.checkpoint_args import (
+    check_run_config,
     hyper_parameters,
     load_ckpt_arg,
     prepend_run_config,
@@ -41,7 +42,7 @@ from lightning_modules.run.config_files import (
     value_in_configs,
 )
 from lightning_modules.run.folder import RunFolder, SaveRunConfig
-from lightning_modules.run.parser import Parser, class_arguments, class_path
+from lightning_modules.run.parser import Parser, class_arguments, class_path, is_class
 from lightning_modules.run.resume import Continuation, find_continuation, newest_usable
 from lightning_modules.run.summary import fit_summary
 from lightning_modules.run.trainer import IntLimitTrainer, TimmSyncBatchNorm, wait_for_rank_zero
@@ -145,12 +146,6 @@ class TrainingCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the sections of callbacks, run folder and wandb, and the links."""
-        parser.set_defaults(
-            {
-                "model": {"class_path": class_path(self.model_type)},
-                "data": {"class_path": class_path(self.data_type)},
-            }
-        )
         parser.add_argument(
             "--imports",
             type=list[str],
@@ -207,14 +202,18 @@ class TrainingCLI(LightningCLI):
                     ArgumentParser.add_argument(subparser, flag, dest=unused)
             subparser.parse_args([])
         checkpoint = option_value(sys.argv, "--ckpt_path")
+        model, data = _given_class("model", sys.argv), _given_class("data", sys.argv)
         self.known: dict[str, Any] = {}
         if checkpoint is not None:
-            given = _given_class(sys.argv)
             command = f"{self.program} fit"
-            self.known = hyper_parameters(checkpoint, given, self.model_type, command)
-            model = {"class_path": given or class_path(self.model_type), "init_args": self.known}
-            for subparser in self._subcommand_parsers.values():
-                subparser.set_defaults({"model": model})
+            self.known = hyper_parameters(checkpoint, model, self.model_type, command)
+        # of the classes that are meant: else arguments of the template's would be theirs
+        defaults = {
+            "model": {"class_path": model or class_path(self.model_type), "init_args": self.known},
+            "data": {"class_path": data or class_path(self.data_type)},
+        }
+        for subparser in self._subcommand_parsers.values():
+            subparser.set_defaults(defaults)
         # as LightningCLI does, less the program's own words
         self.config = parser.parse_args(sys.argv[len(self.program.split()) :])
         self.continued = Continuation(None, None, ())
@@ -366,9 +365,15 @@ class TrainingCLI(LightningCLI):
         records = cast(Any, self.trainer).callbacks
         began = any(isinstance(record, SaveRunConfig) and record.began for record in records)
         last = newest_usable(self.run.path)[0] if self.run is not None and began else None
-        if last is not None:
-            # a line of its own, wherever the progress bar was stopped
-            print(f"\nto continue: {self.program} fit --ckpt_path {shlex.quote(str(last))}")
+        if last is None or self.run is None:
+            return
+        words = ["fit", "--ckpt_path", str(last)]
+        try:
+            check_run_config(self.run.config)
+        except ValueError:  # code of the user's own, whose configuration must be given
+            words += ["--config", str(self.run.config)]
+        # a line of its own, wherever the progress bar was stopped
+        print(f"\nto continue: {self.program} {shlex.join(words)}")
 
     def _run_folder(self) -> RunFolder:
         config = self.config[self.subcommand]
@@ -387,12 +392,13 @@ class TrainingCLI(LightningCLI):
 _WRAPPED = ("Call to compute_fn", "Does not validate against any of the Union")
 
 
-def _given_class(argv: list[str]) -> str | None:
-    """The class of the model that a command line or its configurations name."""
-    flag = option_value(argv, "--model", "--model.class_path")
-    named: str | None = value_in_configs("model.class_path", argv)
+def _given_class(section: str, argv: list[str]) -> str | None:
+    """The class of `model` or `data` that a command line or its configurations name."""
+    flag = option_value(argv, f"--{section}", f"--{section}.class_path")
+    named: str | None = value_in_configs(f"{section}.class_path", argv)
     # a run's configuration names the template's class where nobody has chosen one
-    return flag or (None if str(named).startswith("lightning_modules.") else named)
+    given = flag or (None if str(named).startswith("lightning_modules.") else named)
+    return given if given and is_class(given) else None  # else parsing it says what is wrong
 
 
 def _run_name(config: Namespace) -> str:

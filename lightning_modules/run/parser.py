@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning_modules.run.config_files import file_that_sets
 from mobileone.io.suggest import did_you_mean
 
-__all__ = ["Parser", "class_arguments", "class_path"]
+__all__ = ["Parser", "class_arguments", "class_path", "is_class"]
 
 _UNKNOWN = re.compile(r"(?:does not accept option '|unrecognized arguments: (?:--)?)([\w.+]+)")
 _IN_CLASS = re.compile(
@@ -76,11 +76,17 @@ def class_path(kind: type) -> str:
 
 def class_arguments(path: str) -> set[str]:
     """Names of a class's arguments; none if there is no such class, as parsing it says."""
-    try:
-        kind = _class(path)
-    except (ImportError, AttributeError, ValueError):
+    if not is_class(path):
         return set()
-    return set(ArgumentParser().add_class_arguments(kind, fail_untyped=False))
+    return set(ArgumentParser().add_class_arguments(_class(path), fail_untyped=False))
+
+
+def is_class(path: str) -> bool:
+    """True if a class can be imported by this path."""
+    try:
+        return isinstance(_class(path), type)
+    except (ImportError, AttributeError, ValueError):
+        return False
 
 
 def _class(path: str) -> type:

@@ -47,6 +47,7 @@ def export_model(
     overwrite: bool = False,
     outputs: Mapping[str, Sequence[int]] | None = None,
     table: Mapping[str, Format] | None = None,
+    synthetic: int = 8,
 ) -> Manifest:
     """Fuse `model` and publish the folder `directory` with one file a format and a manifest.
 
@@ -67,6 +68,7 @@ def export_model(
         outputs: what the model returns, in order: by name the shape without the batch's size; None
             for a classifier's logits.
         table: the formats that can be written; None for `FORMATS`, those of classifiers.
+        synthetic: number of synthetic images.
 
     Returns:
         The manifest that was written, parity included.
@@ -85,7 +87,7 @@ def export_model(
     metadata = _complete(metadata or Metadata(), spec, run)
     given = images is not None
     if images is None:
-        images = fixed_images(spec, 8 if outputs is None else 2)  # maps and boxes are many values
+        images = fixed_images(spec, synthetic)
     with isolated(), staging(directory.parent) as folder:
         reference = _inference_copy(model)
         expected_outputs = _outputs(reference, spec, images, outputs)

@@ -94,6 +94,11 @@ def _load_file(path: Path, name: str | None) -> Loaded:
     chosen = found or str(format_of(path))
     if name not in (None, chosen):
         raise ValueError(f"{path} is a file of the format {chosen!r}, not {name!r}")
+    if chosen not in FORMATS:
+        raise ValueError(
+            f"{path} is of the format {chosen!r}, which is not among {', '.join(FORMATS)}: if a "
+            "module of yours registers it, import that module with --imports '[my_formats]'"
+        )
     if manifest and found:
         manifest.verify(path.parent, [found])
     try:

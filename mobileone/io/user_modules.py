@@ -47,14 +47,27 @@ def import_user_module(name: str, option: str) -> ModuleType:
         option: The option that names it, for the error.
 
     Raises:
-        ValueError: It is not found; the error says where it was looked for.
+        ValueError: It is not found, and the error says where it was looked for; it is not Python,
+            or a module that it imports is missing.
     """
     put_current_folder_on_path()
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(
+            f"`{option}` names {name!r}, which is not a module's name, as my_module is"
+        )
     try:
         return import_module(name)
+    except SyntaxError as error:
+        raise ValueError(
+            f"`{option}` names {name!r}, which is not Python: {error.filename}, line "
+            f"{error.lineno}: {error.msg}"
+        ) from error
     except ModuleNotFoundError as error:
         if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
-            raise  # found, but it lacks a package of its own
+            raise ValueError(
+                f"`{option}` names {name!r}, which imports {error.name!r}, and there is no such "
+                "module: install its package"
+            ) from error
         raise ValueError(
             f"`{option}` names {name!r}, and there is no such module: run the command in the "
             f"folder that holds {name.partition('.')[0]}.py (now: {Path.cwd()}), install its "

@@ -35,6 +35,10 @@ def make_images(root, split):
     return ImageFolder(root / split) if (root / split).exists() else None
 
 
+def make_without_split(root):
+    return ImageFolder(root / "train")
+
+
 def make_nothing(root, split):
     return None
 

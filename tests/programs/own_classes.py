@@ -72,3 +72,18 @@ class Nameless(MyData):
     def __init__(self):
         super().__init__()
         del self.class_names
+
+
+class OwnDefaults(MyClassifier):
+    """Arguments as the template's, with other defaults."""
+
+    def __init__(self, *, num_classes: int, lr: float = 0.03, model: str = "test_byobnet"):
+        super().__init__(model, num_classes=num_classes, lr=lr)
+
+
+class Sized(MyData):
+    """An argument as the template's, with another default."""
+
+    def __init__(self, batch_size: int = 2, count: int = 8):
+        super().__init__(count)
+        self.batch_size = batch_size

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from callbacks.artifacts.callback import ReparameterizeOnSave
+from callbacks.report import callback as report_module
 from callbacks.report.callback import Report
 from callbacks.report.callback import _write_matrix as write_matrix
 from callbacks.report.figures import confusion_figure, curves_figure, read_curves, samples_figure
@@ -267,3 +269,24 @@ def test_a_matrix_that_was_cut_short_leaves_the_one_before(tmp_path):
         write_matrix(path, torch.zeros(3, 3, dtype=torch.int64), NAMES[:2])
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_pictures_go_to_any_logger_and_none_ends_the_training(tmp_path):
+    """Stand-ins with the methods of Comet's experiment and of MLflow's client."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "p.png")
+    calls = []
+    comet = SimpleNamespace(log_image=lambda file, name, step: calls.append((file, name, step)))
+    mlflow = SimpleNamespace(log_artifact=lambda run, file, folder: calls.append((run, folder)))
+
+    def broken(*args, **kwargs):
+        raise ConnectionError("no server")
+
+    loggers = [
+        SimpleNamespace(experiment=SimpleNamespace(log_image=broken)),
+        SimpleNamespace(experiment=comet),
+        SimpleNamespace(experiment=mlflow, run_id="r1"),
+        SimpleNamespace(experiment=object()),
+    ]
+    with pytest.warns(UserWarning, match="did not take report/p: no server"):
+        report_module._log_picture(loggers, "report/p", tmp_path / "p.png", 7)
+    assert calls == [(str(tmp_path / "p.png"), "report/p", 7), ("r1", "report/p")]

@@ -63,6 +63,7 @@ def test_splits_must_have_the_same_classes(make_folder):
         ("no_such_module:make", r"`data.dataset` names 'no_such_module'.*in the folder"),
         ("tests.helpers.user_data:make_path", r"make_path does not exist; did you mean make_paths"),
         ("tests.helpers.user_data:not_callable", "not_callable is not a function, but 3"),
+        ("tests.helpers.user_data:make_without_split", r"does not take \(root, split\): too many"),
     ],
 )
 def test_a_function_that_is_not_there_is_refused_at_once(tmp_path, name, message):

@@ -309,3 +309,8 @@ def test_progress_does_not_touch_standard_output(checkpoint, pets, tmp_path, cap
     captured = capfd.readouterr()
     assert captured.out == ""
     assert "Classifying" in captured.err
+
+
+def test_a_folder_in_the_place_of_the_csv_file_is_refused_at_once(tmp_path):
+    with pytest.raises(ValueError, match="is a folder: give the CSV file"):
+        predict_folder("no.ckpt", tmp_path, tmp_path)

@@ -414,6 +414,22 @@ def test_plain_loaders_train_without_an_export_spec(tmp_path):
     assert "export_spec" not in torch.load(tmp_path / "x.ckpt", weights_only=True)
 
 
+@pytest.mark.parametrize(
+    ("batch", "found"),
+    [
+        (
+            (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1])),
+            r"torch\.uint8 \(2,",
+        ),
+        ((torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]), ["a", "b"]), "class 'list'"),
+        (torch.zeros(2, 3, 32, 32), r"torch\.float32 \(2,"),
+    ],
+)
+def test_a_batch_that_is_not_a_pair_of_images_and_labels_is_named(batch, found):
+    with pytest.raises(ValueError, match=f"a batch must be a pair .* has .*{found}"):
+        classifier().training_step(batch, 0)
+
+
 def test_other_class_order_than_the_checkpoints_is_refused(tmp_path):
     trainer = make_trainer(tmp_path, epochs=1)
     trainer.fit(classifier(), Images())
@@ -451,6 +467,8 @@ def test_trains_any_timm_model(tmp_path, name):
         ),
         ({"model": "?"}, r"unknown `model` \(='\?'\); timm\.list_models"),
         ({"num_classes": 0}, r"`num_classes` \(=0\)"),
+        ({"lr": -1.0}, r"`lr` \(=-1\.0\) must be at least 0"),
+        ({"momentum": -0.1}, r"`momentum` \(=-0\.1\) must be at least 0"),
         ({"label_smoothing": 1.5}, r"`label_smoothing` \(=1\.5\)"),
         ({"weight_decay": 0.0}, r"`weight_decay_end` \(=1e-05\) must be 0"),
         ({"schedule": "liner"}, r"`schedule` \(='liner'\) must be one of .*; did you mean linear"),

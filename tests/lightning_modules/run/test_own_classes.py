@@ -1,6 +1,7 @@
 """A module and a data module of the user's own, by class path, through the whole command."""
 
 import csv
+import shlex
 import shutil
 import sys
 
@@ -9,6 +10,7 @@ import torch
 import yaml
 
 from lightning_modules.cli.main import main
+from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.run.fit import run
 from tests.helpers.paths import PROGRAMS
 
@@ -64,6 +66,43 @@ def test_own_classifier_and_data_train_resume_export_and_predict(tmp_path, capsy
     assert (cli.model.extra, cli.model.hparams.lr) == (3, 0.01)  # the checkpoint's
     main(["export", str(alone), "shipped", "--formats", "[torchscript]"])
     assert (tmp_path / "shipped/manifest.json").is_file()
+
+
+@pytest.mark.parametrize("by", ["flags", "file"])
+def test_defaults_are_those_of_the_class_that_is_given(tmp_path, by):
+    """And not the template's where its arguments have the same names."""
+    given = ["--model", "own.OwnDefaults", "--data", "own.Sized"]
+    if by == "file":
+        sections = {"model": "own.OwnDefaults", "data": "own.Sized"}
+        text = yaml.safe_dump({name: {"class_path": path} for name, path in sections.items()})
+        (tmp_path / "mine.yaml").write_text(text)
+        given = ["--config", "mine.yaml"]
+    cli = run("fit", [*QUICK, *given])
+    assert (cli.model.hparams.lr, cli.datamodule.batch_size) == (0.03, 2)
+    cli = run("fit", [*QUICK, *given, "--model.lr", "0.02", "--data.batch_size", "4"])
+    assert (cli.model.hparams.lr, cli.datamodule.batch_size) == (0.02, 4)
+
+
+def test_arguments_of_a_class_on_the_command_line_may_be_in_a_file(tmp_path):
+    (tmp_path / "mine.yaml").write_text("model: {extra: 3, lr: 0.02}")
+    given = ["--model", "own.MyClassifier", "--config", "mine.yaml", "--data", "own.MyData"]
+    cli = run("fit", [*QUICK, *given, "--model.model", "test_byobnet"])
+    assert (cli.model.extra, cli.model.hparams.lr) == (3, 0.02)
+
+
+def test_the_command_that_continues_a_run_of_own_classes_works(tmp_path, capsys, monkeypatch):
+    def interrupted(self):
+        if self.current_epoch == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageClassifier, "on_train_epoch_start", interrupted, raising=False)
+        with pytest.raises(SystemExit):
+            run("fit", [*QUICK, *TINY, "--data", "own.MyData", "--trainer.max_epochs", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    command = next(line for line in lines if line.startswith("to continue: "))
+    cli = run("fit", shlex.split(command)[4:])
+    assert cli.trainer.current_epoch == 2
 
 
 def test_channels_and_classes_come_from_the_data(tmp_path):

@@ -4,7 +4,13 @@ import pytest
 import torch
 import yaml
 
-from lightning_modules.run.checkpoint_args import check_run_config
+from lightning_modules.errors import UsageError
+from lightning_modules.recipe.classifier import ImageClassifier
+from lightning_modules.run.checkpoint_args import (
+    check_run_config,
+    hyper_parameters,
+    prepend_run_config,
+)
 from tests.helpers.command import error_of
 
 EVIL = {"class_path": "evil.Callback"}
@@ -77,3 +83,31 @@ def test_the_command_asks_for_the_configuration(tmp_path, capsys):
     (tmp_path / "run/config.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [EVIL]}}))
     said = error_of(capsys, "fit", "--ckpt_path", tmp_path / "run/checkpoints/x.ckpt")
     assert "names 'evil.Callback' to be imported and run: refused" in said
+
+
+def test_hyper_parameters_of_a_checkpoint_import_nothing(tmp_path):
+    """jsonargparse would resolve a class path in any dictionary."""
+    path = tmp_path / "x.ckpt"
+    arguments = {"model": "mobileone_s0", "model_kwargs": {"block_args": {"class_path": "evil.C"}}}
+    torch.save({"state_dict": {}, "hyper_parameters": arguments}, path)
+    with pytest.raises(
+        UsageError, match=r"x\.ckpt names 'evil\.C' to be imported and run: refused"
+    ):
+        hyper_parameters(str(path), None, ImageClassifier, "mobileone fit")
+
+
+def test_a_process_that_a_resuming_run_starts_has_that_commands_options(tmp_path):
+    """Not those of the earlier run, which may name modules or an older length."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "run.json").write_text('{"wandb_id": "x"}')
+    (tmp_path / "config.yaml").write_text("imports: [mine]")
+    found = ["--resume", "never", "--ckpt_path", str(tmp_path / "checkpoints/last.ckpt")]
+    child = ["--imports", "[mine]", "--resume", "auto", *found]
+    assert prepend_run_config(child, whole=False) == child
+    with pytest.raises(ValueError, match="names 'mine'"):
+        prepend_run_config(found, whole=False)
+    config = ["--config", str(tmp_path / "config.yaml")]
+    named = ["--imports", "[other,mine]", *found]  # by the user, so that it may be imported
+    assert prepend_run_config(named, whole=False) == [*config, *named]
+    with pytest.raises(ValueError, match="names 'mine'"):
+        prepend_run_config(["--imports", "other", *found], whole=False)

@@ -23,8 +23,21 @@ def test_a_missing_module_is_named_with_the_folder(tmp_path, monkeypatch):
         import_user_modules(["nowhere.inside"])
 
 
-def test_an_error_inside_a_module_is_its_own(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("import no_such_package\n", "'mine_broken', which imports 'no_such_package'"),
+        ("x = 1\ndef f(:\n", r"which is not Python: .*mine_broken\.py, line 2"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_says_where(tmp_path, monkeypatch, text, expected):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "lacks_a_package.py").write_text("import no_such_package\n")
-    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
-        import_user_modules(["lacks_a_package"])
+    (tmp_path / "mine_broken.py").write_text(text)
+    with pytest.raises(ValueError, match=expected):
+        import_user_modules(["mine_broken"])
+
+
+@pytest.mark.parametrize("name", [".relative", "a/b.py", ""])
+def test_what_is_not_a_module_name_is_refused(name):
+    with pytest.raises(ValueError, match="is not a module's name"):
+        import_user_modules([name])
