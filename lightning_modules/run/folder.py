@@ -74,7 +74,7 @@ class RunFolder:
             except FileExistsError:
                 continue
             run = cls(path, f"{name.replace('/', '-')}-{path.name}-{secrets.token_hex(2)}")
-            run.mark(finished=False)
+            run.set_finished(finished=False)
             return run
         raise FileExistsError(f"{parent} has a thousand runs of this second")
 
@@ -120,7 +120,7 @@ class RunFolder:
         """Keep the configuration, in place of an older one."""
         replace_text(self.config, text)
 
-    def mark(self, finished: bool) -> None:
+    def set_finished(self, finished: bool) -> None:
         """Write the record, with whether the training came to its end."""
         record = {"wandb_id": self.wandb_id, "finished": finished}
         replace_text(self.path / _RECORD, json.dumps(record))
@@ -169,14 +169,14 @@ class SaveRunConfig(SaveConfigCallback):
             return
         run = RunFolder.read(Path(trainer.default_root_dir))
         run.write_config(self.parser.dump(self.config, skip_none=False))
-        run.mark(finished=False)
+        run.set_finished(finished=False)
         for logger in trainer.loggers:
             logger.log_hyperparams(self.config.as_dict())
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that nothing is left to do: a run of this name with other options may begin."""
         if trainer.is_global_zero:
-            RunFolder.read(Path(trainer.default_root_dir)).mark(finished=True)
+            RunFolder.read(Path(trainer.default_root_dir)).set_finished(finished=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Now there is a result: let `latest` link to this run."""

@@ -139,7 +139,7 @@ def _compiled(path: Path, x: Tensor, threads: int) -> Run:
         return model(x)
 
     # PyTorch keeps what it compiled by code object, and all conditions under which one may be
-    # used are tried at each call: contenders that share the code would slow each other down
+    # used are tried at each call: cases that share the code would slow each other down
     code = forward.__code__.replace(co_name=f"forward_{next(_number)}")
     own = types.FunctionType(code, forward.__globals__, closure=forward.__closure__)
     return _complete(torch.compile(own, fullgraph=True, dynamic=False), x)
@@ -166,7 +166,7 @@ def _onnxruntime(path: Path, x: Tensor, threads: int) -> Run:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # threads that spin after a run would take the processors from the next contender
+    # threads that spin after a run would take the processors from the next case
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3  # errors: the rest is about the machine
     session = onnxruntime.InferenceSession(
@@ -190,7 +190,7 @@ def _openvino(path: Path, x: Tensor, threads: int) -> Run:
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
         "INFERENCE_PRECISION_HINT": "f32",  # else bfloat16 where the processor has it
-        "ENABLE_CPU_PINNING": False,  # threads are pinned for all contenders alike
+        "ENABLE_CPU_PINNING": False,  # threads are pinned for all cases alike
     }
     core = openvino.Core()
     model = core.read_model(path.with_suffix(".onnx"))

@@ -136,8 +136,8 @@ class Protocol:
 
     Attributes:
         name: Its name.
-        runs: Timed inferences of each contender, in all rounds together.
-        rounds: Turns that each contender gets; its inferences within a turn follow each other.
+        runs: Timed inferences of each case, in all rounds together.
+        rounds: Turns that each case gets; its inferences within a turn follow each other.
         warmup: Untimed inferences at the beginning of each turn.
         reload: Whether the model is loaded anew before each turn.
         trim: How many of the shortest and of the longest times of each turn are dropped.
@@ -160,7 +160,7 @@ class Protocol:
 
 PROTOCOLS = {
     # Section 3 of the paper: 1 warm-up, 1000 runs, the minimum. The runs come in turns, so that
-    # contenders can alternate; the untimed inference of each turn brings the weights back into
+    # cases can alternate; the untimed inference of each turn brings the weights back into
     # the caches, where an uninterrupted series would have them.
     "paper": Protocol("paper", 1000, 20, 1, reload=False, trim=0, statistic="min_ms"),
     # ModelBench, the app of the paper's code: 20 rounds of 50, loaded anew, 1 warm-up, without
@@ -189,17 +189,17 @@ def get_protocol(name: str, runs: int | None = None) -> Protocol:
 def time_in_turn(
     loaders: Mapping[str, Callable[[], Run]], protocol: Protocol
 ) -> dict[str, list[float]]:
-    """Time contenders in alternation, so that what else the machine does meets them all.
+    """Time cases in alternation, so that what else the machine does meets them all.
 
     Loading, compiling and warm-up are outside the times. The order within a round is shuffled,
-    the same each time, lest one contender always follow another.
+    the same each time, lest one case always follow another.
 
     Args:
-        loaders: What makes each contender ready to run.
+        loaders: What makes each case ready to run.
         protocol: How.
 
     Returns:
-        Times in seconds that the protocol keeps, by contender.
+        Times in seconds that the protocol keeps, by case.
     """
     times: dict[str, list[float]] = {name: [] for name in loaders}
     order = list(loaders)

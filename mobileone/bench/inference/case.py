@@ -179,7 +179,7 @@ _TOLERANCE = {"float32": 1e-3, "float16": 5e-2}  # as for artifacts: the order o
 
 @dataclass(frozen=True)
 class Setting:
-    """What all contenders of a measurement have in common.
+    """What all cases of a measurement have in common.
 
     Attributes:
         threads: Threads of the runtime.

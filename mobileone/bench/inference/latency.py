@@ -1,4 +1,4 @@
-"""Latency and throughput of fused networks across runtimes, contenders in alternation."""
+"""Latency and throughput of fused networks across runtimes, cases in alternation."""
 
 import logging
 import tempfile
@@ -44,7 +44,7 @@ def measure_latency(
         runtimes: Names in `RUNTIMES`; None: all that are present.
         protocol: `paper` (1 warm-up, 1000 runs, minimum) or `modelbench` (20 rounds of 50, model
             loaded anew, 10 lowest and 10 highest of each dropped, average).
-        runs: Timed inferences of each contender; None: the protocol's.
+        runs: Timed inferences of each case; None: the protocol's.
         threads: Threads, and processors that they are kept on.
         batch_size: Images in an inference.
         image_size: Height and width; None: what each model is meant for.
@@ -68,17 +68,17 @@ def measure_latency(
     setting = Setting(threads, batch_size, image_size, device)
     names = check_runtimes(runtimes, device)
     with tempfile.TemporaryDirectory() as folder, torch_threads(threads):
-        contenders = []
+        cases = []
         for i, (name, build) in enumerate(models.items()):
             _log.info("%s (%d of %d): convert for %s", name, i + 1, len(models), ", ".join(names))
-            contenders += prepare(name, build, names, Path(folder) / str(i), setting)
-        ready = {str(i): c.load for i, c in enumerate(contenders) if c.load is not None}
-        _log.info("time %d contenders, %d runs of each", len(ready), chosen.runs)
+            cases += prepare(name, build, names, Path(folder) / str(i), setting)
+        ready = {str(i): c.load for i, c in enumerate(cases) if c.load is not None}
+        _log.info("time %d cases, %d runs of each", len(ready), chosen.runs)
         with pinned(threads) as processors:
             times = time_in_turn(ready, chosen)
     rows = [
-        contender.row | (summarize(times[str(i)]) if str(i) in times else {})
-        for i, contender in enumerate(contenders)
+        case.row | (summarize(times[str(i)]) if str(i) in times else {})
+        for i, case in enumerate(cases)
     ]
     how = asdict(chosen) | choice | asdict(setting)
     how |= {
@@ -102,7 +102,7 @@ def measure_throughput(
 ) -> Result:
     """Time batches, as `measure_latency` times single images, and divide.
 
-    Contenders of the same batch size and device alternate. A batch that does not fit into memory
+    Cases of the same batch size and device alternate. A batch that does not fit into memory
     stands in the result with that reason.
 
     Args:
@@ -110,7 +110,7 @@ def measure_throughput(
         batch_sizes: Images in an inference.
         devices: Devices of PyTorch.
         runtimes: Names in `RUNTIMES`; None: all that are present.
-        runs: Timed inferences of each contender, batch size and device.
+        runs: Timed inferences of each case, batch size and device.
         threads: Threads, and processors that they are kept on.
         image_size: Height and width; None: what each model is meant for.
         suite: A group of models, in addition: `paper` (Table 9) or `2026`.

@@ -1,4 +1,4 @@
-"""Peak memory of inference, each contender in a process of its own."""
+"""Peak memory of inference, each case in a process of its own."""
 
 import gc
 import multiprocessing
@@ -73,8 +73,8 @@ def measure_memory(
             for setting in settings:
                 with tempfile.TemporaryDirectory() as folder:
                     build = partial(build_model, name)
-                    contenders = prepare(name, build, chosen, Path(folder) / "models", setting)
-                    rows += [_measured(contender) for contender in contenders]
+                    cases = prepare(name, build, chosen, Path(folder) / "models", setting)
+                    rows += [_measured(case) for case in cases]
     how = {"process": "fresh", "runs": _RUNS, "threads": threads, "device": device,
            "batch_sizes": list(batch_sizes), "image_size": image_size,
            "statistic": "peak_mib", "form": "fused, BatchNorm folded"}  # fmt: skip
@@ -94,17 +94,17 @@ def _check_own_memory(runtimes: Sequence[str] | None, device: str) -> tuple[str,
     return chosen
 
 
-def _measured(contender: BenchmarkCase) -> Row:
-    weights = sum(p.numel() * p.element_size() for p in contender.model.parameters())
-    row = contender.row | {"weights_mib": weights / _MIB}
-    if contender.load is None:
+def _measured(case: BenchmarkCase) -> Row:
+    weights = sum(p.numel() * p.element_size() for p in case.model.parameters())
+    row = case.row | {"weights_mib": weights / _MIB}
+    if case.load is None:
         return row
     if row["runtime"] == "eager":
-        row["tensors_mib"] = peak_bytes(contender.load(), row["device"]) / _MIB
+        row["tensors_mib"] = peak_bytes(case.load(), row["device"]) / _MIB
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as process:
-        shape, modules = tuple(contender.x.shape), imported_user_modules()
-        peak, running = process.submit(_probe, row, contender.path, shape, modules).result()
+        shape, modules = tuple(case.x.shape), imported_user_modules()
+        peak, running = process.submit(_probe, row, case.path, shape, modules).result()
     return row | {"peak_mib": peak / _MIB, "running_mib": running / _MIB}
 
 

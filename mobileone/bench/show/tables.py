@@ -153,7 +153,7 @@ def change_table(before: Result, after: Result) -> Table:
         if earlier and now:
             rows.append(row | {"before": earlier, "ratio": now / earlier})
     if not rows:
-        raise ValueError("the two results have no contender in common")
+        raise ValueError("the two results have no row in common")
     columns = (
         *(words(key, key) for key in after.keys),
         number(f"before ({before.date[:16]})", "before", ".4g"), number("now", statistic, ".4g"),

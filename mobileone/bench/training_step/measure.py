@@ -16,13 +16,18 @@ from mobileone.bench.results import Result, Row
 from mobileone.bench.show.charts import draw_bars
 from mobileone.bench.show.tables import Column, make_table, number, words
 from mobileone.bench.timing import check_device, check_threads
-from mobileone.bench.training_step.contenders import (
-    CONTENDERS,
+from mobileone.bench.training_step.implementations import (
+    IMPLEMENTATIONS,
     ImageKind,
     change_of,
-    check_contender,
+    check_implementation,
 )
-from mobileone.bench.training_step.worker import StepTime, StepWorker, TraineeError, TrainingSetting
+from mobileone.bench.training_step.worker import (
+    StepTime,
+    StepWorker,
+    StepWorkerError,
+    TrainingSetting,
+)
 
 __all__ = ["measure_training", "training_figure", "training_table"]
 
@@ -31,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 def measure_training(
     models: Sequence[str] = ("mobileone_s0", "mobileone_s1"),
-    contenders: Sequence[str] = tuple(CONTENDERS),
+    contenders: Sequence[str] = tuple(IMPLEMENTATIONS),
     batch_size: int = 16,
     image_size: int = 224,
     rounds: int = 7,
@@ -43,14 +48,14 @@ def measure_training(
 ) -> Result:
     """Measure training steps of several implementations, each in a process of its own, in turn.
 
-    Every round runs one step of every contender, in shuffled order, so that what else the machine
-    does meets them all. The processes that are not at work wait without using a processor. Two
-    steps of each go before, in which compilers run. One that fails stands in the result with the
-    reason instead of times.
+    Every round runs one step of every implementation, in shuffled order, so that other load of the
+    machine affects all of them. Processes that are not at work wait without using a processor. Two
+    untimed steps of each come first, in which compilers run. One that fails is in the result with
+    the reason instead of times.
 
     Args:
         models: MobileOnes, by timm's names.
-        contenders: Implementations, by their names in `CONTENDERS`.
+        contenders: Implementations, by their names in `IMPLEMENTATIONS`.
         batch_size: Images a step.
         image_size: Height and width in pixels.
         rounds: Timed steps of each.
@@ -67,7 +72,7 @@ def measure_training(
         threads), `to_plain` (median over the rounds of its time divided by the plain net's),
         `timm_to` (of timm's block's divided by its own), `kept_mib` and `peak_mib` (memory for an
         image: kept by autograd, and most alive at a time), `change` (what the
-        contender needed to survive, see `change_of`), `failure`.
+        implementation needed to survive, see `change_of`), `failure`.
 
     Raises:
         ValueError: A name or a number is out of range, or there is no such device.
@@ -85,8 +90,8 @@ def measure_training(
     threads = torch.get_num_threads() if threads is None else threads
     check_threads(threads)
     for model in models:
-        for contender in contenders:
-            check_contender(contender, model)
+        for implementation in contenders:
+            check_implementation(implementation, model)
     setting = TrainingSetting(batch_size, image_size, threads, device, channels_last, amp, images)
     rows: list[Row] = []
     for model in models:
@@ -101,31 +106,31 @@ def measure_training(
 
 
 def _measure_model(
-    model: str, contenders: Sequence[str], setting: TrainingSetting, rounds: int
+    model: str, implementations: Sequence[str], setting: TrainingSetting, rounds: int
 ) -> list[Row]:
     failures: dict[str, str] = {}
-    times: dict[str, list[StepTime]] = {name: [] for name in contenders}
+    times: dict[str, list[StepTime]] = {name: [] for name in implementations}
     needs: dict[str, Row] = {}
     with ExitStack() as stack:
         at_work: dict[str, StepWorker] = {}
 
         @contextmanager
         def survived(name: str) -> Iterator[None]:
-            """Note what ends a contender, and go on without it."""
+            """Note what ends an implementation, and continue without it."""
             try:
                 yield
-            except TraineeError as error:
+            except StepWorkerError as error:
                 _log.info("%s, %s: %s", model, name, error)
                 failures[name] = str(error)
                 at_work.pop(name, None)
 
-        for i, name in enumerate(contenders):
-            _log.info("%s, %s (%d of %d): prepare", model, name, i + 1, len(contenders))
-            trainee = StepWorker(model, name, setting)
-            stack.callback(trainee.close)
+        for i, name in enumerate(implementations):
+            _log.info("%s, %s (%d of %d): prepare", model, name, i + 1, len(implementations))
+            worker = StepWorker(model, name, setting)
+            stack.callback(worker.close)
             with survived(name):
-                trainee.prepare()
-                at_work[name] = trainee
+                worker.prepare()
+                at_work[name] = worker
         order = list(at_work)
         shuffle = random.Random(0).shuffle
         for turn in range(rounds):
@@ -144,7 +149,7 @@ def _measure_model(
             "change": change_of(name, setting.device, setting.channels_last),
             "failure": failures.get(name),
         }
-        for name in contenders
+        for name in implementations
     ]
 
 
@@ -203,7 +208,7 @@ def training_table(result: Result) -> Table:
 
 
 def training_figure(result: Result) -> Figure:
-    """Bars of time and of kept memory, by model and contender."""
+    """Bars of time and of kept memory, by model and implementation."""
     models = list(dict.fromkeys(row["model"] for row in result.rows))
     names = list(dict.fromkeys(row["contender"] for row in result.rows))
     rows = {(row["model"], row["contender"]): row for row in result.rows}

@@ -15,12 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from mobileone.bench.training_step.contenders import ImageKind, build_contender, sample_images
+from mobileone.bench.training_step.implementations import (
+    ImageKind,
+    build_implementation,
+    sample_images,
+)
 
 __all__ = [
     "StepTime",
     "StepWorker",
-    "TraineeError",
+    "StepWorkerError",
     "TrainingSetting",
     "kept_bytes",
     "peak_bytes",
@@ -76,7 +80,7 @@ _QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "KINETO_LOG_LEVEL": "99"}
 
 @dataclass(frozen=True)
 class TrainingSetting:
-    """What all contenders of a measurement have in common.
+    """What all implementations of a measurement have in common.
 
     Attributes:
         batch_size: Images in a step.
@@ -111,23 +115,23 @@ class StepTime:
     cpu_seconds: float
 
 
-class TraineeError(RuntimeError):
-    """A contender could not be trained; the message says why."""
+class StepWorkerError(RuntimeError):
+    """An implementation could not be trained; the message says why."""
 
 
 class StepWorker:
-    """A contender in a process of its own: neither its end nor its state touches the others.
+    """An implementation in a process of its own: neither its end nor its state touches the others.
 
     Args:
         model: timm's name of the model.
-        contender: Which implementation, a name in `CONTENDERS` of `contenders.py`.
+        implementation: Which implementation, a name in `IMPLEMENTATIONS` of `implementations.py`.
         setting: How it is trained.
     """
 
-    def __init__(self, model: str, contender: str, setting: TrainingSetting) -> None:
+    def __init__(self, model: str, implementation: str, setting: TrainingSetting) -> None:
         spawn = multiprocessing.get_context("spawn")
         self._connection, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_serve, args=(theirs, model, contender, setting))
+        self._process = spawn.Process(target=_serve, args=(theirs, model, implementation, setting))
         with _environment(_QUIET):
             self._process.start()
         theirs.close()
@@ -136,7 +140,7 @@ class StepWorker:
         """Build the network and take the first steps, in which compilers run.
 
         Raises:
-            TraineeError: It failed, as in every method.
+            StepWorkerError: It failed, as in every method.
         """
         self._ask("prepare")
 
@@ -167,13 +171,13 @@ class StepWorker:
             self._connection.send(command)
             if not self._connection.poll(_LIMIT):
                 self._process.kill()
-                raise TraineeError(f"no answer to {command!r} in {_LIMIT:g} seconds")
+                raise StepWorkerError(f"no answer to {command!r} in {_LIMIT:g} seconds")
             failure, answer = self._connection.recv()
         except (EOFError, OSError) as error:  # OSError: a broken pipe
             self._process.join()
-            raise TraineeError(_ending(self._process.exitcode)) from error
+            raise StepWorkerError(_ending(self._process.exitcode)) from error
         if failure is not None:
-            raise TraineeError(failure)
+            raise StepWorkerError(failure)
         return answer
 
 
@@ -195,11 +199,13 @@ def training_step(model: nn.Module, x: Tensor, amp: bool = False) -> Callable[[]
 class _Training:
     """What happens in the process."""
 
-    def __init__(self, model: str, contender: str, setting: TrainingSetting) -> None:
+    def __init__(self, model: str, implementation: str, setting: TrainingSetting) -> None:
         torch.set_num_threads(setting.threads)
         form = torch.channels_last if setting.channels_last else torch.contiguous_format
         self.setting = setting
-        self.model = build_contender(contender, model, setting.device, setting.channels_last)
+        self.model = build_implementation(
+            implementation, model, setting.device, setting.channels_last
+        )
         images = sample_images(setting.images, setting.batch_size, setting.image_size)
         self.x = images.to(setting.device, memory_format=form)
         self._step = training_step(self.model, self.x, setting.amp)
@@ -225,7 +231,9 @@ class _Training:
             torch.cuda.synchronize(self.x.device)
 
 
-def _serve(connection: Connection, model: str, contender: str, setting: TrainingSetting) -> None:
+def _serve(
+    connection: Connection, model: str, implementation: str, setting: TrainingSetting
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     training: _Training | None = None
     while True:
@@ -234,7 +242,7 @@ def _serve(connection: Connection, model: str, contender: str, setting: Training
         except EOFError:
             return
         try:
-            training = training or _Training(model, contender, setting)
+            training = training or _Training(model, implementation, setting)
             answer = None if command == "prepare" else getattr(training, command)()
         except Exception as error:  # whatever a compiler raises: the others are measured still
             first = next(iter(str(error).splitlines()), "")

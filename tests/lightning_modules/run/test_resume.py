@@ -117,7 +117,7 @@ def test_an_unfinished_run_with_other_options_is_not_left_behind(tmp_path, epoch
     with pytest.raises(UsageError, match=ways):
         find_continuation(tmp_path, OTHER)
     if epoch is None:
-        RunFolder.read(run).mark(finished=True)
+        RunFolder.read(run).set_finished(finished=True)
     else:
         write(run / "checkpoints/a.ckpt", 50, epoch=2)
     assert find_continuation(tmp_path, OTHER).run is None

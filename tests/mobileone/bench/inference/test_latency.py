@@ -51,7 +51,7 @@ def result():
     return measure_latency(["mobileone_mu0"], PRESENT, runs=4, image_size=64)
 
 
-def test_every_contender_is_fused_right_and_timed(result):
+def test_every_case_is_fused_right_and_timed(result):
     assert [(row["model"], row["runtime"]) for row in result.rows] == [
         ("mobileone_mu0", runtime) for runtime in PRESENT
     ]
@@ -65,7 +65,7 @@ def test_every_contender_is_fused_right_and_timed(result):
     assert "mobileone_mu0" in shown and "the min of 4" in shown
 
 
-def test_a_contender_that_takes_longer_is_told_from_a_shorter_one():
+def test_a_case_that_takes_longer_is_told_from_a_shorter_one():
     modules = {str(n): (lambda n=n: Repeated(n).eval()) for n in (2, 20)}
     short, long = measure_latency(modules, ["eager"], runs=10, image_size=128).rows
     assert long["min_ms"] > 4 * short["min_ms"]  # ten times the work
@@ -94,7 +94,7 @@ def test_a_converter_that_fails_is_named_beside_those_that_do_not(monkeypatch):
     assert "in torchscript: NotImplementedError" in text_of(latency_table(result))
 
 
-def test_a_contender_is_loaded_once_or_each_turn_on_the_same_input(monkeypatch):
+def test_a_case_is_loaded_once_or_each_turn_on_the_same_input(monkeypatch):
     seen = []
 
     def load(path, x, threads):
@@ -121,7 +121,7 @@ def test_results_of_other_machines_and_settings_are_not_compared(result):
     threads = dataclasses.replace(result, protocol=result.protocol | {"threads": 9})
     with pytest.raises(ValueError, match="`threads` is 9"):
         change_table(threads, result)
-    with pytest.raises(ValueError, match="no contender in common"):
+    with pytest.raises(ValueError, match="no row in common"):
         change_table(dataclasses.replace(result, rows=result.rows[:1]),
                      dataclasses.replace(result, rows=result.rows[1:]))  # fmt: skip
 
@@ -210,7 +210,7 @@ def test_core_ml_files_have_the_names_that_the_runner_uses(tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_contenders_do_not_share_what_was_compiled(tmp_path):
+def test_compiled_cases_do_not_share_what_was_compiled(tmp_path):
     names = ["mobileone_mu0", "mobileone_mu1", "mobileone_s0"]
     result = measure_latency(names, ["compile"], runs=2, image_size=32)
     assert [row["failure"] for row in result.rows] == [None] * 3

@@ -20,14 +20,14 @@ from mobileone.bench.timing import (
 
 
 class Clock:
-    """A clock that only the contenders move, and what they did."""
+    """A clock that only the cases move, and what they did."""
 
     def __init__(self, monkeypatch):
         self.now = 0
         self.calls = []
         monkeypatch.setattr(timing.time, "perf_counter_ns", lambda: self.now)
 
-    def contender(self, name, durations):
+    def case(self, name, durations):
         """A loader that takes 1000 ms; its runs take `durations` ms in turn, the last forever."""
 
         def load():
@@ -50,16 +50,16 @@ def clock(monkeypatch):
 
 
 def test_loading_and_warm_up_are_not_timed(clock):
-    loaders = {"a": clock.contender("a", [500, 3, 2]), "b": clock.contender("b", [700, 5])}
+    loaders = {"a": clock.case("a", [500, 3, 2]), "b": clock.case("b", [700, 5])}
     times = time_in_turn(loaders, Protocol("x", 6, 1, 1, reload=False, trim=0, statistic="min_ms"))
     assert times["a"] == [0.002] * 5 + [0.003]
     assert times["b"] == [0.005] * 6
 
 
-def test_contenders_alternate_in_changing_order(clock):
+def test_cases_alternate_in_changing_order(clock):
     names = ["a", "b", "c"]
     protocol = Protocol("x", 40, 20, 1, reload=False, trim=0, statistic="min_ms")
-    time_in_turn({name: clock.contender(name, [1]) for name in names}, protocol)
+    time_in_turn({name: clock.case(name, [1]) for name in names}, protocol)
     assert clock.calls[:3] == ["load a", "load b", "load c"]
     runs = clock.calls[3:]
     rounds = [runs[i : i + 9] for i in range(0, len(runs), 9)]
@@ -72,7 +72,7 @@ def test_contenders_alternate_in_changing_order(clock):
 
 def test_modelbench_loads_each_turn_anew_and_trims_each_turn(clock):
     # in each turn of 5, after the warm-up: 9 1 2 3 8 -> 2 3 8 without the extremes
-    loaders = {"a": clock.contender("a", [99, 9, 1, 2, 3, 8])}
+    loaders = {"a": clock.case("a", [99, 9, 1, 2, 3, 8])}
     times = time_in_turn(loaders, Protocol("x", 10, 2, 1, reload=True, trim=1, statistic="mean_ms"))
     assert clock.calls.count("load a") == 2
     assert sorted(times["a"]) == [0.002, 0.002, 0.003, 0.003, 0.008, 0.008]

@@ -10,9 +10,9 @@ from torch import nn
 
 from mobileone import MobileOneBlock
 from mobileone.bench.training_step import worker as worker_module
-from mobileone.bench.training_step.contenders import (
-    CONTENDERS,
-    build_contender,
+from mobileone.bench.training_step.implementations import (
+    IMPLEMENTATIONS,
+    build_implementation,
     change_of,
     plain_network,
     sample_images,
@@ -20,7 +20,7 @@ from mobileone.bench.training_step.contenders import (
 from mobileone.bench.training_step.measure import measure_training, training_figure, training_table
 from mobileone.bench.training_step.worker import (
     StepWorker,
-    TraineeError,
+    StepWorkerError,
     TrainingSetting,
     kept_bytes,
     peak_bytes,
@@ -68,12 +68,14 @@ def test_peak_bytes_sees_what_lives_together():
 def test_collapsed_training_keeps_less_than_the_plain_net():
     # at few images small blocks keep their branches
     x = torch.randn(12, 3, 160, 160)
-    kept = {name: kept_bytes(build_contender(name, "mobileone_s1", "cpu"), x) for name in EAGER}
+    kept = {
+        name: kept_bytes(build_implementation(name, "mobileone_s1", "cpu"), x) for name in EAGER
+    }
     assert kept["ours"] < kept["plain"] < kept["timm"]
     big, small = (
         {
             name: kept_bytes(
-                build_contender(name, "mobileone_s0", "cpu"), torch.randn(n, 3, 96, 96)
+                build_implementation(name, "mobileone_s0", "cpu"), torch.randn(n, 3, 96, 96)
             )
             for name in EAGER
         }
@@ -83,13 +85,13 @@ def test_collapsed_training_keeps_less_than_the_plain_net():
     assert an_image["ours always"] < 0.6 * an_image["plain"] < 0.25 * an_image["timm"]
 
 
-def test_the_result_holds_every_contender():
-    contenders = ["timm", "ours", "plain"]
+def test_the_result_holds_every_implementation():
+    implementations = ["timm", "ours", "plain"]
     result = measure_training(
-        ["mobileone_s0"], contenders, batch_size=2, image_size=32, rounds=3, threads=1,
+        ["mobileone_s0"], implementations, batch_size=2, image_size=32, rounds=3, threads=1,
     )  # fmt: skip
     rows = {row["contender"]: row for row in result.rows}
-    assert list(rows) == contenders
+    assert list(rows) == implementations
     for row in result.rows:
         assert row["failure"] is None
         assert min(row["seconds"], row["cpu_seconds"], row["kept_mib"]) > 0
@@ -97,7 +99,9 @@ def test_the_result_holds_every_contender():
     assert rows["plain"]["to_plain"] == 1 == rows["timm"]["timm_to"]
     assert rows["timm"]["to_plain"] == rows["plain"]["timm_to"] > 1
     # the child measured the network that it names
-    kept = kept_bytes(build_contender("plain", "mobileone_s0", "cpu"), torch.randn(2, 3, 32, 32))
+    kept = kept_bytes(
+        build_implementation("plain", "mobileone_s0", "cpu"), torch.randn(2, 3, 32, 32)
+    )
     assert rows["plain"]["kept_mib"] == pytest.approx(kept / 2 / 2**20)
     table = training_table(result)
     assert table.row_count == 3
@@ -124,7 +128,7 @@ def test_timms_stem_is_made_safe_where_it_would_die_and_the_result_says_so():
         ("timm compiled", False, True),
         ("ours", True, False),
     ):
-        model = build_contender(name, "mobileone_s0", "cpu", channels_last)
+        model = build_implementation(name, "mobileone_s0", "cpu", channels_last)
         kernel = model.stem.conv_kxk[0].conv.weight
         assert kernel.is_contiguous(memory_format=torch.channels_last) == channels_last
         assert (change_of(name, "cpu", channels_last) is not None) == changed
@@ -137,12 +141,12 @@ def test_timms_stem_is_made_safe_where_it_would_die_and_the_result_says_so():
 
 def test_a_contender_that_hangs_is_ended(monkeypatch):
     monkeypatch.setattr(worker_module, "_LIMIT", 0.2)
-    trainee = StepWorker("mobileone_s0", "plain", TrainingSetting(2, 32))
-    os.kill(trainee._process.pid, signal.SIGSTOP)
-    with pytest.raises(TraineeError, match=r"no answer to 'prepare' in 0\.2 seconds"):
-        trainee.prepare()
-    trainee.close()
-    assert not trainee._process.is_alive()
+    worker = StepWorker("mobileone_s0", "plain", TrainingSetting(2, 32))
+    os.kill(worker._process.pid, signal.SIGSTOP)
+    with pytest.raises(StepWorkerError, match=r"no answer to 'prepare' in 0\.2 seconds"):
+        worker.prepare()
+    worker.close()
+    assert not worker._process.is_alive()
 
 
 def test_a_contender_that_dies_leaves_the_others_measured(monkeypatch):
@@ -154,9 +158,9 @@ def test_a_contender_that_dies_leaves_the_others_measured(monkeypatch):
                 os.kill(self._process.pid, signal.SIGSEGV)
             return super().step()
 
-        def __init__(self, model, contender, setting):
-            super().__init__(model, contender, setting)
-            self._name = contender
+        def __init__(self, model, implementation, setting):
+            super().__init__(model, implementation, setting)
+            self._name = implementation
 
     monkeypatch.setattr(training, "StepWorker", Mortal)
     result = measure_training(
@@ -179,18 +183,18 @@ def test_a_contender_that_dies_leaves_the_others_measured(monkeypatch):
 
 
 def test_an_error_in_the_process_is_told():
-    trainee = StepWorker("mobileone_s0", "plain", TrainingSetting(1, 32, images="noise"))
+    worker = StepWorker("mobileone_s0", "plain", TrainingSetting(1, 32, images="noise"))
     try:  # one value a channel in the last layers
-        with pytest.raises(TraineeError, match="ValueError: Expected more than 1 value"):
-            trainee.prepare()
+        with pytest.raises(StepWorkerError, match="ValueError: Expected more than 1 value"):
+            worker.prepare()
     finally:
-        trainee.close()
-    assert not trainee._process.is_alive()
+        worker.close()
+    assert not worker._process.is_alive()
 
 
 def test_training_under_autocast_keeps_less():
     x = torch.randn(8, 3, 96, 96)
-    model = build_contender("plain", "mobileone_s0", "cpu")
+    model = build_implementation("plain", "mobileone_s0", "cpu")
     before = [p.clone() for p in model.parameters()]
     training_step(model, x, amp=True)()
     assert not all(map(torch.equal, before, model.parameters()))
@@ -201,8 +205,8 @@ def test_training_under_autocast_keeps_less():
 
 @pytest.mark.parametrize("name", EAGER)
 def test_every_contender_takes_a_real_step(name):
-    before = build_contender(name, "mobileone_s0", "cpu")
-    after = build_contender(name, "mobileone_s0", "cpu")
+    before = build_implementation(name, "mobileone_s0", "cpu")
+    after = build_implementation(name, "mobileone_s0", "cpu")
     torch.testing.assert_close(before.state_dict(), after.state_dict())  # the same seed
     assert after.training
     training_step(after, torch.randn(2, 3, 32, 32))()
@@ -214,9 +218,9 @@ def test_every_contender_takes_a_real_step(name):
 
 def test_errors_name_the_choices():
     with pytest.raises(ValueError, match=r"'theirs'.*ours always"):
-        build_contender("theirs", "mobileone_s0", "cpu")
+        build_implementation("theirs", "mobileone_s0", "cpu")
     with pytest.raises(ValueError, match=r"'mobileone_mu0'.*mobileone_s4"):
-        build_contender("timm", "mobileone_mu0", "cpu")
+        build_implementation("timm", "mobileone_mu0", "cpu")
     with pytest.raises(ValueError, match=r"`rounds` \(=0\)"):
         measure_training(rounds=0)
     if not torch.cuda.is_available():
@@ -230,4 +234,4 @@ def test_errors_name_the_choices():
         measure_training(threads=4096)
     with pytest.raises(ValueError, match=r"'repvgg_a0'\) is not one of timm's MobileOnes"):
         measure_training(["repvgg_a0"])
-    assert set(EAGER) < set(CONTENDERS)
+    assert set(EAGER) < set(IMPLEMENTATIONS)

@@ -21,11 +21,11 @@ from mobileone.folding import slice_before_1x1
 from mobileone.reparameterize import set_collapse
 
 __all__ = [
-    "CONTENDERS",
+    "IMPLEMENTATIONS",
     "ImageKind",
-    "build_contender",
+    "build_implementation",
     "change_of",
-    "check_contender",
+    "check_implementation",
     "plain_network",
     "sample_images",
 ]
@@ -62,7 +62,7 @@ def _compiled(model: nn.Module) -> nn.Module:
     return model
 
 
-CONTENDERS: dict[str, Callable[[str], nn.Module]] = {
+IMPLEMENTATIONS: dict[str, Callable[[str], nn.Module]] = {
     "timm": lambda variant: getattr(byobnet, variant)(),
     "timm compiled": lambda variant: _compiled(getattr(byobnet, variant)()),
     "ours": _ours,
@@ -71,24 +71,24 @@ CONTENDERS: dict[str, Callable[[str], nn.Module]] = {
     "plain": lambda variant: plain_network(_ours(variant)),
     "plain compiled": lambda variant: _compiled(plain_network(_ours(variant))),
 }
-"""What each contender builds from a variant's name."""
+"""What each implementation builds from a variant's name."""
 
 
-def check_contender(name: str, variant: str) -> None:
-    """Make sure that a contender can be built.
+def check_implementation(name: str, variant: str) -> None:
+    """Make sure that an implementation can be built.
 
     Raises:
         ValueError: It is unknown, or timm has no such variant to compare with.
     """
-    if name not in CONTENDERS:
-        raise ValueError(f"`contender` (={name!r}) must be one of {', '.join(CONTENDERS)}")
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"`contenders` (={name!r}) must be one of {', '.join(IMPLEMENTATIONS)}")
     if not hasattr(byobnet, variant) or not variant.startswith("mobileone_"):
         known = ", ".join(n for n in sorted(dir(byobnet)) if n.startswith("mobileone_s"))
         raise ValueError(f"`model` (={variant!r}) is not one of timm's MobileOnes: {known}")
 
 
 def change_of(name: str, device: str, channels_last: bool) -> str | None:
-    """What is changed in a contender, so that it survives, and why; None: nothing.
+    """What is changed in an implementation, so that it survives, and why; None: nothing.
 
     It concerns timm's stem on a CPU in channels-last, which compilers choose by themselves.
     """
@@ -98,22 +98,24 @@ def change_of(name: str, device: str, channels_last: bool) -> str | None:
     return None
 
 
-def build_contender(name: str, variant: str, device: str, channels_last: bool = False) -> nn.Module:
-    """Build a network in training mode from a fixed seed, changed as `change_of` says.
+def build_implementation(
+    name: str, variant: str, device: str, channels_last: bool = False
+) -> nn.Module:
+    """Build a network in training mode from a fixed seed, changed as `change_of` reports.
 
     Args:
-        name: One of `CONTENDERS`.
+        name: One of `IMPLEMENTATIONS`.
         variant: timm's name of the model.
         device: Where it goes.
         channels_last: Memory format of its kernels.
 
     Raises:
-        ValueError: As `check_contender`.
+        ValueError: As `check_implementation`.
     """
-    check_contender(name, variant)
+    check_implementation(name, variant)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = CONTENDERS[name](variant)
+        model = IMPLEMENTATIONS[name](variant)
     if change_of(name, device, channels_last) is not None:
         slice_before_1x1(model.stem.conv_scale.conv)
     form = torch.channels_last if channels_last else torch.contiguous_format
