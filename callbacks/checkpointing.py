@@ -25,10 +25,10 @@ __all__ = [
 
 
 def save_complete(trainer: Trainer, final: Path, weights_only: bool = False) -> None:
-    """Write a checkpoint beside its place and rename it: Lightning's own move may copy.
+    """Write a checkpoint to a temporary name and rename it: Lightning's own move may copy.
 
-    All ranks must call it. What was written is looked through first: a checkpoint that nobody can
-    go on with must not take the place of one before it.
+    All ranks must call it. What was written is checked first: a checkpoint that nobody can resume
+    from must not replace an earlier one.
 
     Args:
         trainer: its strategy writes the file.
@@ -68,7 +68,7 @@ class AtomicCheckpoint(ModelCheckpoint):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """As Lightning does; a run that is resumed has checkpoints already, which is no news."""
+        """As Lightning does; a resumed run already has checkpoints, so no warning is given."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
             super().setup(trainer, pl_module, stage)
@@ -80,7 +80,7 @@ class AtomicCheckpoint(ModelCheckpoint):
 
 
 def _write(trainer: Trainer, staged: Path, final: Path, weights_only: bool) -> str | None:
-    """Write, and come to where all ranks meet even if that fails; what went wrong, as a line."""
+    """Write, and reach the barrier of all ranks even if that fails; the error, as a line."""
     try:
         trainer.save_checkpoint(staged, weights_only)
     except OSError as error:
@@ -88,7 +88,7 @@ def _write(trainer: Trainer, staged: Path, final: Path, weights_only: bool) -> s
         return (
             f"{final} could not be written ({error.strerror or error}); "
             f"{shutil.disk_usage(final.parent).free / 1e6:.0f} MB are free there. The "
-            "checkpoints before it are whole: make room, then continue from the last"
+            "checkpoints before it are complete: make room, then continue from the last"
         )
     return None
 
@@ -102,7 +102,7 @@ def without_raising(work: Callable[[], str | None]) -> str | None:
 
 
 def on_rank_zero(trainer: Trainer, work: Callable[[], str | None]) -> str | None:
-    """Run `work` on rank 0; every rank gets what went wrong, so that all go on or all stop."""
+    """Run `work` on rank 0; every rank gets what went wrong, so that all continue or all stop."""
     failure = without_raising(work) if trainer.is_global_zero else None
     return trainer.strategy.broadcast(failure)
 

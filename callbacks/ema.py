@@ -46,8 +46,8 @@ class EMA(WeightAveraging):
     Before averaging has begun, the averaged weights are the raw ones. A checkpoint that is loaded
     for anything but `fit` is left as it is.
 
-    Mends these of Lightning 2.6's `WeightAveraging`: a test after `fit` with `ckpt_path` sees raw
-    weights; a delayed start validates, and can end with, the initial weights; weights-only
+    Repairs these defects of Lightning 2.6's `WeightAveraging`: a test after `fit` with `ckpt_path`
+    sees raw weights; a delayed start validates, and can end with, the initial weights; weights-only
     checkpoints hold raw weights; an exception in validation swaps the two sets; saving after `fit`
     loses the raw weights; integer buffers are averaged; there is no warm-up of the decay.
 
@@ -72,7 +72,7 @@ class EMA(WeightAveraging):
         validate: Validated = "average",
     ) -> None:
         if not 0 <= decay <= 1:
-            raise ValueError(f"`decay` (={decay}) must lie in [0, 1]")
+            raise ValueError(f"`decay` (={decay}) must be in [0, 1]")
         if start_step < 0:
             raise ValueError(f"`start_step` (={start_step}) must be at least 0")
         if validate not in get_args(Validated):

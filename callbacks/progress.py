@@ -1,4 +1,4 @@
-"""A line an epoch: what remains to be read when the progress bar is gone, or never was."""
+"""A line an epoch: the log that remains when the progress bar is gone, or was never there."""
 
 import time
 
@@ -10,7 +10,7 @@ __all__ = ["EpochLines"]
 class EpochLines(Callback):
     """Print epoch, step, metrics and seconds at the end of every training epoch.
 
-    In a terminal the lines stand above the progress bar; in a log file they are the progress.
+    In a terminal the lines are above the progress bar; in a log file they are the progress.
     """
 
     def __init__(self) -> None:

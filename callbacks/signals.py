@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: remembered, and obeyed where nothing is lost."""
+"""Signals that ask a run to stop: remembered, and acted on where nothing is lost."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ __all__ = ["ForceQuit", "Interrupted", "ShutdownSignal", "interruptible"]
 
 
 class Interrupted(SIGTERMException):
-    """A run ended by Ctrl-C, after the step that was under way.
+    """A run ended by Ctrl-C, after the step that was running.
 
     Not KeyboardInterrupt, on which Lightning kills the other processes, notices that they were
     killed, and kills this one.
@@ -92,7 +92,7 @@ class ShutdownSignal:
         self.received = self.received or signal.Signals(number)
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._listener:  # the terminal tells a loader's workers too
+        if os.getpid() != self._listener:  # the terminal signals a loader's workers too
             return
         if self.received is not None:
             raise ForceQuit
@@ -124,4 +124,4 @@ def _requeue() -> None:
     try:
         subprocess.run(["scontrol", "requeue", job], check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        rank_zero_warn(f"SLURM job {job!r} could not be queued again ({error}): submit it anew")
+        rank_zero_warn(f"SLURM job {job!r} could not be queued again ({error}): submit it again")

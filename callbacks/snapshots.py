@@ -22,13 +22,13 @@ class Snapshots(Checkpoint):
     """Save the whole state of training within epochs, however long they are.
 
     `<dirpath>/step=00001200.ckpt` are training checkpoints without artifact; the newest `keep`
-    stay. A resumed run repeats nothing before the snapshot, and goes on bit for bit.
+    stay. A resumed run repeats nothing before the snapshot, and continues bit for bit.
 
     On SIGTERM, SIGINT (once) and SLURM's signal before preemption the run ends after the step that
-    is under way, with a snapshot. No snapshot is made between a step and the validation that
-    follows it, for the resumed run would leave the validation out; there is one from the step
+    is running, with a snapshot. No snapshot is made between a step and the validation that
+    follows it: the resumed run would leave the validation out; there is one from the step
     before. A signal in a validation ends the run at once; one that reaches several processes there
-    is obeyed after the next step.
+    takes effect after the next step.
 
     Weights that are not finite are not saved: the run stops, and older snapshots stay. If it stops
     for a loss or gradient that is not, the snapshot of that very step becomes `….ckpt.diverged`.
@@ -89,9 +89,9 @@ class Snapshots(Checkpoint):
             return
         wanted, stop = self._agree(trainer)
         # the gradients of an unfinished accumulation would be lost
-        whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if _validation_follows(trainer, batch_idx) or not whole:
-            if stop and whole:
+        complete = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if _validation_follows(trainer, batch_idx) or not complete:
+            if stop and complete:
                 self._stop.raise_if_set(trainer)
             return
         ahead = range(batch_idx + 1, batch_idx + 1 + trainer.accumulate_grad_batches)
@@ -111,7 +111,7 @@ class Snapshots(Checkpoint):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Stop if a signal has come; several processes cannot, for they differ in batches."""
+        """Stop if a signal has come; several processes cannot: they differ in batches."""
         if self._stop.received is not None and trainer.world_size == 1:
             self._stop.raise_if_set(trainer)
 

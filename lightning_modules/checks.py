@@ -1,4 +1,4 @@
-"""Errors that say what is wrong with a name, a label or a class list."""
+"""Errors that report what is wrong with a name, a label or a class list."""
 
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -22,7 +22,7 @@ def check_model_name(name: str) -> None:
 
 
 def check_targets(targets: Tensor, num_classes: int) -> None:
-    """Raise ValueError unless `targets` (N,) are class indices; CUDA's own error says little."""
+    """Raise ValueError unless `targets` (N,) are class indices; CUDA's own error is unclear."""
     if targets.dtype != torch.long or targets.ndim != 1:
         raise ValueError(
             f"targets must be class indices, torch.int64 of shape (N,); got {targets.dtype} of "

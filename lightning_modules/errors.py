@@ -1,4 +1,4 @@
-"""Which errors are sentences for the user, and which need a traceback."""
+"""Which errors are messages for the user, and which need a traceback."""
 
 import os
 import traceback
@@ -40,7 +40,7 @@ def _raised_here(error: Exception) -> bool:
 
 
 def _of_a_library(error: Exception) -> str | None:
-    """What a library says of the options, of the connection or of a named file."""
+    """What a library reports about the options, the connection or a named file."""
     kinds = type(error).__mro__
     if any(f"{kind.__module__}.".startswith(_CONNECTION) for kind in kinds):
         return (

@@ -63,7 +63,7 @@ class MobileOneBlock(nn.Module):
     In training, y = act(attn(Σᵢ BN(Wᵢ ∗ x) + BN(w ∗ x) + BN(x))): k convolution branches, a 1×1
     "scale" branch where K > 1, and a BatchNorm skip where input and output agree in shape.
     Whenever BatchNorm runs on fixed statistics (in eval mode, or frozen), the block computes the
-    one convolution that equals this sum, folded anew from the current weights.
+    one convolution that equals this sum, folded again from the current weights.
 
     Args:
         in_chs: Input channels.

@@ -15,7 +15,7 @@ _FOLDABLE = (_BatchNorm, FrozenBatchNorm2d, FrozenBatchNormAct2d)
 
 
 class FoldingNotice:
-    """Says once a model, not once a block, that folding in training mode changes the function.
+    """Warns once a model, not once a block, that folding in training mode changes the function.
 
     The blocks of a model share one notice; a deep copy of the model has a fresh start.
     """

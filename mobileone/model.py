@@ -195,7 +195,7 @@ def _cfg(
     attn: str | None,
 ) -> ByoBlockCfg:
     build = partial(_build_block, kernel_size=kernel_size, **branches)
-    # timm takes any partial here, whatever its annotation says
+    # timm takes any partial here, whatever its annotation is
     return ByoBlockCfg(type=build, d=1, c=width, s=stride, gs=group_size, attn_layer=attn)  # type: ignore[arg-type]
 
 

@@ -138,7 +138,7 @@ def check_strictly(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
         state_dict: Its weights, in any known layout.
 
     Raises:
-        RuntimeError: The weights do not fit; says what they are.
+        RuntimeError: The weights do not fit; reports what they are.
     """
     weights = convert_keys(state_dict)
     _refuse_misfit(model, weights, _folded_blocks(model, weights), strict=True)
@@ -170,7 +170,7 @@ def adapt_on_load(
         error_msgs: Unused: torch would bury the explanation under a line for every key.
 
     Raises:
-        RuntimeError: The weights do not fit; says what they are. The model stays as it was.
+        RuntimeError: The weights do not fit; reports what they are. The model is unchanged.
     """
     own = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
     weights = convert_keys(own)
@@ -261,8 +261,8 @@ def _explain_form(
     if branched := [name for name in folded if f"{name}.{_BRANCH}" in weights]:
         return (
             f"the weights mix folded blocks with {len(branched)} in training form "
-            f"({_some(branched)}): fold the whole model before saving, or load them into a model "
-            "of which the same blocks are folded"
+            f"({_some(branched)}): fold the complete model before saving, or load them into a "
+            "model of which the same blocks are folded"
         )
     lacking = [f"{name}.{key}" for name in folded for key in _FOLDED]
     if lacking := [key for key in lacking if key not in weights]:

@@ -155,7 +155,7 @@ class ReparameterizeOnSave(AtomicCheckpoint):
         super().setup(trainer, pl_module, stage)
         if stage != "fit" or is_dry_run(trainer):
             return
-        # before a checkpoint is restored, which takes time and says nothing of it
+        # before a checkpoint is restored, which takes time and reports nothing
         failure = on_rank_zero(trainer, lambda: self._take_folder(trainer, pl_module))
         if failure:
             raise RuntimeError(failure)
@@ -227,7 +227,7 @@ class ReparameterizeOnSave(AtomicCheckpoint):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Let an export end that was under way, unless Ctrl-C says, again, that it need not."""
+        """Let a running export end, unless a second Ctrl-C asks to stop at once."""
         super().on_exception(trainer, pl_module, exception)
         if not isinstance(exception, ForceQuit):
             self._report(self._drain_patiently(), _STOPS)

@@ -92,7 +92,7 @@ class CheckpointFolder:
     def is_rejected(self, checkpoint: str | Path) -> bool:
         """Whether its last export failed the checks, as it would again."""
         record = self._error_record(checkpoint)
-        # records of older versions have no status: their rejected folder tells
+        # records of older versions have no status: their rejected folder shows it
         rejected = (self.rejected_of(checkpoint) / MANIFEST_NAME).is_file()
         default = "rejected" if rejected else "failed"
         return bool(record) and record.get("status", default) == "rejected"

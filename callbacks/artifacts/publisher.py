@@ -25,12 +25,12 @@ Listener = Callable[[Path, Manifest], None]
 MakeJob = Callable[[str, Mapping[str, float] | None], ExportJob]
 
 
-# The newest checkpoint, and the best ones in order; an empty name stands for none
+# The newest checkpoint, and the best ones in order; an empty name means none
 Ranking = Callable[[], tuple[str, Sequence[str]]]
 
 
 class ExportQueue:
-    """A queue with at most one export under way.
+    """A queue with at most one export running.
 
     What has not ended well is on record next to its checkpoint from the moment it begins, so that
     a process that is killed leaves no artifact that could be taken for complete.
@@ -111,7 +111,7 @@ class ExportQueue:
         self._ended.append(result)
 
     def _record(self, job: ExportJob, status: str, error: str) -> None:
-        with contextlib.suppress(OSError):  # a full disk is no reason to stop
+        with contextlib.suppress(OSError):  # a full disk must not stop training
             self.folder.record_error(job.checkpoint, status, error, job.metrics)
 
 
@@ -154,7 +154,7 @@ class Publisher:
         clean_stale(folder.path)  # what a killed run has left
 
     def warn_if_not_empty(self) -> None:
-        """Say so if there are checkpoints, which are then another run's."""
+        """Warn if there are checkpoints, which are then another run's."""
         if self.used:
             rank_zero_warn(
                 f"{self.folder.path} holds checkpoints of another run: those of the same name will "
@@ -209,7 +209,7 @@ class Publisher:
         return self._update_links_and_prune(results) if results else None
 
     def _missed(self, current: str) -> Iterator[tuple[str, Mapping[str, float]]]:
-        """The best checkpoints whose export failed, but for those that were rejected."""
+        """The best checkpoints whose export failed, without those that were rejected."""
         for path in self.ranking()[1]:
             metrics = self.folder.missed_metrics(path)
             if path != current and metrics is not None and not self.folder.is_rejected(path):

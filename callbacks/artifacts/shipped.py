@@ -51,7 +51,7 @@ def get_spec(pl_module: LightningModule) -> ExportSpec:
 
 
 def architecture(network: nn.Module) -> Architecture:
-    """What a network is made of, but for its weights."""
+    """What a network is made of, without its weights."""
     return [(name, type(m), m.extra_repr()) for name, m in network.named_modules()]
 
 

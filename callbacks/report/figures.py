@@ -38,7 +38,7 @@ _PANELS = {
 def samples_figure(
     images: Tensor, targets: Tensor, probabilities: Tensor, class_names: Sequence[str]
 ) -> Figure:
-    """Images with the predicted class and its probability; mistakes say what is true.
+    """Images with the predicted class and its probability; mistakes also show the true class.
 
     Args:
         images: (N, C, H, W), values in 0..1, with 1, 3 or 4 channels; others show the first.
@@ -189,9 +189,9 @@ def read_curves(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
     """The points of every metric.
 
     Args:
-        folder: Holds `version_0`, `version_1` …, one for each resume; where two tell of the same
-            step, the later one counts, for it replaced what was lost. A version with metrics of
-            validation or test alone is that of an evaluation, whose steps mean nothing, and is
+        folder: Holds `version_0`, `version_1` …, one for each resume; where two have the same
+            step, the later one counts, because it replaced what was lost. A version with metrics of
+            validation or test alone belongs to an evaluation, whose steps mean nothing, and is
             left out.
 
     Returns:

@@ -81,7 +81,7 @@ def write_worst(
     probabilities: Tensor,
     names: Sequence[str],
 ) -> None:
-    """Write the images and what was made of them as one JSON file, beside and renamed.
+    """Write the images and what was made of them as one JSON file, atomically.
 
     Args:
         path: The file.

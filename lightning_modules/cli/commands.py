@@ -102,7 +102,7 @@ COMMANDS = {
         f"{_STEP}training_figure",
     ),
     "benchmark data": Command(
-        "count images a second by reader and workers; say what limits a run",
+        "count images a second by reader and workers; report what limits a run",
         "lightning_modules.data.benchmark:benchmark_data",
         "lightning_modules.data.benchmark:data_table",
         "--root /data/imagenet --workspace /data --workers [0,2,8] --model mobileone_s0",

@@ -45,7 +45,7 @@ class _DenseCLI(training.TrainingCLI):
         )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Beside the best checkpoint, keep the last, in a folder that nobody else writes to."""
+        """Keep the last checkpoint next to the best, in a folder that nobody else writes to."""
         trainer = super().instantiate_trainer(**kwargs)
         if self.run is None:
             return trainer
@@ -62,7 +62,7 @@ class _DenseCLI(training.TrainingCLI):
 
     @rank_zero_only
     def after_fit(self) -> None:
-        """Say how good the best model is, and where it lies."""
+        """Print how good the best model is, and where it is."""
         saver = self.trainer.checkpoint_callback
         if isinstance(saver, ModelCheckpoint) and saver.best_model_score is not None:
             print(f"{saver.monitor} {float(saver.best_model_score):.4f}: {saver.best_model_path}")

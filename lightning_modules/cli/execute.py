@@ -144,7 +144,7 @@ def _check_output(output: str | None, kind: str) -> None:
 
 
 def _show_progress() -> None:
-    """Say on stderr what is being measured, where a person may be waiting."""
+    """Report progress on stderr, where a person may be waiting."""
     logger = logging.getLogger("mobileone.bench")
     if sys.stderr.isatty() and not logger.handlers:
         logger.addHandler(logging.StreamHandler())

@@ -90,7 +90,7 @@ subcommands:
 
 
 def _complete() -> None:
-    """Answer the shell and exit; only the subcommand that is being typed is imported.
+    """Complete the shell's line and exit; only the subcommand that is being typed is imported.
 
     Each subcommand has a parser of its own, so its words are taken out of the line that the shell
     sent.

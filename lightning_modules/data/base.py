@@ -66,11 +66,11 @@ class ResumableData(LightningDataModule):
             rank_zero_warn(
                 f"the checkpoint was made with {_described(before)}, this run has "
                 f"{_described(now)}: if it was made within an epoch, some images of that epoch "
-                "come twice or are left out; later epochs are whole."
+                "come twice or are left out; later epochs are complete."
             )
 
     def _share(self) -> dict[str, int]:
-        """What says which images a step of an epoch takes, beside the seed."""
+        """What decides, with the seed, which images a step of an epoch takes."""
         return {"processes": self._processes, "batch_size": self._batch_size}
 
     @property
@@ -136,7 +136,7 @@ class ResumableData(LightningDataModule):
         return EvaluationSampler(dataset, self._processes, self._rank)
 
     def _batches_done(self) -> int:
-        """How many batches of the present epoch lie before the checkpoint that is resumed."""
+        """How many batches of the present epoch come before the resumed checkpoint."""
         if self.trainer is None or not self.trainer.fit_loop.is_resuming:
             return 0
         return self.trainer.fit_loop.batch_idx + 1

@@ -55,12 +55,12 @@ def benchmark_data(
         root: folder with ``train/<class>/*``, of which ``images`` are copied; None for copies of
             two photographs (CC BY, 640 × 427) that come with scikit-learn.
         readers: "folder" (a file an image), "tar" (a tar a split), "shards" (`mobileone shards`).
-        workers: numbers of processes beside this one.
+        workers: numbers of processes in addition to this one.
         images: how many, at most.
         batch_size: images a batch.
         image_size: side of the crops, in pixels.
         rounds: timed passes of each combination.
-        model: time a training step of this timm model too, and say what binds a run.
+        model: time a training step of this timm model too, and report what limits a run.
         device: "cpu" or "cuda", for that step.
         workspace: folder for the copies, on the disk to be measured; None for the temporary one.
 

@@ -21,7 +21,7 @@ class DataWorkerError(RuntimeError):
 class DeferredStartDataLoader(DataLoader):
     """Starts its workers at the first ``next``, not at ``iter``.
 
-    Lightning creates the first iterator of a fit before it tells the sampler the epoch, and after
+    Lightning creates the first iterator of a fit before it sets the sampler's epoch, and after
     a resume even before it knows the epoch itself; a plain loader would have its workers fetch
     the wrong epoch's images by then. Batches are (images, targets); the third part that
     `collate` adds stays here and becomes one warning a pass.
@@ -53,7 +53,7 @@ class DeferredStartDataLoader(DataLoader):
 
 
 class ResumableDataLoader(DeferredStartDataLoader):
-    """Goes on within an epoch, at the batch where the resumed run stopped.
+    """Continues within an epoch, at the batch where the resumed run stopped.
 
     The place is asked for when a pass starts, and comes from the training loop's own counter. It
     could not be a state of this object: Lightning 2.6 restores those when it makes the loader,
@@ -78,7 +78,7 @@ class ResumableDataLoader(DeferredStartDataLoader):
         return batches
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing; the two methods tell Lightning that resuming within an epoch works."""
+        """Nothing; the two methods show Lightning that resuming within an epoch works."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

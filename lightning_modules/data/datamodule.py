@@ -47,7 +47,7 @@ class ImageDataModule(ResumableData):
         val_split: name of the validation split; for folders also a usual synonym of it.
         test_split: None for the folder test/ if there is one, else the validation split.
         classes: text file, one class a line, that fixes names and indices. By default the
-            sorted folder names, or what the data set says.
+            sorted folder names, or the names that the data set has.
         download: let torchvision or Hugging Face fetch the data.
         input_size: side in pixels, or (channels, height, width); 1 channel reads gray, 4 RGBA.
         mean: of the normalization, one value or one a channel.
@@ -208,7 +208,7 @@ class ImageDataModule(ResumableData):
         """List the files and check the classes of the splits that ``stage`` needs.
 
         Raises:
-            FileNotFoundError: no root or no such split; says what is there.
+            FileNotFoundError: no root or no such split; the message lists what is there.
             ValueError: no images, an empty class, splits with different classes, or so few images
                 that nothing would be trained or a process would have none to evaluate.
         """

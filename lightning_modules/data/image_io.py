@@ -53,7 +53,7 @@ def read_image(file: IO[bytes], mode: str) -> Image.Image:
 
 
 def why_unreadable(error: Exception) -> str:
-    """What is wrong with an image file, in words that need no knowledge of Pillow."""
+    """What is wrong with an image file, in terms that need no knowledge of Pillow."""
     if isinstance(error, UnidentifiedImageError):
         return "it is empty, or not an image of a known format"
     if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
@@ -75,7 +75,7 @@ def convert(image: Image.Image, mode: str) -> Image.Image:
     leaves a black one: here 16-bit gray is scaled, and so are floating-point values in 0..1.
 
     Raises:
-        ValueError: floating-point values beyond 0..1, whose white nobody knows.
+        ValueError: floating-point values beyond 0..1, whose white value is unknown.
     """
     if image.mode == "F":
         image = Image.fromarray((_unit_range(image) * 255).round().astype(np.uint8))

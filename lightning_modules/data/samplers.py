@@ -12,7 +12,7 @@ __all__ = ["EpochSampler", "EvaluationSampler", "SampleKey", "ShardSampler"]
 
 
 class SampleKey(NamedTuple):
-    """What the sampler asks of the dataset: which image, and in which epoch.
+    """What the sampler requests from the dataset: which image, and in which epoch.
 
     The epoch travels with every index, so it reaches persistent workers without shared state.
     Whatever else should change while training runs (image size, augmentation strength) can
@@ -32,7 +32,7 @@ class EpochSampler(DistributedSampler[SampleKey]):
 
     Attributes:
         start: how many of this process's images the next pass leaves out at the beginning. The
-            length does not change with it: it is that of a whole epoch.
+            length does not change with it: it is that of a complete epoch.
     """
 
     def __init__(self, dataset: Sized, seed: int, num_replicas: int = 1, rank: int = 0) -> None:
@@ -49,7 +49,7 @@ class EpochSampler(DistributedSampler[SampleKey]):
 
 
 class ShardSampler(EpochSampler):
-    """Shuffles images that lie in shards, and reads no shard all over the epoch.
+    """Shuffles images that are in shards, and reads no shard all over the epoch.
 
     The shards are put in an order by (seed, epoch), and each process takes its own stretch of
     the row of images which that makes; the stretches are equally long (padded as in

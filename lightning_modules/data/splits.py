@@ -22,7 +22,7 @@ class DatasetSplits:
 
     Args:
         name: data set in timm's words; one of `FOLDER_NAMES` for folders and tars.
-        root: where it lies; may be None for data sets that their reader finds itself.
+        root: where it is; may be None for data sets that their reader finds itself.
         train, val, test: the data set's names of the splits; ``test=None`` means the folder test/
             if there is one, else the validation split.
         classes: file with one class a line, or None.
@@ -84,7 +84,7 @@ class DatasetSplits:
         """timm's dataset of ``split``, its targets being indices of `class_index`.
 
         Raises:
-            FileNotFoundError: no root or no such split; says what is there.
+            FileNotFoundError: no root or no such split; the message lists what is there.
             ValueError: no images, an empty class, or other classes than `class_index` has.
         """
         if split == "test" and self._tests_validation:
@@ -198,7 +198,7 @@ _OPTION = "--data.root, or SRC of `mobileone shards`"
 
 
 def _missing_split(root: Path, split: str) -> FileNotFoundError:
-    """The error that says what is there instead of ``split``."""
+    """The error that lists what is there instead of ``split``."""
     if not root.exists():
         return FileNotFoundError(
             f"data root {str(root)!r} does not exist. Give a folder that holds train/<class>/*.png "
@@ -213,7 +213,7 @@ def _missing_split(root: Path, split: str) -> FileNotFoundError:
     names = _synonyms(split)
     listing = ", ".join(found[:10]) + (" …" if len(found) > 10 else "") if found else "nothing"
     return FileNotFoundError(
-        f"no split {split!r} in {str(root)!r}: found {listing}. The images must lie in "
+        f"no split {split!r} in {str(root)!r}: found {listing}. The images must be in "
         f"{names[0]}/<class>/ (also accepted: {', '.join(names[1:]) or 'no other name'}). Move "
         f"the class folders there, or give the folder above the splits: {_OPTION}."
     )
@@ -281,7 +281,7 @@ def _class_to_index(dataset: Any) -> dict[str, int]:
     """Name -> index as timm's reader or torchvision's dataset has it.
 
     Raises:
-        ValueError: the dataset does not say how its classes are called.
+        ValueError: the dataset does not name its classes.
     """
     holder = getattr(dataset, "reader", dataset)
     for attribute in ("class_to_idx", "class_name_to_idx"):  # the second in timm's tar reader
@@ -315,8 +315,8 @@ def _check_class_folders(dataset: Any, split: str) -> None:
     loose = sorted(inside - folders)
     if loose:
         raise ValueError(
-            f"{split}: {len(loose)} images lie directly in {str(root)!r}, for example "
-            f"{loose[0]}. Every image must lie in a folder named after its class."
+            f"{split}: {len(loose)} images are directly in {str(root)!r}, for example "
+            f"{loose[0]}. Every image must be in a folder named after its class."
         )
     empty = sorted(name for name in folders - inside if not name.startswith("."))
     if empty:

@@ -164,7 +164,7 @@ def check_augmentation_kwargs(kwargs: Mapping[str, Any], options: Mapping[str, A
 
 
 def _check_parts(policy: str) -> None:
-    """Refuse the parts of a policy that timm would pass over: those without a number."""
+    """Refuse the parts of a policy that timm would skip: those without a number."""
     name, *parts = policy.split("-")
     known = _POLICY_PARTS.get(name, ("mstd",))
     for part in parts:

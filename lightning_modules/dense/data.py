@@ -38,7 +38,7 @@ class _DenseData(ResumableData):
 
     Args:
         dataset: "shapes" (generated), or the subclass's name for real images.
-        root: where real images lie.
+        root: where real images are.
         size: side in pixels: of generated images, and of all that are segmented.
         count: generated training images; a quarter as many for validation.
         batch_size: images a batch and device.
@@ -80,7 +80,7 @@ class _DenseData(ResumableData):
         if dataset == "shapes" and root is not None:
             raise ValueError(f"--data.root is for dataset={self.real!r}; shapes reads no files.")
         if dataset != "shapes" and root is None:
-            raise ValueError(f"dataset={dataset!r} needs --data.root, the folder where it lies.")
+            raise ValueError(f"dataset={dataset!r} needs --data.root, the folder where it is.")
         self._root = None if root is None else str(root)
         self.size, self._count = size, count
         self._sources: dict[bool, Any] = {}

@@ -1,4 +1,4 @@
-"""Export of a trained segmentation or detection network, fused as a whole."""
+"""Export of a trained segmentation or detection network, fused completely."""
 
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence

@@ -60,7 +60,7 @@ class VocMasks(Dataset[Masked]):
         listed = folder / f"VOCdevkit/VOC2012/ImageSets/Segmentation/{image_set}.txt"
         if not download and not listed.is_file():
             raise FileNotFoundError(
-                f"no Pascal VOC 2012 in {str(folder)!r}: {listed} must lie there. Set --data.root, "
+                f"no Pascal VOC 2012 in {str(folder)!r}: {listed} must exist. Set --data.root, "
                 "or --data.download true."
             )
         self._source = VOCSegmentation(str(folder), "2012", image_set, download)
@@ -115,7 +115,7 @@ class CocoBoxes(Dataset[Boxed]):
         file = _annotations(root, name)
         folder = Path(root).expanduser() / name
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells of its progress
+            with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
                 self._source = CocoDetection(str(folder), str(file))
             categories = self._source.coco.cats
             self.class_names = _names(categories.values())
@@ -172,9 +172,7 @@ def _annotations(root: str | Path, name: str) -> Path:
     folder = Path(root).expanduser()
     file = folder / f"annotations/instances_{name}.json"
     if not file.is_file():
-        raise FileNotFoundError(
-            f"no COCO in {str(folder)!r}: {file} must lie there. Set --data.root."
-        )
+        raise FileNotFoundError(f"no COCO in {str(folder)!r}: {file} must exist. Set --data.root.")
     return file
 
 

@@ -34,7 +34,7 @@ def compress_checkpoint(
         methods: of coreml_palette6, coreml_palette4_corrected, coreml_int8_corrected and
             onnx_int8_corrected; null for all.
         calibration: how many training images the ranges of activations are taken from.
-        limit: at most so many validation images; null for all.
+        limit: at most this many validation images; null for all.
 
     Raises:
         FileNotFoundError: no such checkpoint or images.
@@ -74,7 +74,7 @@ def _labeled(folder: Path, spec: ExportSpec, limit: int | None) -> tuple[Tensor,
     names = [file.relative_to(folder).parts[0] for file in files]
     if unknown := sorted(set(names) - set(position)):
         raise ValueError(
-            f"{str(folder)!r} has folders that are no class of the model: {unknown[:5]}; the "
+            f"{str(folder)!r} has folders that are not classes of the model: {unknown[:5]}; the "
             f"classes are {list(spec.class_names[:5])}, ..."
         )
     return read_pixels(files, spec), torch.tensor([position[name] for name in names])

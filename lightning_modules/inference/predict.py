@@ -79,9 +79,9 @@ def predict_folder(
 
     The images go through the evaluation transform that the model was validated with. The columns
     are path, label, probability; then label_2, probability_2 … up to ``top_k``, or, if it is
-    None, one column ``p(<class>)`` for every class; then error, which says why a file could not
+    None, one column ``p(<class>)`` for every class; then error, the reason why a file could not
     be read (its other columns are empty). The file appears when it is complete; rows written
-    before an interruption stay beside it in ``<output>.partial``.
+    before an interruption stay next to it in ``<output>.partial``.
 
     Args:
         source: a checkpoint (``.ckpt``), an artifact folder, or a file of one.
@@ -204,7 +204,7 @@ def _contents(path: Path) -> dict[str, Any]:
         contents = read_checkpoint(path)
     except UnsafeFileError:
         raise
-    except ValueError as error:  # it tells what torch makes of the file
+    except ValueError as error:  # it reports what torch makes of the file
         raise ValueError(_no_checkpoint(path)) from error
     if "export_spec" not in contents:
         raise ValueError(_no_checkpoint(path))

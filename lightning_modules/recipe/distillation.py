@@ -35,7 +35,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0
 class Teacher:
     """A frozen timm model that sees the student's batches.
 
-    It is no `nn.Module`, so that it is neither saved, averaged, exported nor trained.
+    It is not an `nn.Module`, so that it is neither saved, averaged, exported nor trained.
 
     Args:
         name: timm name.
@@ -112,8 +112,8 @@ class Teacher:
 
 
 def check_distillation(weight: float, temperature: float) -> None:
-    """Raise ValueError unless the share lies in [0, 1] and the temperature is positive."""
+    """Raise ValueError unless the share is in [0, 1] and the temperature is positive."""
     if not 0 <= weight <= 1:
-        raise ValueError(f"`distill_weight` (={weight}) must lie in [0, 1]")
+        raise ValueError(f"`distill_weight` (={weight}) must be in [0, 1]")
     if temperature <= 0:
         raise ValueError(f"`distill_temperature` (={temperature}) must be greater than 0")

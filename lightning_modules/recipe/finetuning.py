@@ -60,7 +60,7 @@ def load_start(model: nn.Module, file: str, expand_fused: bool) -> bool:
             f"the weights of {file} do not fit: they lack {sorted(set(missing) - set(dropped))[:3]}"
             f" and hold {list(unexpected)[:3]}, unknown to the model"
         )
-    new = f"; the head ({', '.join(dropped)}) is new, for it has other classes" if dropped else ""
+    new = f"; the head ({', '.join(dropped)}) is new: it has other classes" if dropped else ""
     rank_zero_info(f"starting from the weights of {file}{new}")
     return fused and expand_fused
 
@@ -76,7 +76,7 @@ def recalibrate_bn_before_fit(model: nn.Module, trainer: Trainer, device: torch.
     data = getattr(trainer, "datamodule", None)
     if data is None:
         rank_zero_warn(
-            "the expanded weights were not calibrated, for the trainer has no data module to take "
+            "the expanded weights were not calibrated: the trainer has no data module to take "
             "images from: set model.freeze_bn true, or call mobileone.calibrate before the fit"
         )
         return
@@ -134,7 +134,7 @@ def set_frozen_bn_eval(model: nn.Module) -> None:
 
 
 def _network(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The network's entries: a checkpoint has those of the metrics beside them."""
+    """The network's entries: a checkpoint has those of the metrics too."""
     inside = {k: v for k, v in state.items() if k.startswith("model.")}
     return convert_keys(inside or state)
 
@@ -152,7 +152,7 @@ def _without_other_head(
 
 
 def _is_fused(weights: dict[str, Tensor], expand_fused: bool) -> bool:
-    """Whether they are fused; says what that means."""
+    """Whether they are fused; warns what that means."""
     found = identify(weights)
     if found is None or not found.fused:
         return False

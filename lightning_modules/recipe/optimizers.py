@@ -63,7 +63,7 @@ def build_optimizer(
 
 
 def total_steps(trainer: Trainer) -> int:
-    """Optimizer steps of the whole fit; loads the training data to count the batches.
+    """Optimizer steps of the complete fit; loads the training data to count the batches.
 
     Raises:
         ValueError: the trainer runs without end.
@@ -95,7 +95,7 @@ def effective_batch_size(trainer: Trainer) -> int:
     """Images an optimizer step: batch per device × devices × accumulated batches.
 
     Raises:
-        ValueError: the training loader does not say its batch size.
+        ValueError: the training loader does not report its batch size.
     """
     loader = trainer.train_dataloader
     batch_size: int | None = getattr(loader, "batch_size", None) or getattr(

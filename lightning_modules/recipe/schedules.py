@@ -64,7 +64,7 @@ def check_shape(argument: str, shape: str, end: float) -> None:
         raise ValueError(f"`{argument}` (={shape!r}) must be one of {', '.join(shapes)}{hint}")
     if shape == "step" and end <= 0:
         raise ValueError(
-            f"`{argument}` (='step') cannot reach an end value of 0, for it multiplies: choose "
+            f"`{argument}` (='step') cannot reach an end value of 0 because it multiplies: choose "
             "another schedule, or an end value greater than 0"
         )
 

@@ -151,7 +151,7 @@ def _find_results(folder: Path) -> tuple[dict[Path, Result], list[str]]:
                 missing = [name for name in _COLUMNS.get(result.kind, ()) if name not in row]
                 if missing:
                     lack = f"a row has no {', '.join(missing)}"
-                    raise ValueError(f"{path} is not a whole result: {lack}")
+                    raise ValueError(f"{path} is not a complete result: {lack}")
             results[path] = result
         except ValueError as error:
             unreadable.append(str(error))
@@ -223,7 +223,7 @@ def _when(result: Result) -> datetime:
 
 
 def _shown(path: Path, result: Result, folder: Path) -> dict[str, Any]:
-    """A result: columns without a value are left out, those of one value are said once."""
+    """A result: columns without a value are left out, those of one value are shown once."""
     machine, picture = result.machine, path.with_suffix(".png")
     rows = [row for row in result.rows if row.get("level", "model") == "model"][:_ROWS]
     left_out = len(result.rows) - len(rows)

@@ -17,7 +17,7 @@ from mobileone.export.manifest import MANIFEST_NAME, Manifest
 __all__ = ["ARTIFACT_COLUMNS", "format_rows", "read_run"]
 
 _CONFUSIONS = 10
-_DRAWN = 60  # classes; more cannot be told apart in a picture
+_DRAWN = 60  # classes; more cannot be distinguished in a picture
 
 ARTIFACT_COLUMNS = {
     "format": "format",

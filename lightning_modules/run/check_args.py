@@ -1,4 +1,4 @@
-"""How long a training is: what can be told to be wrong before it begins."""
+"""How long a training is: errors that can be found before it begins."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -61,6 +61,6 @@ def validate_duration(config: Namespace, checkpoint: Mapping[str, Any] | None) -
     if epochs and 0 < epochs < done:
         raise UsageError(
             f"{config.ckpt_path} was written after {done} epochs, more than --trainer.max_epochs "
-            f"{epochs}: there is nothing to go on with; give at least {done}, or begin a new run "
+            f"{epochs}: there is nothing to resume; give at least {done}, or begin a new run "
             "with another --run.name"
         )

@@ -26,8 +26,8 @@ class RunFolder:
 
     Attributes:
         path: `<root>/<name>/<time>`; `<root>/<name>/latest` links to the newest with a result.
-        wandb_id: Kept over resumes, so that the curves go on.
-        finished: Whether its training came to its end; None if its record does not say.
+        wandb_id: Kept over resumes, so that the curves continue.
+        finished: Whether its training came to its end; None if its record does not have it.
     """
 
     path: Path
@@ -80,7 +80,7 @@ class RunFolder:
 
     @classmethod
     def of_checkpoint(cls, checkpoint: str) -> "RunFolder | None":
-        """The run that wrote `<run>/checkpoints/<name>.ckpt`, or None if it was none of ours."""
+        """The run that wrote `<run>/checkpoints/<name>.ckpt`, or None if it was not ours."""
         # links are followed once: `latest` may point elsewhere before this run ends
         folder = Path(checkpoint).absolute().parent.resolve().parent
         return cls.read(folder) if (folder / _RECORD).is_file() else None
@@ -113,7 +113,7 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
-        """The run's whole configuration."""
+        """The run's complete configuration."""
         return self.path / "config.yaml"
 
     def write_config(self, text: str) -> None:
@@ -126,7 +126,7 @@ class RunFolder:
         replace_text(self.path / _RECORD, json.dumps(record))
 
     def make_latest(self) -> None:
-        """Let `latest` beside the folder link to it; not every file system has links."""
+        """Let `latest` next to the folder link to it; not every file system has links."""
         link = self.path.parent / f".latest-{os.getpid()}"
         link.unlink(missing_ok=True)
         try:

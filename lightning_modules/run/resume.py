@@ -30,7 +30,7 @@ _SHOWN = 4
 
 @dataclass(frozen=True)
 class Continuation:
-    """What to go on with.
+    """What to resume.
 
     Attributes:
         run: the folder of the run, or None for a new one.
@@ -46,12 +46,12 @@ class Continuation:
 def find_continuation(
     parent: Path, config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
 ) -> Continuation:
-    """Look for the newest run that trains the same and has something to go on with.
+    """Look for the newest run that trains the same and has something to resume from.
 
     Args:
         parent: folder of the runs of one name.
         config: the present configuration, as the run folder keeps it.
-        defaults: all options' values where nothing is said: those of a run whose code did not know
+        defaults: all options' default values: those of a run whose code did not know
             an option yet.
 
     Returns:
@@ -67,11 +67,11 @@ def find_continuation(
     }
     same = [run for run in runs if not differences[run.path]]
     for run in same:
-        checkpoint, passed_over = newest_usable(run.path)
-        notes += passed_over
+        checkpoint, skipped = newest_usable(run.path)
+        notes += skipped
         if checkpoint is not None:
-            goes_on = f"resume: {run.path} goes on from {checkpoint}"
-            return Continuation(run, checkpoint, (*notes, goes_on))
+            resumes = f"resume: {run.path} resumes from {checkpoint}"
+            return Continuation(run, checkpoint, (*notes, resumes))
     if same:
         begins = f"resume: {same[0].path} begins again: there is no usable checkpoint"
         return Continuation(same[0], None, (*notes, begins))
@@ -85,9 +85,7 @@ def find_continuation(
                 raise UsageError(_refusal(run.path, checkpoint, differences[run.path]))
             break
     newest = runs[0].path
-    note = (
-        f"resume: a new run begins, for {newest} has other options: {_listed(differences[newest])}"
-    )
+    note = f"resume: a new run begins: {newest} has other options: {_listed(differences[newest])}"
     return Continuation(None, None, (*notes, note))
 
 
@@ -106,19 +104,19 @@ def newest_usable(run: Path) -> tuple[Path | None, list[str]]:
         run: the run folder.
 
     Returns:
-        The file, or None, and a line for each newer file that was passed over.
+        The file, or None, and a line for each newer file that was skipped.
     """
     files = {path.resolve() for name in ("checkpoints", "snapshots") for path in _files(run / name)}
     notes: list[str] = []
     for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         if (reason := why_unusable(path)) is None:
             return path, notes
-        notes.append(f"resume: passed over {path}: {reason}")
+        notes.append(f"resume: skipped {path}: {reason}")
     return None, notes
 
 
 def why_unusable(checkpoint: Path) -> str | None:
-    """Why training cannot go on from a file, or None; reads all of it to check its sums."""
+    """Why training cannot resume from a file, or None; reads all of it to check its sums."""
     try:
         with zipfile.ZipFile(checkpoint) as archive:
             if (broken := archive.testzip()) is not None:
@@ -156,7 +154,7 @@ def _readable(folders: list[Path]) -> tuple[list[RunFolder], list[str]]:
         try:
             runs.append(RunFolder.read(path))
         except ValueError as error:
-            notes.append(f"resume: passed over {path}: {error}")
+            notes.append(f"resume: skipped {path}: {error}")
     return runs, notes
 
 
@@ -171,7 +169,7 @@ def _read_config(run: RunFolder) -> Mapping[str, Any]:
 
 
 def _is_finished(run: RunFolder, checkpoint: Path) -> bool:
-    """Whether a run's training came to its end; of a run that does not say, by its last epoch."""
+    """Whether a run's training came to its end; of a run without a record, by its last epoch."""
     if run.finished is not None:
         return run.finished
     trainer = _read_config(run).get("trainer")
@@ -182,8 +180,8 @@ def _is_finished(run: RunFolder, checkpoint: Path) -> bool:
 def _refusal(run: Path, checkpoint: Path, found: list[str]) -> str:
     return (
         f"--resume auto: {run} is not finished, and trains with other options: {_listed(found)}. "
-        "Give the run's options to go on with it, another --run.name for a new run beside it, or "
-        f"--ckpt_path {checkpoint} to go on from there with the new options"
+        "Give the run's options to continue it, another --run.name for a new run next to it, or "
+        f"--ckpt_path {checkpoint} to continue from there with the new options"
     )
 
 
@@ -210,7 +208,7 @@ def _differences(
 
 
 def _options(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Options by name, `section.option`; a value may be a mapping, and counts as a whole.
+    """Options by name, `section.option`; a value may be a mapping, and counts as one value.
 
     The arguments of a class are options of its section, as where no class is named.
     """

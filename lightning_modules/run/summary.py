@@ -47,7 +47,7 @@ def _parity(parity: dict[str, object]) -> str:
 
 
 def _short(path: Path) -> str:
-    """Relative to where the user stands, if it is below."""
+    """Relative to the current folder, if it is below it."""
     return _within(Path.cwd(), path)
 
 

@@ -19,8 +19,8 @@ class IntLimitTrainer(Trainer):
     """Lightning's `Trainer`, whose limit of 1 is one batch and of 1.0 all of them.
 
     The parser takes the first type of a union that fits. Lightning writes `Optional[Union[int,
-    float]]`, and `typing`, which calls unions equal in any order, may answer with an
-    `Optional[Union[float, int]]` that it made for whoever was imported before: 1 becomes 1.0.
+    float]]`, and `typing`, which calls unions equal in any order, may return an
+    `Optional[Union[float, int]]` that it made for another module before: 1 becomes 1.0.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ _PARENT = os.getppid()  # now, while it surely lives
 def wait_for_rank_zero(trainer: Trainer, seconds: float = _SECONDS) -> None:
     """Wait, on ranks above 0, until rank 0 has nothing left to do; on rank 0, let them go.
 
-    Whoever watches over the processes (Lightning's launcher, torchrun, SLURM) ends all of them as
+    The launcher of the processes (Lightning's launcher, torchrun, SLURM) ends all of them as
     soon as one has ended with an error. Only where all ranks are known to end may this be called.
 
     Args:

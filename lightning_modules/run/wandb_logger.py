@@ -1,4 +1,4 @@
-"""A wandb logger whose troubles do not end a training of days."""
+"""A wandb logger whose failures do not end a training of days."""
 
 import netrc
 import os
@@ -28,12 +28,12 @@ _FINISH_SECONDS = 120.0
 
 
 class FaultTolerantWandbLogger(WandbLogger):
-    """Goes on without wandb when wandb fails, and tells how to send the log later.
+    """Continues without wandb when wandb fails, and reports how to send the log later.
 
-    A connection that is lost while the run is under way costs nothing: wandb writes the log to the
+    A connection that is lost during the run costs nothing: wandb writes the log to the
     run folder first, and sends what it can. But its calls raise when its own process has died, and
-    at the end it would wait for the server without limit. Here a failing call is said once, and the
-    end waits as long as `finish_timeout` says.
+    at the end it would wait for the server without limit. Here a failing call is reported once, and
+    the end waits as long as `finish_timeout` allows.
 
     Args:
         options: of `WandbLogger`.
@@ -49,7 +49,7 @@ class FaultTolerantWandbLogger(WandbLogger):
 
     @property
     def online(self) -> bool:
-        """Whether the run is sent while it goes on."""
+        """Whether the run is sent while it continues."""
         return not self._offline
 
     @property
@@ -58,15 +58,15 @@ class FaultTolerantWandbLogger(WandbLogger):
         return str(self._experiment.settings.sync_dir) if self._experiment else str(self.save_dir)
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        """As the base class, but for errors."""
+        """As the base class, but errors do not raise."""
         self._attempt(lambda: super(FaultTolerantWandbLogger, self).log_metrics(metrics, step))
 
     def log_hyperparams(self, params: Any) -> None:
-        """As the base class, but for errors."""
+        """As the base class, but errors do not raise."""
         self._attempt(lambda: super(FaultTolerantWandbLogger, self).log_hyperparams(params))
 
     def log_image(self, key: str, images: list[Any], step: int | None = None, **more: Any) -> None:
-        """As the base class, but for errors."""
+        """As the base class, but errors do not raise."""
         self._attempt(
             lambda: super(FaultTolerantWandbLogger, self).log_image(key, images, step, **more)
         )
@@ -76,7 +76,7 @@ class FaultTolerantWandbLogger(WandbLogger):
         """Start the run now, not at the first metric.
 
         Raises:
-            wandb.errors.CommError: the server does not answer in time.
+            wandb.errors.CommError: the server does not reply in time.
         """
         _ = self.experiment
 
@@ -85,7 +85,7 @@ class FaultTolerantWandbLogger(WandbLogger):
         """End the run, and wait until it is sent.
 
         Returns:
-            What is to be done if wandb has not got all of it.
+            What is to be done if wandb has not received all of it.
         """
         try:
             self.experiment.finish()
@@ -93,7 +93,10 @@ class FaultTolerantWandbLogger(WandbLogger):
             self.last_error = self.last_error or _line(error)
         if self.last_error is None:
             return None
-        return f"wandb has not got the whole log ({self.last_error}). {how_to_send(self.folder)}"
+        return (
+            f"wandb has not received the complete log ({self.last_error}). "
+            f"{how_to_send(self.folder)}"
+        )
 
     @rank_zero_only
     def _attempt(self, call: Callable[[], Any]) -> None:
@@ -102,7 +105,7 @@ class FaultTolerantWandbLogger(WandbLogger):
         except Exception as error:
             if self.last_error is None:
                 rank_zero_warn(
-                    f"wandb does not take everything ({_line(error)}): training goes on, and the "
+                    f"wandb does not take everything ({_line(error)}): training continues, and the "
                     "metrics are in metrics/version_*/metrics.csv too"
                 )
             self.last_error = _line(error)
@@ -128,7 +131,7 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
-# an answer of the server's, but for those which say that it is busy
+# a refusal by the server, except those which report that it is busy
 _REFUSED = re.compile(r"returned error 4(?!08|29)\d\d")
 
 
@@ -138,7 +141,7 @@ class WandbOptions:
 
     Args:
         mode: offline writes `<run>/wandb` and needs neither network nor key (send it later with
-            `wandb sync`); online streams, and goes on offline where wandb cannot be reached;
+            `wandb sync`); online streams, and continues offline where wandb cannot be reached;
             disabled tracks nothing.
         project: wandb project.
         entity: wandb user or team; None for your default.
@@ -161,7 +164,7 @@ def csv_logger(run: RunFolder) -> CSVLogger:
 def make_loggers(run: RunFolder, options: WandbOptions) -> list[Logger]:
     """Make the run's loggers.
 
-    Without a connection an online run becomes an offline one, and says so: no training, and no
+    Without a connection an online run becomes an offline one, with a warning: no training, and no
     restart of one, waits for a network.
 
     Args:

@@ -1,4 +1,4 @@
-"""Messages of the libraries that tell a user nothing, each silenced by its own text."""
+"""Messages of the libraries that are useless to a user, each silenced by its own text."""
 
 import logging
 import os

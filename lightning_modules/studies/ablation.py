@@ -82,7 +82,7 @@ def ablation_settings(
     annealed = ("--model.weight_decay_end", repr(weight_decay / 10))
     raw = ("--ema.decay", "0")  # the average is then the last weights, exactly
     every = [
-        # the model's own k is no change: the same training as "all branches"
+        # the model's own k changes nothing: the same training as "all branches"
         *(
             Setting("k", f"k = {k}", {} if k == own else {"num_conv_branches": k})
             for k in range(1, 6)
@@ -110,8 +110,8 @@ def study_ablation(
     """Train a network many times, shortly, and compare what its parts are worth.
 
     Each training is `mobileone fit` with the configuration and a few options more, validated once,
-    at its end. Its result is a file that appears whole: called again with the same arguments, the
-    study goes on where it was ended, and trains anew what was cut off.
+    at its end. Its result is a file that is written atomically: called again with the same
+    arguments, the study continues where it was ended, and repeats the training that was cut off.
 
     Args:
         output: Holds cells/ (a file for each training) and runs/ (their run folders).
@@ -207,7 +207,7 @@ class _Cells:
     identity: str
 
     def path(self, setting: Setting, seed: int) -> Path:
-        """Where a training's result stands. Settings that are the same training share it."""
+        """Where a training's result is. Settings that are the same training share it."""
         digest = hashlib.sha256(setting.key().encode()).hexdigest()[:12]
         return self.folder / f"{digest}-seed{seed}.json"
 
@@ -254,7 +254,9 @@ def _train(
     finally:
         _finish_wandb()
     if not trainer.state.finished or trainer.current_epoch != trainer.max_epochs:
-        raise RuntimeError(f"the training {name} was ended early: start the study again to go on")
+        raise RuntimeError(
+            f"the training {name} was ended early: start the study again to continue"
+        )
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return {
         "acc1": metrics["val/acc1"],
@@ -265,7 +267,7 @@ def _train(
 
 
 def _finish_wandb() -> None:
-    """End the run, or the next training would go on in it."""
+    """End the run, or the next training would continue in it."""
     import wandb
 
     if wandb.run is not None:

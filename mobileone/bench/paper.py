@@ -20,10 +20,10 @@ class PaperTable:
     Attributes:
         number: Its number.
         title: What it shows, in our words.
-        source: Where it stands.
+        source: Where it is.
         verified: Whether its numbers were read in the paper itself. If not, `mark` whatever is
             shown of them.
-        note: What a reader must know beside it; may be empty.
+        note: What a reader must know in addition; may be empty.
         columns: Heading, with the unit, of each column. `build` is the name by which timm (or
             torchvision, with the prefix `torchvision/`) has the model; None: neither has it.
         rows: The numbers.

@@ -42,7 +42,7 @@ _DATE = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+(Z|[+-]\d\d:\d\d)")
 
 @dataclass(frozen=True)
 class Result:
-    """A table of measurements, and all that one must know to judge them.
+    """A table of measurements, and everything needed to judge them.
 
     Attributes:
         kind: What was measured, one of `KINDS`.
@@ -105,7 +105,7 @@ class Result:
         return str(self.machine["machine_id"])
 
     def save(self, path: str | Path) -> Path:
-        """Write as JSON, beside and renamed; the folder is made if need be.
+        """Write as JSON, atomically; the folder is made if it is missing.
 
         Raises:
             ValueError: A number is NaN or infinite.
@@ -125,7 +125,7 @@ class Result:
         return KINDS[self.kind][1] or str(self.protocol.get("statistic", "min_ms"))
 
     def save_all(self, folder: str | Path) -> list[Path]:
-        """Write `<kind>.json` and `<kind>.csv` into a folder, which is made if need be.
+        """Write `<kind>.json` and `<kind>.csv` into a folder, which is made if it is missing.
 
         Raises:
             ValueError: A number is NaN or infinite.
@@ -163,7 +163,7 @@ class Result:
                 raise ValueError(f"its `date` (={result.date!r}) {rule}")
             datetime.fromisoformat(result.date)  # that there is such a day
         except (TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path} is not a whole result: {error}") from error
+            raise ValueError(f"{path} is not a complete result: {error}") from error
         if kind is not None and result.kind != kind:
             raise ValueError(f"{path} is a result of {result.kind!r}, not of {kind!r}")
         return result
@@ -179,8 +179,8 @@ class Result:
         }
         columns = list(dict.fromkeys(column for row in self.rows for column in row))
         with (
-            atomic_write(Path(path)) as beside,
-            beside.open("w", encoding="utf-8", newline="") as file,
+            atomic_write(Path(path)) as partial,
+            partial.open("w", encoding="utf-8", newline="") as file,
         ):
             writer = csv.DictWriter(file, [*columns, *origin], lineterminator="\n")
             writer.writeheader()
@@ -195,7 +195,7 @@ def compare_machines(results: Sequence[Result]) -> str:
         Its `machine_id`.
 
     Raises:
-        ValueError: There are none, or they are of different machines; says in what those differ.
+        ValueError: There are none, or they are of different machines; lists how they differ.
     """
     if not results:
         raise ValueError("`results` is empty: nothing to compare")

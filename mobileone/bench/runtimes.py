@@ -131,7 +131,7 @@ _number = count()
 def _compiled(path: Path, x: Tensor, threads: int) -> Run:
     """Read the module that `_save` wrote, and compile it.
 
-    A network that cannot be compiled whole is an error, not a network in pieces.
+    A network that cannot be compiled as one graph is an error, not split into graphs.
     """
     model = torch.load(path, weights_only=False).to(x.device)  # our own file
 
@@ -282,7 +282,7 @@ RUNTIMES = {
     "coreml_gpu": _coreml_on("CPU_AND_GPU"),
     "coreml_ane": _coreml_on("CPU_AND_NE"),
 }
-"""What each name stands for."""
+"""The runtime of each name."""
 
 
 def runtimes_for(device: str) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ __all__ = ["build_model", "choose_models", "input_size_of"]
 _FAMILY = tuple(f"mobileone_s{i}" for i in range(5))
 
 SUITES: dict[str, tuple[str, ...]] = {
-    # the names of Table 9; a model without a name for building stands by its own
+    # the names of Table 9; a model without a name for building is listed by its own
     "paper": tuple(row["build"] or row["model"] for row in paper_table(9).rows),
     "2026": (
         *_FAMILY,
@@ -97,7 +97,7 @@ def choose_models(
         suite: A name in `SUITES`; None: the named ones alone.
 
     Returns:
-        The names, and what the protocol of a result says of the choice: `suite` and `missing`.
+        The names, and what a result's protocol reports about the choice: `suite` and `missing`.
 
     Raises:
         ValueError: See `check_models` and `get_suite`.
@@ -125,7 +125,7 @@ def build_model(name: str, seed: int = 0) -> nn.Module:
 
 
 def input_size_of(model: nn.Module, image_size: int | None = None) -> tuple[int, int, int]:
-    """Channels, height and width that a model is meant for; 224 px where it does not say."""
+    """Channels, height and width that a model is meant for; 224 px where it is not given."""
     channels, height, width = 3, 224, 224
     if getattr(model, "pretrained_cfg", None):
         channels, height, width = resolve_data_config({}, model=model)["input_size"]

@@ -30,7 +30,7 @@ _TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
 
 def check_threads(threads: int) -> None:
-    """Make sure that this process may use so many processors.
+    """Make sure that this process may use that many processors.
 
     Raises:
         ValueError: It may not.
@@ -73,7 +73,7 @@ def torch_threads(threads: int) -> Iterator[None]:
 def pinned(threads: int) -> Iterator[list[int]]:
     """Keep all threads of this process on fixed processors, and the garbage collector off.
 
-    Where the system says which logical processors share a core, one of each core is taken
+    Where the system reports which logical processors share a core, one of each core is taken
     first. The processors cannot be fixed outside Linux; there the list is empty.
 
     Args:
@@ -139,7 +139,7 @@ class Protocol:
         runs: Timed inferences of each case, in all rounds together.
         rounds: Turns that each case gets; its inferences within a turn follow each other.
         warmup: Untimed inferences at the beginning of each turn.
-        reload: Whether the model is loaded anew before each turn.
+        reload: Whether the model is reloaded before each turn.
         trim: How many of the shortest and of the longest times of each turn are dropped.
         statistic: The number to quote, a column of the rows.
     """
@@ -163,14 +163,14 @@ PROTOCOLS = {
     # cases can alternate; the untimed inference of each turn brings the weights back into
     # the caches, where an uninterrupted series would have them.
     "paper": Protocol("paper", 1000, 20, 1, reload=False, trim=0, statistic="min_ms"),
-    # ModelBench, the app of the paper's code: 20 rounds of 50, loaded anew, 1 warm-up, without
+    # ModelBench, the app of the paper's code: 20 rounds of 50, reloaded, 1 warm-up, without
     # the 10 lowest and highest of each round; low, average, high.
     "modelbench": Protocol("modelbench", 1000, 20, 1, reload=True, trim=10, statistic="mean_ms"),
 }
 
 
 def get_protocol(name: str, runs: int | None = None) -> Protocol:
-    """A protocol, with a number of runs of one's own.
+    """A protocol, with another number of runs if given.
 
     Raises:
         ValueError: It is unknown, or there are too few runs for it.
@@ -189,10 +189,10 @@ def get_protocol(name: str, runs: int | None = None) -> Protocol:
 def time_in_turn(
     loaders: Mapping[str, Callable[[], Run]], protocol: Protocol
 ) -> dict[str, list[float]]:
-    """Time cases in alternation, so that what else the machine does meets them all.
+    """Time cases in alternation, so that other load of the machine affects all.
 
     Loading, compiling and warm-up are outside the times. The order within a round is shuffled,
-    the same each time, lest one case always follow another.
+    the same each time, so that no case always follows the same other one.
 
     Args:
         loaders: What makes each case ready to run.

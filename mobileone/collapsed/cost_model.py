@@ -13,7 +13,7 @@ __all__ = ["Path", "Setting", "choose", "costs"]
 
 # Costs are counted in multiply-adds of a matrix product, forward and backward together. Measured
 # on a core of an AMD EPYC (Zen 4), where a product runs at 45 GFMA/s: 45 are a nanosecond.
-_PASS = 8  # an element through a pointwise operation or a kernel of ours
+_PASS = 8  # an element through a pointwise operation or one of our kernels
 _UNFOLD = 60  # an element of a window matrix, written and summed back
 _THIN = 600  # the same where every channel has its own, and the products are thin
 _MOMENTS = 290  # an input through our depthwise kernels, half of it by vectors of a row
@@ -49,7 +49,7 @@ _STRIDED_BF16, _STRIDED_PLANE_BF16 = 450, 1.2e5
 
 
 class Path(Enum):
-    """The exact forms; the value says what they do."""
+    """The exact forms; the value describes what they do."""
 
     BRANCHES = "every branch with its own BatchNorm"
     GRAM = "one convolution, statistics from the Gram matrix of its windows"
@@ -63,7 +63,7 @@ class Setting(NamedTuple):
     Attributes:
         device: Device type.
         dtype: Dtype of the convolution.
-        kernels: Whether there are kernels of ours for this device and dtype.
+        kernels: Whether we have kernels for this device and dtype.
         channels_last: Whether the input is in channels-last on a CPU, where it matters.
     """
 
@@ -128,7 +128,7 @@ def choose(
     CPU's. `always` collapses there too.
     """
     if mode == "never" or windows < 2:
-        return Path.BRANCHES  # of one value a channel there is no variance: BatchNorm says so
+        return Path.BRANCHES  # one value a channel has no variance: BatchNorm raises
     if mode == "auto" and setting.device == "cuda":
         return Path.BRANCHES
     table = costs(geometry, windows, width, setting)

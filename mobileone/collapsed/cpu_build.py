@@ -33,7 +33,7 @@ _FLAGS = (
 
 
 def load() -> ctypes.CDLL | None:
-    """Load the library, building it if need be; None, and a warning, where that cannot be."""
+    """Load the library, building it if it is missing; None, and a warning, where that fails."""
     named = (os.environ.get("CXX", ""), "g++", "c++")
     compiler = next(filter(None, map(shutil.which, named)), None)
     failure: Exception | str = "no C++ compiler"

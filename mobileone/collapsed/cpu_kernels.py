@@ -210,7 +210,7 @@ def _address(name: str, tensor: Tensor | None, kind: str) -> int | None:
         or tensor.dtype is not _DTYPES.get(kind.lower())
         or tensor.device.type != "cpu"
         or not tensor.is_contiguous()
-        or (tensor.numel() > 0 and tensor.data_ptr() == 0)  # a wrapper's, whose data lie elsewhere
+        or (tensor.numel() > 0 and tensor.data_ptr() == 0)  # a wrapper's, whose data are elsewhere
     ):
         what = "None" if tensor is None else f"{tensor.dtype} on {tensor.device}"
         raise TypeError(f"the kernel {name} takes no {what} of this layout as {kind!r}")

@@ -171,5 +171,5 @@ def _is_channels_last(x: Tensor) -> bool:
 
 
 def _is_plain_data(tensor: Tensor) -> bool:
-    """Whether memory has the values: no subclass, whose data lie elsewhere, nor a noted sign."""
+    """Whether memory has the values: not a subclass with data elsewhere, no lazy negation."""
     return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_neg()

@@ -111,7 +111,7 @@ def ssdlite(
         size: Side in pixels to which images are resized; at least 64.
         smallest_anchor: Side of the square anchors on the finest map, as a part of the image's; the
             others grow from it to 0.95. COCO has small objects, hence 0.2. Where objects are
-            larger, anchors of their size should lie on the finest map, which has the most places.
+            larger, anchors of their size should be on the finest map, which has the most places.
         pretrained: Start the backbone from timm's weights.
 
     Returns:
@@ -128,7 +128,7 @@ def ssdlite(
         raise ValueError(f"`size` (={size}) must be at least 64: the coarsest map has stride 512")
     if not 0 < smallest_anchor < _LARGEST:
         raise ValueError(
-            f"`smallest_anchor` (={smallest_anchor}) must lie between 0 and {_LARGEST}, the largest"
+            f"`smallest_anchor` (={smallest_anchor}) must be between 0 and {_LARGEST}, the largest"
         )
     backbone: Any = timm.create_model(
         model, features_only=True, out_indices=(-2, -1), pretrained=pretrained

@@ -50,7 +50,7 @@ _PIXELS = {"name": coreml.INPUT, "type": "image", "color_space": "RGB", "range":
 
 
 class Suppression(NamedTuple):
-    """What Core ML's suppression does where the app does not say otherwise.
+    """What Core ML's suppression does unless the app sets other values.
 
     Attributes:
         iou: Of two boxes of one class that overlap more than this, the better one stays.
@@ -225,7 +225,7 @@ def _boxes(program: MLProgram, images: Tensor) -> tuple[Tensor, Tensor]:
     return corners, torch.cat([background, confidence], dim=-1)
 
 
-# -- The detector as a whole, in TorchScript -------------------------------------------------------
+# -- The complete detector, in TorchScript ---------------------------------------------------------
 
 
 def _write_detector(

@@ -199,7 +199,7 @@ def build_network(spec: ExportSpec, hyper_parameters: Mapping[str, Any]) -> nn.M
     arguments = {"in_chans": spec.input_size[0], **(hyper_parameters.get("model_kwargs") or {})}
     if not {":", "/"} & set(name) and not timm.is_model(name):
         raise ValueError(
-            f"timm knows no model {name!r}: if a module of yours registers it, import that module "
+            f"timm knows no model {name!r}: if your own module registers it, import that module "
             "with --imports '[my_networks]' (a checkpoint never names modules to import)"
         )
     try:

@@ -1,4 +1,4 @@
-"""An artifact in words: what the manifest says, and whether the files agree with it."""
+"""An artifact as text: what the manifest reports, and whether the files agree with it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,12 +24,12 @@ def describe_artifact(path: str | Path) -> str:
 
     Args:
         path: the artifact folder (the one with manifest.json), or a file, which is described by
-            what it says of itself.
+            its own metadata.
 
     Raises:
         FileNotFoundError: it is not an artifact folder.
         ChecksumMismatchError: files differ from the manifest; its text is the description so far.
-        ValueError: the manifest cannot be read, or the file says nothing of itself.
+        ValueError: the manifest cannot be read, or the file has no metadata.
         ImportError: a file needs a package that is not installed.
     """
     path = Path(path)

@@ -1,4 +1,4 @@
-"""Work beside a training run without leaving a trace in it."""
+"""Work next to a training run without leaving a trace in it."""
 
 import random
 import warnings

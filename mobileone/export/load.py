@@ -42,7 +42,7 @@ def load_runner(path: str | Path, name: str | None = None) -> Loaded:
 
     Args:
         path: an artifact folder, or a file (`.pt`, `.pt2`, `.onnx`, `.mlpackage`) of one. A file
-            that was taken out of its folder, or compressed, is run by what it says of itself.
+            that was taken out of its folder, or compressed, is run by its own metadata.
         name: which format of a folder; None takes the first of `FORMATS` that can run here.
 
     Raises:
@@ -111,7 +111,7 @@ def _load_file(path: Path, name: str | None) -> Loaded:
 
 
 def spec_of_file(path: Path, name: str) -> ExportSpec:
-    """What a file outside of its artifact folder says of itself.
+    """The own metadata of a file outside of its artifact folder.
 
     Raises:
         ValueError: its format has no place for that.

@@ -41,7 +41,7 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where in its training the model stood; None where nobody knows.
+    """At which point of its training the model was; None where it is not known.
 
     Attributes:
         epoch: epochs completed before this one, from 0.
@@ -67,7 +67,7 @@ class Manifest:
         parameters: number of parameters of the fused model.
         channel_order: `RGB`, `L` (gray) or `unspecified`.
         formats: by format name: `path`, `input`, `output`, `bytes`, `files` (by path: `bytes`,
-            `sha256`), `operations` (how often each stands in it), `parity`.
+            `sha256`), `operations` (how often each occurs in it), `parity`.
         images: what the files were compared on: `given` (the first validation images, after a
             validation) or `synthetic`.
         problems: why the artifact was not published; none in one that was.
@@ -187,7 +187,7 @@ def describe_files(path: Path) -> dict[str, dict[str, Any]]:
 def describe_format(
     path: Path, interface: Mapping[str, Any], operations: Counter[str], checks: Mapping[str, Parity]
 ) -> dict[str, Any]:
-    """What the manifest says of a format.
+    """What the manifest reports about a format.
 
     Args:
         path: its file or folder.

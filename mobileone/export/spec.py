@@ -11,7 +11,7 @@ __all__ = ["ExportSpec", "Metadata"]
 
 @dataclass(frozen=True)
 class ExportSpec:
-    """Everything beside the weights that is needed to run a classifier on an image.
+    """Everything in addition to the weights that is needed to run a classifier on an image.
 
     Attributes:
         model_name: timm name of the model, for example `mobileone_s0`.
@@ -77,7 +77,7 @@ class ExportSpec:
         if min(self.std) <= 0:
             raise ValueError(f"`std` (={self.std}) must be positive")
         if not 0 < self.crop_pct <= 1:
-            raise ValueError(f"`crop_pct` (={self.crop_pct}) must lie in (0, 1]")
+            raise ValueError(f"`crop_pct` (={self.crop_pct}) must be in (0, 1]")
 
     @property
     def num_classes(self) -> int:
@@ -118,8 +118,8 @@ class ExportSpec:
         """
         if not text:
             raise ValueError(
-                "the file says nothing of its classes and input: keep it in its artifact folder, "
-                "beside manifest.json, or export it again"
+                "the file does not record its classes and input: keep it in its artifact folder, "
+                "next to manifest.json, or export it again"
             )
         return cls.from_dict(json.loads(text))
 

@@ -175,7 +175,7 @@ class ExportWorker:
             self.stop()
 
     def stop(self) -> None:
-        """End the worker if it runs, and remove what it leaves, but for a published artifact."""
+        """End the worker if it runs, and remove what it leaves, except a published artifact."""
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
@@ -206,7 +206,7 @@ def _main(parent: int, folder: Path, modules: Sequence[str]) -> None:
     with contextlib.suppress(AttributeError, OSError):
         os.nice(5)  # training comes first
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # there is nobody to read them
+    warnings.simplefilter("ignore")  # nobody reads them
     import_user_modules(modules)
     # the parent's own file, just written
     job = torch.load(folder / _JOB, map_location="cpu", weights_only=False)

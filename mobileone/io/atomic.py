@@ -98,7 +98,7 @@ def directory_lock(folder: Path, patience: float = 0.0) -> Iterator[None]:
 
     Args:
         folder: made if it is not there.
-        patience: seconds to wait for another process to let go of it.
+        patience: seconds to wait for another process to release it.
 
     Raises:
         FileExistsError: another process holds it.
@@ -139,7 +139,7 @@ def publish_file(staged: Path, final: Path) -> None:
 
 
 def publish_folder(staged: Path, final: Path) -> None:
-    """Flush the folder `staged` and rename it to `final`, in place of an older one if there is."""
+    """Flush the folder `staged` and rename it to `final`, replacing an older one."""
     _level_permissions(staged)
     for path in [*staged.rglob("*"), staged]:
         flush(path)

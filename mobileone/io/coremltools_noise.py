@@ -1,4 +1,4 @@
-"""Hold back what coremltools says on every machine, and nothing else."""
+"""Suppress what coremltools prints on every machine, and nothing else."""
 
 import contextlib
 import io
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 __all__ = ["quiet"]
 
-# What coremltools says on every machine that has a current PyTorch, or is not a Mac.
+# What coremltools prints on every machine that has a current PyTorch, or is not a Mac.
 _NOISE = re.compile(
     r"scikit-learn version .* is not supported"
     r"|Torch version .* has not been tested with coremltools"

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 class Resumable(DataLoader):
-    """Twelve batches; goes on where the checkpoint was made."""
+    """Twelve batches; continues where the checkpoint was made."""
 
     def __init__(self, module):
         self.module = module

@@ -13,7 +13,7 @@ __all__ = ["assert_same", "build", "feature_map", "known", "relative_errors", "r
 
 
 def build(shape, dtype=torch.float64, attn=False):
-    """A block of ours and timm's with the same weights and worn-in BatchNorms."""
+    """Our block and timm's with the same weights and worn-in BatchNorms."""
     layers = byobnet.get_layer_fns(byobnet.model_cfgs["mobileone_s4"])
     if not attn:
         layers.attn = None

@@ -77,7 +77,7 @@ def lay_mine(place: str) -> None:
         if place != "switch" or (args[-1] == 0 and args[1].current_epoch > 0):
             visits[0] -= 1 if place != "switch" else visits[0]
             if visits[0] == 0:
-                kill_soon(4.0 if place == "worker" else 0.03)  # that one goes on beside training
+                kill_soon(4.0 if place == "worker" else 0.03)  # that one runs next to training
         return real(*args, **kwargs)
 
     setattr(owner, name, mined)

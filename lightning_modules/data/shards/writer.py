@@ -118,7 +118,7 @@ def _digest(root: Path, names: list[str], shards: list[_Shard]) -> str:
 
 
 def _write(folder: Path, shard: _Shard) -> None:
-    """Write the tar, and before it gets its name what the index and the manifest say of it."""
+    """Write the tar; before it gets its name, collect its rows of index and manifest."""
     rows = []
     with atomic_write(folder / shard.filename) as partial:
         # the format without extended headers: a file begins one block after its header
@@ -145,7 +145,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def _describe(folder: Path, name: str, shards: list[_Shard]) -> Split:
-    """Write the index of a split; return what the manifest says of it."""
+    """Write the index of a split; return its entry in the manifest."""
     records = []
     for shard in shards:
         with np.load(folder / f"{shard.filename}.npz") as record:

@@ -77,7 +77,7 @@ def deploy_form(model: nn.Module, x: Tensor) -> DeployForm:
 
     Args:
         model: In eval mode, with BatchNorm statistics that are not the initial ones, or the
-            check says little; see `reset_bn_statistics`.
+            check means little; see `reset_bn_statistics`.
         x: (N, C, H, W), on the same device.
 
     Raises:
@@ -211,12 +211,12 @@ class BenchmarkCase:
     """A network in a runtime.
 
     Attributes:
-        row: What a result says of it before it is measured; `failure` is the reason why it
+        row: What a result reports about it before it is measured; `failure` is the reason why it
             cannot be, or None.
         model: The fused network, on the CPU.
         x: Its input, (N, C, H, W), on the device.
         path: What the runtime's `convert` wrote.
-        load: Makes it ready to run, anew each time; None where it failed.
+        load: Makes it ready to run, again each time; None where it failed.
     """
 
     row: Row

@@ -36,14 +36,14 @@ def measure_latency(
 
     Every network is fused, its BatchNorms folded, the fold verified; every runtime's output is
     compared with PyTorch's before anything is timed. A network that a runtime cannot take, or
-    computes wrongly, stands in the result with the reason instead of times.
+    computes wrongly, is in the result with the reason instead of times.
 
     Args:
         models: Names of timm's models, or torchvision's with the prefix `torchvision/`; in Python
             also what builds each network, by its name in the result.
         runtimes: Names in `RUNTIMES`; None: all that are present.
         protocol: `paper` (1 warm-up, 1000 runs, minimum) or `modelbench` (20 rounds of 50, model
-            loaded anew, 10 lowest and 10 highest of each dropped, average).
+            reloaded, 10 lowest and 10 highest of each dropped, average).
         runs: Timed inferences of each case; None: the protocol's.
         threads: Threads, and processors that they are kept on.
         batch_size: Images in an inference.
@@ -103,7 +103,7 @@ def measure_throughput(
     """Time batches, as `measure_latency` times single images, and divide.
 
     Cases of the same batch size and device alternate. A batch that does not fit into memory
-    stands in the result with that reason.
+    is in the result with that reason.
 
     Args:
         models: Names of timm's models, or torchvision's with the prefix `torchvision/`.

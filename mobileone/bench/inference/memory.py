@@ -39,7 +39,7 @@ def measure_memory(
 
     The file is written by this process and loaded by a fresh one, which has imported the runtime
     beforehand: neither the conversion nor the libraries count. On the CPU the operating system
-    tells the peak of the memory that the process really occupied; on CUDA PyTorch's allocator.
+    reports the peak of the memory that the process really occupied; on CUDA PyTorch's allocator.
 
     Args:
         models: Names of timm's models, or torchvision's with the prefix `torchvision/`.
@@ -59,7 +59,7 @@ def measure_memory(
 
     Raises:
         ValueError: A name or number is out of range, there is no such device, or the memory of a
-            runtime cannot be told from its compiler's.
+            runtime cannot be separated from its compiler's.
         ImportError: A runtime was named that is not installed; says how to install it.
     """
     names, choice = choose_models(models, suite)

@@ -1,4 +1,4 @@
-"""How charts of results look, and how they are written: PNG and SVG, beside and renamed."""
+"""How charts of results look, and how they are written: PNG and SVG, atomically."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from mobileone.io.atomic import atomic_write
 __all__ = ["COLORS", "HATCHES", "MARKERS", "draw_bars", "plain_ticks", "save_figure"]
 
 # Okabe and Ito, 2008: distinct for the color-blind; the order alternates dark and light, so
-# that neighbors differ in a gray print as well. Markers and hatches tell the same once more.
+# that neighbors differ in a gray print as well. Markers and hatches repeat the distinction.
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")
@@ -67,7 +67,7 @@ def draw_bars(
 
 
 def save_figure(figure: Figure, stem: str | Path) -> tuple[Path, Path]:
-    """Write `<stem>.png` and `<stem>.svg`; the folder is made if need be.
+    """Write `<stem>.png` and `<stem>.svg`; the folder is made if it is missing.
 
     Args:
         figure: The chart.
@@ -83,11 +83,11 @@ def save_figure(figure: Figure, stem: str | Path) -> tuple[Path, Path]:
         # a date inside would make equal charts differ
         metadata = {"Date": None} if kind == "svg" else None
         with (
-            atomic_write(final) as beside,
+            atomic_write(final) as partial,
             warnings.catch_warnings(),
             matplotlib.rc_context({"svg.hashsalt": stem.name}),
         ):
             warnings.filterwarnings("ignore", message=r"Glyph \d+")  # names in any script
-            figure.savefig(beside, format=kind, dpi=160, metadata=metadata)
+            figure.savefig(partial, format=kind, dpi=160, metadata=metadata)
         files.append(final)
     return files[0], files[1]

@@ -81,7 +81,7 @@ _SETTINGS = (
 
 
 def profile_table(result: Result) -> Table:
-    """What networks, their stages or their layers have and do, as the protocol's `shown` says."""
+    """What networks, their stages or their layers have and do, by the protocol's `shown`."""
     train = number("trained (M)", "parameters_train", ".3f", 1e6)
     level = result.protocol.get("shown", "model")
     columns = {

@@ -22,7 +22,7 @@ __all__ = ["bottlenecks_figure", "bottlenecks_table", "study_bottlenecks"]
 
 
 def _hyper_function(channels: int, coefficients: int, reduction: int) -> nn.Sequential:
-    """Coefficients in (0, 1) from the image as a whole: (N, C, H, W) -> (N, coefficients, 1, 1)."""
+    """Coefficients in (0, 1) from the complete image: (N, C, H, W) -> (N, coefficients, 1, 1)."""
     hidden = max(1, channels // reduction)
     return nn.Sequential(
         nn.AdaptiveAvgPool2d(1),
@@ -103,11 +103,11 @@ WIDTHS = (16, 32, 64, 128, 256)
 _DEPTH = 6
 
 LAYOUT = (
-    "Ours, for the paper does not publish its own: thirty 3×3 convolutions with BatchNorm (folded "
+    "Ours, as the paper does not publish its own: thirty 3×3 convolutions with BatchNorm (folded "
     "before timing), in five stages of six; the first of each stage has stride 2; "
     f"{', '.join(map(str, WIDTHS))} channels, so that all layers but the first of each stage have "
     "the same number of multiply-adds; then average pooling and 1000 classes. Squeeze-and-excite "
-    "(ratio 1/16) stands before the activation of every layer, a skip connection around each of "
+    "(ratio 1/16) is before the activation of every layer, a skip connection around each of "
     "the 25 layers that keep their shape, before the activation."
 )
 

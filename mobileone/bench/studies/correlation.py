@@ -1,4 +1,4 @@
-"""How much multiply-adds and parameters tell of latency: the paper's Table 1."""
+"""How well multiply-adds and parameters predict latency: the paper's Table 1."""
 
 from collections.abc import Sequence
 from dataclasses import replace

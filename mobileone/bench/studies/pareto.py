@@ -19,12 +19,12 @@ __all__ = ["draw_pareto"]
 
 _OURS, _OTHERS, _PAPER = COLORS[4], COLORS[0], "#777777"
 
-# right below, above, beside; left above, below, beside; then farther away; in points
+# right below, above, level; left above, below, level; then farther away; in points
 _PLACES = (
     *((4, -9), (4, 4), (6, -2), (-4, 4), (-4, -9), (-6, -2)),
     *((12, -17), (12, 12), (-12, 12), (-12, -17), (22, -2), (-22, -2)),
 )
-# where it is farther away, a line tells whose it is
+# where it is farther away, a line shows whose it is
 _LINE = {"arrowstyle": "-", "linewidth": 0.4, "color": "#555555", "shrinkA": 0, "shrinkB": 2}
 
 

@@ -116,7 +116,7 @@ def _measure_model(
 
         @contextmanager
         def survived(name: str) -> Iterator[None]:
-            """Note what ends an implementation, and continue without it."""
+            """Record what ends an implementation, and continue without it."""
             try:
                 yield
             except StepWorkerError as error:

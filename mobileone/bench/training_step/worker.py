@@ -72,9 +72,9 @@ def peak_bytes(step: Callable[[], object], device: str) -> int:
 
 _MIB = 2.0**20
 _WARMUP = 2  # steps in which compilers run and libraries set themselves up
-_LIMIT = 1800.0  # seconds for an answer: compilers take minutes, a hung process for ever
+_LIMIT = 1800.0  # seconds for a reply: compilers take minutes, a hung process forever
 _PATIENCE = 10.0  # seconds until a process that does not end is killed
-# the profiler, which measures memory, speaks of every start and of GPUs that are not there
+# the profiler, which measures memory, logs every start and missing GPUs
 _QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "KINETO_LOG_LEVEL": "99"}
 
 
@@ -116,7 +116,7 @@ class StepTime:
 
 
 class StepWorkerError(RuntimeError):
-    """An implementation could not be trained; the message says why."""
+    """An implementation could not be trained; the message has the reason."""
 
 
 class StepWorker:
@@ -182,7 +182,7 @@ class StepWorker:
 
 
 def training_step(model: nn.Module, x: Tensor, amp: bool = False) -> Callable[[], None]:
-    """A whole step on images (N, C, H, W): forward, cross-entropy, backward, SGD."""
+    """A complete step on images (N, C, H, W): forward, cross-entropy, backward, SGD."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
     targets = torch.arange(len(x), device=x.device)
 

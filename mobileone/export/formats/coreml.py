@@ -59,7 +59,7 @@ def write(
         model: fused network in eval mode, float32, on the CPU; (N, C, H, W) -> (N, classes).
         spec: what the model expects; its class names become the labels.
         path: folder to write; must not exist.
-        metadata: shown by Xcode, beside the spec as JSON.
+        metadata: shown by Xcode, in addition to the spec as JSON.
         precision: of weights and arithmetic.
 
     Returns:
@@ -112,7 +112,7 @@ def converted(
 
 
 def save(mlmodel: Any, spec: ExportSpec, path: Path, metadata: Metadata) -> None:
-    """Save a model of coremltools with what it says of itself."""
+    """Save a model of coremltools with its metadata."""
     mlmodel.author = metadata.author
     mlmodel.license = metadata.license
     mlmodel.short_description = metadata.description or ""
@@ -122,7 +122,7 @@ def save(mlmodel: Any, spec: ExportSpec, path: Path, metadata: Metadata) -> None
 
 
 def spec(path: Path) -> ExportSpec:
-    """What the package says of itself."""
+    """The package's own metadata."""
     with quiet():
         described = import_optional("coremltools.models.utils", _USE, "coremltools").load_spec(
             str(path)
@@ -171,7 +171,7 @@ def runtime(path: Path, spec: ExportSpec) -> Runner:
 
 
 def operations(path: Path) -> Counter[str]:
-    """How often each operation stands in the program."""
+    """How often each operation occurs in the program."""
     return MLProgram(path).operations()
 
 

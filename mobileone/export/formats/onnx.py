@@ -93,7 +93,7 @@ def runner(path: Path, spec: ExportSpec) -> Runner:
 
 
 def spec(path: Path) -> ExportSpec:
-    """What the file says of itself."""
+    """The file's own metadata."""
     properties = {
         p.key: p.value for p in import_optional("onnx", _USE, EXTRA).load(path).metadata_props
     }
@@ -114,6 +114,6 @@ def session(model: str | bytes) -> Any:
 
 
 def operations(path: Path) -> Counter[str]:
-    """How often each operation stands in the file."""
+    """How often each operation occurs in the file."""
     onnx = import_optional("onnx", _USE, EXTRA)
     return Counter(node.op_type for node in onnx.load(path).graph.node)

@@ -66,10 +66,12 @@ def load_program(path: Path) -> tuple[ExportedProgram, dict[str, str]]:
         records = {name: reader.get_record(name) for name in reader.get_all_records()}
     except RuntimeError as error:
         first = str(error).splitlines()[0]
-        raise ValueError(f"{path} is damaged, or no .pt2 file ({first})") from error
+        raise ValueError(f"{path} is damaged, or not a .pt2 file ({first})") from error
     records = {name: data for name, data in records.items() if not _OF_THE_WRITER.fullmatch(name)}
     if missing := [name for name in (_PROGRAM, _SAMPLES, *_CONFIGS) if name not in records]:
-        raise ValueError(f"{path} is no .pt2 file that torch.export wrote: it lacks {missing[0]}")
+        raise ValueError(
+            f"{path} is not a .pt2 file that torch.export wrote: it lacks {missing[0]}"
+        )
     try:
         contents = _archive(_checked(records, str(path)))
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -80,7 +82,7 @@ def load_program(path: Path) -> tuple[ExportedProgram, dict[str, str]]:
     logger.setLevel(logging.ERROR)
     try:
         return torch.export.load(contents, extra_files=extra), extra
-    except Exception as error:  # whatever torch makes of a program that is not whole
+    except Exception as error:  # whatever torch raises on an incomplete program
         first = (str(error) or repr(error)).splitlines()[0]
         raise ValueError(f"{path} is damaged, or of another version of torch: {first}") from error
     finally:
@@ -129,7 +131,7 @@ def _without_dropped(value: Any) -> Any:
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every string of the program with the key that it stands under, keys themselves too."""
+    """Every string of the program with the key that holds it, and the keys themselves."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield "key", name

@@ -54,7 +54,7 @@ class Format:
             Loading or running raises `NotVerifiedError` where the machine cannot run it.
         tolerance: largest error of an output that is published, relative to the largest value.
         output: what the runner returns: `logits` or `probabilities`.
-        spec: what the file says of itself, so that it can be run without its artifact folder.
+        spec: the file's own metadata, so that it can be run without its artifact folder.
         operations: how often each operation is in the file, by the format's own names. If given,
             a file with other convolutions, norms or additions than the network is not published.
         check: the comparisons by name, one of them `parity`, in place of running the file and

@@ -54,7 +54,7 @@ def write(
 
 
 def spec(path: Path) -> ExportSpec:
-    """What the file says of itself."""
+    """The file's own metadata."""
     return ExportSpec.from_json(load_program(path)[1].get(_SPEC, ""))
 
 
@@ -64,6 +64,6 @@ def runner(path: Path, spec: ExportSpec) -> Runner:
 
 
 def operations(path: Path) -> Counter[str]:
-    """How often each operation stands in the file."""
+    """How often each operation occurs in the file."""
     nodes = load_program(path)[0].graph.nodes
     return Counter(str(node.target) for node in nodes if node.op == "call_function")

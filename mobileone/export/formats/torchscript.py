@@ -63,7 +63,7 @@ def load(path: Path) -> nn.Module:
 
 
 def spec(path: Path) -> ExportSpec:
-    """What the file says of itself."""
+    """The file's own metadata."""
     extra = {_SPEC: ""}
     _load(path, extra)
     return ExportSpec.from_json(extra[_SPEC])
@@ -75,7 +75,7 @@ def runner(path: Path, spec: ExportSpec) -> Runner:
 
 
 def operations(path: Path) -> Counter[str]:
-    """How often each operation stands in the file."""
+    """How often each operation occurs in the file."""
     graph: Any = load(path).inlined_graph  # torch._C.Graph, which is not typed
     nodes = graph.nodes()
     return Counter(node.kind() for node in nodes if not node.kind().startswith("prim::"))

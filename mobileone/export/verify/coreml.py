@@ -40,7 +40,7 @@ def check(
     Args:
         path: the `.mlpackage`.
         spec: what the network expects.
-        reference: the network, its answers, and the images.
+        reference: the network, its outputs, and the images.
         precision: in which the package states its weights.
         tolerance: for `parity` and `runtime_parity`.
         program_tolerance: for `program_parity`.
@@ -62,7 +62,7 @@ def check(
         return compare(reference.logits, found, "logits", tolerance)
 
     def exact() -> Parity:
-        # the synthetic images have colors: gray ones cannot tell RGB from BGR
+        # the synthetic images have colors: gray ones cannot show RGB for BGR
         images = torch.cat([reference.images, fixed_images(spec, 2)])
         answer = MLProgram(path).predict(images, rounding=False)
         found = answer.logits[:, columns(answer, spec)]
@@ -111,7 +111,7 @@ def _weights_parity(
     """The largest relative error of a single weight or bias; an image shows the layers' order.
 
     Raises:
-        NotVerifiedError: the layers are not the network's, so that they cannot be told apart.
+        NotVerifiedError: the layers are not the network's, so that they cannot be matched.
     """
     written = [_Layer(*layer) for layer in MLProgram(path).layers()]
     with layers_in_order(reference.model) as modules:
@@ -119,7 +119,7 @@ def _weights_parity(
     own = [_Layer(module.weight, module.bias) for module in modules]
     if Counter(w.weight.shape for w in written) != Counter(o.weight.shape for o in own):
         raise NotVerifiedError("the converter has rearranged the layers")
-    errors = [  # parallel layers may stand in another order
+    errors = [  # parallel layers may be in another order
         min(_error(w, o, precision) for o in own if w.weight.shape == o.weight.shape)
         for w in written
     ]
@@ -152,7 +152,7 @@ def _up_to_channel_scales(written: Tensor, own: Tensor, precision: torch.dtype) 
 
 
 def _relative(written: Tensor, expected: Tensor, precision: torch.dtype) -> float:
-    """The largest error of a single value, but for a step of the smallest numbers there are."""
+    """The largest error of a single value, less one step of the smallest numbers."""
     kind = torch.finfo(precision)
     step = kind.smallest_normal * kind.eps
     error = ((written - expected).abs() - step).clamp_min(0) / expected.abs().clamp_min(step)

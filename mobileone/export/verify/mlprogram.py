@@ -105,7 +105,7 @@ class MLProgram:
         self._operations = [self._read(operation) for operation in block.operations]
 
     def operations(self) -> Counter[str]:
-        """How often each operation stands in the program; constants do not count."""
+        """How often each operation occurs in the program; constants do not count."""
         return Counter(op.type for op in self._operations if op.type != "const")
 
     def layers(self) -> list[tuple[Tensor, Tensor | None]]:
@@ -212,7 +212,7 @@ class MLProgram:
         return _Operation(operation.type, arguments, outputs)
 
     def _value(self, value: Any) -> Any:
-        """A scalar, a string, a list of whole numbers or strings, or a float tensor."""
+        """A scalar, a string, a list of integers or strings, or a float tensor."""
         if value.type.WhichOneof("type") == "listType":
             return [self._value(v) for v in value.immediateValue.list.values]
         kind = _type_name(value.type)

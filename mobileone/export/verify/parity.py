@@ -54,7 +54,7 @@ class Parity:
     """Outcome of a comparison.
 
     Attributes:
-        status: `measured`; `not verified` (never run: says nothing about the file); `not finite`
+        status: `measured`; `not verified` (never run: no statement about the file); `not finite`
             (the outputs have infinities or NaN, which no error can measure).
         reason: why it was not measured.
         kind: what was compared: `logits`, `probabilities`, or the names of several outputs.
@@ -83,7 +83,7 @@ class Parity:
         return self.max_relative_error <= self.tolerance
 
     def problem(self) -> str | None:
-        """Why it is not accepted, in words; None if it is."""
+        """The reason why it is not accepted; None if it is."""
         if self.accepted:
             return None
         if self.max_relative_error is None:

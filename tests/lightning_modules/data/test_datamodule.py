@@ -197,7 +197,7 @@ def test_class_file_must_match_the_folders(pets, tmp_path):
 
 def test_images_outside_class_folders(pets):
     Image.new("RGB", (4, 4)).save(pets / "train" / "loose.png")
-    with pytest.raises(ValueError, match=r"1 images lie directly.*loose\.png"):
+    with pytest.raises(ValueError, match=r"1 images are directly.*loose\.png"):
         ready(pets)
 
 

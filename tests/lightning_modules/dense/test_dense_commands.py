@@ -136,7 +136,7 @@ def test_resume_goes_on_in_the_same_run(capsys):
     with pytest.warns(UserWarning, match="continuing at step"):
         second = fit("segment", "--trainer.max_epochs", "2", "--resume", "auto")
     assert second == first
-    assert f"goes on from {first}/checkpoints/last.ckpt" in capsys.readouterr().out
+    assert f"resumes from {first}/checkpoints/last.ckpt" in capsys.readouterr().out
     last = torch.load(first / "checkpoints/last.ckpt", weights_only=True)
     assert (last["epoch"], last["global_step"]) == (1, 4)
     third = fit("segment", "--trainer.max_epochs", "1", "--resume", "auto", "--model.lr", "0.1")

@@ -69,7 +69,7 @@ def test_a_killed_run_ends_as_one_that_was_never_killed(task, dataset, kind, req
     killed = run_program("kill_dense.py", *command)
     assert "snapshots/step=00000003.ckpt" in killed.stdout
     folder = fit(task, root, "--run.root", "killed").parents[2] / f"../killed/{task}/latest"
-    assert "goes on from" in capsys.readouterr().out
+    assert "resumes from" in capsys.readouterr().out
     expected = torch.load(fit(task, root) / "last.ckpt", weights_only=True)
     assert expected["global_step"] == 6
     for name in ("last", "best"):

@@ -252,7 +252,7 @@ def test_files_that_cannot_run_say_why(model, spec, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.script(torch.nn.Identity()).save(str(bare))
-    with pytest.raises(ValueError, match=r"says nothing of its classes.* export it again"):
+    with pytest.raises(ValueError, match=r"does not record its classes.* export it again"):
         load_classifier(bare)
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(ValueError, match="does not match its manifest"):

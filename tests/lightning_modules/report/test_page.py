@@ -127,7 +127,7 @@ def test_the_page_has_it_all_and_needs_nothing(results, run):
         "7 of 10 images right, 70.0%", "most frequent confusions",
         "Of the test, as the network saw them", "✗ cat", "loss 3.00",
         "No artifact of the last checkpoint", "1 more rows are in the file",
-        "is not a whole result",
+        "is not a complete result",
     ):  # fmt: skip
         assert words in page.text, words
     # every picture inside, nothing fetched, nothing run
@@ -177,9 +177,9 @@ def test_damaged_files_are_said(run, results):
     (results / "undated.json").write_text(json.dumps({**other, "date": "yesterday"}))
     (results / "narrow.json").write_text(json.dumps({**other, "rows": [{"model": "x"}]}))
     text = Page(write_report(results, run).read_text()).text
-    assert "undated.json is not a whole result" in text
+    assert "undated.json is not a complete result" in text
     assert "(='yesterday') must be ISO 8601" in text
-    assert "narrow.json is not a whole result: a row has no level, parameters, macs" in text
+    assert "narrow.json is not a complete result: a row has no level, parameters, macs" in text
     assert "confusion_matrix.csv cannot be read" in text
     assert "worst_test.json does not hold images" in text
     assert "is not a readable manifest" in text

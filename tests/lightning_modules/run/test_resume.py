@@ -1,4 +1,4 @@
-"""`--resume auto`: which run goes on, from which checkpoint, and that kills leave no trace."""
+"""`--resume auto`: which run is resumed, from which checkpoint, and that kills leave no trace."""
 
 import os
 import re
@@ -74,7 +74,7 @@ def test_a_damaged_record_is_passed_over(tmp_path, record):
     (make_run(tmp_path, "20250102-000000") / "run.json").write_text(record)
     found = find_continuation(tmp_path, CONFIG)
     assert found.run.path == whole
-    assert "passed over" in found.notes[0] and "20250102-000000" in found.notes[0]
+    assert "skipped" in found.notes[0] and "20250102-000000" in found.notes[0]
 
 
 def test_no_flipped_bit_keeps_an_older_checkpoint_from_being_found(tmp_path):
@@ -108,7 +108,7 @@ def test_other_options_are_named(tmp_path):
 
 @pytest.mark.parametrize("epoch", [1, None])
 def test_an_unfinished_run_with_other_options_is_not_left_behind(tmp_path, epoch):
-    """`None`: the record of an older version says nothing, the checkpoint's epoch does."""
+    """`None`: the record of an older version has nothing, the checkpoint's epoch does."""
     run = make_run(tmp_path, "20250101-000000")
     contents = {} if epoch is None else {"epoch": epoch}
     checkpoint = write(run / "checkpoints/a.ckpt", 50, **contents)
@@ -204,7 +204,7 @@ def test_a_checkpoint_that_is_not_finite_is_passed_over_by_name(tmp_path, part):
     poisoned = write(run / "snapshots/b.ckpt", 40, **{part: contents})
     found, notes = newest_usable(run)
     assert found == good
-    assert f"passed over {poisoned}: it holds values that are not finite ({part}/" in notes[0]
+    assert f"skipped {poisoned}: it holds values that are not finite ({part}/" in notes[0]
 
 
 @pytest.mark.filterwarnings("ignore:the checkpoint's schedule of")
@@ -214,7 +214,7 @@ def test_same_command_twice_is_one_run_and_longer_goes_on(tmp_path, capsys):
     (run,) = [p for p in (tmp_path / "runs/r").iterdir() if not p.is_symlink()]
     before = sorted((run / "checkpoints").iterdir())
     main(FIT)
-    assert "goes on from" in capsys.readouterr().out
+    assert "resumes from" in capsys.readouterr().out
     assert sorted((run / "checkpoints").iterdir()) == before
     assert RunFolder.read(run).finished
     main([*FIT, "--trainer.max_epochs", "3"])
@@ -232,7 +232,7 @@ def test_a_truncated_checkpoint_is_passed_over_or_another_is_offered(tmp_path, c
     assert "damaged, cut short" in said
     assert f"checkpoint of this run that can be read is {run}/snapshots/step=00000007" in said
     main(FIT)
-    assert f"passed over {last}: it is damaged or cut short" in capsys.readouterr().out
+    assert f"skipped {last}: it is damaged or cut short" in capsys.readouterr().out
     again = torch.load(last, weights_only=True)
     assert all(torch.equal(v, again["state_dict"][k]) for k, v in whole["state_dict"].items())
 

@@ -1,4 +1,4 @@
-"""Several processes under torchrun: killed together or one alone, the same command goes on."""
+"""Several processes under torchrun: killed together or one alone, the same command resumes."""
 
 from pathlib import Path
 

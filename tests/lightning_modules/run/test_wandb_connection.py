@@ -1,4 +1,4 @@
-"""wandb fails, before a run or in it, and training goes on: the log is kept, and how to send it."""
+"""wandb fails, before a run or in it, and training continues: the log stays, and how to send it."""
 
 import json
 import os
@@ -94,7 +94,9 @@ def start(url, epochs, *more):
 
 def assert_kept(said, reason):
     """The last word is where the log is and how to send it; and all of it is there."""
-    (line,) = [line for line in said.splitlines() if line.startswith("wandb has not got the whole")]
+    (line,) = [
+        line for line in said.splitlines() if line.startswith("wandb has not received the complete")
+    ]
     assert reason in line, line
     folder = Path(line.split("wandb sync ")[1])
     assert f"It is kept in {folder}; to send it" in line
@@ -145,7 +147,7 @@ def test_with_a_connection_nothing_is_said_and_the_log_is_sent(server):
     process = start(server.url, 1, "--report.log_artifact", "none")  # the server takes none
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said[-3000:]
-    assert "wandb has not got" not in said and "wandb did not take" not in said
+    assert "wandb has not received" not in said and "wandb does not take" not in said
     assert server.history > 1
 
 

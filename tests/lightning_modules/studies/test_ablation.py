@@ -1,4 +1,4 @@
-"""The ablation study: what its settings are, that it goes on, and one real training."""
+"""The ablation study: what its settings are, that it resumes, and one real training."""
 
 import json
 

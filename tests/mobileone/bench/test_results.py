@@ -55,7 +55,7 @@ def test_csv_has_the_union_of_columns_and_the_origin(result, tmp_path):
         ("{", "is not JSON"),
         ("[]", "is not a result"),
         ('{"format": "other"}', "is not a result"),
-        ('{"format": "mobileone-result-1", "kind": "latency"}', "not a whole result"),
+        ('{"format": "mobileone-result-1", "kind": "latency"}', "not a complete result"),
     ],
 )
 def test_a_wrong_file_is_told(tmp_path, content, message):

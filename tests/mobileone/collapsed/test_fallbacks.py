@@ -232,7 +232,7 @@ def test_statistics_that_are_not_tracked_do_not_move():
 
 @pytest.mark.parametrize("name", ["weight", "running_mean"])
 def test_wrapped_parameters_and_buffers_run_the_branches(name):
-    """Their own memory is empty: kernels of ours would read at address 0."""
+    """Their own memory is empty: our kernels would read at address 0."""
     block, x = collapsed(6, 6, groups=6), image(6)
     expected = block(x)
     norm = block.conv_scale.bn
