@@ -1,10 +1,10 @@
 """The small algebra of collapsed training: branches and input statistics to one affine map.
 
-Notation of docs/collapsed-training.md. The J = K²·C_in/G inputs of a window and the O = C_out/G
-outputs that read them form a group; with m and C the mean and covariance of the windows, branch i
+Notation of docs/collapsed-training.md. The J = K²·C_in/G inputs of a patch and the O = C_out/G
+outputs that read them form a group; with m and C the mean and covariance of the patches, branch i
 has μᵢ = Wᵢ m, vᵢ = diag(Wᵢ C Wᵢᵀ), aᵢ = γᵢ / sqrt(vᵢ + ε), and the block is Ŵ = Σ aᵢWᵢ with
 bias b̂ = Σ βᵢ − Ŵ m. The skip is the branch whose rows are unit vectors. Nothing here depends on
-where the windows' origin is, so that they may be shifted by a constant together with m.
+where the patches' origin is, so that they may be shifted by a constant together with m.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ __all__ = [
     "BranchGrads",
     "Branches",
     "Collapsed",
-    "WindowStatistics",
+    "PatchStatistics",
     "branch_backward",
     "branch_means",
     "branch_variances",
@@ -25,13 +25,13 @@ __all__ = [
 ]
 
 
-class WindowStatistics(NamedTuple):
-    """First and second moments of the windows that the convolution reads.
+class PatchStatistics(NamedTuple):
+    """First and second moments of the patches that the convolution reads.
 
     Attributes:
         mean: m, (G, J), in float64.
         cov: C, the biased covariance, (G, J, J); symmetric.
-        number: n, the number of windows: N · H' · W'.
+        number: n, the number of patches: N · H' · W'.
     """
 
     mean: Tensor
@@ -48,7 +48,7 @@ class Branches:
         gamma: γᵢ of the B branches and then of the skip, (B or B + 1, G, O).
         beta: Σᵢ βᵢ, (G, O).
         eps: ε of each branch, (B or B + 1, 1, 1).
-        center: Index in a window of each skip output's input, (O,); None without a skip.
+        center: Index in a patch of each skip output's input, (O,); None without a skip.
     """
 
     kernels: Tensor
@@ -75,13 +75,13 @@ class Collapsed(NamedTuple):
 
 
 class BranchGrads(NamedTuple):
-    """Gradients with respect to the branches and, through the statistics, to the windows.
+    """Gradients with respect to the branches and, through the statistics, to the patches.
 
     Attributes:
         kernels: (B, G, O, J).
         gamma: (B or B + 1, G, O).
         beta: (G, O); the same for every branch.
-        slope: S = (2/n) ∂L/∂C, (G, J, J): a window x receives S x + offset in addition to Ŵᵀg.
+        slope: S = (2/n) ∂L/∂C, (G, J, J): a patch x receives S x + offset in addition to Ŵᵀg.
         offset: r = (1/n) ∂L/∂m − S m, (G, J).
     """
 
@@ -127,10 +127,10 @@ def branch_backward(
     weight_grad: Tensor,
     bias_grad: Tensor,
     branches: Branches,
-    stats: WindowStatistics,
+    stats: PatchStatistics,
     folded: Collapsed,
 ) -> BranchGrads:
-    """Carry gradients back to the branches and the windows.
+    """Carry gradients back to the branches and the patches.
 
     P = Σ g (x − m)ᵀ, (G, O, J), is ∂L/∂Ŵ with m's part in it; q = Σ g, (G, O), in float64, is
     ∂L/∂b̂.
@@ -147,10 +147,10 @@ def branch_backward(
 
     slanted = (2.0 * dv[:count])[..., None] * kernels  # rows 2 ∂L/∂vᵢ · Wᵢ
     dw = torch.matmul(slanted, cov).addcmul_(a[:count, ..., None], weight_grad)
-    groups, _, window = weight_grad.shape
-    tall = kernels.transpose(0, 1).reshape(groups, -1, window)  # (G, B·O, J)
+    groups, _, patch = weight_grad.shape
+    tall = kernels.transpose(0, 1).reshape(groups, -1, patch)  # (G, B·O, J)
     slope = torch.matmul(
-        tall.transpose(1, 2), slanted.transpose(0, 1).reshape(groups, -1, window)
+        tall.transpose(1, 2), slanted.transpose(0, 1).reshape(groups, -1, patch)
     ).div_(n)
     if center is not None:
         slope[:, center, center] += 2.0 * dv[-1] / n

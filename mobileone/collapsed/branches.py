@@ -88,13 +88,13 @@ class Geometry:
     eps: tuple[float, ...]
 
     @property
-    def window(self) -> int:
+    def patch(self) -> int:
         """J, the number of inputs of one output."""
         return self.kernel_size**2 * self.in_chs // self.groups
 
     @property
     def pointwise(self) -> bool:
-        """Whether a window is one pixel of all channels."""
+        """Whether a patch is one pixel of all channels."""
         return self.kernel_size == 1 and self.stride == 1 and self.groups == 1
 
     @property
@@ -244,7 +244,7 @@ def _as_rows(kernel: Tensor, geometry: Geometry) -> Tensor:
     """(C_out, C_in/G, K, K), or the 1×1 kernel of a scale branch, as (G, O, J)."""
     if kernel.shape[-1] < geometry.kernel_size:
         kernel = F.pad(kernel, [geometry.kernel_size // 2] * 4)
-    return kernel.reshape(geometry.groups, -1, geometry.window)
+    return kernel.reshape(geometry.groups, -1, geometry.patch)
 
 
 def _from_rows(rows: Tensor, geometry: Geometry, like: Tensor) -> Tensor:
@@ -273,7 +273,7 @@ def _is_plain_conv(conv: nn.Module) -> bool:
 
 
 def _walks_as(conv: nn.Module, other: nn.Module) -> bool:
-    """Whether two convolutions take the same windows."""
+    """Whether two convolutions take the same patches."""
     return all(
         getattr(conv, name) == getattr(other, name)
         for name in ("kernel_size", "stride", "padding", "dilation", "groups")

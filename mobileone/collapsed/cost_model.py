@@ -14,7 +14,7 @@ __all__ = ["Path", "Setting", "choose", "costs"]
 # Costs are counted in multiply-adds of a matrix product, forward and backward together. Measured
 # on a core of an AMD EPYC (Zen 4), where a product runs at 45 GFMA/s: 45 are a nanosecond.
 _PASS = 8  # an element through a pointwise operation or one of our kernels
-_UNFOLD = 60  # an element of a window matrix, written and summed back
+_UNFOLD = 60  # an element of a patch matrix, written and summed back
 _THIN = 600  # the same where every channel has its own, and the products are thin
 _MOMENTS = 290  # an input through our depthwise kernels, half of it by vectors of a row
 _CHANNEL = 4.2e5  # a channel's share in the depthwise kernels' preparations
@@ -52,8 +52,8 @@ class Path(Enum):
     """The exact forms; the value describes what they do."""
 
     BRANCHES = "every branch with its own BatchNorm"
-    GRAM = "one convolution, statistics from the Gram matrix of its windows"
-    DEPTHWISE = "one depthwise convolution, statistics from the moments of its windows"
+    GRAM = "one convolution, statistics from the Gram matrix of its patches"
+    DEPTHWISE = "one depthwise convolution, statistics from the moments of its patches"
     AFFINE = "one convolution and one affine pass, statistics from the convolution's output"
 
 
@@ -73,19 +73,19 @@ class Setting(NamedTuple):
     channels_last: bool = False
 
 
-def costs(geometry: Geometry, windows: int, width: int, setting: Setting) -> dict[Path, float]:
+def costs(geometry: Geometry, patches: int, width: int, setting: Setting) -> dict[Path, float]:
     """Multiply-adds of a training step of a block, for every form that can run it.
 
     Args:
         geometry: The block.
-        windows: n, the number of windows: N · H' · W'.
+        patches: n, the number of patches: N · H' · W'.
         width: W', of the output.
         setting: Where it runs.
     """
-    n, branches, window = windows, geometry.branches, geometry.window
+    n, branches, patch = patches, geometry.branches, geometry.patch
     outputs, norms = geometry.out_chs, geometry.branches + geometry.skip
     inputs = n * geometry.in_chs * geometry.stride**2
-    product = 3.0 * n * outputs * window  # one convolution
+    product = 3.0 * n * outputs * patch  # one convolution
     narrow = setting.device == "cpu" and setting.dtype == torch.bfloat16 and _multiplies_bf16()
     rates = _rates(setting.channels_last, narrow)
     convolution = rates.product * product
@@ -97,9 +97,9 @@ def costs(geometry: Geometry, windows: int, width: int, setting: Setting) -> dic
     norm = n * outputs * rates.norm + _CALL["norm"]
     table = {Path.BRANCHES: branches * convolution + norms * norm}
 
-    entries = n * geometry.groups * window  # of the window matrix
-    small = branches * outputs * window * (4 * window + _ENTRY)
-    table[Path.GRAM] = product + 2.0 * entries * window + small + n * outputs * 4 * _PASS
+    entries = n * geometry.groups * patch  # of the patch matrix
+    small = branches * outputs * patch * (4 * patch + _ENTRY)
+    table[Path.GRAM] = product + 2.0 * entries * patch + small + n * outputs * 4 * _PASS
     table[Path.GRAM] += _CALL["statistics"]
     if geometry.depthwise and geometry.stride == 1:
         table[Path.BRANCHES] += outputs * rates.group
@@ -120,18 +120,18 @@ def costs(geometry: Geometry, windows: int, width: int, setting: Setting) -> dic
 
 @functools.lru_cache(maxsize=4096)
 def choose(
-    geometry: Geometry, windows: int, width: int, setting: Setting, mode: CollapseMode
+    geometry: Geometry, patches: int, width: int, setting: Setting, mode: CollapseMode
 ) -> Path:
     """Pick a block's form.
 
     On CUDA `auto` takes the branches: no form was measured there, and the table's constants are a
     CPU's. `always` collapses there too.
     """
-    if mode == "never" or windows < 2:
+    if mode == "never" or patches < 2:
         return Path.BRANCHES  # one value a channel has no variance: BatchNorm raises
     if mode == "auto" and setting.device == "cuda":
         return Path.BRANCHES
-    table = costs(geometry, windows, width, setting)
+    table = costs(geometry, patches, width, setting)
     if mode == "always":
         return Path.DEPTHWISE if Path.DEPTHWISE in table else Path.GRAM
     return min(table, key=table.__getitem__)

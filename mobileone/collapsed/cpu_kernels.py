@@ -67,7 +67,7 @@ def fits(x: Tensor) -> bool:
 
 
 def depthwise_moments(x: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-    """Mean (C, 9) and biased covariance (C, 9, 9), float64, of the 3×3 windows of x."""
+    """Mean (C, 9) and biased covariance (C, 9, 9), float64, of the 3×3 patches of x."""
     channels = x.shape[1]
     mean = torch.empty(channels, 9, dtype=torch.float64, device=x.device)
     cov = torch.empty(channels, 9, 9, dtype=torch.float64, device=x.device)
@@ -98,7 +98,7 @@ def depthwise_forward(
 def depthwise_weight_grad(
     g: Tensor, y: Tensor | None, x: Tensor, stride: int, mean: Tensor, thin: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Σ g (x − m) (C, 9) and Σ g (C), float64, over the windows; m is (C, 9), float64.
+    """Σ g (x − m) (C, 9) and Σ g (C), float64, over the patches; m is (C, 9), float64.
 
     g counts where the rectifier let it through, y > 0; y is None where there is no rectifier.
     Channels that are thin, (C,) booleans, are summed in float64.
@@ -119,7 +119,7 @@ def depthwise_input_grad(
     offset: Tensor,
     shift: Tensor,
 ) -> Tensor:
-    """∂L/∂x; a window x receives slope · (x − shift) + offset in addition to Ŵᵀg.
+    """∂L/∂x; a patch x receives slope · (x − shift) + offset in addition to Ŵᵀg.
 
     Slope (C, 9, 9) and offset (C, 9) are in float64, shift (C,) in float32.
     """

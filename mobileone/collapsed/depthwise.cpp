@@ -130,7 +130,7 @@ void input_gradient(int threads, const Shape& s, const float* g, const float* y,
 
 extern "C" {
 
-// m (C, 9) and C (C, 9, 9) of the windows of x.
+// m (C, 9) and C (C, 9, 9) of the patches of x.
 void depthwise_moments(int threads, int64_t batch, int64_t channels, int64_t height, int64_t width,
                        int64_t stride, const float* x, double* mean, double* cov) {
   const Shape s(batch, channels, height, width, stride);
@@ -160,7 +160,7 @@ void depthwise_forward(int threads, int64_t batch, int64_t channels, int64_t hei
   (stride == 1 ? forward<1> : forward<2>)(threads, s, x, shift, weight, bias, relu != 0, y);
 }
 
-// Σ g (x − m) (C, 9) and Σ g (C) over the windows, g behind the rectifier (y null: there is none);
+// Σ g (x − m) (C, 9) and Σ g (C) over the patches, g behind the rectifier (y null: there is none);
 // thin channels (C) in float64.
 void depthwise_weight_grad(int threads, int64_t batch, int64_t channels, int64_t height,
                            int64_t width, int64_t stride, const float* g, const float* y,
@@ -172,7 +172,7 @@ void depthwise_weight_grad(int threads, int64_t batch, int64_t channels, int64_t
 }
 
 // ∂L/∂x, the part through the batch statistics included: slope S (C, 9, 9) and offset r (C, 9) of the
-// windows less a shift (C).
+// patches less a shift (C).
 void depthwise_input_grad(int threads, int64_t batch, int64_t channels, int64_t height,
                           int64_t width, int64_t stride, const float* g, const float* y,
                           const float* x, const float* shift, const double* weight,

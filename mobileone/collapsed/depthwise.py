@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from mobileone.collapsed import cpu_kernels as native
 from mobileone.collapsed.algebra import (
     Collapsed,
-    WindowStatistics,
+    PatchStatistics,
     branch_backward,
     branch_means,
     branch_variances,
@@ -88,7 +88,7 @@ class DepthwiseConvolution(torch.autograd.Function):
             weight_grad[:, None],
             bias_grad[:, None],
             gather_branches(geometry, tensors, cov.dtype),
-            WindowStatistics(m - shift[:, None], cov, ctx.number),
+            PatchStatistics(m - shift[:, None], cov, ctx.number),
             folded,
         )
         dx = None

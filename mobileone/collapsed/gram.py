@@ -1,4 +1,4 @@
-"""Collapsed training of any block on the Gram matrix of its windows, in tensor operations."""
+"""Collapsed training of any block on the Gram matrix of its patches, in tensor operations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from mobileone.collapsed.algebra import (
     Branches,
     Collapsed,
-    WindowStatistics,
+    PatchStatistics,
     branch_backward,
     branch_means,
     branch_variances,
@@ -25,10 +25,10 @@ from mobileone.collapsed.moments import (
     im2col,
     image,
     mean_dominates,
+    patch_statistics,
     required_precision,
     row_products,
     rows,
-    window_statistics,
 )
 
 __all__ = ["GramConvolution"]
@@ -46,15 +46,15 @@ class GramConvolution(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, geometry: Geometry, relu: bool, dtype: torch.dtype, *tensors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        windows = im2col(x, geometry)
-        stats, shift = window_statistics(windows)
+        patches = im2col(x, geometry)
+        stats, shift = patch_statistics(patches)
         algebra = algebra_dtype(geometry, x.dtype)
         branches, cov, product = _products(geometry, tensors, stats, algebra)
         var = branch_variances(branches, cov, product)
         conv_var, inward = var[: geometry.branches], ctx.needs_input_grad[0]
         care = required_precision(stats, branches.kernels, product, conv_var, inward)
         if care is Float64Level.SUMS:
-            stats, _ = window_statistics(windows.double())
+            stats, _ = patch_statistics(patches.double())
         if care:
             branches, cov, product = _products(geometry, tensors, stats, torch.float64)
             var = branch_variances(branches, cov, product)
@@ -62,7 +62,7 @@ class GramConvolution(torch.autograd.Function):
         folded = collapse(branches, stats.mean - shift if far else stats.mean, var)
         # under autocast the product is as narrow as the branches' own, whatever care is needed
         careful = care >= Float64Level.PRODUCT and dtype == tensors[0].dtype
-        y = _product(folded, windows, shift if far else None, torch.float64 if careful else dtype)
+        y = _product(folded, patches, shift if far else None, torch.float64 if careful else dtype)
         y = y.to(dtype)
         if relu:
             y.relu_()
@@ -91,36 +91,36 @@ class GramConvolution(torch.autograd.Function):
         # narrow gradients would lose P in cancellation, and S, of order 1/n, underflows in float16
         wide = g.to(torch.promote_types(g.dtype, torch.float32))
         g, total, rest = _center(wide, in_place=y is not None or wide is not g)
-        windows, g, rest = im2col(x, geometry), rows(g, geometry), rest.view(len(m), -1)
-        windows = windows.to(torch.promote_types(x.dtype, torch.float32))
+        patches, g, rest = im2col(x, geometry), rows(g, geometry), rest.view(len(m), -1)
+        patches = patches.to(torch.promote_types(x.dtype, torch.float32))
         left, right = (
-            (g.double(), windows.double()) if ctx.care is Float64Level.SUMS else (g, windows)
+            (g.double(), patches.double()) if ctx.care is Float64Level.SUMS else (g, patches)
         )
         weight_grad = row_products(left, right, shift.to(right.dtype))
         weight_grad -= rest[..., None] * (m - shift)[:, None, :]  # about the mean, (G, O, J)
         branches = gather_branches(geometry, tensors, cov.dtype)
         if ctx.far:
             right, m = right - shift[..., None], m - shift
-        stats = WindowStatistics(m, cov, ctx.number)
+        stats = PatchStatistics(m, cov, ctx.number)
         grads = branch_backward(weight_grad.to(cov.dtype), rest, branches, stats, folded)
         grads = grads._replace(beta=total.view_as(rest))
         dx = None
         if ctx.needs_input_grad[0]:
             dtype = left.dtype
-            dwindows = torch.matmul(folded.weight.to(dtype).mT, left)
-            _add_product(dwindows, grads.slope.to(dtype), right.to(dtype))
-            dwindows += grads.offset.to(dtype)[..., None]
-            dx = col2im(dwindows, geometry, x.shape).to(x.dtype)
+            dpatches = torch.matmul(folded.weight.to(dtype).mT, left)
+            _add_product(dpatches, grads.slope.to(dtype), right.to(dtype))
+            dpatches += grads.offset.to(dtype)[..., None]
+            dx = col2im(dpatches, geometry, x.shape).to(x.dtype)
         return dx, None, None, None, *branch_gradients(geometry, grads, tensors)
 
 
 def _product(
-    folded: Collapsed, windows: Tensor, shift: Tensor | None, dtype: torch.dtype
+    folded: Collapsed, patches: Tensor, shift: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Ŵ x + b̂, (M, G, O, L), in the given dtype; of windows (M, G, J, L) less a shift (G, J)."""
+    """Ŵ x + b̂, (M, G, O, L), in the given dtype; of patches (M, G, J, L) less a shift (G, J)."""
     if shift is not None:
-        windows = windows.to(torch.promote_types(windows.dtype, dtype)) - shift[..., None]
-    y = torch.matmul(folded.weight.to(dtype), windows.to(dtype))
+        patches = patches.to(torch.promote_types(patches.dtype, dtype)) - shift[..., None]
+    y = torch.matmul(folded.weight.to(dtype), patches.to(dtype))
     y += folded.bias.to(dtype)[..., None]
     return y
 
@@ -128,7 +128,7 @@ def _product(
 def _products(
     geometry: Geometry,
     tensors: tuple[Tensor, ...],
-    stats: WindowStatistics,
+    stats: PatchStatistics,
     dtype: torch.dtype,
 ) -> tuple[Branches, Tensor, Tensor]:
     """The branches, C and Wᵢ C in the dtype of the algebra."""
@@ -150,8 +150,8 @@ def _center(g: Tensor, in_place: bool) -> tuple[Tensor, Tensor, Tensor]:
     return difference, total, rest
 
 
-def _add_product(total: Tensor, slope: Tensor, windows: Tensor) -> None:
+def _add_product(total: Tensor, slope: Tensor, patches: Tensor) -> None:
     """Add S X to (M, G, J, L) in place."""
     batch = total.shape[0]
     slopes = slope.expand(batch, *slope.shape).flatten(0, 1)
-    total.flatten(0, 1).baddbmm_(slopes, windows.flatten(0, 1))
+    total.flatten(0, 1).baddbmm_(slopes, patches.flatten(0, 1))

@@ -9,7 +9,7 @@
 
 namespace {
 
-// The offsets u ∈ {−1, 0, 1} at which windows along one axis cover input q, as bits u + 1.
+// The offsets u ∈ {−1, 0, 1} at which patches along one axis cover input q, as bits u + 1.
 template <int STRIDE>
 int covering(int64_t q, int64_t outputs) {
   int set = 0;
@@ -20,7 +20,7 @@ int covering(int64_t q, int64_t outputs) {
   return set;
 }
 
-// ∂L/∂x of a row that windows cover at the row offsets U: x receives, from the windows that cover
+// ∂L/∂x of a row that patches cover at the row offsets U: x receives, from the patches that cover
 // it at u, Ŵ_u g + r_u + Σ_v S_uv x_v, which makes 5×5 taps on x, T_d = Σ_{u ∈ U} S_{u,u+d}.
 template <int STRIDE>
 struct RowGradient {
@@ -29,7 +29,7 @@ struct RowGradient {
     TapList g;
     float constant = 0.0f;
   };
-  struct Edge {  // what the windows beyond the left or right border would have added
+  struct Edge {  // what the patches beyond the left or right border would have added
     double kernel[5] = {};
     double constant = 0.0;
   };
@@ -65,7 +65,7 @@ struct RowGradient {
       right.constant += offset[3 * u];
       for (int v = 0; v < 9; ++v) {
         const double from_left = slope[9 * (3 * u + 2) + v], from_right = slope[9 * (3 * u) + v];
-        // of a window beyond the border one column lies inside, and the others see padding
+        // of a patch beyond the border one column lies inside, and the others see padding
         if (v % 3 == 2)
           left.kernel[v / 3 - u + 2] += from_left;
         else

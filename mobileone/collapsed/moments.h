@@ -1,4 +1,4 @@
-// First and second moments of the 3×3 windows of a channel, for depthwise.cpp.
+// First and second moments of the 3×3 patches of a channel, for depthwise.cpp.
 
 #pragma once
 
@@ -13,8 +13,8 @@ namespace {
 
 constexpr double FAR = 16.0;  // mean² / variance from which moments are taken about the mean
 
-// Sums of x_u (sums) and of x_u x_v (products, 9×9) over the windows of one channel.
-// Stride 1: all windows see all pixels but those that the border cuts off, so that a product of taps
+// Sums of x_u (sums) and of x_u x_v (products, 9×9) over the patches of one channel.
+// Stride 1: all patches see all pixels but those that the border cuts off, so that a product of taps
 // u, v is the correlation R_d of the plane with itself at d = v − u, less the border's share.
 struct Correlations {
   // R_d for d = (0, 0…2), (1, −2…2), (2, −2…2) and the plain sum
@@ -90,7 +90,7 @@ struct Correlations {
   }
 };
 
-// Stride 2: every product is summed by itself; there are a quarter as many windows.
+// Stride 2: every product is summed by itself; there are a quarter as many patches.
 struct Products {
   Wide sum[9] = {}, product[45] = {};
 
@@ -139,7 +139,7 @@ struct Products {
   }
 };
 
-// Mean and covariance of one channel's windows, in float64 and about a first estimate of the mean.
+// Mean and covariance of one channel's patches, in float64 and about a first estimate of the mean.
 template <int STRIDE>
 void careful_moments(const Shape& s, const float* x, int64_t c, double* mean, double* cov) {
   Padded<STRIDE, double> plane(s.height, s.width, 1);

@@ -1,4 +1,4 @@
-"""Windows of a convolution as columns of matrices, and their mean and covariance."""
+"""Patches of a convolution as columns of matrices, and their mean and covariance."""
 
 from enum import IntEnum
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mobileone.collapsed import cpu_kernels as native
-from mobileone.collapsed.algebra import WindowStatistics
+from mobileone.collapsed.algebra import PatchStatistics
 from mobileone.collapsed.branches import Geometry
 
 __all__ = [
@@ -19,10 +19,10 @@ __all__ = [
     "im2col",
     "image",
     "mean_dominates",
+    "patch_statistics",
     "required_precision",
     "row_products",
     "rows",
-    "window_statistics",
 ]
 
 _NARROW = 128
@@ -30,10 +30,10 @@ _NARROW = 128
 columns reaches a fifth of the speed of a wide one (49 columns: 15 of 90 GFMA/s)."""
 
 _LIGHT = 128
-"""Window size J up to which the small algebra is done in float64, where its cost cannot show."""
+"""Patch size J up to which the small algebra is done in float64, where its cost cannot show."""
 
 _FAR = 16.0
-"""Ratio of squared mean to variance from which products with windows are taken about the mean."""
+"""Ratio of squared mean to variance from which products with patches are taken about the mean."""
 
 _THIN = 4.0
 """Ratio of what the weights could make of the input's variance to what a branch does make of it
@@ -43,13 +43,13 @@ _ROUGH = 32.0
 """The same from which Ŵ x is, as the rounding of Ŵ shows: branches normalize theirs away."""
 
 _THINNEST = 8.0
-"""The same from which sums over windows are taken in float64 as well, if there are few of them."""
+"""The same from which sums over patches are taken in float64 as well, if there are few of them."""
 
 _PRECISE = 1 / 3
 """And part of √n that is allowed instead, if that is more: the error of C falls with √n."""
 
 _ALIKE = 0.25
-"""Part of the windows' variance that a branch's output must leave unexplained for an input gradient
+"""Part of the patches' variance that a branch's output must leave unexplained for an input gradient
 in float32."""
 
 
@@ -67,12 +67,12 @@ def algebra_dtype(geometry: Geometry, dtype: torch.dtype) -> torch.dtype:
 
     Of a single branch, the gradient may cancel altogether.
     """
-    light = geometry.window <= _LIGHT or geometry.branches == 1
+    light = geometry.patch <= _LIGHT or geometry.branches == 1
     return torch.float64 if light else torch.promote_types(dtype, torch.float32)
 
 
 def im2col(x: Tensor, geometry: Geometry) -> Tensor:
-    """Windows of an input (N, C_in, H, W) as matrices (M, G, J, L), one window a column.
+    """Patches of an input (N, C_in, H, W) as matrices (M, G, J, L), one patch a column.
 
     M is N, or 1 where small images of a pointwise block are joined: L is then N · H · W.
     """
@@ -84,7 +84,7 @@ def im2col(x: Tensor, geometry: Geometry) -> Tensor:
     unfolded = F.unfold(
         x, geometry.kernel_size, geometry.dilation, geometry.padding, geometry.stride
     )  # (N, C_in · K², L)
-    return unfolded.view(batch, geometry.groups, geometry.window, -1)
+    return unfolded.view(batch, geometry.groups, geometry.patch, -1)
 
 
 def col2im(matrix: Tensor, geometry: Geometry, shape: torch.Size) -> Tensor:
@@ -120,7 +120,7 @@ def rows(y: Tensor, geometry: Geometry) -> Tensor:
     return y.reshape(batch, geometry.groups, channels // geometry.groups, -1)
 
 
-def window_statistics(matrix: Tensor) -> tuple[WindowStatistics, Tensor]:
+def patch_statistics(matrix: Tensor) -> tuple[PatchStatistics, Tensor]:
     """Mean and covariance of the columns of (M, G, J, L), and the shift (G, J) of the sums.
 
     Nothing depends on the shift but rounding, which would grow with mean² / variance. It is the
@@ -137,7 +137,7 @@ def window_statistics(matrix: Tensor) -> tuple[WindowStatistics, Tensor]:
     gram, total = _gram(wide, shift)
     rest = total / count  # of the mean, (G, J)
     cov = gram.div_(count) - rest[..., :, None] * rest[..., None, :]
-    return WindowStatistics(rest + shift, cov, count), shift
+    return PatchStatistics(rest + shift, cov, count), shift
 
 
 def row_products(a: Tensor, b: Tensor, shift: Tensor) -> Tensor:
@@ -148,17 +148,17 @@ def row_products(a: Tensor, b: Tensor, shift: Tensor) -> Tensor:
 
 
 def required_precision(
-    stats: WindowStatistics, kernels: Tensor, product: Tensor, var: Tensor, inward: bool
+    stats: PatchStatistics, kernels: Tensor, product: Tensor, var: Tensor, inward: bool
 ) -> Float64Level:
-    """Whether rounding would be magnified in what is made of the windows.
+    """Whether rounding would be magnified in what is made of the patches.
 
     That is so where squares overflow; where vᵢ is far below what the weights could make of it,
-    Σⱼ Wᵢⱼ² Cⱼⱼ; and, in ∂L/∂x, where one direction has most of the windows' variance:
+    Σⱼ Wᵢⱼ² Cⱼⱼ; and, in ∂L/∂x, where one direction has most of the patches' variance:
     BatchNorm's gradient ignores the direction in which a branch looks, so that what counts is the
     variance that zᵢ = Wᵢ x leaves unexplained, tr C − |C Wᵢ|² / vᵢ.
 
     Args:
-        stats: Of the windows, summed in their own dtype.
+        stats: Of the patches, summed in their own dtype.
         kernels: Wᵢ, (B, G, O, J).
         product: Wᵢ C, likewise.
         var: vᵢ, (B, G, O).
@@ -178,8 +178,8 @@ def required_precision(
     )
 
 
-def mean_dominates(stats: WindowStatistics) -> bool:
-    """Whether a mean outweighs the spread, so that products with the windows would cancel."""
+def mean_dominates(stats: PatchStatistics) -> bool:
+    """Whether a mean outweighs the spread, so that products with the patches would cancel."""
     variance = stats.cov.diagonal(dim1=-2, dim2=-1)
     return bool((stats.mean.square() > _FAR * variance).any())
 

@@ -24,7 +24,7 @@ __all__ = [
     "depthwise_weight_grad",
 ]
 
-_BLOCK = 128  # windows or pixels at a time
+_BLOCK = 128  # patches or pixels at a time
 _TURNS = 16  # blocks that a program sums in float32, before the sums join float64 totals
 _ROWS = 16  # of a tile: nine taps, a row of ones, and nothing
 
@@ -32,18 +32,18 @@ _ROWS = 16  # of a tile: nine taps, a row of ones, and nothing
 @triton.jit
 def _tile(x, shift, channel, channels, first, count, height, width, out_height, out_width,
           STRIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Taps of BLOCK windows less the shift, a row a tap, and ones in row 9: (ROWS, BLOCK)."""
-    window = first + tl.arange(0, BLOCK)
+    """Taps of BLOCK patches less the shift, a row a tap, and ones in row 9: (ROWS, BLOCK)."""
+    patch = first + tl.arange(0, BLOCK)
     tap = tl.arange(0, ROWS)
-    image = window // (out_height * out_width)
-    row = (window // out_width % out_height * STRIDE)[None, :] + (tap // 3 - 1)[:, None]
-    column = (window % out_width * STRIDE)[None, :] + (tap % 3 - 1)[:, None]
+    image = patch // (out_height * out_width)
+    row = (patch // out_width % out_height * STRIDE)[None, :] + (tap // 3 - 1)[:, None]
+    column = (patch % out_width * STRIDE)[None, :] + (tap % 3 - 1)[:, None]
     plane = (image.to(tl.int64) * channels + channel) * height * width
-    real = (window < count)[None, :] & (tap < 9)[:, None]
+    real = (patch < count)[None, :] & (tap < 9)[:, None]
     inside = real & (row >= 0) & (row < height) & (column >= 0) & (column < width)
     value = tl.load(x + plane[None, :] + row * width + column, mask=inside, other=0.0)
     value = tl.where(real, value.to(tl.float32) - shift, 0.0)
-    return tl.where((window < count)[None, :] & (tap == 9)[:, None], 1.0, value)
+    return tl.where((patch < count)[None, :] & (tap == 9)[:, None], 1.0, value)
 
 
 @triton.jit
@@ -72,12 +72,12 @@ def _weight_grad(g, y, x, shifts, sums, channels, count, height, width, out_heig
         first = (part * TURNS + turn) * BLOCK
         tile = _tile(x, shift, channel, channels, first, count,
                      height, width, out_height, out_width, STRIDE, ROWS, BLOCK)  # fmt: skip
-        window = first + tl.arange(0, BLOCK)
+        patch = first + tl.arange(0, BLOCK)
         size = out_height * out_width
-        at = ((window // size).to(tl.int64) * channels + channel) * size + window % size
-        slope = tl.load(g + at, mask=window < count, other=0.0).to(tl.float32)
+        at = ((patch // size).to(tl.int64) * channels + channel) * size + patch % size
+        slope = tl.load(g + at, mask=patch < count, other=0.0).to(tl.float32)
         if RECTIFIED:
-            passed = tl.load(y + at, mask=window < count, other=0.0).to(tl.float32)
+            passed = tl.load(y + at, mask=patch < count, other=0.0).to(tl.float32)
             slope = tl.where(passed <= 0.0, 0.0, slope)
         total += tl.sum(tile * slope[None, :], axis=1)
     tl.store(sums + (channel * tl.num_programs(1) + part) * ROWS + tl.arange(0, ROWS), total)
@@ -116,7 +116,7 @@ def _input_grad(g, y, x, shifts, weights, slopes, offsets, dx, channels, height,
     real = pixel < height * width
     row, column = pixel // width, pixel % width
     value = tl.zeros((BLOCK,), dtype=tl.float32)
-    for u in tl.static_range(9):  # the window that covers the pixel at u: Ŵ_u g + r_u
+    for u in tl.static_range(9):  # the patch that covers the pixel at u: Ŵ_u g + r_u
         top, left = row - (u // 3 - 1), column - (u % 3 - 1)
         covers = real & (top >= 0) & (left >= 0) & (top % STRIDE == 0) & (left % STRIDE == 0)
         covers = covers & (top // STRIDE < out_height) & (left // STRIDE < out_width)
@@ -128,7 +128,7 @@ def _input_grad(g, y, x, shifts, weights, slopes, offsets, dx, channels, height,
             slope = tl.where(passed <= 0.0, 0.0, slope)
         value += tl.load(weights + channel * 9 + u) * slope
         value += tl.where(covers, tl.load(offsets + channel * 9 + u), 0.0)
-    for d in tl.static_range(25):  # the pixel at distance d: Σ_u S_{u,u+d} x, of those windows
+    for d in tl.static_range(25):  # the pixel at distance d: Σ_u S_{u,u+d} x, of those patches
         there, across = row + d // 5 - 2, column + d % 5 - 2
         inside = real & (there >= 0) & (there < height) & (across >= 0) & (across < width)
         at = plane.to(tl.int64) * height * width + there * width + across
@@ -150,8 +150,8 @@ def _input_grad(g, y, x, shifts, weights, slopes, offsets, dx, channels, height,
 
 
 def depthwise_moments(x: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-    """Mean (C, 9) and biased covariance (C, 9, 9), float64, of the 3×3 windows of x."""
-    count, parts = _windows(x, stride)
+    """Mean (C, 9) and biased covariance (C, 9, 9), float64, of the 3×3 patches of x."""
+    count, parts = _patches(x, stride)
     shift = x.mean((0, 2, 3), dtype=torch.float32)  # nothing depends on it but rounding
     sums = torch.empty(x.shape[1], parts, _ROWS, _ROWS, dtype=torch.float32, device=x.device)
     _launch(_moments, sums.shape[:2], x, shift, sums, x.shape[1], count, *_sizes(x, stride),
@@ -166,12 +166,12 @@ def depthwise_careful_moments(
     x: Tensor, stride: int, which: Tensor, mean: Tensor, cov: Tensor
 ) -> None:
     """Write the same, summed in float64, for the channels of indices `which`."""
-    for channel in which.tolist():  # one by one: windows in float64 are 18 times the plane
+    for channel in which.tolist():  # one by one: patches in float64 are 18 times the plane
         plane = x[:, channel : channel + 1].double()
-        windows = F.unfold(plane, 3, padding=1, stride=stride).transpose(0, 1).flatten(1)
-        mean[channel] = windows.mean(1)
-        windows = windows - mean[channel, :, None]
-        cov[channel] = windows @ windows.T / windows.shape[1]
+        patches = F.unfold(plane, 3, padding=1, stride=stride).transpose(0, 1).flatten(1)
+        mean[channel] = patches.mean(1)
+        patches = patches - mean[channel, :, None]
+        cov[channel] = patches @ patches.T / patches.shape[1]
 
 
 def depthwise_forward(
@@ -192,11 +192,11 @@ def depthwise_forward(
 def depthwise_weight_grad(
     g: Tensor, y: Tensor | None, x: Tensor, stride: int, mean: Tensor, thin: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Σ g (x − m) (C, 9) and Σ g (C), float64, over the windows; m is (C, 9), float64.
+    """Σ g (x − m) (C, 9) and Σ g (C), float64, over the patches; m is (C, 9), float64.
 
     Here thin channels are summed as all are.
     """
-    count, parts = _windows(x, stride)
+    count, parts = _patches(x, stride)
     shift = mean[:, 4].float().contiguous()
     sums = torch.empty(x.shape[1], parts, _ROWS, dtype=torch.float32, device=x.device)
     _launch(_weight_grad, sums.shape[:2], g, g if y is None else y, x, shift, sums, x.shape[1],
@@ -218,7 +218,7 @@ def depthwise_input_grad(
     offset: Tensor,
     shift: Tensor,
 ) -> Tensor:
-    """∂L/∂x; a window x receives slope · (x − shift) + offset in addition to Ŵᵀg.
+    """∂L/∂x; a patch x receives slope · (x − shift) + offset in addition to Ŵᵀg.
 
     Slope (C, 9, 9) and offset (C, 9) are in float64, shift (C,) in float32.
     """
@@ -246,8 +246,8 @@ def _sizes(x: Tensor, stride: int) -> tuple[int, int, int, int]:
     return height, width, (height - 1) // stride + 1, (width - 1) // stride + 1
 
 
-def _windows(x: Tensor, stride: int) -> tuple[int, int]:
-    """Windows a channel, and the parts in which programs sum them."""
+def _patches(x: Tensor, stride: int) -> tuple[int, int]:
+    """Patches a channel, and the parts in which programs sum them."""
     sizes = _sizes(x, stride)
     count = x.shape[0] * sizes[2] * sizes[3]
     return count, triton.cdiv(count, _BLOCK * _TURNS)

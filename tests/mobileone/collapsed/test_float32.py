@@ -240,7 +240,7 @@ def gradient_and_logits(step, weights):
 
 
 @needs_kernels
-def test_the_product_is_as_accurate_where_windows_are_many():
+def test_the_product_is_as_accurate_where_patches_are_many():
     """The error of C falls with their number, that of a rounded kernel does not."""
     shape = {"in_chs": 3, "out_chs": 8, "kernel_size": 1, "num_conv_branches": 2}
     ours, theirs = twin.build(shape, dtype=torch.float32)
