@@ -96,17 +96,18 @@ def depthwise_forward(
 
 
 def depthwise_weight_grad(
-    g: Tensor, y: Tensor | None, x: Tensor, stride: int, mean: Tensor, thin: Tensor
+    g: Tensor, y: Tensor | None, x: Tensor, stride: int, mean: Tensor, ill_conditioned: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Σ g (x − m) (C, 9) and Σ g (C), float64, over the patches; m is (C, 9), float64.
 
     g counts where the rectifier let it through, y > 0; y is None where there is no rectifier.
-    Channels that are thin, (C,) booleans, are summed in float64.
+    Ill-conditioned channels, (C,) booleans, are summed in float64.
     """
     weight_grad = torch.empty(x.shape[1], 9, dtype=torch.float64, device=x.device)
     bias_grad = torch.empty(x.shape[1], dtype=torch.float64, device=x.device)
-    _call("depthwise_weight_grad", *x.shape, stride, g, y, x, mean, thin, weight_grad, bias_grad)
-    return weight_grad, bias_grad
+    sums = weight_grad, bias_grad
+    _call("depthwise_weight_grad", *x.shape, stride, g, y, x, mean, ill_conditioned, *sums)
+    return sums
 
 
 def depthwise_input_grad(

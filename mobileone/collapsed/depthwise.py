@@ -61,8 +61,8 @@ class DepthwiseConvolution(torch.autograd.Function):
         mean, cov = kernels.depthwise_moments(x, stride)
         height, width = geometry.output_size(*x.shape[2:])
         branches = gather_branches(geometry, tensors, cov.dtype)
-        thin = ill_conditioned_channels(mean, cov, branches.kernels)
-        which = thin.nonzero().squeeze(-1)
+        ill_conditioned = ill_conditioned_channels(mean, cov, branches.kernels)
+        which = ill_conditioned.nonzero().squeeze(-1)
         if len(which):
             kernels.depthwise_careful_moments(x, stride, which, mean, cov)
         var = branch_variances(branches, cov, torch.matmul(branches.kernels, cov))
@@ -70,7 +70,7 @@ class DepthwiseConvolution(torch.autograd.Function):
         folded = collapse(branches, mean - shift[:, None], var)
         y = kernels.depthwise_forward(x, stride, shift, folded.weight, folded.bias, relu)
         ctx.geometry, ctx.number = geometry, len(x) * height * width
-        ctx.save_for_backward(x, y if relu else None, mean, cov, thin, *folded, *tensors)
+        ctx.save_for_backward(x, y if relu else None, mean, cov, ill_conditioned, *folded, *tensors)
         branch_mean, branch_var = branch_means(branches, mean).flatten(1), folded.var.flatten(1)
         ctx.mark_non_differentiable(branch_mean, branch_var)
         return y, branch_mean, branch_var
@@ -78,12 +78,12 @@ class DepthwiseConvolution(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, m, cov, thin, *rest = ctx.saved_tensors
+        x, y, m, cov, ill_conditioned, *rest = ctx.saved_tensors
         folded, tensors = Collapsed(*rest[:4]), rest[4:]
         geometry, g = ctx.geometry, g.contiguous()
         stride, kernels = geometry.stride, kernels_for(x)
         shift = dominant_means(m[:, 4], cov[:, 4, 4])
-        weight_grad, bias_grad = kernels.depthwise_weight_grad(g, y, x, stride, m, thin)
+        weight_grad, bias_grad = kernels.depthwise_weight_grad(g, y, x, stride, m, ill_conditioned)
         grads = branch_backward(
             weight_grad[:, None],
             bias_grad[:, None],

@@ -52,23 +52,23 @@ class GramConvolution(torch.autograd.Function):
         branches, cov, product = _products(geometry, tensors, stats, algebra)
         var = branch_variances(branches, cov, product)
         conv_var, inward = var[: geometry.branches], ctx.needs_input_grad[0]
-        care = required_precision(stats, branches.kernels, product, conv_var, inward)
-        if care is Float64Level.SUMS:
+        level = required_precision(stats, branches.kernels, product, conv_var, inward)
+        if level is Float64Level.SUMS:
             stats, _ = patch_statistics(patches.double())
-        if care:
+        if level:
             branches, cov, product = _products(geometry, tensors, stats, torch.float64)
             var = branch_variances(branches, cov, product)
-        far = care is Float64Level.SUMS or mean_dominates(stats)
+        far = level is Float64Level.SUMS or mean_dominates(stats)
         folded = collapse(branches, stats.mean - shift if far else stats.mean, var)
-        # under autocast the product is as narrow as the branches' own, whatever care is needed
-        careful = care >= Float64Level.PRODUCT and dtype == tensors[0].dtype
+        # under autocast the product is as narrow as the branches' own, whatever precision is needed
+        careful = level >= Float64Level.PRODUCT and dtype == tensors[0].dtype
         y = _product(folded, patches, shift if far else None, torch.float64 if careful else dtype)
         y = y.to(dtype)
         if relu:
             y.relu_()
         size = geometry.output_size(*x.shape[2:])
         y = image(y, torch.Size((x.shape[0], geometry.out_chs, *size)))
-        ctx.geometry, ctx.number, ctx.care, ctx.far = geometry, stats.number, care, far
+        ctx.geometry, ctx.number, ctx.level, ctx.far = geometry, stats.number, level, far
         ctx.save_for_backward(x, y if relu else None, shift, stats.mean, cov, *folded, *tensors)
         mean = branch_means(branches, stats.mean).flatten(1)
         var = var.flatten(1)
@@ -94,7 +94,7 @@ class GramConvolution(torch.autograd.Function):
         patches, g, rest = im2col(x, geometry), rows(g, geometry), rest.view(len(m), -1)
         patches = patches.to(torch.promote_types(x.dtype, torch.float32))
         left, right = (
-            (g.double(), patches.double()) if ctx.care is Float64Level.SUMS else (g, patches)
+            (g.double(), patches.double()) if ctx.level is Float64Level.SUMS else (g, patches)
         )
         weight_grad = row_products(left, right, shift.to(right.dtype))
         weight_grad -= rest[..., None] * (m - shift)[:, None, :]  # about the mean, (G, O, J)

@@ -190,11 +190,11 @@ def depthwise_forward(
 
 
 def depthwise_weight_grad(
-    g: Tensor, y: Tensor | None, x: Tensor, stride: int, mean: Tensor, thin: Tensor
+    g: Tensor, y: Tensor | None, x: Tensor, stride: int, mean: Tensor, ill_conditioned: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Σ g (x − m) (C, 9) and Σ g (C), float64, over the patches; m is (C, 9), float64.
 
-    Here thin channels are summed as all are.
+    Here ill-conditioned channels are summed as all are.
     """
     count, parts = _patches(x, stride)
     shift = mean[:, 4].float().contiguous()
