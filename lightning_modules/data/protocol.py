@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from inspect import getattr_static
 from typing import Any, Protocol, cast
 
+from lightning.pytorch import LightningDataModule
+
 from mobileone.export.spec import ExportSpec
 
 __all__ = ["ClassificationData", "CurriculumData", "check_data_module", "in_chans", "num_classes"]
@@ -52,6 +54,10 @@ _NEEDED = {
         'self.data_config = {"input_size": (3, 224, 224), "mean": (0.485, 0.456, 0.406), '
         '"std": (0.229, 0.224, 0.225), "interpolation": "bilinear", "crop_pct": 0.875}',
     ),
+    "val_dataloader": (
+        "the validation images; a checkpoint and its artifact are written after each validation",
+        "def val_dataloader(self):  # -> DataLoader",
+    ),
     "set_curriculum": (
         "the method by which the Curriculum callback changes image size and augmentation; without "
         "it leave `curriculum.phases` empty",
@@ -73,7 +79,8 @@ def check_data_module(data: object, needs_curriculum: bool = False) -> Classific
     Raises:
         ValueError: an attribute is missing or has a value that cannot be.
     """
-    _require(data, "class_names", "data_config", *["set_curriculum"] * needs_curriculum)
+    needed = ["class_names", "data_config", "val_dataloader"]
+    _require(data, *needed, *["set_curriculum"] * needs_curriculum)
     checked = cast(ClassificationData, data)
     config = checked.data_config
     faults = [f"lacks {key}" for key in _KEYS if key not in config]
@@ -111,9 +118,12 @@ def in_chans(data: object) -> int:
     return int(cast(ClassificationData, data).data_config["input_size"][0])
 
 
+_NONE = (None, LightningDataModule.val_dataloader)  # which only raises
+
+
 def _require(data: object, *names: str) -> None:
     # statically: a property would run the user's code, and hide an AttributeError of its own
-    missing = [name for name in names if getattr_static(data, name, None) is None]
+    missing = [name for name in names if getattr_static(data, name, None) in _NONE]
     if missing:
         lines = [f"{name}: {_NEEDED[name][0]}\n    {_NEEDED[name][1]}" for name in missing]
         raise ValueError(

@@ -1,6 +1,7 @@
 """Training of any timm classifier, with the recipe of the MobileOne paper as defaults."""
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -202,6 +203,7 @@ class ImageClassifier(TrainingModule):
         self.num_classes = num_classes
         self._mixing = make_mixing(mixup, cutmix, num_classes)
         self.loss = self.make_loss()
+        self._try_loss()
         self.train_loss = mean_metric()
         self.val_metrics = collect(basic_metrics(num_classes), "val/")
         self.test_metrics = collect(basic_metrics(num_classes), "test/")
@@ -372,11 +374,6 @@ class ImageClassifier(TrainingModule):
             images, targets = self._mixing(images, targets)  # targets: (N,) -> (N, num_classes)
         logits = self._logits(images)
         losses = self.loss(logits, targets)
-        if losses.shape != logits.shape[:1]:
-            raise ValueError(
-                f"the loss has the shape {tuple(losses.shape)}, but must have one value an image, "
-                f"{tuple(logits.shape[:1])}: use reduction='none' in `make_loss`"
-            )
         if self._teacher is not None:
             losses = self._teacher.mix(losses, logits, images)
         loss = self.log_step(losses.mean(), len(images))
@@ -452,6 +449,30 @@ class ImageClassifier(TrainingModule):
     def _logits(self, images: Tensor) -> Tensor:
         logits: Tensor = self(images)
         return logits.float()  # losses and probabilities lose too much in half precision
+
+    def _try_loss(self) -> None:
+        """Call a copy of the loss on two images.
+
+        Raises:
+            ValueError: it does not take these targets, or return the loss of each image.
+        """
+        who = f"the loss that `make_loss` of {type(self).__name__} returned"
+        targets = torch.arange(2) % self.num_classes
+        kind = "class indices (N,)"
+        if self._mixing is not None:
+            targets = F.one_hot(targets, self.num_classes).float()
+            kind = "probabilities (N, num_classes), as mixup and cutmix make them"
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                losses = deepcopy(self.loss)(torch.zeros(2, self.num_classes), targets)
+        except Exception as error:  # of the user's code
+            raise ValueError(f"{who} fails on targets that are {kind}: {error}") from error
+        if not isinstance(losses, Tensor) or losses.shape != (2,):
+            shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(
+                f"{who} gives {shape} for 2 images, but must give one value an image, (2,): use "
+                "reduction='none'"
+            )
 
     def _checked(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
         """Check a batch of a loader of the user's own.

@@ -331,7 +331,21 @@ class TrainingCLI(LightningCLI):
             raise
         except BaseException:
             self._say_how_to_continue()
+            self._discard_what_never_began()
             raise
+
+    @rank_zero_only
+    def _discard_what_never_began(self) -> None:
+        """Leave no folder of a run that was refused before its first step."""
+        if self.run is None or self._began() or self.run == self.continued.run:
+            return
+        new = self.config[self.subcommand].ckpt_path is None
+        if new and not (self.run.path / "wandb").exists():
+            self.run.discard()
+
+    def _began(self) -> bool:
+        records = cast(Any, self.trainer).callbacks
+        return any(isinstance(record, SaveRunConfig) and record.began for record in records)
 
     @rank_zero_only
     def before_fit(self) -> None:
@@ -362,9 +376,7 @@ class TrainingCLI(LightningCLI):
     @rank_zero_only
     def _say_how_to_continue(self) -> None:
         """Unless it was refused before it began: the same would happen again."""
-        records = cast(Any, self.trainer).callbacks
-        began = any(isinstance(record, SaveRunConfig) and record.began for record in records)
-        last = newest_usable(self.run.path)[0] if self.run is not None and began else None
+        last = newest_usable(self.run.path)[0] if self.run is not None and self._began() else None
         if last is None or self.run is None:
             return
         words = ["fit", "--ckpt_path", str(last)]

@@ -5,6 +5,7 @@ import os
 import secrets
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -103,8 +104,11 @@ class RunFolder:
 
     def discard(self) -> None:
         """Remove a folder that nothing was trained in; one with checkpoints stays."""
-        if not any(self.path.rglob("*.ckpt")):
-            shutil.rmtree(self.path, ignore_errors=True)
+        if any(self.path.rglob("*.ckpt")):
+            return
+        shutil.rmtree(self.path, ignore_errors=True)
+        with suppress(OSError):  # it holds other runs
+            self.path.parent.rmdir()
 
     @property
     def checkpoints(self) -> Path:

@@ -66,6 +66,12 @@ class MyData(LightningDataModule):
     val_dataloader = test_dataloader = train_dataloader
 
 
+class Unvalidated(MyData):
+    """Lacks validation images."""
+
+    val_dataloader = LightningDataModule.val_dataloader
+
+
 class Nameless(MyData):
     """Lacks the names of the classes."""
 

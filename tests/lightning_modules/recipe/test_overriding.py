@@ -87,13 +87,26 @@ def test_the_command_line_takes_metrics_and_the_argument_of_a_subclass(words, na
         parser.parse_args([*line, "--model.schedule=lineer"])
 
 
-def test_a_loss_of_one_number_is_refused(tmp_path):
-    class Mean(ImageClassifier):
-        def make_loss(self):
-            return F.cross_entropy
+def labels_only(logits, targets):
+    return -logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
 
-    with pytest.raises(ValueError, match=r"the loss has the shape \(\).*reduction='none'"):
-        fit(tmp_path, Mean(TINY, num_classes=7), Images())
+
+@pytest.mark.parametrize(
+    ("loss", "mixup", "message"),
+    [
+        (F.cross_entropy, 0.0, r"gives \(\) for 2 images.*reduction='none'"),
+        (None, 0.0, "fails on targets that are class indices.*not callable"),
+        (lambda logits, targets: None, 0.0, "gives NoneType for 2 images"),
+        (labels_only, 0.2, "fails on targets that are probabilities .*mixup"),
+    ],
+)
+def test_a_loss_that_cannot_train_is_refused_at_once(loss, mixup, message):
+    class Own(ImageClassifier):
+        def make_loss(self):
+            return loss
+
+    with pytest.raises(ValueError, match=f"`make_loss` of Own returned {message}"):
+        Own(TINY, num_classes=7, mixup=mixup)
 
 
 def macro_f1(guesses, targets, classes):

@@ -132,6 +132,7 @@ def test_class_paths_work_in_a_configuration_too(tmp_path):
     [
         (["--data", "own.Nameless"], "lacks class_names"),
         (["--data", "own.Nameless", "--model", "own.Free"], "lacks class_names"),
+        (["--data", "own.Unvalidated"], "lacks val_dataloader"),
         (["--data", "own.MyData", "--curriculum.phases", "[[0,32,1.0]]"], "lacks set_curriculum"),
         (["--model", "own.Missing"], "own.Missing"),
         (["--model", "own.MyData"], "subclass of LightningModule"),
@@ -146,6 +147,13 @@ def test_what_cannot_be_used_is_said_in_a_few_lines(argv, complaint, capsys, tmp
     assert complaint in said
     assert "Traceback" not in said
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_is_refused_before_its_first_step_leaves_no_folder(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", *QUICK, *TINY, "--data", "own.MyData", "--checkpoint.monitor", "val/acc"])
+    assert "`monitor` (='val/acc')" in capsys.readouterr().err
+    assert not list((tmp_path / "runs").iterdir())
 
 
 def test_imports_register_networks_of_their_own(tmp_path, capsys):

@@ -215,7 +215,7 @@ def test_the_norms_of_the_head_fold_too(tmp_path):
 
 def test_outputs_must_have_their_shapes_and_formats_must_be_known(tmp_path):
     network = nn.Conv2d(3, 4, 1).eval()
-    with pytest.raises(ValueError, match=r"returned \[\(2, 4, 32, 32\)\] where logits of 2 images"):
+    with pytest.raises(ValueError, match=r"returned \[\(8, 4, 32, 32\)\] where logits of 8 images"):
         export_model(network, spec(32), tmp_path / "out", outputs={"logits": (5, 32, 32)})
     with pytest.raises(ValueError, match=r"\['tflite'\].*coreml.*onnx.*torch_export.*torchscript"):
         export_maps(network, 32, tmp_path / "out", ["tflite"])
