@@ -32,7 +32,7 @@ __all__ = ["Report"]
 class Report(Callback):
     """Show what the model does, and hand its fused artifact to the loggers.
 
-    After each validation: predictions on images from the whole validation set, and the images of
+    After each validation: predictions on images from the complete validation set, and the images of
     highest loss. At the end of a fit: the curves of loss, accuracy, learning rate and weight
     decay. After a test: the confusion matrix, as a picture and as CSV, and the images of highest
     loss. All go to `<run>/report/` and to the loggers that take pictures. On several devices, the
@@ -62,7 +62,7 @@ class Report(Callback):
         self._worst = WorstImages(samples)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Ask to be told of every artifact, if every one is to be logged."""
+        """Listen to every artifact, if every one is to be logged."""
         saver = trainer.checkpoint_callback
         if stage != "fit" or not isinstance(saver, ReparameterizeOnSave):
             return
@@ -179,9 +179,9 @@ def _publish(trainer: Trainer, name: str, figure: Figure) -> None:
     if is_dry_run(trainer):
         return
     final = _folder(trainer) / f"{name}.png"
-    with atomic_write(final) as beside, warnings.catch_warnings():
+    with atomic_write(final) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph \d+")  # names in a script without font
-        figure.savefig(beside, dpi=120, format="png")
+        figure.savefig(temporary, dpi=120, format="png")
     _log_picture(trainer.loggers, f"report/{name}", final, trainer.global_step)
 
 

@@ -41,14 +41,14 @@ _MISTAKES = (LookupError, TypeError, AttributeError, NameError, ImportError)
 
 
 class SkippedImage(NamedTuple):
-    """An image that another one stood in for."""
+    """An unreadable image, which another one replaced."""
 
     name: str
     reason: str
 
 
 class Sample(NamedTuple):
-    """One transformed image, its class, and the unreadable files passed over to find it."""
+    """One transformed image, its class, and the unreadable files that were skipped."""
 
     image: Tensor
     target: int
@@ -64,7 +64,7 @@ class ImageClassificationDataset(Dataset[Sample]):
             index) alone, not on the worker, on what was read before, or on global generators.
         mode: Pillow's color mode, see `color_mode`.
         seed: of the augmentation.
-        skip_unreadable: let the next readable image of the split stand in for a broken one
+        skip_unreadable: let the next readable image of the split replace a broken one
             (usually of the same class, for folders are read in order) instead of raising.
         num_classes: labels from 0 to one less are right.
     """
@@ -93,7 +93,7 @@ class ImageClassificationDataset(Dataset[Sample]):
 
         Raises:
             UnreadableImageError: the file is broken and ``skip_unreadable`` is off, or no
-                file of the split can be read; or it has a label that is no class.
+                file of the split can be read; or its label is not a class.
         """
         epoch, index = key if isinstance(key, SampleKey) else SampleKey(0, key)
         image, target, skipped = self._first_readable(index)
@@ -108,7 +108,7 @@ class ImageClassificationDataset(Dataset[Sample]):
                 if fault := label_fault(target, self.num_classes):
                     raise UnreadableImageError(f"image {self.filename(candidate)} {fault}")
                 return image, int(target), skipped
-            except UnreadableImageError:  # a wrong label: nothing stands in for that
+            except UnreadableImageError:  # a wrong label: nothing replaces that
                 raise
             except Exception as error:
                 if isinstance(self.source, UserDataset) and isinstance(error, _MISTAKES):
@@ -117,7 +117,7 @@ class ImageClassificationDataset(Dataset[Sample]):
                 if not self.skip_unreadable:
                     raise UnreadableImageError(
                         f"cannot read image {name} ({reason}). Repair or remove the file, or set "
-                        "--data.skip_unreadable true to let another image stand in for it."
+                        "--data.skip_unreadable true to replace it by another image."
                     ) from error
                 skipped.append(SkippedImage(name, reason))
         raise UnreadableImageError(
@@ -148,7 +148,7 @@ class ImageClassificationDataset(Dataset[Sample]):
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[SkippedImage]]:
-    """Images (N, C, H, W), targets (N,) and the unreadable files of the whole batch."""
+    """Images (N, C, H, W), targets (N,) and the unreadable files of the complete batch."""
     images = default_collate([sample.image for sample in samples])
     targets = torch.tensor([sample.target for sample in samples], dtype=torch.long)
     return images, targets, [file for sample in samples for file in sample.skipped]
@@ -312,7 +312,9 @@ def _fault_of_sample(sample: Any) -> str | None:
         return f"is a {type(sample).__name__}, not a pair (image, label)"
     image = sample[0]
     if isinstance(image, str | PathLike):
-        return None if Path(image).is_file() else f"has the image {str(image)!r}, which is no file"
+        return (
+            None if Path(image).is_file() else f"has the image {str(image)!r}, which is not a file"
+        )
     if not isinstance(image, Image.Image):
         kind = type(image).__name__
         return f"has a {kind} as its image: leave transforms out, they are the data module's"

@@ -189,9 +189,9 @@ class ImageClassifier(TrainingModule):
             if value < 0:
                 raise ValueError(f"`{name}` (={value}) must be at least 0")
         if not 0 <= label_smoothing <= 1:
-            raise ValueError(f"`label_smoothing` (={label_smoothing}) must lie in [0, 1]")
+            raise ValueError(f"`label_smoothing` (={label_smoothing}) must be in [0, 1]")
         if layer_decay is not None and not 0 < layer_decay <= 1:
-            raise ValueError(f"`layer_decay` (={layer_decay}) must lie in (0, 1], or be null")
+            raise ValueError(f"`layer_decay` (={layer_decay}) must be in (0, 1], or be null")
         check_distillation(distill_weight, distill_temperature)
         if weight_decay == 0 and weight_decay_end != 0:
             raise ValueError(
@@ -300,7 +300,7 @@ class ImageClassifier(TrainingModule):
 
         Raises:
             ValueError: the data have another number of classes than the model, or, unless
-                training starts anew, other classes than the checkpoint.
+                training starts from the beginning, other classes than the checkpoint.
         """
         data = getattr(self.trainer, "datamodule", None)
         if stage != "predict" and isinstance(data, _ClassifiedData):

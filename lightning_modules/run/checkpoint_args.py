@@ -16,7 +16,7 @@ from mobileone.export.checkpoint import read_checkpoint
 
 __all__ = ["check_run_config", "hyper_parameters", "load_ckpt_arg", "prepend_run_config"]
 
-_WHOLE = (
+_ALL_DATA = (
     "--trainer.limit_val_batches=1.0",
     "--trainer.limit_test_batches=1.0",
     "--trainer.overfit_batches=0",
@@ -26,12 +26,12 @@ _WHOLE = (
 _OF_THE_DATA = ("num_classes", "in_chans", "pretrained", "weights", "_instantiator")
 
 
-def prepend_run_config(argv: list[str], whole: bool) -> list[str]:
+def prepend_run_config(argv: list[str], all_data: bool) -> list[str]:
     """Put the configuration of `--ckpt_path`'s run before arguments that give none.
 
     Args:
         argv: Of the subcommand.
-        whole: Whether all data are wanted, whatever limits the run had.
+        all_data: Whether all data are wanted, whatever limits the run had.
 
     Raises:
         UsageError: It may not be read, see `check_run_config`.
@@ -45,7 +45,7 @@ def prepend_run_config(argv: list[str], whole: bool) -> list[str]:
     if found is None or not found.config.is_file():
         return argv
     check_run_config(found.config, _given_names(argv))
-    return ["--config", str(found.config), *(_WHOLE if whole else ()), *argv]
+    return ["--config", str(found.config), *(_ALL_DATA if all_data else ()), *argv]
 
 
 def _given_names(argv: list[str]) -> set[str]:
@@ -148,7 +148,7 @@ def check_run_config(path: Path, given: Collection[str] = ()) -> None:
     foreign = next((name for name in _foreign(values) if name not in given), None)
     if foreign is not None:
         raise ValueError(
-            f"{path}, found beside the checkpoint, names {foreign!r} to be imported and run: "
+            f"{path}, found next to the checkpoint, names {foreign!r} to be imported and run: "
             f"refused, for it may be somebody else's. If you trust it: --config {path}"
         )
 

@@ -59,7 +59,7 @@ def find_configs(argv: list[str]) -> list[str]:
 
 
 def check_configs(argv: Sequence[str]) -> None:
-    """Read every configuration file of a command line, so that what is broken is told by its name.
+    """Read every configuration file of a command line, so that an error names the broken one.
 
     Raises:
         UsageError: A file is not YAML, or not of sections.

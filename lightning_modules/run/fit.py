@@ -82,7 +82,7 @@ def run(name: str, argv: list[str], cli: "type[TrainingCLI] | None" = None) -> "
     previous = sys.argv
     chosen = cli or TrainingCLI
     try:
-        argv = prepend_run_config(find_configs(argv), whole=name != "fit")
+        argv = prepend_run_config(find_configs(argv), all_data=name != "fit")
         check_configs(argv)
         # a distributed strategy starts its other processes with this command line
         sys.argv = [*previous[:1], *chosen.program.split()[1:], name, *argv]
@@ -123,7 +123,7 @@ class TrainingCLI(LightningCLI):
     Precedence: explicit flag, configuration file, hyper-parameters of `--ckpt_path`, default.
 
     Attributes:
-        model_type: What is trained where nothing is said; a subclass may train something else.
+        model_type: What is trained where no class is given; a subclass may train something else.
         data_type: On what.
         model_base: What a class of the user's own must inherit from.
         data_base: The same for the data.
@@ -223,7 +223,7 @@ class TrainingCLI(LightningCLI):
             self._resume(config)
 
     def _resume(self, config: Namespace) -> None:
-        """Decide what to go on with, and tell the processes that are started with our command."""
+        """Decide what to resume, and pass it to the processes that are started with our command."""
         parent = RunFolder.parent(config.run.root, _run_name(config))
         defaults = self._subcommand_parsers["fit"].get_defaults(skip_validation=True)
         self.continued = find_continuation(
@@ -243,7 +243,7 @@ class TrainingCLI(LightningCLI):
         """Not as LightningCLI does, which lets the checkpoint override explicit flags."""
 
     def before_instantiate_classes(self) -> None:
-        """Check what the arguments alone tell, and import the user's modules."""
+        """Check what the arguments alone show, and import the user's modules."""
         config = self.config[self.subcommand]
         pretrained = config.get("model.init_args.pretrained")
         if self.subcommand != "fit" and config.ckpt_path is None and not pretrained:
@@ -368,7 +368,7 @@ class TrainingCLI(LightningCLI):
 
     @rank_zero_only
     def after_fit(self) -> None:
-        """Say how good the best model is, and where everything lies."""
+        """Print how good the best model is, and where its files are."""
         saver = self.trainer.checkpoint_callback
         if self.run is not None and isinstance(saver, ReparameterizeOnSave):
             Console().print(fit_summary(saver, self.run.path))

@@ -1,4 +1,4 @@
-"""The parser of the command line: says what is wrong in two lines, and where it stands."""
+"""The parser of the command line: errors of two lines, which name the file and the option."""
 
 import re
 import sys

@@ -81,7 +81,7 @@ def test_a_function_that_is_not_there_is_refused_at_once(tmp_path, name, message
         ("make_nameless", r"a list whose `classes` is None, not a list of names\. A function"),
         ("make_tensors", "sample 0 of .* has a Tensor as its image: leave transforms out"),
         ("make_text_labels", "has the label 'cat', and the 2 classes are numbered 0 to 1"),
-        ("make_gone", r"has the image '.*gone\.png', which is no file"),
+        ("make_gone", r"has the image '.*gone\.png', which is not a file"),
     ],
 )
 def test_a_wrong_result_is_refused_before_training(pets, function, message):

@@ -103,11 +103,11 @@ def test_a_process_that_a_resuming_run_starts_has_that_commands_options(tmp_path
     (tmp_path / "config.yaml").write_text("imports: [mine]")
     found = ["--resume", "never", "--ckpt_path", str(tmp_path / "checkpoints/last.ckpt")]
     child = ["--imports", "[mine]", "--resume", "auto", *found]
-    assert prepend_run_config(child, whole=False) == child
+    assert prepend_run_config(child, all_data=False) == child
     with pytest.raises(ValueError, match="names 'mine'"):
-        prepend_run_config(found, whole=False)
+        prepend_run_config(found, all_data=False)
     config = ["--config", str(tmp_path / "config.yaml")]
     named = ["--imports", "[other,mine]", *found]  # by the user, so that it may be imported
-    assert prepend_run_config(named, whole=False) == [*config, *named]
+    assert prepend_run_config(named, all_data=False) == [*config, *named]
     with pytest.raises(ValueError, match="names 'mine'"):
-        prepend_run_config(["--imports", "other", *found], whole=False)
+        prepend_run_config(["--imports", "other", *found], all_data=False)
