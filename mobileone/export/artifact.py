@@ -82,7 +82,9 @@ def export_model(
     directory, chosen = Path(directory).expanduser(), check_formats(formats, table)
     rows = FORMATS if table is None else table
     if os.path.lexists(directory) and not (overwrite or _is_empty(directory)):
-        raise FileExistsError(f"{directory} exists: choose another folder or allow overwriting")
+        raise FileExistsError(
+            f"{directory} exists: choose another folder, or give `overwrite` (--overwrite true)"
+        )
     run = run or TrainingState()
     metadata = _complete(metadata or Metadata(), spec, run)
     given = images is not None

@@ -9,6 +9,7 @@ import pytest
 from tests.helpers.images import write_images
 from tests.helpers.paths import REPOSITORY
 from tests.helpers.processes import run_python
+from tests.helpers.variants import slow_where
 
 # what makes a snippet small; later words win
 TINY = {
@@ -42,7 +43,15 @@ def folder(tmp_path, tiny_run):
     return tmp_path
 
 
-@pytest.mark.parametrize("heading", SECTIONS)
+# a file of one's own each; the other headings are options, which have tests of their own
+DEFAULT = ("A dataset", "A LightningModule", "A network", "A format", "Python")
+
+
+def test_the_default_headings_are_on_the_page():
+    assert set(DEFAULT) < set(SECTIONS)
+
+
+@pytest.mark.parametrize("heading", slow_where(lambda name: name not in DEFAULT, SECTIONS))
 def test_the_snippets_run(heading, folder):
     for language, text in SECTIONS[heading]:
         named = re.match(r"# (\w+\.py)\n", text)
