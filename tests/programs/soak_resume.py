@@ -1,6 +1,6 @@
 """Kill a training at random moments and restart it with the same command, until it is done.
 
-    python tests/programs/soak_resume.py --kills 50
+    python -m tests.programs.soak_resume --kills 50
 
 Each finished training must have the weights, raw and averaged, the momenta and the schedules of one
 that was never killed, bit for bit, and whole artifacts. Prints where each kill fell.
@@ -19,7 +19,6 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from bitwise import differing
 
 import callbacks.artifacts.publisher
 import callbacks.checkpointing
@@ -30,6 +29,7 @@ from callbacks.curriculum import Curriculum
 from lightning_modules.cli.main import main
 from lightning_modules.recipe.classifier import ImageClassifier
 from mobileone.export import Manifest
+from tests.helpers.bitwise import differing
 
 # the model's dropout, the augmentation and the curriculum would each betray a wrong place
 COMMAND = """

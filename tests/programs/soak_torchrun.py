@@ -1,6 +1,6 @@
 """Kill a training of two processes under torchrun at random moments, and start it again.
 
-    python tests/programs/soak_torchrun.py --kills 6
+    python -m tests.programs.soak_torchrun --kills 6
 
 A kill takes all processes at once, as a machine that fails, or one rank alone: then torchrun must
 end the other by itself. The last training must have the weights, raw and averaged, the momenta and
@@ -19,8 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from bitwise import differing
-from soak_resume import result
+from tests.helpers.bitwise import differing
+from tests.programs.soak_resume import result
 
 # dropout, augmentation and curriculum would each betray a wrong place; exports are in background
 COMMAND = """
