@@ -24,6 +24,9 @@ class _Data(LightningDataModule):
     def class_names(self):
         return self._names
 
+    def val_dataloader(self):
+        return []
+
 
 def test_two_attributes_are_enough():
     data = _Data()

@@ -99,7 +99,7 @@ def test_a_failure_leaves_no_trace_and_the_older_artifact(tmp_path, monkeypatch)
 def test_an_existing_folder_is_replaced_only_on_demand(tmp_path):
     folder = tmp_path / "artifact"
     export_model(tiny_network(), tiny_spec(), folder, FORMATS, TrainingState(step=1))
-    with pytest.raises(FileExistsError, match="overwriting"):
+    with pytest.raises(FileExistsError, match="--overwrite true"):
         export_model(tiny_network(), tiny_spec(), folder, FORMATS, TrainingState(step=2))
     assert Manifest.load(folder).training.step == 1
     export_model(
