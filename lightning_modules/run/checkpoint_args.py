@@ -159,14 +159,14 @@ def _foreign(values: Any) -> Iterator[str]:
         yield str(values)
         return
     yield from _other_spellings(values)
-    yield from map(str, _listed(values.get("imports") or []))
+    yield from map(str, _leaves(values.get("imports") or []))
     for section in ("model", "data"):
         yield from _foreign_in_section(values.get(section))
     for name, section in values.items():
         if name not in _NO_SECTIONS and not isinstance(section, Mapping | None):
             yield str(section)  # another file
-            return
-    trainer = values.get("trainer") or {}
+    trainer = values.get("trainer")
+    trainer = trainer if isinstance(trainer, Mapping) else {}
     for item in _leaves([trainer.get(name) for name in _IMPORTING]):
         # a string with a dot or a slash is the path of a class or of a file
         if isinstance(item, str) and not _PLAIN.fullmatch(item):
@@ -239,7 +239,3 @@ def _leaves(value: Any) -> Iterator[Any]:
             yield from _leaves(inner)
     else:
         yield value
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
