@@ -1,8 +1,6 @@
 """Short trainings that differ in one thing: branches, k, weight decay, EMA, curriculum."""
 
-import hashlib
 import json
-import shutil
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -17,12 +15,11 @@ from rich.table import Table
 
 from lightning_modules.data.transforms import resolve_config
 from lightning_modules.run.config_files import packaged_configs
-from lightning_modules.run.fit import TrainingCLI, run
+from lightning_modules.studies.cells import Cells, identity, parse, train
 from mobileone.bench.paper import UNVERIFIED, paper_table
 from mobileone.bench.results import Result, Row
 from mobileone.bench.show.charts import draw_bars
 from mobileone.bench.show.tables import Column, make_table, number, words
-from mobileone.io.atomic import replace_text
 from mobileone.variants import VARIANTS
 
 __all__ = ["ablation_figure", "ablation_table", "study_ablation"]
@@ -141,19 +138,21 @@ def study_ablation(
     base = ("--config", config, *options)
     base += ("--trainer.max_epochs", str(epochs), "--trainer.check_val_every_n_epoch", str(epochs))
     base += ("--checkpoint.formats", "[torchscript]", "--checkpoint.background", "false")
-    base += ("--run.root", str(directory / "runs"), "--wandb.group", f"ablation-{directory.name}")
-    parsed = _parse(base)
+    base += ("--wandb.group", f"ablation-{directory.name}")
+    parsed = parse(base)
     model, size, decay = _subject(parsed)
     settings = ablation_settings(model, size, decay, parts)
-    cells = _Cells(directory / "cells", _identity(parsed))
+    cells = Cells(directory / "cells", identity(parsed))
     plan = [(setting, seed) for seed in range(seeds) for setting in settings]
     for done, (setting, seed) in enumerate(plan, 1):
-        if cells.read(setting, seed) is None:
+        if cells.read(setting.key(), seed) is None:
             print(f"{done}/{len(plan)}: {setting.part}, {setting.name}, seed {seed}", flush=True)
-            cells.write(setting, seed, _train(base, parsed, setting, seed, cells))
+            cells.write(setting.key(), seed, _train(base, parsed, setting, seed, cells))
     how = {"config": config, "options": list(options), "epochs": epochs, "seeds": seeds}
     how |= {"model": model, "image_size": size, "statistic": "after the last epoch"}
-    found = [[cells.read(setting, seed) or {} for seed in range(seeds)] for setting in settings]
+    found = [
+        [cells.read(setting.key(), seed) or {} for seed in range(seeds)] for setting in settings
+    ]
     rows = [_row(*pair, model) for pair in zip(settings, found, strict=True)]
     return Result.new("ablation", how, rows)
 
@@ -168,22 +167,6 @@ def _recipe_phases(size: int) -> list[list[float]]:
     ]
 
 
-class _Parsed(TrainingCLI):
-    """Reads and checks a configuration, and stops there."""
-
-    def instantiate_classes(self) -> None:
-        """Nothing."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing."""
-
-
-def _parse(argv: Sequence[str]) -> dict[str, Any]:
-    cli = run("fit", list(argv), _Parsed)
-    config: dict[str, Any] = cli.config["fit"].as_dict()
-    return config
-
-
 def _subject(parsed: Mapping[str, Any]) -> tuple[str, int, float]:
     """Name of the model, height of its images, weight decay at the start."""
     arguments = parsed["model"]["init_args"]
@@ -192,71 +175,16 @@ def _subject(parsed: Mapping[str, Any]) -> tuple[str, int, float]:
     return model, int(size), float(arguments["weight_decay"])
 
 
-def _identity(parsed: Mapping[str, Any]) -> str:
-    """What must not change between the cells of a study, as text; not where it is written."""
-    left_out = ("config", "run", "wandb", "seed_everything")
-    kept = {key: value for key, value in parsed.items() if key not in left_out}
-    return json.dumps(kept, sort_keys=True, default=str)
-
-
-@dataclass(frozen=True)
-class _Cells:
-    """The files of the finished trainings: one for each setting and seed."""
-
-    folder: Path
-    identity: str
-
-    def path(self, setting: Setting, seed: int) -> Path:
-        """Where a training's result is. Settings that are the same training share it."""
-        digest = hashlib.sha256(setting.key().encode()).hexdigest()[:12]
-        return self.folder / f"{digest}-seed{seed}.json"
-
-    def read(self, setting: Setting, seed: int) -> dict[str, Any] | None:
-        """The result, or None if the training has not been finished.
-
-        Raises:
-            ValueError: It is of a study with another configuration.
-        """
-        path = self.path(setting, seed)
-        if not path.is_file():
-            return None
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if content["identity"] != self.identity:
-            raise ValueError(
-                f"{self.folder} holds trainings with another configuration: give each study a "
-                "folder of its own, or remove that one"
-            )
-        return content
-
-    def write(self, setting: Setting, seed: int, metrics: Mapping[str, float]) -> None:
-        """Write the result."""
-        content: dict[str, Any] = {
-            "setting": setting.key(),
-            "seed": seed,
-            "identity": self.identity,
-        } | dict(metrics)
-        replace_text(self.path(setting, seed), json.dumps(content, indent=2) + "\n")
-
-
 def _train(
-    base: Sequence[str], parsed: Mapping[str, Any], setting: Setting, seed: int, cells: _Cells
+    base: Sequence[str], parsed: Mapping[str, Any], setting: Setting, seed: int, cells: Cells
 ) -> dict[str, float]:
     """One training, in a run folder that nobody has begun to fill."""
-    name = cells.path(setting, seed).stem
-    shutil.rmtree(cells.folder.parent / "runs" / name, ignore_errors=True)
-    argv = [*base, *setting.options, "--run.name", name, "--seed_everything", str(seed)]
+    argv = [*base, *setting.options, "--seed_everything", str(seed)]
     if setting.model_kwargs:
         kwargs = (parsed["model"]["init_args"]["model_kwargs"] or {}) | setting.model_kwargs
         argv += ["--model.model_kwargs", json.dumps(kwargs)]
     started = time.perf_counter()
-    try:
-        trainer = run("fit", argv).trainer
-    finally:
-        _finish_wandb()
-    if not trainer.state.finished or trainer.current_epoch != trainer.max_epochs:
-        raise RuntimeError(
-            f"the training {name} was ended early: start the study again to continue"
-        )
+    trainer = train(argv, cells.folder.parent / "runs", cells.path(setting.key(), seed).stem)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return {
         "acc1": metrics["val/acc1"],
@@ -264,14 +192,6 @@ def _train(
         "train_loss": metrics["train/loss_epoch"],
         "seconds": time.perf_counter() - started,
     }
-
-
-def _finish_wandb() -> None:
-    """End the run, or the next training would continue in it."""
-    import wandb
-
-    if wandb.run is not None:
-        wandb.finish()
 
 
 def _row(setting: Setting, cells: Sequence[Mapping[str, float]], model: str) -> Row:
