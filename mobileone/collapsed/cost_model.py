@@ -63,7 +63,7 @@ class Setting(NamedTuple):
     Attributes:
         device: Device type.
         dtype: Dtype of the convolution.
-        kernels: Whether we have kernels for this device and dtype.
+        kernels: Whether we have kernels for this dtype; on a CPU only.
         channels_last: Whether the input is in channels-last on a CPU, where it matters.
     """
 
@@ -110,7 +110,7 @@ def costs(geometry: Geometry, patches: int, width: int, setting: Setting) -> dic
         filled = (1 + math.ceil(width / _LANES) * _LANES / width) / 2
         table[Path.DEPTHWISE] = inputs * filled * _MOMENTS + outputs * _CHANNEL
         table[Path.DEPTHWISE] += _CALL["statistics"]
-    if setting.kernels and setting.device == "cpu" and geometry.pointwise and branches == 1:
+    if setting.kernels and geometry.pointwise and branches == 1:
         table[Path.AFFINE] = product + norms * n * outputs * 4 * _PASS + _CALL["affine"]
     if setting.channels_last:  # the forms turn input and output to planes, and gradients back
         turns = 2 * _TURN * (inputs + n * outputs)

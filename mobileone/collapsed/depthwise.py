@@ -1,9 +1,7 @@
-"""Collapsed training of a depthwise 3×3 block on kernels of its own, for CPU or CUDA."""
+"""Collapsed training of a depthwise 3×3 block on the CPU kernels."""
 
 from __future__ import annotations
 
-import importlib.util
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,27 +20,14 @@ from mobileone.collapsed.algebra import (
 from mobileone.collapsed.branches import Geometry, branch_gradients, gather_branches
 from mobileone.collapsed.moments import dominant_means, ill_conditioned_channels
 
-__all__ = ["DepthwiseConvolution", "has_kernels", "kernels_for"]
+__all__ = ["DepthwiseConvolution", "has_kernels"]
 
 
 def has_kernels(x: Tensor, own: torch.dtype, dtype: torch.dtype) -> bool:
     """Whether there are kernels for an input, parameters of dtype `own`, convolved in `dtype`."""
-    if x.device.type == "cpu":
-        # borders are taken off a plane from the inside: three rows and columns
-        fits = x.dtype == dtype == own == torch.float32 and min(x.shape[2:]) > 2
-        return fits and native.library() is not None
-    narrow = (torch.float32, torch.float16, torch.bfloat16)
-    fits = x.is_cuda and x.dtype == dtype and dtype in narrow and own in (dtype, torch.float32)
-    return fits and importlib.util.find_spec("triton") is not None
-
-
-def kernels_for(x: Tensor) -> ModuleType:
-    """The kernels for x's device."""
-    if x.device.type == "cpu":
-        return native
-    from mobileone.collapsed import triton_kernels as gpu
-
-    return gpu
+    # borders are taken off a plane from the inside: three rows and columns
+    fits = x.device.type == "cpu" and x.dtype == dtype == own == torch.float32
+    return fits and min(x.shape[2:]) > 2 and native.library() is not None
 
 
 class DepthwiseConvolution(torch.autograd.Function):
@@ -57,18 +42,17 @@ class DepthwiseConvolution(torch.autograd.Function):
         ctx: Any, x: Tensor, geometry: Geometry, relu: bool, *tensors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, stride = x.contiguous(), geometry.stride
-        kernels = kernels_for(x)
-        mean, cov = kernels.depthwise_moments(x, stride)
+        mean, cov = native.depthwise_moments(x, stride)
         height, width = geometry.output_size(*x.shape[2:])
         branches = gather_branches(geometry, tensors, cov.dtype)
         ill_conditioned = ill_conditioned_channels(mean, cov, branches.kernels)
         which = ill_conditioned.nonzero().squeeze(-1)
         if len(which):
-            kernels.depthwise_careful_moments(x, stride, which, mean, cov)
+            native.depthwise_careful_moments(x, stride, which, mean, cov)
         var = branch_variances(branches, cov, torch.matmul(branches.kernels, cov))
         shift = dominant_means(mean[:, 4], cov[:, 4, 4])  # of the center tap, (C,)
         folded = collapse(branches, mean - shift[:, None], var)
-        y = kernels.depthwise_forward(x, stride, shift, folded.weight, folded.bias, relu)
+        y = native.depthwise_forward(x, stride, shift, folded.weight, folded.bias, relu)
         ctx.geometry, ctx.number = geometry, len(x) * height * width
         ctx.save_for_backward(x, y if relu else None, mean, cov, ill_conditioned, *folded, *tensors)
         branch_mean, branch_var = branch_means(branches, mean).flatten(1), folded.var.flatten(1)
@@ -81,9 +65,9 @@ class DepthwiseConvolution(torch.autograd.Function):
         x, y, m, cov, ill_conditioned, *rest = ctx.saved_tensors
         folded, tensors = Collapsed(*rest[:4]), rest[4:]
         geometry, g = ctx.geometry, g.contiguous()
-        stride, kernels = geometry.stride, kernels_for(x)
+        stride = geometry.stride
         shift = dominant_means(m[:, 4], cov[:, 4, 4])
-        weight_grad, bias_grad = kernels.depthwise_weight_grad(g, y, x, stride, m, ill_conditioned)
+        weight_grad, bias_grad = native.depthwise_weight_grad(g, y, x, stride, m, ill_conditioned)
         grads = branch_backward(
             weight_grad[:, None],
             bias_grad[:, None],
@@ -93,7 +77,7 @@ class DepthwiseConvolution(torch.autograd.Function):
         )
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = kernels.depthwise_input_grad(
+            dx = native.depthwise_input_grad(
                 g, y, x, stride, folded.weight, grads.slope, grads.offset, shift
             )
         return dx, None, None, *branch_gradients(geometry, grads, tensors)

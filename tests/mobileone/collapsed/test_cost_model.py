@@ -75,6 +75,17 @@ def test_bfloat16_gets_the_form_that_wins_in_it(block, pixels, planes, channels_
     policy.choose.cache_clear()
 
 
+@pytest.mark.parametrize("block", [pointwise(64, 64, 4), depthwise(64, 4)])
+def test_on_cuda_blocks_collapse_only_where_they_are_asked_to(block):
+    """Nobody has measured a form there, so `auto` must not choose one by a CPU's costs."""
+    geometry, setting = (
+        describe(MobileOneBlock(**block)),
+        policy.Setting("cuda", torch.float16, False),
+    )
+    assert policy.choose(geometry, 50_000, 56, setting, "auto") is Path.BRANCHES
+    assert policy.choose(geometry, 50_000, 56, setting, "always") is Path.GRAM
+
+
 @needs_kernels
 def test_the_layout_of_the_input_decides():
     block = MobileOneBlock(192, 192, 1)
