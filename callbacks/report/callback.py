@@ -20,7 +20,7 @@ from torch import Tensor
 from callbacks.artifacts.callback import ReparameterizeOnSave
 from callbacks.dry_run import is_dry_run
 from callbacks.report.figures import confusion_figure, curves_figure, read_curves, samples_figure
-from callbacks.report.worst_images import WorstImages, write_worst
+from callbacks.report.worst_images import WorstImages
 from mobileone.export.manifest import MANIFEST_NAME, Manifest
 from mobileone.export.preprocess import denormalize
 from mobileone.export.spec import ExportSpec
@@ -133,14 +133,8 @@ class Report(Callback):
         _publish_worst(trainer, "worst", self._worst, pl_module)
         if not self._shown:
             return
-        images, targets, probabilities = (
-            torch.cat(parts) for parts in zip(*self._shown, strict=True)
-        )
-        spec = cast(ExportSpec, pl_module.export_spec)
-        figure = samples_figure(
-            denormalize(images, spec) / 255, targets, probabilities, spec.class_names
-        )
-        _publish(trainer, "samples", figure)
+        shown = (torch.cat(parts) for parts in zip(*self._shown, strict=True))
+        _publish(trainer, "samples", _samples(*shown, cast(ExportSpec, pl_module.export_spec)))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the confusion matrix of the test and the images of highest loss."""
@@ -191,12 +185,13 @@ def _publish_worst(
     found = worst.found()
     if found is None or is_dry_run(trainer):
         return
-    losses, images, targets, probabilities = found
-    spec = cast(ExportSpec, pl_module.export_spec)
+    _publish(trainer, name, _samples(*found[1:], cast(ExportSpec, pl_module.export_spec)))
+
+
+def _samples(images: Tensor, targets: Tensor, probabilities: Tensor, spec: ExportSpec) -> Figure:
+    """Normalized images (N, C, H, W), drawn with what is predicted of them."""
     pixels = denormalize(images, spec) / 255
-    path = _folder(trainer) / f"{name}.json"
-    write_worst(path, pixels, losses, targets, probabilities, spec.class_names)
-    _publish(trainer, name, samples_figure(pixels, targets, probabilities, spec.class_names))
+    return samples_figure(pixels, targets, probabilities, spec.class_names)
 
 
 def _write_matrix(path: Path, confusion: Tensor, names: tuple[str, ...]) -> None:

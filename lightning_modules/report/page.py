@@ -90,7 +90,6 @@ def _environment() -> Environment:
         "formats": format_rows,
         "is_numeric": lambda rows, key: all(_is_number(row.get(key)) for row in rows),
         "metrics": lambda metrics: "; ".join(f"{k} {v:.4g}" for k, v in metrics.items()) or "none",
-        "percent": lambda share: f"{share:.0%}",
     }
     return environment
 

@@ -11,7 +11,6 @@ import torch
 from matplotlib.figure import Figure
 
 from callbacks.report.figures import confusion_figure, curve_figures, read_curves
-from callbacks.report.worst_images import read_worst
 from mobileone.export.manifest import MANIFEST_NAME, Manifest
 
 __all__ = ["ARTIFACT_COLUMNS", "format_rows", "read_run"]
@@ -37,8 +36,8 @@ def read_run(run: Path) -> dict[str, Any]:
     Returns:
         `name`; `facts` for the head of the page, how much by what it is; `charts`, PNG by title;
         `config`, text or None; `artifacts`, the manifest, or the reason why there is none, by
-        `best` and `last`; `rejected`, names; `confusions` and `worst`, each None where no test was
-        run, or the reason why the file cannot be read.
+        `best` and `last`; `rejected`, names; `confusions`, None where no test was run, or the
+        reason why the file cannot be read; `worst`, the picture and of which split, or None.
     """
     curves = read_curves(run / "metrics")
     config = run / "config.yaml"
@@ -127,14 +126,10 @@ def _confusions(path: Path) -> dict[str, Any] | str | None:
     }
 
 
-def _worst(folder: Path) -> dict[str, Any] | str | None:
+def _worst(folder: Path) -> dict[str, Any] | None:
     for name, split in (("worst_test", "test"), ("worst", "last validation")):
-        path = folder / f"{name}.json"
-        if path.is_file():
-            try:
-                return {"split": split, "images": read_worst(path)}
-            except ValueError as error:
-                return str(error)
+        if (path := folder / f"{name}.png").is_file():
+            return {"split": split, "png": path.read_bytes()}
     return None
 
 

@@ -57,6 +57,7 @@ class Classifier(LightningModule):
 
     def validation_step(self, batch, _):
         self.log("val/acc1", 1.0)
+        return self(batch[0])
 
     def test_step(self, batch, _):
         pass
@@ -86,12 +87,14 @@ def test_samples_come_from_the_whole_set(samples, classes, loader, tmp_path, mon
 
     monkeypatch.setattr("callbacks.report.callback.samples_figure", record)
     make_trainer(tmp_path, Report(samples=samples)).validate(Classifier(), loader, verbose=False)
-    images, targets, probabilities = drawn[0]
+    (_, worst, _), (images, targets, probabilities) = drawn
+    assert len(worst) == min(samples, 10)
     assert targets.tolist() == classes
     assert probabilities.argmax(1).tolist() == classes
     expected = (torch.tensor(classes) * 0.5 + 0.5).clamp(max=1)  # as 8-bit images
     torch.testing.assert_close(images[:, 0, 0, 0], expected, rtol=0, atol=0.5 / 255 + 1e-6)
-    assert (tmp_path / "report/samples.png").stat().st_size > 1000
+    for name in ("samples", "worst"):
+        assert (tmp_path / f"report/{name}.png").stat().st_size > 1000
 
 
 def test_no_samples_no_picture(loader, tmp_path):

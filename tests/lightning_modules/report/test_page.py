@@ -10,9 +10,8 @@ import tempfile
 from html.parser import HTMLParser
 
 import pytest
-import torch
+from PIL import Image
 
-from callbacks.report.worst_images import write_worst
 from lightning_modules.cli.main import main
 from lightning_modules.report.page import write_report
 from mobileone.bench.results import Result
@@ -62,14 +61,7 @@ def run(tmp_path):
     ]
     head = ",".join(["true", *map(json_cell, NAMES)])
     (report / "confusion_matrix.csv").write_text("\n".join([head, *rows]) + "\n")
-    write_worst(
-        report / "worst_test.json",
-        torch.rand(2, 3, 16, 16),
-        torch.tensor([3.0, 0.1]),
-        torch.tensor([2, 1]),
-        torch.tensor([[0.9, 0.05, 0.05], [0.1, 0.9, 0.0]]),
-        NAMES,
-    )
+    Image.new("RGB", (16, 16)).save(report / "worst_test.png")
     return folder
 
 
@@ -125,14 +117,14 @@ def test_the_page_has_it_all_and_needs_nothing(results, run):
         "75.0 %", "2.08 M", "4.00\u00a0MB", "2e-07", "validation images",  # head and artifact
         "val/macro_f1 0.7",
         "7 of 10 images right, 70.0%", "most frequent confusions",
-        "Of the test, as the network saw them", "✗ cat", "loss 3.00",
+        "Of the test, as the network saw them",
         "No artifact of the last checkpoint", "1 more rows are in the file",
         "is not a complete result",
     ):  # fmt: skip
         assert words in page.text, words
     # every picture inside, nothing fetched, nothing run
     sources = [value for _, name, value in page.attributes if name in ("src", "srcset")]
-    assert len(sources) >= 3 + 1 + 1 + 2
+    assert len(sources) >= 3 + 1 + 1 + 1
     for source in sources:
         kind, _, data = source.partition(",")
         assert kind == "data:image/png;base64"
@@ -171,7 +163,6 @@ def test_what_a_run_lacks_is_said(run, results):
 
 def test_damaged_files_are_said(run, results):
     (run / "report" / "confusion_matrix.csv").write_text("true,a,b\na,1,2\n")
-    (run / "report" / "worst_test.json").write_text("[")
     (run / "checkpoints" / "best" / "manifest.json").write_text("{}")
     other = json.loads((results / "profile.json").read_text())
     (results / "undated.json").write_text(json.dumps({**other, "date": "yesterday"}))
@@ -181,7 +172,6 @@ def test_damaged_files_are_said(run, results):
     assert "(='yesterday') must be ISO 8601" in text
     assert "narrow.json is not a complete result: a row has no level, parameters, macs" in text
     assert "confusion_matrix.csv cannot be read" in text
-    assert "worst_test.json does not hold images" in text
     assert "is not a readable manifest" in text
 
 
@@ -255,13 +245,14 @@ def look(text, width, folder):
     return json.loads(html.unescape(re.search(r"<title>(.*?)</title>", tree)[1]))
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_shows_the_page(results, run, width, tmp_path):
+@pytest.mark.slow
+def test_a_browser_shows_the_page_on_a_narrow_screen(results, run, tmp_path):
+    width = 390
     path = write_report(results, run)
     _, complaints = browse(path)
     assert complaints == []
     seen = look(path.read_text(), width, tmp_path)
-    assert len(seen["images"]) >= 7
+    assert len(seen["images"]) >= 6
     assert min(seen["images"]) > 0
     # nothing is wider than the screen, and text is large enough to be read
     assert seen["width"] <= width
