@@ -102,10 +102,10 @@ COMMANDS = {
         f"{_STEP}training_figure",
     ),
     "benchmark data": Command(
-        "count images a second by reader and workers; report what limits a run",
+        "count images a second by number of workers; report what limits a run",
         "lightning_modules.data.benchmark:benchmark_data",
         "lightning_modules.data.benchmark:data_table",
-        "--root /data/imagenet --workspace /data --workers [0,2,8] --model mobileone_s0",
+        "--root /data/imagenet --workers [0,2,8] --model mobileone_s0",
     ),
     "benchmark pareto": Command(
         "draw accuracy against latency: the paper's Figure 1, with measurements of this machine",

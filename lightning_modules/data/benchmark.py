@@ -1,135 +1,103 @@
-"""How many images a second the data module delivers, by reader and workers."""
+"""How many images a second the training loader delivers, by its number of workers."""
 
-import io
-import shutil
 import statistics
-import tarfile
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from functools import partial
-from itertools import product
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import timm
 import torch
-from PIL import Image
 from rich.table import Table
+from torch.utils.data import DataLoader
 
-from lightning_modules.checks import check_model_name
 from lightning_modules.data.datamodule import ImageDataModule
-from lightning_modules.data.image_io import find_images
-from lightning_modules.data.shards.writer import make_shards
 from mobileone.bench.results import Result
 from mobileone.bench.show.tables import make_table, number, words
+from mobileone.bench.timing import check_device
 from mobileone.bench.training_step.worker import training_step
 
 __all__ = ["benchmark_data", "data_table", "data_verdict"]
 
-READERS = {"folder": "", "tar": "tar", "shards": "wds"}
-"""Name in the table -> the data module's `dataset`."""
-
 
 def benchmark_data(
-    root: str | Path | None = None,
-    readers: Sequence[str] = tuple(READERS),
+    root: str | None = None,
+    dataset: str = "",
     workers: Sequence[int] = (0, 2),
-    images: int = 512,
     batch_size: int = 32,
     image_size: int = 224,
+    batches: int = 16,
     rounds: int = 5,
     model: str | None = None,
     device: str = "cpu",
-    workspace: str | Path | None = None,
 ) -> Result:
-    """Measure the training loader over the same images, stored in several ways.
+    """Measure the training loader of a data set, as `mobileone fit` reads it.
 
-    Every round makes one pass with each combination, in turn, so that what else the machine does
-    meets them all. A pass of each goes before, which starts the workers; the files then come from
-    the system's cache, unless memory is short.
+    Each number of workers delivers ``batches`` that do not count, which start the workers, and then
+    as many in each round. From the second pass on, files come from the system's cache.
 
     Args:
-        root: folder with ``train/<class>/*``, of which ``images`` are copied; None for copies of
-            two photographs (CC BY, 640 × 427) that come with scikit-learn.
-        readers: "folder" (a file an image), "tar" (a tar a split), "shards" (`mobileone shards`).
+        root: as `--data.root`.
+        dataset: as `--data.dataset`: empty for folders, tar, digits, torch/cifar10 ….
         workers: numbers of processes in addition to this one.
-        images: how many, at most.
         batch_size: images a batch.
         image_size: side of the crops, in pixels.
-        rounds: timed passes of each combination.
+        batches: of a round.
+        rounds: how many.
         model: time a training step of this timm model too, and report what limits a run.
         device: "cpu" or "cuda", for that step.
-        workspace: folder for the copies, on the disk to be measured; None for the temporary one.
 
     Returns:
-        A result of the kind `data`; rows have `reader`, `workers`, `images_per_s` (median
-        over the passes), `slowest_images_per_s`, `fastest_images_per_s`, and `cpu_ms`,
-        processor time of this process for an image, all there is where there are no workers. The
-        protocol has `model_images_per_s` of the training step: forward, backward, SGD; None without
-        a model.
+        A result of the kind `data`; rows have `reader` (the data set), `workers`, `images_per_s`
+        (median over the rounds), `slowest_images_per_s` and `fastest_images_per_s`. The protocol
+        has `model_images_per_s` of the training step: forward, backward, SGD; None without a model.
 
     Raises:
         FileNotFoundError: no images under ``root``.
         ValueError: a name or a number is out of range.
     """
-    _check(readers, images, batch_size, image_size, rounds)
-    if model is not None:
-        check_model_name(model)
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}: this machine has no CUDA device. Use cpu.")
-    with ExitStack() as stack:
-        place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=workspace)))
-        files = _copy(None if root is None else Path(root).expanduser(), place / "folder", images)
-        _store(place, readers)
-        combinations = list(product(readers, workers))
-        loaders = []
-        for reader, count in combinations:
-            data = ImageDataModule(
-                str(place / reader),
-                READERS[reader],
-                input_size=image_size,
-                batch_size=min(batch_size, len(files)),
-                num_workers=count,
-                drop_last=False,
-                seed=0,
-            )
-            data.setup("fit")
-            loaders.append(data.train_dataloader())
-        # a pass each, of which no batch is kept
-        runs: list[Callable[[], Any]] = [partial(deque, loader, maxlen=0) for loader in loaders]
-        costs = _time_in_turn(runs, rounds)
-        size = sum(file.stat().st_size for file in files) / len(files)
-        del loaders, runs  # whose workers end before their files do
+    if min(batches, rounds) < 1:
+        raise ValueError(f"batches={batches} and rounds={rounds} must be at least 1.")
+    check_device(device)
     rows = []
-    for (reader, count), passes in zip(combinations, costs, strict=True):
-        speeds = [len(files) / wall for wall, _ in passes]
+    for count in workers:
+        options = {"input_size": image_size, "batch_size": batch_size, "num_workers": count}
+        data = ImageDataModule(root, dataset, model or "mobileone_s0", seed=0, **options)
+        data.setup("fit")
+        stream = _endless(data.train_dataloader())
+        speeds = _images_a_second(partial(_skip, stream, batches), batches * batch_size, rounds)
         rows.append(
             {
-                "reader": reader,
+                "reader": dataset or "folder",
                 "workers": count,
                 "images_per_s": statistics.median(speeds),
                 "slowest_images_per_s": min(speeds),
                 "fastest_images_per_s": max(speeds),
-                "cpu_ms": statistics.median(cpu for _, cpu in passes) / len(files) * 1e3,
             }
         )
-    step = None
-    if model is not None:
-        step = _step_speed(model, batch_size, image_size, rounds, device)
     how = {
-        "images": len(files),
-        "mean_bytes": size,
         "batch_size": batch_size,
         "image_size": image_size,
+        "batches": batches,
         "rounds": rounds,
         "statistic": "images_per_s",
         "model": model,
-        "model_images_per_s": step,
+        "model_images_per_s": None,
         "device": device,
     }
+    if model is not None:
+        images = torch.randn(batch_size, 3, image_size, image_size).to(device)
+        take_step = training_step(timm.create_model(model).to(device).train(), images)
+
+        def step() -> None:
+            take_step()
+            if images.is_cuda:
+                torch.cuda.synchronize()
+
+        speeds = _images_a_second(step, batch_size, rounds)
+        how["model_images_per_s"] = statistics.median(speeds)
     return Result.new("data", how, rows, device)
 
 
@@ -137,7 +105,7 @@ def data_verdict(result: Result) -> str:
     """Whether data or computation limits a run, in a sentence."""
     how, best = result.protocol, max(result.rows, key=lambda row: row["images_per_s"])
     speed, step = best["images_per_s"], how["model_images_per_s"]
-    data = f"{best['reader']} and {best['workers']} workers give {speed:.0f} images/s"
+    data = f"{best['workers']} workers give {speed:.0f} images/s"
     if step is None:
         return f"{data}; give --model for what training needs"
     return (
@@ -150,101 +118,35 @@ def data_table(result: Result) -> Table:
     """The rows for a terminal, with their speed relative to the first row's, and the verdict."""
     how, first = result.protocol, result.rows[0]["images_per_s"]
     columns = (
-        words("reader", "reader"),
+        words("data set", "reader"),
         words("workers", "workers"),
         number("images/s", "images_per_s", ".0f"),
         number("slowest", "slowest_images_per_s", ".0f"),
         number("fastest", "fastest_images_per_s", ".0f"),
         number("× first row", "images_per_s", ".2f", first),
-        number("CPU ms", "cpu_ms"),
     )
     title = (
-        f"Training images, {how['images']} of {how['mean_bytes'] / 1e3:.0f} kB in crops of "
-        f"{how['image_size']} px, batches of {how['batch_size']}, {result.machine['cpu']}, torch "
-        f"{result.versions['torch']}, medians of {how['rounds']} passes"
+        f"Training images in crops of {how['image_size']} px, batches of {how['batch_size']}, "
+        f"{result.machine['cpu']}, torch {result.versions['torch']}"
     )
     return make_table(title, columns, result.rows, [data_verdict(result)])
 
 
-def _check(
-    readers: Sequence[str], images: int, batch_size: int, image_size: int, rounds: int
-) -> None:
-    for name in readers:
-        if name not in READERS:
-            raise ValueError(f"reader {name!r} is unknown. There are {', '.join(READERS)}.")
-    if min(images, batch_size, image_size, rounds) < 1:
-        raise ValueError(
-            f"images={images}, batch_size={batch_size}, image_size={image_size} and "
-            f"rounds={rounds} must be at least 1."
-        )
-
-
-def _copy(root: Path | None, folder: Path, count: int) -> list[Path]:
-    """Write ``count`` images as ``folder/train/images/*``, and one for validation."""
-    train, val = folder / "train" / "images", folder / "val" / "images"
-    for split in (train, val):
-        split.mkdir(parents=True)
-    if root is None:
-        for number, content in zip(range(count), _photographs(), strict=False):
-            (train / f"{number}.jpg").write_bytes(content)
-    else:
-        found = find_images(root / "train")
-        for number, file in enumerate(found[:: max(1, len(found) // count)][:count]):
-            shutil.copyfile(file, train / f"{number}{file.suffix}")
-    files = sorted(train.iterdir())
-    shutil.copyfile(files[0], val / files[0].name)
-    return files
-
-
-def _photographs() -> Iterator[bytes]:
-    """Two photographs in the usual sizes and qualities of ImageNet's, again and again."""
-    from sklearn.datasets import load_sample_images  # a second of import
-
-    sizes, qualities = ((500, 333), (500, 375), (375, 500), (640, 427)), (85, 90, 95)
-    kinds = []
-    for pixels, size, quality in product(load_sample_images().images, sizes, qualities):
-        buffer = io.BytesIO()
-        photograph = Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)
-        photograph.save(buffer, "JPEG", quality=quality)
-        kinds.append(buffer.getvalue())
+def _endless(loader: DataLoader) -> Iterator[Any]:
     while True:
-        yield from kinds
+        yield from loader
 
 
-def _store(place: Path, readers: Sequence[str]) -> None:
-    if "tar" in readers:
-        (place / "tar").mkdir()
-        for split in ("train", "val"):
-            with tarfile.open(place / "tar" / f"{split}.tar", "w") as tar:
-                tar.add(place / "folder" / split, ".")
-    if "shards" in readers:
-        make_shards(place / "folder", place / "shards")
+def _skip(stream: Iterator[Any], count: int) -> None:
+    deque(islice(stream, count), maxlen=0)
 
 
-def _time_in_turn(
-    actions: Sequence[Callable[[], Any]], rounds: int
-) -> list[list[tuple[float, float]]]:
-    """Wall and processor seconds of each action in each round, after one untimed round."""
-    costs: list[list[tuple[float, float]]] = [[] for _ in actions]
-    for turn in range(1 + rounds):
-        for action, own in zip(actions, costs, strict=True):
-            wall, cpu = time.perf_counter(), time.process_time()
-            action()
-            if turn > 0:
-                own.append((time.perf_counter() - wall, time.process_time() - cpu))
-    return costs
-
-
-def _step_speed(model: str, batch_size: int, image_size: int, rounds: int, device: str) -> float:
-    """Images a second of training steps on images that are there already."""
-    network = timm.create_model(model).to(device).train()
-    images = torch.randn(batch_size, 3, image_size, image_size).to(device)
-    take_step = training_step(network, images)
-
-    def step() -> None:
-        take_step()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-
-    (costs,) = _time_in_turn([step], rounds)
-    return batch_size / statistics.median(wall for wall, _ in costs)
+def _images_a_second(action: Callable[[], Any], images: int, rounds: int) -> list[float]:
+    """The speed of an action on so many images in each round, after one that does not count."""
+    action()
+    speeds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        action()
+        speeds.append(images / (time.perf_counter() - start))
+    return speeds
