@@ -141,16 +141,10 @@ COMMANDS = {
         "results --run runs/quickstart/latest",
     ),
     "shards": Command(
-        "write a folder of images as WebDataset shards, or continue to",
+        "write a folder of images as WebDataset shards",
         f"{_SHARDS}.writer:make_shards",
         f"{_OUTPUT}show_shards",
         "/data/imagenet /data/imagenet-shards",
-    ),
-    "shards --verify": Command(
-        "read shards, and compare them with their manifest",
-        f"{_SHARDS}.reader:verify_shards",
-        f"{_OUTPUT}show_verified",
-        "/data/imagenet-shards",
     ),
     "segment": Command("fit or validate a segmentation network", _DENSE),
     "segment export": Command(

@@ -17,7 +17,6 @@ __all__ = [
     "show_paths",
     "show_predictions",
     "show_shards",
-    "show_verified",
 ]
 
 
@@ -60,8 +59,3 @@ def show_shards(manifest: "ShardsManifest") -> str:
         f"{len(split.filenames)} shards, {sum(split.bytes) / 1e6:.1f} MB"
         for split in manifest.splits.values()
     )
-
-
-def show_verified(manifest: "ShardsManifest") -> str:
-    """The same, of files that were compared."""
-    return f"{show_shards(manifest)}\nas written"

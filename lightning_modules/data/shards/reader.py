@@ -1,14 +1,13 @@
-"""A folder of shards: its manifest, whether it is as written, and any of its images at once.
+"""A folder of shards: its manifest, and any of its images at once.
 
-_info.json         classes, and each split's shards with their sizes and checksums
+_info.json         classes, and each split's shards with their sizes
 train-000000.tar   WebDataset: 000000000.cls, .jpg (or another), .json of an image, in turn
 train.index.npy    an array of `ROW`: where each image is, in the order of the shards
 """
 
 import io
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +15,8 @@ from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
 
 from mobileone.io.atomic import replace_text
-from mobileone.io.checksum import file_sha256
 
 __all__ = ["ROW", "Manifest", "Split", "has_shards", "open_shards", "shard_lengths"]
-__all__ += ["verify_shards"]
 
 ROW = np.dtype([("shard", "<i4"), ("target", "<i4"), ("offset", "<i8"), ("size", "<i8")])
 """An image: number of its shard, class, first byte in the tar, bytes."""
@@ -38,9 +35,7 @@ class Split:
         filenames: of the shards, in order.
         shard_lengths: images of each shard.
         bytes: size of each shard.
-        sha256: of each shard.
         index: file of an array of `ROW`, one row an image, in the order of the shards.
-        index_sha256: of that file.
     """
 
     name: str
@@ -48,28 +43,12 @@ class Split:
     filenames: list[str]
     shard_lengths: list[int]
     bytes: list[int]
-    sha256: list[str]
     index: str
-    index_sha256: str
 
     def __post_init__(self) -> None:
         for name in (*self.filenames, self.index):
             if Path(name).name != name:
                 raise ValueError(f"{name!r} is not the name of a shard: it leads elsewhere")
-
-    def faults(self, root: Path, read_all: bool) -> Iterator[str]:
-        """What is not as it was written; the shards' contents only if ``read_all``."""
-        index = root / self.index
-        if not index.is_file() or file_sha256(index) != self.index_sha256:
-            yield f"{self.index} is missing or damaged"
-        for name, size, sha256 in zip(self.filenames, self.bytes, self.sha256, strict=True):
-            path = root / name
-            if not path.is_file():
-                yield f"{name} is missing"
-            elif path.stat().st_size != size:
-                yield f"{name} has {path.stat().st_size} bytes, not {size}"
-            elif read_all and file_sha256(path) != sha256:
-                yield f"{name} has another checksum"
 
 
 @dataclass(frozen=True)
@@ -78,12 +57,10 @@ class Manifest:
 
     Attributes:
         classes: names in the order of their indices.
-        plan: digest of the list of images and of how it was cut into shards.
         splits: by name.
     """
 
     classes: list[str]
-    plan: str
     splits: dict[str, Split]
 
     @classmethod
@@ -93,13 +70,15 @@ class Manifest:
         Raises:
             ValueError: there is none, or it is damaged, or of another format.
         """
-        path = root / _MANIFEST
+        path, known = root / _MANIFEST, [field.name for field in fields(Split)]
         try:
             raw = json.loads(path.read_bytes())
             if raw["format"] != _FORMAT:
                 raise ValueError(f"format {raw['format']!r} in place of {_FORMAT}")
-            splits = {name: Split(**split) for name, split in raw["splits"].items()}
-            return cls(list(raw["classes"]), raw["plan"], splits)
+            splits = raw["splits"].items()
+            return cls(
+                list(raw["classes"]), {s: Split(*map(d.__getitem__, known)) for s, d in splits}
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{str(path)!r} is not a manifest of `mobileone shards`: {error!r}. Write the "
@@ -110,36 +89,13 @@ class Manifest:
         """Write the manifest, under another name that is then changed."""
         replace_text(root / _MANIFEST, json.dumps({"format": _FORMAT, **asdict(self)}, indent=1))
 
-    def check(self, root: Path, *splits: str, read_all: bool = False) -> None:
-        """Raise ValueError, with a list, if files of these splits are not as they were written."""
-        faults = [f for name in splits for f in self.splits[name].faults(root, read_all)]
-        if faults:
-            more = f"; and {len(faults) - 5} more" if faults[5:] else ""
-            raise ValueError(
-                f"{len(faults)} of the files in {str(root)!r} are not as they were written: "
-                f"{'; '.join(faults[:5])}{more}. Copy them again, or remove the folder and write "
-                "it again with `mobileone shards SRC DST`."
-            )
-
 
 def has_shards(root: Path | None) -> bool:
     """Whether ``root`` has the manifest of `mobileone shards`, and not one of timm's own."""
     try:
-        return root is not None and "plan" in json.loads((root / _MANIFEST).read_bytes())
+        return root is not None and "format" in json.loads((root / _MANIFEST).read_bytes())
     except (OSError, ValueError):
         return False
-
-
-def verify_shards(root: str | Path) -> Manifest:
-    """Read every shard and compare it with the manifest.
-
-    Raises:
-        ValueError: there is no manifest, or something differs; lists what.
-    """
-    folder = Path(root).expanduser()
-    manifest = Manifest.load(folder)
-    manifest.check(folder, *manifest.splits, read_all=True)
-    return manifest
 
 
 class ShardReader(Reader):
@@ -155,7 +111,7 @@ class ShardReader(Reader):
         lengths: images of each shard.
 
     Raises:
-        ValueError: no such split, or a file of it is missing or not as it was written.
+        ValueError: no such split, or a shard of it is missing or of another size.
     """
 
     def __init__(self, root: Path, split: str, class_map: dict[str, int] | None = None) -> None:
@@ -166,12 +122,19 @@ class ShardReader(Reader):
                 f"the shards in {str(root)!r} have no split {split!r}. They have "
                 f"{', '.join(manifest.splits)}."
             )
-        manifest.check(root, split)
         described = manifest.splits[split]
         self.class_to_idx = class_map or {c: i for i, c in enumerate(manifest.classes)}
         self.lengths = described.shard_lengths
         self._targets = [self.class_to_idx[c] for c in manifest.classes]
         self._paths = [root / file for file in described.filenames]
+        sizes = zip(self._paths, described.bytes, strict=True)
+        faults = [p.name for p, size in sizes if not p.is_file() or p.stat().st_size != size]
+        if faults:
+            raise ValueError(
+                f"{len(faults)} of the files in {str(root)!r} are missing or not as they were "
+                f"written: {', '.join(faults[:5])}. Copy them again, or remove the folder and "
+                "write it again with `mobileone shards SRC DST`."
+            )
         self._index = np.load(root / described.index, mmap_mode="r")
 
     def __len__(self) -> int:
