@@ -133,8 +133,9 @@ class Report(Callback):
         _publish_worst(trainer, "worst", self._worst, pl_module)
         if not self._shown:
             return
-        shown = (torch.cat(parts) for parts in zip(*self._shown, strict=True))
-        _publish(trainer, "samples", _samples(*shown, cast(ExportSpec, pl_module.export_spec)))
+        images, targets, probabilities = map(torch.cat, zip(*self._shown, strict=True))
+        spec = cast(ExportSpec, pl_module.export_spec)
+        _publish(trainer, "samples", _samples(images, targets, probabilities, spec))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the confusion matrix of the test and the images of highest loss."""

@@ -63,8 +63,15 @@ def benchmark_data(
     check_device(device)
     rows = []
     for count in workers:
-        options = {"input_size": image_size, "batch_size": batch_size, "num_workers": count}
-        data = ImageDataModule(root, dataset, model or "mobileone_s0", seed=0, **options)
+        data = ImageDataModule(
+            root,
+            dataset,
+            model or "mobileone_s0",
+            input_size=image_size,
+            batch_size=batch_size,
+            num_workers=count,
+            seed=0,
+        )
         data.setup("fit")
         stream = _endless(data.train_dataloader())
         speeds = _images_a_second(partial(_skip, stream, batches), batches * batch_size, rounds)

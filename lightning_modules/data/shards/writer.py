@@ -74,7 +74,8 @@ def _write_split(
 ) -> Split:
     """Write the shards of a split, of images (file, class), and its index."""
     starts = range(0, len(images), images_per_shard)
-    tars, rows = [], []
+    tars: list[Path] = []
+    rows: list[tuple[int, int, int, int]] = []
     for first in track(starts, f"{split} shards", disable=not sys.stdout.isatty()):
         tars.append(folder / f"{split}-{len(tars):06d}.tar")
         # the format without extended headers: a file begins one block after its header
