@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mobileone.bench.timing import Run
-from mobileone.export.formats import torchscript
+from mobileone.export.formats import coreml, torchscript
 from mobileone.export.formats.table import FORMATS
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.io.coremltools_noise import quiet
@@ -215,17 +215,11 @@ def convert_coreml(model: nn.Module, x: Tensor, path: Path) -> None:
     """
     with quiet():
         import coremltools as ct
-
-        traced = torch.jit.trace(model, x.cpu(), check_trace=False)
-        converted = ct.convert(
-            traced,
-            inputs=[ct.TensorType(name="images", shape=tuple(x.shape))],
-            outputs=[ct.TensorType(name="logits")],
-            convert_to="mlprogram",
-            minimum_deployment_target=ct.target.iOS16,
-            skip_model_load=True,
-        )
-        converted.save(str(path.with_suffix(".mlpackage")))
+    given = ct.TensorType(name="images", shape=tuple(x.shape))
+    returned = [ct.TensorType(name="logits")]
+    path = path.with_suffix(".mlpackage")
+    with coreml.converted_for(model, x.cpu(), given, path, "float16", outputs=returned) as written:
+        written.save(str(path))
 
 
 def _coreml(path: Path, x: Tensor, threads: int, *, compute_units: str) -> Run:

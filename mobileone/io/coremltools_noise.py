@@ -18,6 +18,7 @@ _NOISE = re.compile(
     r"|TensorFlow version .* has not been tested with coremltools"
     r"|Failed to load _ML\w+"
     r"|Tuple detected at graph output"
+    r"|register_constant\(\) on Enum subclasses"  # torchao, which it imports where it is installed
 )
 _PROGRESS = re.compile(
     r"(Converting PyTorch Frontend|Running MIL \w+ pipeline|Running compression pass)"
@@ -37,6 +38,8 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(captured):
             warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated")
+            # coremltools about itself, at each operation of an exported program
+            warnings.filterwarnings("ignore", message=r"Function _TORCH_OPS_REGISTRY\.")
             warnings.filterwarnings("ignore", message=r"Output, '.*', of the source model, has")
             # coremltools leaves a temporary folder of weights to the garbage collector
             warnings.filterwarnings("ignore", "Implicitly cleaning up", ResourceWarning)

@@ -8,7 +8,7 @@ import sys
 import types
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ __all__ = [
     "Precision",
     "columns",
     "converted",
+    "converted_for",
     "operations",
     "runner",
     "runtime",
@@ -75,11 +76,10 @@ def write(
     return _interface(spec, precision)
 
 
-@contextmanager
 def converted(
     network: nn.Module, spec: ExportSpec, path: Path, precision: Precision, **options: Any
-) -> Iterator[Any]:
-    """Convert a network of 8-bit images; coremltools' own copy is removed at the end.
+) -> AbstractContextManager[Any]:
+    """Convert a network of 8-bit images, as `converted_for` does.
 
     Args:
         network: pixels 0..255 (1, C, H, W) -> tensors; in eval mode, float32, on the CPU.
@@ -87,20 +87,43 @@ def converted(
         path: where the package will be.
         precision: of weights and arithmetic.
         options: of `coremltools.convert`, for the outputs.
+    """
+    shape = (1, *spec.input_size)
+    with quiet():
+        given = _input(_coremltools(), shape)
+    return converted_for(network, torch.zeros(shape), given, path, precision, **options)
+
+
+@contextmanager
+def converted_for(
+    network: nn.Module,
+    example: Tensor,
+    given: Any,
+    path: Path,
+    precision: Precision,
+    **options: Any,
+) -> Iterator[Any]:
+    """Convert a network to an ML program; coremltools' own copy is removed at the end.
+
+    Args:
+        network: in eval mode, float32, on the CPU.
+        example: an input of the network.
+        given: what it is in Core ML, a type of coremltools.
+        path: where the package will be.
+        precision: of weights and arithmetic.
+        options: of `coremltools.convert`, for the outputs.
 
     Returns:
         The model of coremltools, for `save`.
     """
-    shape = (1, *spec.input_size)
     # In the caller's folder: coremltools' own temporary copies live until the process ends, which
     # is one more model on the disk at every validation.
     package = path.with_name(f"converted-{path.name}")
     with quiet():
         ct = _coremltools()
-        traced = torch.jit.trace(network, torch.zeros(shape), check_trace=False)
         yield ct.convert(
-            traced,
-            inputs=[_input(ct, shape)],
+            _captured(network, example),
+            inputs=[given],
             convert_to="mlprogram",
             compute_precision=ct.precision(precision),
             minimum_deployment_target=ct.target.iOS16,
@@ -109,6 +132,19 @@ def converted(
             **options,
         )
     shutil.rmtree(package)
+
+
+def _captured(network: nn.Module, example: Tensor) -> Any:
+    """The network as coremltools reads it: by torch.export, by tracing where that refuses it.
+
+    From torch 2.9 an exported program has operations that coremltools knows only after
+    `run_decompositions`.
+    """
+    try:
+        program = torch.export.export(network, (example,))
+    except Exception:  # of many types: control flow by values, shapes by values, hooks
+        return torch.jit.trace(network, example, check_trace=False)
+    return program.run_decompositions({})
 
 
 def save(mlmodel: Any, spec: ExportSpec, path: Path, metadata: Metadata) -> None:

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 
 from mobileone import reparameterize
 from mobileone.export.formats import coreml
@@ -14,6 +15,7 @@ from tests.helpers.tiny import tiny_network, tiny_spec
 
 ct = pytest.importorskip("coremltools")
 
+SOURCE = "com.github.apple.coremltools.source_dialect"
 NAMES = ('the "cat", sat', "crème brûlée", "猫")
 
 
@@ -142,4 +144,31 @@ def test_conversion_is_silent_but_hides_nothing_else(tmp_path, capfd, caplog, mo
     out, err = capfd.readouterr()
     assert out == ""
     assert err.split("\n") == ["something new", ""]
-    assert [r.message for r in caplog.records] == ["a new problem"]
+    said = [r.message for r in caplog.records if r.levelno > logging.DEBUG]  # torch traces itself
+    assert said == ["a new problem"]
+
+
+class Undecided(nn.Module):
+    """A network whose control flow depends on values, which torch.export cannot express."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = reparameterize(tiny_network())
+
+    def forward(self, x):
+        return self.network(x) if x.sum() > -1e9 else x.mean((2, 3))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    ("network", "road"), [(tiny_network(), "TorchExport"), (Undecided(), "TorchScript")]
+)
+def test_a_network_is_exported_and_traced_only_where_that_is_refused(network, road, tmp_path):
+    """Either way the program computes the same."""
+    path, spec = tmp_path / "m.mlpackage", tiny_spec()
+    coreml.write(reparameterize(network), spec, path, Metadata(), precision="float32")
+    proto = ct.models.MLModel(str(path), skip_model_load=True).get_spec()
+    assert road in proto.description.metadata.userDefined[SOURCE]
+    images = fixed_images(spec)
+    expected = tiny_network()(normalize(images, spec)).softmax(1)
+    assert torch.allclose(coreml.runner(path, spec)(images), expected, atol=1e-5)
