@@ -17,7 +17,7 @@ _LIMIT = 2**31 - 1  # of a bias, in steps of input scale times weight scale
 
 
 class QuantizeDequantize(nn.Module):
-    """Round a tensor to 256 steps: (clamp(round(x / scale) + zero_point, 0, 255) - zero_point) scale.
+    """Round to 256 steps: scale (clamp(round(x / scale) + zero_point, 0, 255) - zero_point).
 
     Args:
         scale: The step, positive.
@@ -110,7 +110,7 @@ class QuantizedConv2d(_QuantizedLayer):
         bits: int = 8,
         *,
         stride: tuple[int, int] = (1, 1),
-        padding: tuple[int, int] | str = (0, 0),
+        padding: tuple[int, int] = (0, 0),
         dilation: tuple[int, int] = (1, 1),
         groups: int = 1,
     ) -> None:
@@ -119,8 +119,16 @@ class QuantizedConv2d(_QuantizedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C_in, H, W) to (N, C_out, H', W')."""
-        w, geometry = self.dequantized_weight(), (self.stride, self.padding, self.dilation)
-        return self.output(F.conv2d(self.input(x), w, self.bias, *geometry, self.groups))
+        y = F.conv2d(
+            self.input(x),
+            self.dequantized_weight(),
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+        )
+        return self.output(y)
 
 
 class QuantizedLinear(_QuantizedLayer):

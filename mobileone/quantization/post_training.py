@@ -1,4 +1,4 @@
-"""Round a fused float network to integers after training: scales from images, nothing is trained."""
+"""Round a fused float network to integers after training, with scales from images."""
 
 from collections.abc import Iterator
 from copy import deepcopy
@@ -17,6 +17,7 @@ __all__ = ["quantize_fused"]
 
 _ATEN = torch.ops.aten
 _LAYERS = (_ATEN.conv2d.default, _ATEN.linear.default)
+_Ranges = dict[str, tuple[float, float]]
 _RELUS = (_ATEN.relu.default, _ATEN.relu_.default)
 
 
@@ -82,9 +83,9 @@ def _grid(low: float, high: float) -> QuantizeDequantize:
 
 def _extremes(
     network: nn.Module, layers: dict[str, nn.Conv2d | nn.Linear], batches: tuple[Tensor, ...]
-) -> tuple[dict[str, tuple[float, float]], dict[str, tuple[float, float]]]:
+) -> tuple[_Ranges, _Ranges]:
     """The least and the largest input and output of each layer, by its name."""
-    found: tuple[dict[str, tuple[float, float]], ...] = ({}, {})
+    found: tuple[_Ranges, _Ranges] = ({}, {})
 
     def widen(name: str, given: tuple[Tensor, ...], result: Tensor) -> None:
         for ranges, value in zip(found, (given[0], result), strict=True):
