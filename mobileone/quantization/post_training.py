@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from mobileone.quantization.deployed import (
-    QuantizeDequantize,
     QuantizedConv2d,
+    QuantizeDequantize,
     QuantizedLinear,
     round_bias,
 )
