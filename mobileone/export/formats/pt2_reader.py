@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from mobileone.export.formats.archive import fresh_archive, only_computes, read_records
 from mobileone.io.safe_pickle import UnsafeFileError, explain_refusal
 
 __all__ = ["load_program"]
@@ -36,9 +37,9 @@ _RECORDS = re.compile(
 _OF_THE_WRITER = re.compile(r"version|\.data/.*")  # a fresh archive gets its own
 _TENSOR = re.compile(r"(weight|tensor)_\d+")
 _PLAIN = re.compile(r"[\w.]*")
+_OPERATOR = re.compile(r"torch\.ops\.aten\.(\w+)\.\w+")
 _TARGET = re.compile(
-    r"torch\.ops\.aten\.(?!from_file|save)\w+\.\w+"
-    r"|_operator\.(add|sub|mul|floordiv|truediv|mod|neg|pow|eq|ne|lt|le|gt|ge|and_|or_|getitem)"
+    r"_operator\.(add|sub|mul|floordiv|truediv|mod|neg|pow|eq|ne|lt|le|gt|ge|and_|or_|getitem)"
     r"|torch\.sym_(max|min|int|float|not|ite)|math\.(ceil|floor|trunc)"
 )
 # of activations, divisions, padding and resizing; file names are strings too
@@ -61,19 +62,14 @@ def load_program(path: Path) -> tuple[ExportedProgram, dict[str, str]]:
         UnsafeFileError: it holds what could run code, or more than this project writes.
         ValueError: it is damaged, or no such file.
     """
-    try:
-        reader = torch._C.PyTorchFileReader(io.BytesIO(path.read_bytes()))
-        records = {name: reader.get_record(name) for name in reader.get_all_records()}
-    except RuntimeError as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(f"{path} is damaged, or not a .pt2 file ({first})") from error
-    records = {name: data for name, data in records.items() if not _OF_THE_WRITER.fullmatch(name)}
+    found = read_records(path, ".pt2")
+    records = {name: data for name, data in found.items() if not _OF_THE_WRITER.fullmatch(name)}
     if missing := [name for name in (_PROGRAM, _SAMPLES, *_CONFIGS) if name not in records]:
         raise ValueError(
             f"{path} is not a .pt2 file that torch.export wrote: it lacks {missing[0]}"
         )
     try:
-        contents = _archive(_checked(records, str(path)))
+        contents = fresh_archive(_checked(records, str(path)))
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error!r} in its description") from error
     extra = {n.removeprefix("extra/"): "" for n in records if n.startswith("extra/")}
@@ -145,7 +141,8 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 def _is_harmless(key: str, text: str) -> bool:
     if key == "target":
-        return bool(_TARGET.fullmatch(text))
+        operator = _OPERATOR.fullmatch(text)
+        return only_computes(operator[1]) if operator else bool(_TARGET.fullmatch(text))
     if key in ("in_spec", "out_spec"):
         return _is_plain_tree(text)
     if key == "expr_str":
@@ -178,14 +175,3 @@ def _is_plain_node(node: dict[str, Any]) -> bool:
         isinstance(context, list) and all(isinstance(k, str) and k.isidentifier() for k in context)
     )
     return plain and node["type"] in _CONTAINERS and all(map(_is_plain_node, node["children_spec"]))
-
-
-def _archive(records: dict[str, bytes]) -> io.BytesIO:
-    """A new archive: Python's and torch's readers may find different contents in a forged one."""
-    contents = io.BytesIO()
-    writer = torch._C.PyTorchFileWriter(contents)
-    for name, data in records.items():
-        writer.write_record(name, data, len(data))
-    writer.write_end_of_file()
-    contents.seek(0)
-    return contents

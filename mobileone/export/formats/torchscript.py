@@ -1,7 +1,6 @@
 """TorchScript: a traced module that maps normalized images to logits."""
 
 import io
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,15 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from mobileone.export.formats.torchscript_reader import extra_file, harmless_archive
 from mobileone.export.preprocess import pixels_runner, tensor_interface
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Runner
-from mobileone.io.safe_pickle import UnsafeFileError
 
 __all__ = ["deprecation_ignored", "load", "operations", "runner", "spec", "write"]
 
 _SPEC = "spec.json"
-_ON_FILES = re.compile(r"\b(save|from_file)\s*\(")
 
 
 def write(
@@ -56,17 +54,18 @@ def load(path: Path) -> nn.Module:
     """Load what `write` saved, on the CPU, in eval mode.
 
     Raises:
-        UnsafeFileError: the file calls functions that open files.
+        UnsafeFileError: the file could do more than compute.
         ValueError: it is damaged.
     """
-    return _load(path).eval()
+    contents = harmless_archive(path)
+    with deprecation_ignored():
+        module: nn.Module = torch.jit.load(contents, map_location="cpu")
+    return module.eval()
 
 
 def spec(path: Path) -> ExportSpec:
     """The file's own metadata."""
-    extra = {_SPEC: ""}
-    _load(path, extra)
-    return ExportSpec.from_json(extra[_SPEC])
+    return ExportSpec.from_json(extra_file(path, _SPEC))
 
 
 def runner(path: Path, spec: ExportSpec) -> Runner:
@@ -79,24 +78,6 @@ def operations(path: Path) -> Counter[str]:
     graph: Any = load(path).inlined_graph  # torch._C.Graph, which is not typed
     nodes = graph.nodes()
     return Counter(node.kind() for node in nodes if not node.kind().startswith("prim::"))
-
-
-def _load(path: Path, extra: dict[str, Any] | None = None) -> Any:
-    """Load a file of any origin: TorchScript runs no Python, but it has functions on files."""
-    try:
-        reader = torch._C.PyTorchFileReader(str(path))
-    except RuntimeError as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(f"{path} is damaged, or no TorchScript file ({first})") from error
-    for name in reader.get_all_records():
-        if name.startswith("code/") and name.endswith(".py"):
-            if found := _ON_FILES.search(reader.get_record(name).decode(errors="replace")):
-                raise UnsafeFileError(
-                    f"{path} calls {found[1]!r}, a function that opens files: refused. Export the "
-                    "checkpoint again: mobileone export CHECKPOINT FOLDER"
-                )
-    with deprecation_ignored():
-        return torch.jit.load(path, map_location="cpu", _extra_files=extra)
 
 
 @contextmanager

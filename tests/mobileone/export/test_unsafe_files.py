@@ -12,6 +12,7 @@ from torch import nn
 from mobileone.export import load_runner
 from mobileone.export.checkpoint import read_checkpoint
 from mobileone.export.formats import torch_export, torchscript
+from mobileone.export.formats.archive import only_computes
 from mobileone.export.spec import Metadata
 from mobileone.io.safe_pickle import UnsafeFileError
 from tests.helpers.tiny import tiny_network, tiny_spec
@@ -128,16 +129,70 @@ def test_a_damaged_program_is_called_damaged(records, tmp_path):
     assert not isinstance(caught.value, UnsafeFileError)
 
 
-class Saves(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        torch.save(x, "stolen")
-        return x
+SCRIPTS = {  # what a method does; {0} is a path
+    "a line continuation": 'return torch.from_file \\\n("{0}", True, 4)',
+    "a call": 'return torch.from_file("{0}", True, 4)',
+    "a method of a tensor": '_0 = x.save("{0}")\n    return x',
+    "a tensor": '_0 = torch.save(x, "{0}")\n    return x',
+    "a comment between": "_0 = torch.save # (\n    return x",
+    "an extension": '_0 = __torch__.torch.classes.c10d.TCPStore("{0}")\n    return x',
+    "another library": '_0 = ops.image.write_file("{0}", x)\n    return x',
+    "a function passed on": '_0 = getattr(torch, "save")\n    return x',
+    "a process": "_0 = fork(self.forward, x)\n    return x",
+    "Python": "_0 = ^Evil()(x)\n    return x",
+    "a file name": '_0 = x.to("../{0}")\n    return x',
+}
 
 
-def test_a_script_that_opens_files_is_refused(tmp_path):
-    torch.jit.script(Saves()).save(tmp_path / "model.torchscript.pt")
-    with pytest.raises(UnsafeFileError, match="calls 'save', a function that opens files"):
-        torchscript.load(tmp_path / "model.torchscript.pt")
+def script(path, body, method="forward"):
+    """A TorchScript file whose root class has this method, and no `spec.json`."""
+    torchscript.write(nn.ReLU().eval(), tiny_spec(), path, Metadata())
+    reader = torch._C.PyTorchFileReader(str(path))
+    records = {name: reader.get_record(name) for name in reader.get_all_records()}
+    name = next(n for n in records if "/activation" in n and n.endswith(".py"))
+    code = records[name].decode()
+    head = code[: code.index("  def ")]
+    own = name[len("code/") : -len(".py")].replace("/", ".") + ".ReLU"
+    records[name] = f"{head}  def {method}(self: {own}, x: Tensor):\n    {body}\n".encode()
+    writer = torch._C.PyTorchFileWriter(str(path))
+    for name, data in records.items():
+        if name != "version" and not name.startswith(".data"):
+            writer.write_record(name, data, len(data))
+    writer.write_end_of_file()
+
+
+@pytest.mark.parametrize("route", SCRIPTS)
+def test_a_script_that_reaches_beyond_its_tensors_is_refused(route, tmp_path):
+    path, touched = tmp_path / "model.torchscript.pt", tmp_path / "touched"
+    script(path, SCRIPTS[route].format(touched))
+    for read in (torchscript.load, torchscript.operations):
+        with pytest.raises(UnsafeFileError, match=r"could reach files or run code .*: refused"):
+            read(path)
+    assert not touched.exists()
+
+
+def test_what_runs_at_loading_is_looked_at_too(tmp_path):
+    """PyTorch calls `__setstate__` while it loads, before anybody has seen a graph."""
+    path, touched = tmp_path / "model.torchscript.pt", tmp_path / "touched"
+    body = f'_0 = torch.from_file \\\n("{touched}", True, 4)\n    self.training = True'
+    script(path, body, "__setstate__")
+    with pytest.raises(UnsafeFileError, match=r"calls or names 'torch\.from_file'"):
+        torchscript.load(path)
+    assert not touched.exists()
+
+
+def test_a_script_of_other_operators_is_read(tmp_path):
+    path = tmp_path / "model.torchscript.pt"
+    script(path, "return torch.add(torch.mul(x, 2), torch.sigmoid(x))")
+    x = torch.randn(3)
+    assert torch.equal(torchscript.load(path)(x), 2 * x + x.sigmoid())
+
+
+def test_operators_on_files_do_more_than_compute():
+    names = {schema.name.removeprefix("aten::") for schema in torch._C._jit_get_all_schemas()}
+    assert {"from_file", "save", "set_", "record_stream"} <= names
+    assert not any(map(only_computes, ("from_file", "save", "set_", "record_stream", "nothing")))
+    assert all(map(only_computes, ("conv2d", "_convolution", "batch_norm", "add", "gelu", "index")))
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
