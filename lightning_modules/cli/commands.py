@@ -99,7 +99,6 @@ COMMANDS = {
         f"{_STEP}measure_training",
         f"{_STEP}training_table",
         "mobileone_s0 --output results",
-        f"{_STEP}training_figure",
     ),
     "benchmark data": Command(
         "count images a second by number of workers; report what limits a run",
@@ -118,7 +117,6 @@ COMMANDS = {
         f"{_STUDIES}.bottlenecks:study_bottlenecks",
         f"{_STUDIES}.bottlenecks:bottlenecks_table",
         "--output results",
-        f"{_STUDIES}.bottlenecks:bottlenecks_figure",
     ),
     "study correlation": Command(
         "correlate latency with multiply-adds and parameters (Table 1)",
@@ -132,7 +130,6 @@ COMMANDS = {
         f"{_ABLATION}study_ablation",
         f"{_ABLATION}ablation_table",
         "--output results/ablation",
-        f"{_ABLATION}ablation_figure",
     ),
     "report": Command(
         "gather results and a run into one HTML page to send",
