@@ -18,7 +18,6 @@ class Command:
         show: What makes, of the function's result, a text or a table to print.
         example: Arguments, for the help.
         figure: What draws a `Result`, if that has a chart.
-        first: Option that may hold the first positional argument instead.
     """
 
     help: str
@@ -26,7 +25,6 @@ class Command:
     show: str = ""
     example: str = ""
     figure: str = ""
-    first: str = ""
 
 
 _FIT = "lightning_modules.run.fit:run"
@@ -50,7 +48,6 @@ COMMANDS = {
         "lightning_modules.inference.predict:predict_folder",
         f"{_OUTPUT}show_predictions",
         f"{_BEST} photos/ out.csv",
-        first="--artifact",
     ),
     "export": Command(
         "turn a checkpoint into fused artifacts, untrained",
