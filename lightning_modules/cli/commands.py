@@ -18,6 +18,7 @@ class Command:
         show: What makes, of the function's result, a text or a table to print.
         example: Arguments, for the help.
         figure: What draws a `Result`, if that has a chart.
+        first: Option that may hold the first positional argument instead.
     """
 
     help: str
@@ -25,6 +26,7 @@ class Command:
     show: str = ""
     example: str = ""
     figure: str = ""
+    first: str = ""
 
 
 _FIT = "lightning_modules.run.fit:run"
@@ -48,6 +50,7 @@ COMMANDS = {
         "lightning_modules.inference.predict:predict_folder",
         f"{_OUTPUT}show_predictions",
         f"{_BEST} photos/ out.csv",
+        first="--artifact",
     ),
     "export": Command(
         "turn a checkpoint into fused artifacts, untrained",
@@ -96,6 +99,7 @@ COMMANDS = {
         f"{_STEP}measure_training",
         f"{_STEP}training_table",
         "mobileone_s0 --output results",
+        f"{_STEP}training_figure",
     ),
     "benchmark data": Command(
         "count images a second by number of workers; report what limits a run",
@@ -114,6 +118,7 @@ COMMANDS = {
         f"{_STUDIES}.bottlenecks:study_bottlenecks",
         f"{_STUDIES}.bottlenecks:bottlenecks_table",
         "--output results",
+        f"{_STUDIES}.bottlenecks:bottlenecks_figure",
     ),
     "study correlation": Command(
         "correlate latency with multiply-adds and parameters (Table 1)",
@@ -127,6 +132,7 @@ COMMANDS = {
         f"{_ABLATION}study_ablation",
         f"{_ABLATION}ablation_table",
         "--output results/ablation",
+        f"{_ABLATION}ablation_figure",
     ),
     "report": Command(
         "gather results and a run into one HTML page to send",

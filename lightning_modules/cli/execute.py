@@ -1,5 +1,6 @@
 """Run a subcommand: a parser from a function's signature, its call, and its result."""
 
+import argparse
 import inspect
 import logging
 import sys
@@ -39,7 +40,7 @@ def run_command(name: str, command: Command, argv: list[str]) -> None:
     """
     silence_known_messages()
     function = load(command.function)
-    options = _parser(name, command, function).parse_args(argv)
+    options = _parser(name, command, function).parse_args(_first_in_place(command.first, argv))
     from mobileone.export import RejectedError
     from mobileone.export.inspect import ChecksumMismatchError
 
@@ -68,6 +69,8 @@ def _parser(name: str, command: Command, function: Callable[..., Any]) -> Argume
             help="names of timm's models, or torchvision's with the prefix torchvision/",
         )  # fmt: skip
     parser.add_function_arguments(function, as_positional=True, as_group=False, skip={_MODELS})
+    if command.first:
+        parser.add_argument(command.first, help="the first argument, in any place")
     if _measures(function):
         if "output" not in parameters:
             parser.add_argument(
@@ -85,6 +88,16 @@ def _parser(name: str, command: Command, function: Callable[..., Any]) -> Argume
     return parser
 
 
+def _first_in_place(option: str, argv: list[str]) -> list[str]:
+    """The arguments, with the value of an option as the first of them."""
+    if not option:
+        return argv
+    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    named.add_argument(option, dest="value")
+    found, rest = named.parse_known_args(argv)
+    return argv if found.value is None else [found.value, *rest]
+
+
 def _measures(function: Callable[..., Any]) -> bool:
     return inspect.signature(function).return_annotation is Result
 
@@ -93,6 +106,7 @@ def _call(
     name: str, command: Command, function: Callable[..., Any], options: dict[str, Any]
 ) -> None:
     import_user_modules(options.pop("imports"))
+    options.pop(command.first.removeprefix("--"), None)
     if not _measures(function):
         print_result(load(command.show)(function(**options)))
         if "directory" in options:

@@ -1,1 +1,21 @@
-"""Networks of integers: 8-bit activations, weights of 8 or fewer bits."""
+"""Networks of integers: training against them, folding that knows of rounding, what ships."""
+
+from mobileone.quantization.layer import Statistics
+from mobileone.quantization.network import (
+    calibrate_quantization,
+    conditions,
+    quantize,
+    scheme_of,
+)
+from mobileone.quantization.rounding import SCHEMES, Scales, Scheme
+
+__all__ = [
+    "SCHEMES",
+    "Scales",
+    "Scheme",
+    "Statistics",
+    "calibrate_quantization",
+    "conditions",
+    "quantize",
+    "scheme_of",
+]

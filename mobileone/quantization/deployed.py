@@ -143,7 +143,7 @@ class QuantizedLinear(_QuantizedLayer):
         return self.output(F.linear(self.input(x), self.dequantized_weight(), self.bias))
 
 
-def round_bias(bias: Tensor, input_scale: float, weight_scale: Tensor) -> Tensor:
+def round_bias(bias: Tensor, input_scale: float | Tensor, weight_scale: Tensor) -> Tensor:
     """The nearest bias that integer kernels can hold: int32 steps of input times weight scale.
 
     Args:
@@ -152,7 +152,7 @@ def round_bias(bias: Tensor, input_scale: float, weight_scale: Tensor) -> Tensor
         weight_scale: (C_out,).
     """
     step = input_scale * weight_scale.double()
-    return ((bias.double() / step).round().clamp(-_LIMIT, _LIMIT) * step).float()
+    return ((bias.double() / step).round().clamp(-_LIMIT, _LIMIT) * step).to(bias.dtype)
 
 
 def is_quantized(model: nn.Module) -> bool:

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from mobileone.bench.paper import UNVERIFIED, paper_row, paper_table
 from mobileone.bench.results import Result, compare_machines
@@ -16,6 +18,14 @@ from mobileone.bench.show.charts import COLORS, plain_ticks, save_figure
 __all__ = ["draw_pareto"]
 
 _OURS, _OTHERS, _PAPER = COLORS[4], COLORS[0], "#777777"
+
+# right below, above, level; left above, below, level; then farther away; in points
+_PLACES = (
+    *((4, -9), (4, 4), (6, -2), (-4, 4), (-4, -9), (-6, -2)),
+    *((12, -17), (12, 12), (-12, 12), (-12, -17), (22, -2), (-22, -2)),
+)
+# where it is farther away, a line shows whose it is
+_LINE = {"arrowstyle": "-", "linewidth": 0.4, "color": "#555555", "shrinkA": 0, "shrinkB": 2}
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,8 @@ def draw_pareto(
         loc="outside lower center", ncols=2 if loaded else 1, fontsize=7.5, frameon=False,
         title=None if all(point.verified for point in measured) else note, title_fontsize=7,
     )  # fmt: skip
+    named = _labels(measured, own=True) + _labels(paper, own=False, all_of_them=not loaded)
+    _place_labels(axes, named, [*paper, *measured])
     return save_figure(canvas, Path(output) / "pareto")
 
 
@@ -153,13 +165,19 @@ def _draw_set(axes: Axes, points: Sequence[Point], name: str, own: bool) -> None
             marker=marker, facecolors=edge if own else "white", edgecolors=edge, zorder=3,
             label=f"{'MobileOne' if family else 'others'}, {name}",
         )  # fmt: skip
-    for point in points:  # of the paper's many others only the front
-        if own or point.family or point in front:
-            axes.annotate(
-                point.label.replace("MobileOne-", ""), (point.latency, point.top1), (4, -9),
-                textcoords="offset points", fontsize=6.5, color=color,
-                fontweight="bold" if point.family else "normal",
-            )  # fmt: skip
+
+
+def _labels(
+    points: Sequence[Point], own: bool, all_of_them: bool = True
+) -> list[tuple[Point, dict[str, Any]]]:
+    """The labels of MobileOnes first; without `all_of_them`, of these and of the front alone."""
+    front = pareto_front(points)
+    style = {"fontsize": 6.5, "color": "black" if own else "#555555"}
+    return [
+        (point, style | {"fontweight": "bold" if point.family else "normal"})
+        for point in sorted(points, key=lambda p: not p.family)
+        if all_of_them or point.family or point in front
+    ]
 
 
 def _legend(result: Result, runtime: str) -> str:
@@ -169,3 +187,49 @@ def _legend(result: Result, runtime: str) -> str:
         f"here: {result.machine['device_name']}, {runtime}, {protocol['threads']} thread"
         f"{'s' if protocol['threads'] > 1 else ''}, {word} of {protocol['runs']}"
     )
+
+
+def _place_labels(
+    axes: Axes, labels: Sequence[tuple[Point, dict[str, Any]]], points: Sequence[Point]
+) -> None:
+    """Write each label at the first place around its point that is free.
+
+    A label for which none is free stays at the place that it covers least at; call it when the
+    chart is otherwise complete.
+
+    Args:
+        axes: Where.
+        labels: The points to name, each with the style, the most important ones first.
+        points: All points that are drawn.
+    """
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # the layout decides where points are
+    marks = axes.transData.transform([(point.latency, point.top1) for point in points])
+    reach = 3 * figure.dpi / 72
+    taken = [Bbox([(x - reach, y - reach), (x + reach, y + reach)]) for x, y in marks]
+    for point, style in labels:
+        text, at = point.label.replace("MobileOne-", ""), (point.latency, point.top1)
+        label = axes.annotate(text, at, xytext=_PLACES[0], textcoords="offset points", **style)
+        tried = []
+        for place in _PLACES:
+            label.set_position(place)
+            label.set_horizontalalignment("left" if place[0] > 0 else "right")
+            box = label.get_window_extent()
+            tried.append((_covered(box, taken, axes.bbox), place, box))
+            if tried[-1][0] == 0:
+                break
+        _, place, box = min(tried, key=lambda trial: trial[0])
+        label.set_position(place)
+        label.set_horizontalalignment("left" if place[0] > 0 else "right")
+        taken.append(box)
+        if abs(place[0]) > 6:
+            axes.annotate("", at, place, textcoords="offset points", arrowprops=_LINE)
+
+
+def _covered(box: Bbox, taken: Sequence[Bbox], frame: Bbox) -> float:
+    """Area of what the box covers, and of what of it is outside the frame."""
+    inside = Bbox.intersection(box, frame)
+    outside = box.width * box.height - (inside.width * inside.height if inside else 0)
+    overlaps = (Bbox.intersection(box, other) for other in taken)
+    return outside + sum(o.width * o.height for o in overlaps if o is not None)

@@ -9,9 +9,11 @@ from dataclasses import asdict
 from typing import get_args
 
 import torch
+from matplotlib.figure import Figure
 from rich.table import Table
 
 from mobileone.bench.results import Result, Row
+from mobileone.bench.show.charts import draw_bars
 from mobileone.bench.show.tables import Column, make_table, number, words
 from mobileone.bench.timing import check_device, check_threads
 from mobileone.bench.training_step.implementations import (
@@ -27,7 +29,7 @@ from mobileone.bench.training_step.worker import (
     TrainingSetting,
 )
 
-__all__ = ["measure_training", "training_table"]
+__all__ = ["measure_training", "training_figure", "training_table"]
 
 _log = logging.getLogger(__name__)
 
@@ -179,6 +181,9 @@ def _quartile_distance(values: list[float]) -> float:
     return third - first
 
 
+_PANELS = (("seconds", "s a step"), ("kept_mib", "MiB kept for backward, an image"))
+
+
 def training_table(result: Result) -> Table:
     """The rows for a terminal, with times relative to timm's and to the plain net's."""
     columns = (
@@ -200,6 +205,27 @@ def training_table(result: Result) -> Table:
     measured = [row for row in result.rows if row["failure"] is None]
     title = f"Training step, {_setting(result)}, torch {result.versions['torch']}"
     return make_table(title, columns, measured, notes)
+
+
+def training_figure(result: Result) -> Figure:
+    """Bars of time and of kept memory, by model and implementation."""
+    models = list(dict.fromkeys(row["model"] for row in result.rows))
+    names = list(dict.fromkeys(row["contender"] for row in result.rows))
+    rows = {(row["model"], row["contender"]): row for row in result.rows}
+    height = 1.6 + 0.24 * len(models) * len(names)
+    figure = Figure(figsize=(10, height), layout="constrained")
+    for axes, (column, label) in zip(figure.subplots(1, 2, sharey=True), _PANELS, strict=True):
+        series = {}
+        for name in names:
+            values = [rows[model, name].get(column) for model in models]
+            series[name] = [(v, "failed" if v is None else f"{v:.3g}") for v in values]
+        draw_bars(axes, models, series)
+        axes.set_xlabel(label)
+        axes.margins(x=0.16)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    figure.suptitle(f"Training step: {_setting(result)}", fontsize=10)
+    return figure
 
 
 def _setting(result: Result) -> str:

@@ -240,7 +240,7 @@ def test_predict_takes_a_checkpoint_or_an_artifact(trained, cache, tmp_path):
         main(["predict", str(trained / source), str(images), str(output), "--top_k", "2"])
         tables.append(read_table(output))
     artifact = str(trained / "checkpoints/best/model.torchscript.pt")
-    main(["predict", artifact, str(images), "3.csv", "--top_k", "2"])
+    main(["predict", str(images), "--artifact", artifact, "3.csv", "--top_k", "2"])
     assert read_table(tmp_path / "3.csv") == tables[1]
     assert len(tables[0]) == len(tables[1]) == 360
     assert [r["path"] for r in tables[0]] == [r["path"] for r in tables[1]]

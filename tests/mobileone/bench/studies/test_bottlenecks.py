@@ -15,6 +15,7 @@ from mobileone.bench.studies.bottlenecks import (
     DynamicReLU,
     DynamicShiftMax,
     ThirtyLayers,
+    bottlenecks_figure,
     bottlenecks_table,
     study_bottlenecks,
 )
@@ -81,6 +82,8 @@ def test_unverified_numbers_are_marked(result, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "unverified" in next(line for line in lines if "skip connections" in line)
     assert "unverified" not in next(line for line in lines if "GELU" in line)
+    texts = [t.get_text() for a in bottlenecks_figure(result).axes for t in a.get_legend().texts]
+    assert texts.count("paper, iPhone 12") == texts.count("paper, iPhone 12 (unverified)") == 1
 
 
 @pytest.mark.parametrize(("median", "said"), [(1.1, False), (1.6, True)])
@@ -88,6 +91,7 @@ def test_a_busy_machine_is_said(result, median, said):
     rows = [row | {"median_ms": median * row["min_ms"]} for row in result.rows]
     other = Result(**{**vars(result), "rows": rows})
     assert ("The machine was busy" in bottlenecks_table(other).caption) == said
+    assert ("The machine was busy" in bottlenecks_figure(other).get_suptitle()) == said
 
 
 def test_a_runtime_that_fails_is_said(result):
@@ -103,6 +107,7 @@ def test_a_runtime_that_fails_is_said(result):
     with console.capture() as output:
         console.print(bottlenecks_table(failed))
     assert "no such operator" in output.get()
+    assert "failed" in [t.get_text() for a in bottlenecks_figure(failed).axes for t in a.texts]
 
 
 def coefficients(layer: nn.Sequential, image: torch.Tensor) -> list[float]:

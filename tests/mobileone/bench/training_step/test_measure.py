@@ -17,7 +17,7 @@ from mobileone.bench.training_step.implementations import (
     plain_network,
     sample_images,
 )
-from mobileone.bench.training_step.measure import measure_training, training_table
+from mobileone.bench.training_step.measure import measure_training, training_figure, training_table
 from mobileone.bench.training_step.worker import (
     StepWorker,
     StepWorkerError,
@@ -178,6 +178,8 @@ def test_a_contender_that_dies_leaves_the_others_measured(monkeypatch):
     assert table.row_count == 1
     assert "mobileone_s0, timm: its process ended by SIGSEGV" in table.caption
     assert "2 noise images of 32 px, channels-last, " in table.title
+    texts = [text.get_text() for axes in training_figure(result).axes for text in axes.texts]
+    assert texts.count("failed") == 2
 
 
 def test_an_error_in_the_process_is_told():

@@ -1,0 +1,181 @@
+"""The training form of a quantized block: its branches, folded and rounded in one convolution."""
+
+# torch types every attribute of an nn.Module as `Tensor | Module`
+# mypy: disable-error-code="arg-type,union-attr,assignment,call-overload"
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mobileone.block import FusedMobileOneBlock
+from mobileone.quantization.branches import BLOCKS, PLAIN, Branch, Row, fold_branches
+from mobileone.quantization.deployed import (
+    QuantizedConv2d,
+    QuantizeDequantize,
+    QuantizedLinear,
+    round_bias,
+)
+from mobileone.quantization.rounding import (
+    InputQuantizer,
+    Scales,
+    Scheme,
+    WeightQuantizer,
+    straight_through,
+)
+
+__all__ = ["QuantizedLayer", "Statistics"]
+
+Statistics = Literal["frozen", "exact", "diagonal"]
+"""Of BatchNorm in training: running ones; a batch's, from the exact second moments of the rounded
+input; or from their diagonal alone (RepQ-BNEst)."""
+
+
+class QuantizedLayer(nn.Module):
+    """y = after(Q(Ŵ) ∗ Q(x) + b̂), Ŵ and b̂ folded from the branches at each step.
+
+    It has the children, parameters and buffers of the block that it is made from, under their
+    names, and those of its two quantizers besides.
+
+    Args:
+        block: One of `BLOCKS` or `PLAIN`, whose parts it takes over.
+        scheme: How weights are rounded.
+        statistics: Of BatchNorm in training; eval mode always has the running ones.
+        kappa: Part κ of the variance of rounding that is added to the running variances.
+        scales: How steps are found.
+        image: Whether the input is made of 8-bit images.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        scheme: Scheme,
+        statistics: Statistics,
+        kappa: float,
+        scales: Scales,
+        image: bool,
+    ) -> None:
+        super().__init__()
+        self.kind, self.training = type(block), block.training
+        self.scheme, self.statistics, self.kappa, self.scales = scheme, statistics, kappa, scales
+        self._modules.update(block._modules)
+        self._parameters.update(block._parameters)
+        self._buffers.update(block._buffers)
+        conv = self.row.conv(self)
+        self.geometry = None
+        if self.kind is not nn.Linear:
+            like = block if self.kind is nn.Conv2d else conv
+            self.geometry = (like.stride, like.padding, like.dilation, like.groups)
+        self.input_quantizer = InputQuantizer(scales, fixed=image)
+        self.weight_quantizer = WeightQuantizer(len(conv.weight), scheme, scales)
+        wide = torch.promote_types(conv.weight.dtype, torch.float32)
+        for quantizer in (self.input_quantizer, self.weight_quantizer):
+            quantizer.to(conv.weight.device, wide).train(block.training)
+        self.calibrating = False
+
+    @property
+    def row(self) -> Row:
+        """How the block is read."""
+        return (BLOCKS if self.kind in BLOCKS else PLAIN)[self.kind]
+
+    def branches(self) -> list[Branch]:
+        """The block's branches, of its present weights."""
+        return self.row.branches(self)
+
+    def noise(self) -> Tensor:
+        """Variance that folding adds to each input: κ s² / 12, a scalar."""
+        return self.kappa * self.input_quantizer.variance()
+
+    def fold(self) -> tuple[Tensor, Tensor]:
+        """Kernel and bias on running statistics, not rounded; differentiable in the branches."""
+        return fold_branches(self.branches(), self.noise())
+
+    def round(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Kernel and bias as integers hold them; gradients go straight through."""
+        step = self.input_quantizer.step.detach()
+        steps = self.weight_quantizer.steps(weight, bias, step).detach()
+        rounded = self.weight_quantizer(weight, bias, step)
+        return rounded, straight_through(bias, round_bias(bias.detach(), step, steps))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map what the block maps; in float32 under autocast, as 8 bits are not exact below."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(self.input_quantizer.step.dtype)
+            if self.calibrating:
+                self._calibrate(x)
+            y = self._product(self.input_quantizer(x))
+        for name in self.row.after:
+            y = self.get_submodule(name)(y)
+        return y
+
+    def _product(self, x: Tensor) -> Tensor:
+        weight, bias = self.round(*self.fold())
+        if self.geometry is None:
+            return F.linear(x, weight, bias)
+        return F.conv2d(x, weight, bias, *self.geometry)
+
+    @torch.no_grad()
+    def _calibrate(self, x: Tensor) -> None:
+        quantizer = self.input_quantizer
+        low, high = torch.aminmax(x)
+        first = not quantizer.step.isfinite()
+        if not first:
+            seen = -quantizer.zero_point * quantizer.step
+            low = torch.minimum(low, seen)
+            high = torch.maximum(high, seen + 255 * quantizer.step)
+        quantizer.observe(low, high)
+        if first:  # later batches hardly change the folded kernel
+            self.weight_quantizer.fit(*self.fold(), quantizer.step)
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        """The deployed form, with integer weights; shares what follows the sum.
+
+        Raises:
+            ValueError: There is no input step yet.
+        """
+        if not self.input_quantizer.step.isfinite():
+            raise ValueError(
+                "a quantized layer has no input step: call calibrate_quantization(model, batches) "
+                "or load the weights of a quantized network before folding it"
+            )
+        product = self._deployed()
+        if not self.row.after:
+            return product
+        after = [self.get_submodule(name) for name in self.row.after]
+        fused = FusedMobileOneBlock(product, *after)
+        fused.training = self.training
+        return fused
+
+    def _deployed(self) -> nn.Module:
+        weight, bias = self.fold()
+        step = self.input_quantizer.step
+        steps = self.weight_quantizer.steps(weight, bias, step)
+        codes = self.weight_quantizer.codes(weight, steps).to(torch.int8)
+        grid = QuantizeDequantize(float(step), int(self.input_quantizer.zero_point))
+        bias = round_bias(bias, float(step), steps)
+        bits = 4 if self.scheme == "int4" else 8
+        if self.geometry is None:
+            layer: nn.Module = QuantizedLinear(codes, steps, bias, grid, bits=bits)
+        else:
+            stride, padding, dilation, groups = self.geometry
+            layer = QuantizedConv2d(
+                codes,
+                steps,
+                bias,
+                grid,
+                bits=bits,
+                stride=stride,
+                padding=padding,
+                dilation=dilation,
+                groups=groups,
+            )
+        return layer.train(self.training)
+
+    def extra_repr(self) -> str:
+        """Shown in the printed network."""
+        return (
+            f"{self.kind.__name__}, scheme={self.scheme}, statistics={self.statistics}, "
+            f"kappa={self.kappa:g}, scales={self.scales}"
+        )

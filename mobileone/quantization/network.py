@@ -1,0 +1,171 @@
+"""A complete network at once: quantized for training, calibrated, and judged."""
+
+from collections.abc import Callable, Iterable
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from mobileone.block import FusedMobileOneBlock
+from mobileone.quantization.branches import BLOCKS, PLAIN
+from mobileone.quantization.layer import QuantizedLayer, Statistics
+from mobileone.quantization.rounding import SCHEMES, Scales, Scheme
+
+__all__ = ["calibrate_quantization", "conditions", "quantize", "scheme_of"]
+
+_FOLDS = ("fuse", "reparameterize", "switch_to_deploy")  # what timm calls
+
+
+def quantize(
+    model: nn.Module,
+    scheme: Scheme = "int8",
+    *,
+    statistics: Statistics = "frozen",
+    kappa: float = 1.0,
+    scales: Scales = "learned",
+) -> nn.Module:
+    """Let every foldable block of a network, and its other products, compute as integers will.
+
+    Each block becomes one convolution of its rounded input with its rounded folded kernel, a
+    differentiable function of all of its branches. The state dict keeps its names; quantizers add
+    `input_quantizer` and `weight_quantizer` to each. A float network's state dict loads as well.
+    `mobileone.reparameterize` turns the result into integer layers.
+
+    Args:
+        model: A network with blocks in training form, float weights inside; changed in place.
+        scheme: "int8"; "int4": weights of 4 bits; "palette4": 16 values a layer for its weights.
+            Inputs of layers have 8 bits in each.
+        statistics: BatchNorm's in training: "frozen", "exact" or "diagonal".
+        kappa: κ of noise-aware folding; 0 folds as a float network does.
+        scales: "learned" by gradient, or "running" extremes.
+
+    Returns:
+        The model; or another module, where the model itself is a block.
+
+    Raises:
+        ValueError: An argument is unknown, there is no block to fold, or one that is not known.
+
+    Example:
+        >>> model = quantize(timm.create_model("mobileone_s0"))
+        >>> calibrate_quantization(model, batches)
+        >>> fused = mobileone.reparameterize(model)
+    """
+    for name, value, known in (
+        ("scheme", scheme, SCHEMES),
+        ("statistics", statistics, get_args(Statistics)),
+        ("scales", scales, get_args(Scales)),
+    ):
+        if value not in known:
+            raise ValueError(f"`{name}` (={value!r}) must be one of {', '.join(known)}")
+    if not 0 <= kappa < float("inf"):
+        raise ValueError(f"`kappa` (={kappa}) must be at least 0 and finite")
+    holder = nn.ModuleList([model])
+    found = _replaceable(holder)
+    if not any(type(block) in BLOCKS for _, block in found):
+        raise ValueError(
+            f"{type(model).__name__} has no block with branches to fold: quantization trains "
+            f"{_known()}"
+        )
+    for number, (name, block) in enumerate(found):
+        if statistics != "frozen" and type(block) in BLOCKS and not BLOCKS[type(block)].sums:
+            raise ValueError(
+                f"`statistics` (={statistics!r}) needs blocks that are sums of branches, which "
+                f"{name[2:]} ({type(block).__name__}) is not: choose 'frozen'"
+            )
+        layer = QuantizedLayer(block, scheme, statistics, kappa, scales, image=number == 0)
+        holder.set_submodule(name, layer)
+    return holder[0]
+
+
+def _replaceable(holder: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
+    """Blocks and plain layers by name, in the order of modules; folded blocks are plain inside."""
+    found = []
+    for child_name, child in holder.named_children():
+        name = f"{prefix}{child_name}"
+        folded = isinstance(child, FusedMobileOneBlock) or _has(child, "reparam_conv")
+        if type(child) in PLAIN or (type(child) in BLOCKS and not folded):
+            found.append((name, child))
+            continue
+        if prefix and not folded and any(_has(child, fold) for fold in _FOLDS):
+            raise ValueError(
+                f"{name[2:]} ({type(child).__module__}.{type(child).__name__}) folds in a way that "
+                f"quantization does not know: it knows {_known()}"
+            )
+        found += _replaceable(child, f"{name}.")
+    return found
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return getattr(module, name, None) is not None
+
+
+def _known() -> str:
+    return ", ".join(f"{block.__module__}.{block.__name__}" for block in BLOCKS)
+
+
+def layers_of(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """The quantized layers of a model by name, in the order of its modules."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLayer)}
+
+
+def scheme_of(model: nn.Module) -> Scheme | None:
+    """How a network in training form is quantized; None: it is not."""
+    return next((layer.scheme for layer in layers_of(model).values()), None)
+
+
+@torch.no_grad()
+def calibrate_quantization(
+    model: nn.Module, batches: Iterable[Tensor], reduce: Callable[[Tensor], Tensor] = lambda x: x
+) -> None:
+    """Find the steps of all inputs and of all weights, one layer after the other, on images.
+
+    A layer's grid holds all that it sees behind the rounded layers before it. Modes are put back.
+
+    Args:
+        model: What `quantize` returned.
+        batches: Normalized images (N, C, H, W), such as it will be trained on, on its device.
+        reduce: The mean over processes, where several see different images.
+
+    Raises:
+        ValueError: There is no quantized layer, or there are no images.
+    """
+    layers = layers_of(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no quantized layer: call quantize first")
+    modes = [(module, module.training) for module in model.modules()]
+    seen = 0
+    try:
+        model.eval()
+        for layer in layers.values():
+            layer.input_quantizer.step.fill_(torch.nan)
+            layer.calibrating = True
+        for images in batches:
+            model(images)
+            seen += 1
+    finally:
+        for layer in layers.values():
+            layer.calibrating = False
+        for module, training in modes:
+            module.training = training
+    if not seen:
+        raise ValueError("no images to calibrate on: give at least one batch")
+    for layer in layers.values():
+        quantizer = layer.input_quantizer
+        quantizer.step.copy_(reduce(quantizer.step))
+        zero = reduce(quantizer.zero_point.to(quantizer.step.dtype))
+        quantizer.zero_point.copy_(zero.round())
+
+
+@torch.no_grad()
+def conditions(model: nn.Module) -> dict[str, float]:
+    """Of each layer, the largest change of an output by one step of one input, a number of its own
+    units; integers and simulation differ by such steps.
+
+    Args:
+        model: What `quantize` returned, calibrated.
+    """
+    found = {}
+    for name, layer in layers_of(model).items():
+        weight, _ = layer.fold()
+        found[name] = float(weight.abs().max() * layer.input_quantizer.step)
+    return found

@@ -1,0 +1,268 @@
+"""Quantized blocks against one convolution a branch, BatchNorm and rounding, in float64."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import ConvNormAct
+from timm.models import byobnet, fastvit
+from torch import nn
+
+import mobileone
+from mobileone import MobileOneBlock
+from mobileone.quantization import SCHEMES, calibrate_quantization, conditions, quantize
+from mobileone.quantization.deployed import QuantizedConv2d
+from mobileone.quantization.layer import QuantizedLayer
+from mobileone.quantization.rounding import InputQuantizer, WeightQuantizer
+from tests.helpers import twin
+from tests.helpers.norms import randomize_bn
+from tests.helpers.variants import slow
+
+SHAPES = [
+    {"in_chs": 3, "out_chs": 8, "stride": 2},  # stem
+    {"in_chs": 8, "out_chs": 8, "groups": 8, "num_conv_branches": 4},
+    {"in_chs": 8, "out_chs": 8, "groups": 8, "stride": 2, "num_conv_branches": 2},
+    {"in_chs": 8, "out_chs": 8, "groups": 8, "use_skip": False},
+    {"in_chs": 8, "out_chs": 8, "groups": 8, "use_scale": False},
+    {"in_chs": 8, "out_chs": 8, "kernel_size": 1, "num_conv_branches": 3},
+    {"in_chs": 8, "out_chs": 12, "kernel_size": 1},
+    {"in_chs": 8, "out_chs": 8, "kernel_size": 5, "groups": 2},
+    {"in_chs": 8, "out_chs": 12, "groups": 4, "num_conv_branches": 2},
+    {"in_chs": 8, "out_chs": 8, "groups": 8, "dilation": 2},
+]
+DEAD = 0.1
+
+
+class Reference(nn.Module):
+    """The block as the paper draws it, on running statistics, and rounding on top of it."""
+
+    def __init__(self, block, step, zero_point, kappa):
+        super().__init__()
+        self.block, self.zero_point, self.kappa = block, zero_point, kappa
+        self.step = nn.Parameter(step.clone())
+
+    def branches(self):
+        """Branches as (convolution of the input, kernel as the folded one has it, BatchNorm)."""
+        block, conv = self.block, self.block.conv_kxk[0].conv
+        margin = conv.kernel_size[0] // 2
+        for branch in block.conv_kxk:
+            yield branch.conv, branch.conv.weight, branch.bn
+        if block.conv_scale is not None:
+            yield (
+                block.conv_scale.conv,
+                F.pad(block.conv_scale.conv.weight, [margin] * 4),
+                block.conv_scale.bn,
+            )
+        if block.identity is not None:
+            kernel = torch.zeros_like(conv.weight)
+            for channel in range(len(kernel)):
+                kernel[channel, channel % kernel.shape[1], margin, margin] = 1
+            yield nn.Identity(), kernel, block.identity
+
+    def forward(self, x):
+        rounded = self.round_input(x)
+        noise = self.kappa * self.step.detach() ** 2 / 12
+        y, kernel, bias = 0, 0, 0
+        for convolve, weight, norm in self.branches():
+            added = noise * weight.square().sum((1, 2, 3))
+            scale = norm.weight / (norm.running_var + added + norm.eps).sqrt()
+            scale = scale * (norm.running_var >= DEAD * added)
+            z = convolve(rounded) - norm.running_mean.view(-1, 1, 1)
+            y = y + scale.view(-1, 1, 1) * z + norm.bias.view(-1, 1, 1)
+            kernel = kernel + scale.view(-1, 1, 1, 1) * weight
+            bias = bias + norm.bias - scale * norm.running_mean
+        conv = self.block.conv_kxk[0].conv
+        steps = kernel.detach().abs().amax((1, 2, 3)) / 127
+        steps = steps.clamp(min=steps.max() / 65536)  # of dead channels
+        per = steps.view(-1, 1, 1, 1)
+        error = (kernel / per).round() * per - kernel
+        y = y + F.conv2d(
+            rounded, error.detach(), None, conv.stride, conv.padding, conv.dilation, conv.groups
+        )
+        unit = steps * self.step.detach()  # of an integer bias
+        y = y + ((bias / unit).round() * unit - bias).detach().view(-1, 1, 1)
+        return self.block.act(y)
+
+    def round_input(self, x):
+        low, high = -self.zero_point, 255 - self.zero_point
+        code = (x / self.step).round()
+        inside = (code >= low) & (code <= high)
+        value = torch.where(inside, x, 0)
+        rest = torch.where(inside, code - x / self.step, code.clamp(low, high)).detach()
+        factor = (x.numel() * 255) ** -0.5
+        step = self.step * factor + (self.step * (1 - factor)).detach()
+        return value + rest * step
+
+
+def build(shape):
+    block = randomize_bn(MobileOneBlock(**shape, dtype=torch.float64))
+    for parameter in block.parameters():
+        if parameter.ndim == 4:
+            nn.init.normal_(parameter)
+    block.conv_kxk[0].bn.running_var[0] = 1e-3  # dead where κ is large
+    return block.train()
+
+
+def quantized(block, x, scheme="int8", statistics="frozen", kappa=1.0, scales="learned"):
+    """The block in quantized form, its largest inputs clipped."""
+    layer = QuantizedLayer(copy.deepcopy(block), scheme, statistics, kappa, scales, image=False)
+    layer.input_quantizer.observe(0.9 * x.min(), 0.9 * x.max())
+    return layer
+
+
+def steps(layer, reference, x):
+    """A training step of each, the reference's names being the layer's."""
+    g = torch.randn_like(layer.eval()(x))
+    ours = twin.step(layer.train(), x, g)
+    theirs = twin.step(reference, x, g)
+    theirs["input_quantizer.step"] = theirs.pop("step")
+    theirs = {name.removeprefix("block."): value for name, value in theirs.items()}
+    return ours, theirs
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("kappa", [0.0, 1.0, 300.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_shape_is_its_branches_and_rounding(shape, kappa, signed):
+    block = build(shape)
+    x = twin.feature_map(3, shape["in_chs"], 9, 8) - 0.5 * signed
+    layer = quantized(block, x, kappa=kappa)
+    quantizer = layer.input_quantizer
+    reference = Reference(
+        copy.deepcopy(block), quantizer.step.detach(), int(quantizer.zero_point), kappa
+    )
+    ours, theirs = steps(layer, reference, x)
+    twin.assert_same({name: ours[name] for name in theirs}, theirs)
+    unnamed = {"weight_quantizer.clip", "input_quantizer.zero_point"}
+    assert ours.keys() - theirs.keys() == unnamed
+    assert kappa < 300 or (ours["conv_kxk.0.conv.weight"][0] == 0).all()
+
+
+TIMMS = {
+    "mobileone": lambda: byobnet.MobileOneBlock(8, 8, 3, num_conv_branches=2, group_size=1),
+    "repvgg": lambda: byobnet.RepVggBlock(8, 8, 3),
+    "repvgg_stride": lambda: byobnet.RepVggBlock(8, 12, 3, stride=2),
+    "fastvit": lambda: fastvit.MobileOneBlock(8, 8, 3, use_se=True),
+    "large_kernel": lambda: fastvit.ReparamLargeKernelConv(8, 16, 7, 2, 1, 3),
+    "mixer": lambda: fastvit.RepMixer(8, 3, layer_scale_init_value=0.3),
+    "position": lambda: fastvit.RepConditionalPosEnc(8, 8, (7, 7)),
+    "conv_norm": lambda: ConvNormAct(8, 8, 3, groups=8),
+}
+
+
+@pytest.mark.parametrize("name", TIMMS)
+def test_timms_blocks_fold_to_what_they_compute(name):
+    block = randomize_bn(TIMMS[name]().double()).eval()
+    x = twin.feature_map(2, 8, 9, 9)
+    layer = quantized(block, x, kappa=0.0)
+    layer.input_quantizer.forward = lambda x: x
+    layer.round = lambda weight, bias: (weight, bias)
+    twin.assert_same({"y": layer(x)}, {"y": block(x)})
+    assert set(layer.state_dict()) > set(block.state_dict())
+    layer(x).square().sum().backward()
+    assert all(p.grad is not None for n, p in layer.named_parameters() if "quantizer" not in n)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("model", ["mobileone_s0", "repvgg_a0", slow("fastvit_t8")])
+def test_the_deployed_network_is_the_trained_one_to_the_last_bit(model, scheme):
+    network = timm.create_model(model, num_classes=4)
+    x = torch.rand(2, 3, 64, 64)
+    network.train()(x)
+    network = quantize(network.eval(), scheme)
+    calibrate_quantization(network, [x])
+    fused = mobileone.reparameterize(network)
+    assert any(type(module) is QuantizedConv2d for module in fused.modules())
+    assert not any(isinstance(module, QuantizedLayer) for module in fused.modules())
+    torch.testing.assert_close(fused(x), network(x), rtol=0, atol=0)
+
+
+def test_weights_of_few_bits_have_few_values():
+    x = twin.feature_map(2, 16, 9, 9)
+    block = build({"in_chs": 16, "out_chs": 16, "kernel_size": 1})
+    for scheme, most in {"int8": 255, "int4": 15, "palette4": 16}.items():
+        layer = quantized(block, x, scheme)
+        layer.weight_quantizer.fit(*layer.fold(), layer.input_quantizer.step)
+        codes = layer.fuse().reparam_conv.weight
+        assert codes.dtype is torch.int8 and 8 < codes.unique().numel() <= most
+
+
+def test_clips_follow_their_gradient_back():
+    weight, quantizer = torch.randn(6, 40, dtype=torch.float64), WeightQuantizer(6, "int4").double()
+    quantizer.fit(weight, torch.zeros(6), torch.tensor(1.0))
+    with torch.no_grad():
+        quantizer.clip.mul_(1.5)
+    (quantizer(weight, torch.zeros(6), torch.tensor(1.0)) - weight).square().sum().backward()
+    assert (quantizer.clip.grad > 0).all()
+
+
+def test_an_entry_of_a_table_gets_the_mean_gradient_of_its_weights():
+    weight, quantizer = torch.randn(6, 40), WeightQuantizer(6, "palette4")
+    quantizer.fit(weight, torch.zeros(6), torch.tensor(1.0))
+    rounded, g = quantizer(weight, torch.zeros(6), torch.tensor(1.0)), torch.randn(6, 40)
+    rounded.backward(g)
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    codes = (rounded.detach() / scale).round()
+    for value, grad in zip(quantizer.table.detach(), quantizer.table.grad, strict=True):
+        torch.testing.assert_close(grad, (g * scale)[codes == value.round()].mean())
+
+
+def test_biases_fit_int32_and_dead_channels_have_steps():
+    x = twin.feature_map(2, 8, 9, 9)
+    block = build({"in_chs": 8, "out_chs": 8, "groups": 8})
+    with torch.no_grad():
+        for branch in [*block.conv_kxk, block.conv_scale]:
+            branch.conv.weight[0] = 1e-12
+            branch.conv.weight[1] = 0
+        block.identity.weight[:2] = 0
+        block.conv_scale.bn.bias[0] = 1e3
+    layer = quantized(block, x, kappa=0.0)
+    conv = layer.fuse().reparam_conv
+    counts = conv.bias.double() / (conv.input.scale * conv.weight_scale.double())
+    assert counts.abs().max() < 2**31 and (conv.weight_scale > 0).all()
+    expected = block.eval()(layer.input_quantizer(x))
+    torch.testing.assert_close(layer.eval()(x), expected, atol=0.1, rtol=0.01)
+
+
+def test_a_channel_of_noise_becomes_its_constant():
+    """Dead inputs: the float block divides by sqrt(ε), and one step of rounding is the output."""
+    block = build({"in_chs": 8, "out_chs": 8, "kernel_size": 1, "use_skip": False})
+    block.conv_kxk[0].bn.running_var[3] = 1e-9
+    x = twin.feature_map(2, 8, 9, 9)
+    plain, aware = quantized(block, x, kappa=0.0), quantized(block, x, kappa=1.0)
+    step = plain.input_quantizer.step
+    assert conditions(plain)[""] > 1 and conditions(aware)[""] < 0.2 * conditions(plain)[""]
+    y = aware.eval()(x)[:, 3]
+    constant = block.conv_kxk[0].bn.bias[3].relu()
+    torch.testing.assert_close(y, constant.expand_as(y), atol=1e-6, rtol=0)
+    assert plain(x + step)[:, 3].std() > 0.1
+
+
+def test_rounding_is_of_the_variance_that_folding_adds():
+    x = torch.rand(100_000, dtype=torch.float64)
+    quantizer = InputQuantizer().double()
+    quantizer.observe(x.min(), x.max())
+    error = quantizer(x).detach() - x
+    torch.testing.assert_close(error.var(), quantizer.variance(), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.5, 0.5), (0.485, 0.229)])
+def test_the_image_keeps_its_256_values(mean, std):
+    pixels = (torch.arange(256) / 255 - mean) / std
+    quantizer = InputQuantizer(fixed=True)
+    quantizer.observe(pixels.min(), pixels.max())
+    assert quantizer(pixels).unique().numel() >= 255
+    assert not list(quantizer.parameters())
+
+
+def test_running_extremes_move_in_training_only():
+    x = twin.feature_map(2, 8, 9, 9)
+    layer = quantized(build(SHAPES[5]), x, scales="running")
+    before = layer.input_quantizer.step.clone()
+    layer.eval()(2 * x)
+    assert layer.input_quantizer.step == before
+    layer.train()(2 * x)
+    moved = 0.99 * before * 255 + 0.01 * 2 * x.max()
+    torch.testing.assert_close(layer.input_quantizer.step, moved / 255)
