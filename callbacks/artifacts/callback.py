@@ -29,7 +29,7 @@ from callbacks.dry_run import is_dry_run
 from callbacks.signals import ForceQuit, interruptible
 from mobileone.export import ExportJob, Metadata
 from mobileone.export.checkpoint import IMAGES_KEY
-from mobileone.export.formats.table import DEFAULT_FORMATS, check_formats
+from mobileone.export.formats.table import DEFAULT_FORMATS, check_formats, check_packages
 from mobileone.export.worker import ExportResult
 
 __all__ = ["ReparameterizeOnSave"]
@@ -75,6 +75,8 @@ class ReparameterizeOnSave(AtomicCheckpoint):
             trainer's `default_root_dir`.
         filename: name of a checkpoint; must contain `{step}`, so that names differ.
         formats: formats of the artifact, names from `mobileone.export.FORMATS`.
+        pixels: TorchScript, `.pt2` and ONNX files take pixel values 0..255 and return
+            probabilities, as files for devices do, instead of normalized images and logits.
         metadata: author, license, description and version for the artifact.
         strict: raise when an export fails. Otherwise training continues with a warning, the error
             is kept in `last_error` and next to the checkpoint, and the next validation tries again.
@@ -104,6 +106,7 @@ class ReparameterizeOnSave(AtomicCheckpoint):
         background: bool = True,
         timeout: float = 900.0,
         save_weights_only: bool = False,
+        pixels: bool = False,
     ) -> None:
         if "{step" not in filename:
             raise ValueError(f"`filename` (={filename!r}) must contain {{step}}: names must differ")
@@ -117,7 +120,7 @@ class ReparameterizeOnSave(AtomicCheckpoint):
             save_on_train_epoch_end=False,
             enable_version_counter=False,
         )
-        self.formats = check_formats(formats)
+        self.formats, self.pixels = check_formats(formats), pixels
         self.metadata = metadata or Metadata()
         self.strict = strict
         self.background, self.timeout = background, timeout
@@ -155,6 +158,7 @@ class ReparameterizeOnSave(AtomicCheckpoint):
         super().setup(trainer, pl_module, stage)
         if stage != "fit" or is_dry_run(trainer):
             return
+        check_packages(self.formats)
         # before a checkpoint is restored, which takes time and reports nothing
         failure = on_rank_zero(trainer, lambda: self._take_folder(trainer, pl_module))
         if failure:
@@ -376,6 +380,7 @@ class ReparameterizeOnSave(AtomicCheckpoint):
             spec=get_spec(pl_module),
             images=self._images,
             network=None if architecture(network) == self._rebuilt else network,
+            pixels=self.pixels,
         )
 
     def _drain(self) -> ExportResult | None:

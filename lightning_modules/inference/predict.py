@@ -23,10 +23,9 @@ from lightning_modules.data.transforms import Transform, eval_transform
 from mobileone.export import FORMATS, ExportSpec, load_runner
 from mobileone.export.checkpoint import load_model, read_checkpoint
 from mobileone.export.formats import torchscript
-from mobileone.export.load import is_file_of_artifact
+from mobileone.export.load import Loaded, is_file_of_artifact
 from mobileone.export.manifest import MANIFEST_NAME
 from mobileone.export.preprocess import normalize
-from mobileone.export.verify.parity import Runner
 from mobileone.io.safe_pickle import UnsafeFileError
 
 __all__ = [
@@ -153,9 +152,9 @@ def load_classifier(
         path = path.parent
     if path.is_dir() or is_file_of_artifact(path):
         loaded = load_runner(path, format)
-        if loaded.format == "torchscript":
+        if loaded.format == "torchscript" and not loaded.spec.pixels:
             return _on(torchscript.load(loaded.file), loaded.spec, device), loaded.spec
-        return _of_file(loaded.run, loaded.format), loaded.spec
+        return _of_file(loaded), loaded.spec
     if format is not None:
         raise ValueError(f"format={format!r} is for artifact folders; {str(path)!r} is a file.")
     model, spec = load_model(_contents(path), path)
@@ -173,12 +172,13 @@ def _on(model: nn.Module, spec: ExportSpec, device: torch.device) -> Classifier:
     return classify
 
 
-def _of_file(run: Runner, name: str) -> Classifier:
+def _of_file(loaded: Loaded) -> Classifier:
     """A file that returns logits or probabilities."""
 
     def classify(images: Tensor) -> Tensor:
-        output: Tensor = run(images)
-        return output.softmax(dim=1) if FORMATS[name].output == "logits" else output
+        output: Tensor = loaded.run(images)
+        logits = FORMATS[loaded.format].returns(loaded.spec) == "logits"
+        return output.softmax(dim=1) if logits else output
 
     return classify
 
@@ -231,7 +231,7 @@ class _Files(Dataset[tuple[str, Tensor | None, str | None]]):
 
     def __init__(self, paths: list[Path], spec: ExportSpec) -> None:
         config = asdict(spec)
-        del config["model_name"], config["class_names"]
+        del config["model_name"], config["class_names"], config["pixels"]
         self.paths = paths
         self.transform: Transform = eval_transform(config, normalize=False)
         self.mode = color_mode(spec.input_size[0])

@@ -26,7 +26,7 @@ from mobileone.export.formats.table import (
     Format,
     tensor_formats,
 )
-from mobileone.export.preprocess import WithPreprocessing
+from mobileone.export.preprocess import FromPixels
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.mlprogram import MLProgram
 from mobileone.export.verify.parity import Parity, Reference, compare_outputs
@@ -105,18 +105,11 @@ def box_formats(network: SSD | None = None) -> dict[str, Format]:
 # -- Core ML ----------------------------------------------------------------------------------
 
 
-class _Logits(WithPreprocessing):
-    """Pixels 0..255 (N, 3, H, W) -> logits (N, classes, H, W)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.logits(x)
-
-
-class _Candidates(WithPreprocessing):
+class _Candidates(FromPixels):
     """Pixels 0..255 (1, 3, H, W) -> confidence (A, classes without background), coordinates."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        boxes, scores = self.model((x - self.mean) * self.scale)
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        boxes, scores = super().forward(image)
         corners = boxes[0].unflatten(1, (2, 2))  # (A, 4) -> (A, corner, x or y)
         sides = corners[:, 1] - corners[:, 0]
         return scores[0, :, 1:], torch.cat([corners.mean(dim=1), sides], dim=1)
@@ -126,7 +119,7 @@ def _write_map(
     network: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata
 ) -> dict[str, Any]:
     """Save the `.mlpackage` of a network: images (1, 3, H, W) -> logits (1, classes, H, W)."""
-    with _converted(_Logits(network, spec), spec, path, [LOGITS]) as model:
+    with _converted(FromPixels(network, spec), spec, path, [LOGITS]) as model:
         coreml.save(model, spec, path, metadata)
     return {"input": _PIXELS, "output": {"names": [LOGITS]}}
 

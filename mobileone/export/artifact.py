@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mobileone.export.formats.table import DEFAULT_FORMATS, FORMATS, Format, check_formats
+from mobileone.export.formats.table import (
+    DEFAULT_FORMATS,
+    FORMATS,
+    Format,
+    check_formats,
+    check_packages,
+)
 from mobileone.export.isolation import isolated
 from mobileone.export.manifest import Manifest, TrainingState, describe_format
 from mobileone.export.preprocess import normalize
@@ -77,10 +83,12 @@ def export_model(
         FileExistsError: `directory` exists and `overwrite` is false.
         RejectedError: a file computes something else than the model, beyond its format's tolerance,
             or has operations that the fused model has not. It is in `<directory>.rejected`.
+        ImportError: a format needs a package that is not installed.
         ValueError: an unknown format, or a model whose outputs do not have the shapes of `outputs`.
     """
     directory, chosen = Path(directory).expanduser(), check_formats(formats, table)
     rows = FORMATS if table is None else table
+    check_packages(chosen, table)
     if os.path.lexists(directory) and not (overwrite or _is_empty(directory)):
         raise FileExistsError(
             f"{directory} exists: choose another folder, or give `overwrite` (--overwrite true)"

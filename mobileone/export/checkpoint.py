@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class ExportJob:
         images: 8-bit images (N, C, H, W) to compare on; None takes those that the checkpoint
             brings along, or synthetic ones.
         network: has the architecture if the checkpoint cannot rebuild it; copied, not changed.
+        pixels: see `export_checkpoint`.
     """
 
     checkpoint: Path
@@ -58,6 +59,7 @@ class ExportJob:
     spec: ExportSpec | None = None
     images: Tensor | None = None
     network: nn.Module | None = None
+    pixels: bool = False
 
     def run(self) -> Manifest:
         """Read the checkpoint and publish its artifact: see `export_checkpoint` for the errors."""
@@ -72,7 +74,7 @@ class ExportJob:
         images = contents.get(IMAGES_KEY) if self.images is None else self.images
         return export_model(
             model,
-            spec,
+            replace(spec, pixels=self.pixels or spec.pixels),
             self.directory,
             self.formats,
             training,
@@ -89,6 +91,7 @@ def export_checkpoint(
     metadata: Metadata | None = None,
     *,
     overwrite: bool = False,
+    pixels: bool = False,
 ) -> Manifest:
     """Publish the artifact `directory` from a checkpoint that `ImageClassifier` wrote.
 
@@ -102,13 +105,17 @@ def export_checkpoint(
         formats: names from `FORMATS`.
         metadata: author, license, description, version.
         overwrite: replace an existing `directory`.
+        pixels: `torchscript`, `torch_export` and `onnx` take pixel values 0..255 and return
+            probabilities, as the formats for devices do, instead of normalized images and logits.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
         FileExistsError: `directory` exists and `overwrite` is false.
         ValueError: the file is damaged, or lacks what is needed to rebuild the model.
     """
-    job = ExportJob(Path(checkpoint), Path(directory), tuple(formats), metadata, overwrite)
+    job = ExportJob(
+        Path(checkpoint), Path(directory), tuple(formats), metadata, overwrite, pixels=pixels
+    )
     return job.run()
 
 

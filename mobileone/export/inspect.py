@@ -13,6 +13,7 @@ from mobileone.export.verify.structure import count_kinds
 __all__ = ["ChecksumMismatchError", "describe_artifact"]
 
 _NAMES_SHOWN = 8
+_TAKES = {"logits": "normalized images", "probabilities": "pixel values 0..255"}
 
 
 class ChecksumMismatchError(ValueError):
@@ -52,9 +53,12 @@ def describe_artifact(path: str | Path) -> str:
 def _describe_file(path: Path) -> str:
     name = str(format_of(path))
     size = sum(file["bytes"] for file in describe_files(path).values())
+    spec = spec_of_file(path, name)
+    output = FORMATS[name].returns(spec)
     rows = {
-        **_spec_rows(spec_of_file(path, name)),
-        "output": FORMATS[name].output,
+        **_spec_rows(spec),
+        "takes": _TAKES[output],
+        "output": output,
         "size": f"{size:,} bytes",
         **_operation_rows(FORMATS[name].count_operations(path)),
     }

@@ -41,8 +41,8 @@ def load_runner(path: str | Path, name: str | None = None) -> Loaded:
     """An artifact as a function.
 
     Args:
-        path: an artifact folder, or a file (`.pt`, `.pt2`, `.onnx`, `.mlpackage`) of one. A file
-            that was taken out of its folder, or compressed, is run by its own metadata.
+        path: an artifact folder, or a file (`.pt`, `.onnx`, `.pte`, ...) of one. A file that was
+            taken out of its folder, or compressed, is run by its own metadata.
         name: which format of a folder; None takes the first of `FORMATS` that can run here.
 
     Raises:
@@ -76,7 +76,8 @@ def load_runner(path: str | Path, name: str | None = None) -> Loaded:
 def load_torchscript_artifact(path: str | Path) -> tuple[nn.Module, Manifest]:
     """The TorchScript module of an artifact folder, its files verified, and the manifest.
 
-    The module maps normalized float images (N, C, H, W) to logits (N, classes), on the CPU.
+    The module maps normalized float images (N, C, H, W) to logits (N, classes), or, if the spec
+    has `pixels`, float pixel values 0..255 to probabilities, on the CPU.
 
     Raises:
         FileNotFoundError: `path` is not an artifact folder, or holds no TorchScript file.

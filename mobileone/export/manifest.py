@@ -35,6 +35,11 @@ _PACKAGES = (
     "coremltools",
     "onnx",
     "onnxruntime",
+    "executorch",
+    "litert-torch",
+    "ai-edge-litert",
+    "coreai-torch",
+    "coreai-core",
     "numpy",
 )
 

@@ -1,4 +1,4 @@
-"""Per-channel normalization of 8-bit images, as a function and as the first layer of a model."""
+"""Pixels and normalized images: functions, a model's first layer, a file's interface."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,7 +8,20 @@ from torch import Tensor, nn
 
 from mobileone.export.spec import ExportSpec
 
-__all__ = ["WithPreprocessing", "denormalize", "normalize", "pixels_runner", "tensor_interface"]
+__all__ = [
+    "IMAGE",
+    "FromPixels",
+    "WithPreprocessing",
+    "denormalize",
+    "interfaced",
+    "normalize",
+    "one_by_one",
+    "output_names",
+    "tensor_interface",
+    "tensor_runner",
+]
+
+IMAGE = "image"  # what an input of pixels is called
 
 
 def normalize(images: Tensor, spec: ExportSpec) -> Tensor:
@@ -26,8 +39,8 @@ def denormalize(images: Tensor, spec: ExportSpec) -> Tensor:
     return pixels.round().clamp(0, 255).to(torch.uint8)
 
 
-class WithPreprocessing(nn.Module):
-    """Pixel values 0..255 to probabilities: `softmax(model((x - 255 mean) / (255 std)))`.
+class FromPixels(nn.Module):
+    """A model of pixel values 0..255: `model((x - 255 mean) / (255 std))`.
 
     The affine map is a layer of its own and not folded into the first convolution: a padded
     convolution pads *after* the normalization with zeros, which a folded bias would turn into
@@ -44,40 +57,90 @@ class WithPreprocessing(nn.Module):
         self.register_buffer("scale", 1 / (255 * torch.tensor(spec.std).view(1, -1, 1, 1)))
         self.train(model.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, image: Tensor) -> Any:
+        """(N, C, H, W) of 0..255 -> what the model returns."""
+        return self.model((image - self.mean) * self.scale)
+
+
+class WithPreprocessing(FromPixels):
+    """A classifier of pixel values 0..255 that returns probabilities."""
+
+    def forward(self, image: Tensor) -> Tensor:
         """(N, C, H, W) of 0..255 -> (N, classes) probabilities."""
-        return torch.softmax(self.logits(x), dim=1)
+        return torch.softmax(self.logits(image), dim=1)
 
-    def logits(self, x: Tensor) -> Tensor:
+    def logits(self, image: Tensor) -> Tensor:
         """(N, C, H, W) of 0..255 -> (N, classes) logits."""
-        return self.model((x - self.mean) * self.scale)
+        logits: Tensor = super().forward(image)
+        return logits
 
 
-def pixels_runner(module: nn.Module, spec: ExportSpec) -> Callable[[Tensor], Any]:
-    """A module of normalized images as a function of 8-bit images (N, C, H, W)."""
+def interfaced(
+    model: nn.Module, spec: ExportSpec, outputs: Sequence[str] | None = None
+) -> nn.Module:
+    """What a file of tensors holds: the model, or with `spec.pixels` all from pixels on.
+
+    Args:
+        model: fused network in eval mode; normalized images (N, C, H, W) -> its outputs.
+        spec: what the model expects, and what the file takes.
+        outputs: names of what the model returns; None for a classifier, which with `spec.pixels`
+            returns probabilities.
+    """
+    if not spec.pixels:
+        return model
+    return FromPixels(model, spec) if outputs else WithPreprocessing(model, spec)
+
+
+def tensor_runner(module: Callable[[Tensor], Any], spec: ExportSpec) -> Callable[[Tensor], Any]:
+    """What a file of tensors holds as a function of 8-bit images (N, C, H, W)."""
 
     @torch.no_grad()
     def run(images: Tensor) -> Any:
-        return module(normalize(images, spec))
+        return module(images.float() if spec.pixels else normalize(images, spec))
 
     return run
 
 
-def tensor_interface(spec: ExportSpec, outputs: Sequence[str] | None = None) -> dict[str, Any]:
-    """Normalized float images (N, C, H, W) in, named tensors or logits (N, classes) out."""
-    logits = {
+def one_by_one(run: Callable[[Tensor], Sequence[Tensor]]) -> Callable[[Tensor], Any]:
+    """A function of one image (1, C, H, W) to its outputs, as a function of a batch."""
+
+    def batch(images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        columns = zip(*(run(image[None]) for image in images), strict=True)
+        joined = tuple(torch.cat(column) for column in columns)
+        return joined[0] if len(joined) == 1 else joined
+
+    return batch
+
+
+def output_names(spec: ExportSpec, outputs: Sequence[str] | None = None) -> list[str]:
+    """The names of what a file of tensors returns; `outputs` is None for a classifier."""
+    return list(outputs or ["probabilities" if spec.pixels else "logits"])
+
+
+def tensor_interface(
+    spec: ExportSpec, outputs: Sequence[str] | None = None, batch: int | str = "N"
+) -> dict[str, Any]:
+    """What the manifest says of a file of tensors.
+
+    Args:
+        spec: says whether it takes pixels.
+        outputs: names of what it returns; None for a classifier.
+        batch: size of a batch; `N` for any.
+    """
+    names = output_names(spec, outputs)
+    classes = {
         "type": "tensor",
         "dtype": "float32",
-        "shape": ["N", spec.num_classes],
-        "kind": "logits",
+        "shape": [batch, spec.num_classes],
+        "kind": names[0],
     }
     return {
         "input": {
             "type": "tensor",
             "dtype": "float32",
-            "shape": ["N", *spec.input_size],
+            "shape": [batch, *spec.input_size],
             "layout": "NCHW",
-            "normalized": True,
+            **({"range": [0, 255], "normalized": False} if spec.pixels else {"normalized": True}),
         },
-        "output": {"type": "tensors", "names": list(outputs)} if outputs else logits,
+        "output": {"type": "tensors", "names": names} if outputs else classes,
     }

@@ -22,6 +22,8 @@ class ExportSpec:
         interpolation: resize filter at evaluation: `nearest`, `bilinear`, `bicubic`, ...
         crop_pct: side of the crop over the side of the resized image, in (0, 1].
         crop_mode: timm's crop mode: `center`, `squash` or `border`.
+        pixels: files of tensors take float32 pixel values 0..255 and return probabilities, with
+            normalization and softmax inside; false: normalized images and logits.
 
     Raises:
         ValueError: a field is out of its range or the fields contradict each other.
@@ -35,6 +37,7 @@ class ExportSpec:
     interpolation: str
     crop_pct: float
     crop_mode: str = "center"
+    pixels: bool = False
 
     def __post_init__(self) -> None:
         # Lists (JSON, YAML) and numpy or torch scalars become plain tuples of plain numbers.
@@ -47,6 +50,7 @@ class ExportSpec:
             "interpolation": str(self.interpolation),
             "crop_pct": float(self.crop_pct),
             "crop_mode": str(self.crop_mode),
+            "pixels": bool(self.pixels),
         }
         for name, value in convert.items():
             object.__setattr__(self, name, value)
@@ -97,7 +101,7 @@ class ExportSpec:
         """
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
-        missing = sorted(known - {"crop_mode"} - set(values))
+        missing = sorted(known - {"crop_mode", "pixels"} - set(values))
         if unknown or missing:
             raise ValueError(
                 f"not an export spec: unknown fields {unknown}, missing fields {missing}; "

@@ -1,4 +1,4 @@
-"""ONNX: a graph that maps normalized images to logits, run by onnxruntime.
+"""ONNX: a graph of normalized images to logits, or pixels to probabilities, run by onnxruntime.
 
 Needs the extra `onnx`; its packages are imported by the functions that use them.
 """
@@ -12,14 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from mobileone.export.formats.torch_export import program_of
-from mobileone.export.preprocess import normalize, tensor_interface
+from mobileone.export.preprocess import (
+    IMAGE,
+    interfaced,
+    output_names,
+    tensor_interface,
+    tensor_runner,
+)
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Runner
 from mobileone.io.optional_import import import_optional
 
-__all__ = ["EXTRA", "operations", "runner", "session", "spec", "write"]
+__all__ = ["EXTRA", "NEEDS", "operations", "runner", "session", "spec", "write"]
 
 EXTRA = "mobileone-lightning[onnx]"
+NEEDS = ("onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5")
 _USE = "the `onnx` format"
 
 
@@ -48,10 +55,10 @@ def write(
     onnx = import_optional("onnx", _USE, EXTRA)
     import_optional("onnxscript", _USE, EXTRA)
     import_optional("onnxruntime", _USE, EXTRA)
-    names = list(outputs or ("logits",))
+    given, names = IMAGE if spec.pixels else "images", output_names(spec, outputs)
     program = torch.onnx.export(
-        program_of(model, spec),
-        input_names=["images"],
+        program_of(interfaced(model, spec, outputs), spec),
+        input_names=[given],
         output_names=names,
         dynamo=True,
         verbose=False,
@@ -69,14 +76,14 @@ def write(
     onnx.checker.check_model(proto, full_check=True)
     onnx.save(proto, path)
     interface = tensor_interface(spec, outputs)
-    interface["input"]["name"] = "images"
+    interface["input"]["name"] = given
     if outputs is None:
         interface["output"]["name"] = names[0]
     return {**interface, "opset": proto.opset_import[0].version}
 
 
 def runner(path: Path, spec: ExportSpec) -> Runner:
-    """The file as a function: 8-bit images (N, C, H, W) -> logits (N, classes), on the CPU.
+    """The file as a function: 8-bit images (N, C, H, W) -> its outputs, as (N, classes).
 
     Raises:
         ImportError: the extra is not installed.
@@ -84,12 +91,12 @@ def runner(path: Path, spec: ExportSpec) -> Runner:
     opened = session(str(path))
     name = opened.get_inputs()[0].name
 
-    def run(images: Tensor) -> Tensor | tuple[Tensor, ...]:
-        found = opened.run(None, {name: normalize(images, spec).numpy()})
+    def run(inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        found = opened.run(None, {name: inputs.numpy()})
         tensors = tuple(torch.from_numpy(value) for value in found)
         return tensors[0] if len(tensors) == 1 else tensors
 
-    return run
+    return tensor_runner(run, spec)
 
 
 def spec(path: Path) -> ExportSpec:

@@ -19,10 +19,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from mobileone.export.formats import coreml, onnx, torch_export, torchscript
+from mobileone.export.formats import (
+    coreai,
+    coreml,
+    executorch,
+    litert,
+    onnx,
+    torch_export,
+    torchscript,
+)
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify import coreml as coreml_checks
-from mobileone.export.verify.parity import Parity, Reference, Runner, compare_outputs, measure
+from mobileone.export.verify.parity import (
+    NotVerifiedError,
+    Parity,
+    Reference,
+    Runner,
+    as_tuple,
+    compare_outputs,
+    log_probabilities,
+)
+from mobileone.io.optional_import import require
 
 __all__ = [
     "DEFAULT_FORMATS",
@@ -30,6 +47,7 @@ __all__ = [
     "FORMATS",
     "Format",
     "check_formats",
+    "check_packages",
     "format_of",
     "tensor_formats",
 ]
@@ -38,6 +56,7 @@ __all__ = [
 # as much; float16 keeps 11 bits a value, through some forty layers.
 FLOAT32_TOLERANCE, FLOAT16_TOLERANCE = 1e-3, 5e-2
 PROGRAM_TOLERANCE = 1e-4  # nothing but the order of the sums differs
+DEVICE_TOLERANCE = 1e-5  # the same, of files for devices
 
 
 @dataclass(frozen=True)
@@ -54,6 +73,11 @@ class Format:
             Loading or running raises `NotVerifiedError` where the machine cannot run it.
         tolerance: largest error of an output that is published, relative to the largest value.
         output: what the runner returns: `logits` or `probabilities`.
+        optional_pixels: the file takes pixels and returns probabilities where its spec has
+            `pixels`, and returns `output` otherwise.
+        program_tolerance: the same as `tolerance`, against the fused network, from which nothing
+            but the order of the sums differs; None leaves that comparison out.
+        needs: the packages to write it, as `pip` takes them.
         spec: the file's own metadata, so that it can be run without its artifact folder.
         operations: how often each operation is in the file, by the format's own names. If given,
             a file with other convolutions, norms or additions than the network is not published.
@@ -66,24 +90,38 @@ class Format:
     runner: Callable[[Path, ExportSpec], Runner]
     tolerance: float = FLOAT32_TOLERANCE
     output: str = "logits"
+    optional_pixels: bool = False
+    program_tolerance: float | None = None
+    needs: tuple[str, ...] = ()
     spec: Callable[[Path], ExportSpec] | None = None
     operations: Callable[[Path], Counter[str]] | None = None
     check: Callable[[Path, ExportSpec, Reference], dict[str, Parity]] | None = None
+
+    def returns(self, spec: ExportSpec) -> str:
+        """What the runner returns for a file with this spec: `logits` or `probabilities`."""
+        return "probabilities" if self.optional_pixels and spec.pixels else self.output
 
     def compare(self, path: Path, spec: ExportSpec, reference: Reference) -> dict[str, Parity]:
         """Compare a file with the network, by name of the comparison."""
         if self.check is not None:
             return self.check(path, spec, reference)
-        expected = reference.outputs
-        if self.output == "probabilities":
-            expected = {name: value.softmax(dim=1) for name, value in expected.items()}
-        return {
-            "parity": measure(
-                lambda: compare_outputs(
-                    expected, self.runner(path, spec)(reference.images), self.tolerance
+        try:
+            found = as_tuple(self.runner(path, spec)(reference.images))
+        except NotVerifiedError as error:
+            return {"parity": Parity("not verified", reason=str(error))}
+        checks = {"parity": (reference.outputs, self.tolerance)}
+        if self.program_tolerance is not None:
+            checks["program_parity"] = reference.fused_outputs(spec), self.program_tolerance
+        if self.returns(spec) == "probabilities":  # a logarithm shows errors of small ones, too
+            found = (log_probabilities(found[0]),)
+            checks = {
+                name: (
+                    {"log-probabilities": log_probabilities(o["logits"].double().softmax(1))},
+                    tolerance,
                 )
-            )
-        }
+                for name, (o, tolerance) in checks.items()
+            }
+        return {name: compare_outputs(o, found, limit) for name, (o, limit) in checks.items()}
 
     def count_operations(self, path: Path) -> Counter[str]:
         """The operations in a file; none where the format does not count them."""
@@ -97,20 +135,29 @@ def tensor_formats(outputs: Sequence[str] | None = None) -> dict[str, Format]:
         outputs: names of what the network returns; None for a classifier's logits.
     """
     files = {
-        "torchscript": ("model.torchscript.pt", torchscript),
-        "torch_export": ("model.pt2", torch_export),
-        "onnx": ("model.onnx", onnx),
+        "torchscript": ("model.torchscript.pt", torchscript, ()),
+        "torch_export": ("model.pt2", torch_export, ()),
+        "onnx": ("model.onnx", onnx, onnx.NEEDS),
     }
-    return {
-        name: Format(
+    devices = {
+        "executorch": ("model.pte", executorch, executorch.NEEDS),
+        "litert": ("model.tflite", litert, litert.NEEDS),
+        "coreai": ("model.aimodel", coreai, coreai.NEEDS),
+    }
+    rows = {}
+    for name, (filename, module, needs) in {**files, **devices}.items():
+        rows[name] = Format(
             filename,
             partial(module.write, outputs=outputs),
             module.runner,
+            output="probabilities" if name in devices and outputs is None else "logits",
+            optional_pixels=name in files and outputs is None,
+            program_tolerance=DEVICE_TOLERANCE if name in devices else None,
+            needs=needs,
             spec=module.spec,
             operations=module.operations,
         )
-        for name, (filename, module) in files.items()
-    }
+    return rows
 
 
 def _coreml(filename: str, precision: coreml.Precision, tolerance: float) -> Format:
@@ -121,9 +168,9 @@ def _coreml(filename: str, precision: coreml.Precision, tolerance: float) -> For
         coreml.runner,
         tolerance,
         "probabilities",
-        coreml.spec,
-        coreml.operations,
-        partial(
+        spec=coreml.spec,
+        operations=coreml.operations,
+        check=partial(
             coreml_checks.check,
             precision=getattr(torch, precision),
             tolerance=tolerance,
@@ -163,6 +210,17 @@ def check_formats(
             "module that registers yours: --imports '[my_formats]'"
         )
     return chosen
+
+
+def check_packages(names: Iterable[str], table: Mapping[str, Format] | None = None) -> None:
+    """Make sure, without importing them, that the packages to write these formats are here.
+
+    Raises:
+        ImportError: one is missing, or of a version that does not fit; names the pip command.
+    """
+    known = FORMATS if table is None else table
+    for name in names:
+        require(known[name].needs, f"the `{name}` format")
 
 
 def format_of(path: Path) -> str | None:

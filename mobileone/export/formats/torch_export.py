@@ -1,4 +1,4 @@
-"""torch.export: a `.pt2` program that maps normalized images to logits."""
+"""torch.export: a `.pt2` program of normalized images to logits, or pixels to probabilities."""
 
 import io
 from collections import Counter
@@ -11,7 +11,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from mobileone.export.formats.pt2_reader import load_program
-from mobileone.export.preprocess import pixels_runner, tensor_interface
+from mobileone.export.preprocess import interfaced, tensor_interface, tensor_runner
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Runner
 
@@ -48,7 +48,8 @@ def write(
     extra = {_SPEC: spec.to_json()}
     # through memory: on a full disk PyTorch's own writer ends the process, Python's raises
     contents = io.BytesIO()
-    torch.export.save(program_of(model, spec), contents, extra_files=extra)
+    program = program_of(interfaced(model, spec, outputs), spec)
+    torch.export.save(program, contents, extra_files=extra)
     path.write_bytes(contents.getbuffer())
     return tensor_interface(spec, outputs)
 
@@ -59,8 +60,8 @@ def spec(path: Path) -> ExportSpec:
 
 
 def runner(path: Path, spec: ExportSpec) -> Runner:
-    """The file as a function: 8-bit images (N, C, H, W) -> logits (N, classes)."""
-    return pixels_runner(load_program(path)[0].module(), spec)
+    """The file as a function: 8-bit images (N, C, H, W) -> its outputs, as (N, classes)."""
+    return tensor_runner(load_program(path)[0].module(), spec)
 
 
 def operations(path: Path) -> Counter[str]:

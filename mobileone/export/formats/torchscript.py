@@ -1,4 +1,4 @@
-"""TorchScript: a traced module that maps normalized images to logits."""
+"""TorchScript: a traced module of normalized images to logits, or pixels to probabilities."""
 
 import io
 import warnings
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mobileone.export.formats.torchscript_reader import extra_file, harmless_archive
-from mobileone.export.preprocess import pixels_runner, tensor_interface
+from mobileone.export.preprocess import interfaced, tensor_interface, tensor_runner
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Runner
 
@@ -42,7 +42,7 @@ def write(
     """
     example = torch.zeros(2, *spec.input_size)
     with deprecation_ignored():
-        traced = torch.jit.trace(model, example, check_trace=False)
+        traced = torch.jit.trace(interfaced(model, spec, outputs), example, check_trace=False)
         # through memory: on a full disk PyTorch's own writer ends the process, Python's raises
         contents = io.BytesIO()
         torch.jit.save(traced, contents, _extra_files={_SPEC: spec.to_json()})
@@ -69,8 +69,8 @@ def spec(path: Path) -> ExportSpec:
 
 
 def runner(path: Path, spec: ExportSpec) -> Runner:
-    """The file as a function: 8-bit images (N, C, H, W) -> logits (N, classes)."""
-    return pixels_runner(load(path), spec)
+    """The file as a function: 8-bit images (N, C, H, W) -> its outputs, as (N, classes)."""
+    return tensor_runner(load(path), spec)
 
 
 def operations(path: Path) -> Counter[str]:

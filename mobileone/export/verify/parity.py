@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mobileone.export.preprocess import normalize
 from mobileone.export.spec import ExportSpec
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "compare",
     "compare_outputs",
     "fixed_images",
+    "log_probabilities",
     "measure",
 ]
 
@@ -47,6 +49,12 @@ class Reference:
     def logits(self) -> Tensor:
         """A classifier's output, (N, classes)."""
         return self.outputs["logits"]
+
+    @torch.no_grad()
+    def fused_outputs(self, spec: ExportSpec) -> dict[str, Tensor]:
+        """The same of the fused network."""
+        found = as_tuple(self.model(normalize(self.images, spec)))
+        return dict(zip(self.outputs, found, strict=True))
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,11 @@ def fixed_images(spec: ExportSpec, count: int = 8) -> Tensor:
     patches = torch.nn.functional.interpolate(coarse, (height, width), mode="nearest")
     noise = torch.rand(count, channels, height, width, generator=generator)
     return ((0.8 * patches + 0.2 * noise) * 255).round().to(torch.uint8)
+
+
+def log_probabilities(probabilities: Tensor) -> Tensor:
+    """Logarithms, in float64; of what float32 cannot tell from 0 in all runtimes, that of 1e-30."""
+    return probabilities.double().clamp_min(1e-30).log()
 
 
 def compare(

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = ["count_kinds", "fused_kinds", "structure_problems", "unfused_layers"]
 
 _KINDS = {
-    "convolutions": re.compile(r"^_?conv(olution|\dd)?$"),
+    "convolutions": re.compile(r"^_?(depthwise_)?conv(olution|_?\dd)?$"),
     "norms": re.compile(r"batch_?norm", re.IGNORECASE),
     "additions": re.compile(r"^(add|sum)_?$"),
 }
@@ -24,7 +24,7 @@ def count_kinds(operations: Mapping[str, int]) -> dict[str, int]:
     """Convolutions, batch norms and additions among operations by any format's names."""
     totals = dict.fromkeys(_KINDS, 0)
     for name, count in operations.items():
-        # aten.conv2d.default, aten::_convolution, Conv -> conv2d, _convolution, conv
+        # aten.conv2d.default, aten::_convolution, CONV_2D -> conv2d, _convolution, conv_2d
         plain = name.lower().removeprefix("aten.").removeprefix("aten::").partition(".")[0]
         for kind, pattern in _KINDS.items():
             if pattern.search(plain):

@@ -17,6 +17,7 @@ from mobileone.export import (
     load_runner,
 )
 from mobileone.export.preprocess import normalize
+from tests.helpers.formats import skip_without_packages
 from tests.helpers.paths import PROGRAMS
 from tests.helpers.processes import run_program, start_python
 from tests.helpers.tiny import tiny_network, tiny_spec
@@ -36,7 +37,7 @@ ODD = ('the "cat", sat', "crème brûlée", "猫\t", "it's; {odd}")
     ids=["odd names", "one class, gray", "four channels, 513x257", "20,000 classes"],
 )
 def test_every_format_takes_what_is_unusual(name, channels, size, names, tmp_path):
-    pytest.importorskip({"onnx": "onnxruntime"}.get(name, "coremltools"))
+    skip_without_packages(name)
     model, spec = tiny_network(channels, len(names)), tiny_spec(channels, size, names)
     images = torch.randint(0, 256, (2, channels, *size), dtype=torch.uint8)
     manifest = export_model(model, spec, tmp_path / "artifact", [name], images=images)

@@ -1,26 +1,33 @@
 """Every row of the table, by the same questions."""
 
+import ast
+import dataclasses
+import re
+import shutil
 import sys
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import pytest
 import torch
 
 from mobileone.export import FORMATS, export_model, load_runner
+from mobileone.export.formats.table import check_packages
+from mobileone.export.inspect import describe_artifact
 from mobileone.export.preprocess import normalize
 from mobileone.export.verify.parity import NotVerifiedError
 from mobileone.export.verify.structure import count_kinds
+from mobileone.io import optional_import
 from mobileone.io.optional_import import import_optional
+from tests.helpers.formats import skip_without_packages
 from tests.helpers.tiny import tiny_network, tiny_spec
-
-PACKAGES = {"onnx": "onnxruntime", "coreml": "coremltools", "coreml_fp32": "coremltools"}
 
 
 @pytest.fixture(scope="module", params=FORMATS)
 def written(request, tmp_path_factory):
     """The tiny model in one format: its name, the model, spec, folder and manifest."""
     name = request.param
-    if name in PACKAGES:
-        pytest.importorskip(PACKAGES[name])
+    skip_without_packages(name)
     folder = tmp_path_factory.mktemp(name) / "artifact"
     model, spec = tiny_network(), tiny_spec()
     return name, model, spec, folder, export_model(model, spec, folder, [name])
@@ -90,8 +97,6 @@ def test_the_first_file_that_can_run_is_taken(tmp_path, monkeypatch):
 
 
 def replaced(row, runner):
-    import dataclasses
-
     return dataclasses.replace(row, runner=runner)
 
 
@@ -105,3 +110,69 @@ def test_the_onnx_file_describes_itself(tmp_path):
     properties = {p.key: p.value for p in proto.metadata_props}
     assert json.loads(properties["spec"])["class_names"] == list(spec.class_names)
     assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+
+
+@pytest.mark.parametrize("name", ["torchscript", "torch_export", "onnx"])
+def test_pixels_in_and_probabilities_out_by_option(name, tmp_path):
+    """The file itself, alone, says what it takes; normalization and softmax are written out."""
+    skip_without_packages(name)
+    spec = dataclasses.replace(tiny_spec(), pixels=True)
+    model, images = tiny_network(), torch.randint(0, 256, (3, 3, 32, 48), dtype=torch.uint8)
+    entry = export_model(model, spec, tmp_path / "artifact", [name]).formats[name]
+    assert entry["input"]["range"] == [0, 255] and not entry["input"]["normalized"]
+    assert entry["output"]["kind"] == "probabilities"
+    assert entry["parity"]["kind"] == "log-probabilities"
+    mean, std = (torch.tensor(v).double().view(-1, 1, 1) for v in (spec.mean, spec.std))
+    with torch.no_grad():
+        expected = model.double()((images.double() / 255 - mean) / std).softmax(1)
+    alone = shutil.copy(tmp_path / "artifact" / entry["path"], tmp_path)
+    loaded = load_runner(alone)
+    assert loaded.spec == spec
+    assert (loaded.run(images) - expected).abs().max() < 1e-6
+    assert "pixel values 0..255" in describe_artifact(alone)
+
+
+@pytest.mark.parametrize("name", ["executorch", "litert", "coreai"])
+def test_files_for_devices_describe_themselves(name, tmp_path):
+    """The spec is in the file: it runs, and is described, outside of its folder."""
+    skip_without_packages(name)
+    spec = tiny_spec(names=('the "cat", sat', "crème brûlée", "猫"))
+    export_model(tiny_network(), spec, tmp_path / "artifact", [name])
+    file = tmp_path / "artifact" / FORMATS[name].filename
+    alone = file.rename(tmp_path / file.name)
+    assert FORMATS[name].spec(alone) == load_runner(alone).spec == spec
+    described = describe_artifact(alone)
+    assert "probabilities" in described and "pixel values 0..255" in described
+
+
+@pytest.mark.parametrize("name", ["executorch", "litert", "coreai"])
+def test_conversion_and_first_run_print_nothing(name, tmp_path, capfd):
+    skip_without_packages(name)
+    export_model(tiny_network(), tiny_spec(), tmp_path / "artifact", [name])
+    load_runner(tmp_path / "artifact").run(torch.zeros(1, 3, 32, 48, dtype=torch.uint8))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_packages_are_looked_for_before_anything_is_written(tmp_path, monkeypatch):
+    def found(package):
+        if package == "litert-torch":
+            raise PackageNotFoundError(package)
+        return {"executorch": "1.5.1", "torch": "2.13.0+cu130"}[package]
+
+    monkeypatch.setattr(optional_import, "version", found)
+    fix = r"needs 'executorch>=1.5,<1.6' 'torch>=2.14,<2.15', and here is torch 2.13.0\+cu130: `pip"
+    with pytest.raises(ImportError, match=fix):
+        check_packages(["torchscript", "executorch"])
+    with pytest.raises(ImportError, match="here is no litert-torch: `pip install 'litert-torch>=0"):
+        export_model(tiny_network(), tiny_spec(), tmp_path / "a", ["torchscript", "litert"])
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ImportError, match='needs python_version < "3", and this is Python 3'):
+        optional_import.require(["x>=1; python_version < '3'"], "it")
+
+
+def test_the_extras_are_what_the_formats_need():
+    """By the metadata of the project's file, which says it to pip."""
+    text = Path("pyproject.toml").read_text(encoding="utf-8")
+    for name in ("executorch", "litert", "coreai", "onnx"):
+        line = re.search(rf"^{name} = (\[.*\])$", text, re.MULTILINE)[1]
+        assert tuple(ast.literal_eval(line)) == FORMATS[name].needs
