@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.helpers.processes import run_python
+from lightning_modules.cli.main import main
 
 
 @pytest.fixture(scope="session")
@@ -14,10 +14,14 @@ def tiny_run(tmp_path_factory):
         "--model.warmup_epochs 0 --data.input_size 32 --data.batch_size 4 --data.num_workers 0 "
         "--trainer.max_epochs 2 --trainer.check_val_every_n_epoch 1 --trainer.limit_val_batches 2 "
         "--trainer.limit_train_batches 2 --snapshots.every_n_steps 1 --wandb.mode disabled "
-        "--checkpoint.formats [torchscript,coreml_fp32,onnx]"
+        "--checkpoint.formats [torchscript,coreml_fp32,onnx] --checkpoint.background false "
+        "--trainer.enable_progress_bar false --trainer.accelerator cpu"
     )
-    run_python("-m", "mobileone", "fit", *words.split(), "--run.root", root, cwd=root)
     run = root / "quickstart" / "latest"
-    last = run / "checkpoints/last.ckpt"
-    run_python("-m", "mobileone", "test", "--ckpt_path", last, "--wandb.mode", "disabled", cwd=root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setenv("MOBILEONE_CACHE", str(root / "cache"))
+        main(["fit", *words.split(), "--run.root", str(root)])
+        last = str(run / "checkpoints/last.ckpt")
+        main(["test", "--ckpt_path", last, "--wandb.mode", "disabled"])
     return run

@@ -1,20 +1,24 @@
 """Every snippet of docs/extending.md runs, in the order of the page, in a folder of its own."""
 
 import re
+import runpy
 import shlex
 import shutil
+import sys
 
 import pytest
 
+from lightning_modules.cli.main import main
+from mobileone.bench.runtimes import RUNTIMES
+from mobileone.export import FORMATS
 from tests.helpers.images import write_images
 from tests.helpers.paths import REPOSITORY
-from tests.helpers.processes import run_python
 from tests.helpers.variants import slow_where
 
 # what makes a snippet small; later words win
 TINY = {
     "fit": "--model.lr 0.001 --trainer.max_epochs 1 --wandb.mode disabled "
-    "--checkpoint.formats [torchscript]",
+    "--checkpoint.formats [torchscript] --checkpoint.background false",
     "benchmark": "--runs 2 --image_size 32",
     "export": "",
 }
@@ -35,12 +39,23 @@ SECTIONS = sections()
 
 
 @pytest.fixture
-def folder(tmp_path, tiny_run):
+def folder(tmp_path, tiny_run, monkeypatch):
     """A user's folder outside of the repository: images/{train,val}/{cat,dog}, last.ckpt."""
     split = {"cat": 4, "dog": 4}
     write_images(tmp_path / "images", {"train": split, "val": split})
     shutil.copy(tiny_run / "checkpoints/last.ckpt", tmp_path)
-    return tmp_path
+    monkeypatch.chdir(tmp_path)
+    before = {name: module for name, module in sys.modules.items() if name.startswith("my_")}
+    for name in before:  # of other tests
+        del sys.modules[name]
+    tables = [(table, dict(table)) for table in (FORMATS, RUNTIMES)]
+    yield tmp_path
+    for table, rows in tables:
+        table.clear()
+        table.update(rows)
+    for path in tmp_path.glob("my_*.py"):
+        sys.modules.pop(path.stem, None)
+    sys.modules.update(before)
 
 
 # a file of one's own each; the other headings are options, which have tests of their own
@@ -51,6 +66,7 @@ def test_the_default_headings_are_on_the_page():
     assert set(DEFAULT) < set(SECTIONS)
 
 
+@pytest.mark.filterwarnings("ignore")  # of trainings as small as these
 @pytest.mark.parametrize("heading", slow_where(lambda name: name not in DEFAULT, SECTIONS))
 def test_the_snippets_run(heading, folder):
     for language, text in SECTIONS[heading]:
@@ -59,12 +75,12 @@ def test_the_snippets_run(heading, folder):
             (folder / named[1]).write_text(text)
         elif language == "python":
             (folder / "script.py").write_text(text)
-            run_python("script.py", cwd=folder)
+            runpy.run_path("script.py")
         else:
-            run_command(shlex.split(text.replace("\\\n", " ")), folder)
+            run_command(shlex.split(text.replace("\\\n", " ")))
 
 
-def run_command(words, folder):
+def run_command(words):
     if words[0] == "wandb":  # its server hands out the words; the file is tested with the recipes
         assert (REPOSITORY / words[-1]).is_file()
         return
@@ -74,4 +90,4 @@ def run_command(words, folder):
         tiny += [TINY_MODEL] * ("--model.model" not in words) + [TINY_DATA] * (
             "--data" not in words
         )
-    run_python("-m", "mobileone", *words[1:], *" ".join(tiny).split(), cwd=folder)
+    main([*words[1:], *" ".join(tiny).split()])

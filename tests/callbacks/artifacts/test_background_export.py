@@ -239,6 +239,7 @@ def test_two_runs_do_not_write_to_one_folder(make, tmp_path, folder):
     load_torchscript_artifact(folder / "last")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_a_killed_run_takes_its_worker_with_it(tmp_path):
     program = PROGRAMS / "orphan_worker.py"

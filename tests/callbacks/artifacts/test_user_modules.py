@@ -1,6 +1,7 @@
 """A network and a format from modules of the user's own: fit, export worker and commands."""
 
 import csv
+import sys
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ from lightning.pytorch import LightningModule
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_modules.cli.main import main
 from mobileone.export import FORMATS, ExportSpec, Manifest, load_runner, normalize, worker
 from mobileone.io import user_modules
 from tests.helpers.checkpoints import saver
+from tests.helpers.command import error_of
 from tests.helpers.paths import PROGRAMS
 from tests.helpers.processes import run_python
 from tests.helpers.trainer import fit
@@ -120,11 +123,14 @@ def test_a_file_of_the_users_format_that_is_wrong_is_rejected(run, tmp_path, mon
         export_model(module.model, module.export_spec, tmp_path / "out", ["weights"])
 
 
-def command(*arguments, **options):
-    return run_python("-m", "mobileone", *arguments, cwd=PROGRAMS, **options)
+def test_no_command_imports_a_module_that_the_checkpoint_names(run, tmp_path):
+    """In a process of its own, with the modules in the current folder."""
+    words = ("-m", "mobileone", "export", run[0] / "last.ckpt", tmp_path / "none")
+    refused = run_python(*words, cwd=PROGRAMS, status=2)
+    assert "timm knows no model 'my_repvgg'" in refused.stderr and "--imports" in refused.stderr
 
 
-def test_commands_import_the_modules_by_name_and_never_from_the_checkpoint(run, tmp_path):
+def test_commands_import_the_modules_by_name(run, tmp_path, monkeypatch, capsys):
     folder, module, _ = run
     images = tmp_path / "images"
     images.mkdir()
@@ -132,15 +138,20 @@ def test_commands_import_the_modules_by_name_and_never_from_the_checkpoint(run, 
     for index, image in enumerate(pixels):
         Image.fromarray(image).save(images / f"{index}.png")
     checkpoint = folder / "last.ckpt"
-    imports = ("--imports", "[my_networks,my_formats]")
-    refused = command("export", checkpoint, tmp_path / "none", status=2)
-    assert "timm knows no model 'my_repvgg'" in refused.stderr and "--imports" in refused.stderr
+    monkeypatch.chdir(PROGRAMS)
+    monkeypatch.delitem(FORMATS, "weights")
     words = "--formats", "[weights]", "--imports", "[my_networks]"
-    refused = command("export", checkpoint, tmp_path / "none", *words, status=2)
-    assert "unknown formats ['weights']" in refused.stderr and "--imports" in refused.stderr
-    command("export", checkpoint, tmp_path / "out", "--formats", "[weights]", *imports)
-    assert "model.npz" in command("inspect", tmp_path / "out", *imports).stdout
-    command("predict", tmp_path / "out", images, tmp_path / "out.csv", *imports)
+    refused = error_of(capsys, "export", checkpoint, tmp_path / "none", *words)
+    assert "unknown formats ['weights']" in refused and "--imports" in refused
+    monkeypatch.delitem(sys.modules, "my_formats")  # else it is not run again
+    imports = ("--imports", "[my_networks,my_formats]")
+    for words in (
+        ("export", checkpoint, tmp_path / "out", "--formats", "[weights]"),
+        ("inspect", tmp_path / "out"),
+        ("predict", tmp_path / "out", images, tmp_path / "out.csv"),
+    ):
+        main([str(word) for word in (*words, *imports)])
+    assert "model.npz" in capsys.readouterr().out
     with (tmp_path / "out.csv").open() as file:
         found = [float(row["probability"]) for row in csv.DictReader(file)]
     with torch.no_grad():

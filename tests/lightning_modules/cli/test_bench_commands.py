@@ -104,11 +104,11 @@ def test_a_runtime_of_the_users_own_is_measured_by_all(tmp_path, monkeypatch):
     options = ["mobileone_mu0", "--imports", "[my_runtimes]", "--image_size", "32"]
     try:
         for kind, more in (("latency", ["--runs", "1"]), ("memory", [])):
-            command = ["benchmark", kind, *options, *more, "--runtimes", "[onnxruntime,mine]"]
+            command = ["benchmark", kind, *options, *more, "--runtimes", "[mine]"]
             main([*command, "--output", str(tmp_path)])
-            theirs, mine = Result.load(tmp_path / f"{kind}.json").rows
+            (mine,) = Result.load(tmp_path / f"{kind}.json").rows
             assert mine["runtime"] == "mine" and mine["failure"] is None
             number = "min_ms" if kind == "latency" else "peak_mib"
-            assert mine[number] > 0 and theirs[number] > 0
+            assert mine[number] > 0
     finally:
         RUNTIMES.pop("mine", None)

@@ -386,7 +386,7 @@ def test_the_help_of_fit_lists_the_options_of_model_and_data(capsys):
         ("mobileone ex", {"export"}),
         ("mobileone benchmark la", {"latency"}),
         ("mobileone fit --model.label", {"--model.label_smoothing"}),
-        ("mobileone benchmark latency --runt", {"--runtimes"}),
+        slow("mobileone benchmark latency --runt", {"--runtimes"}),
         slow("mobileone predict --top", {"--top_k"}),
     ],
 )
@@ -403,14 +403,6 @@ def test_tab_completion(line, expected, tmp_path):
     }
     start_python("-c", script, variables=environment).wait(120)
     assert expected <= {word.strip() for word in answer.read_text().splitlines()}
-
-
-def test_benchmark_of_training_prints_a_table_and_saves_it(tmp_path, capsys):
-    quick = "--contenders [plain] --batch_size 2 --image_size 32 --rounds 1".split()
-    main(["benchmark", "training", "mobileone_s0", *quick, "--output", "out"])
-    assert "mobileone_s0" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out/training.json").read_text())["protocol"]["rounds"] == 1
-    assert (tmp_path / "out/training.png").is_file()
 
 
 def test_collapse_is_an_option_of_the_run_not_of_the_checkpoint(trained):

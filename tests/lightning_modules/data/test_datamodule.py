@@ -586,6 +586,7 @@ def test_a_wrong_label_in_a_stream_is_refused_before_it_is_a_batch(monkeypatch, 
         next(iter(data.train_dataloader()))
 
 
+@pytest.mark.slow  # starts two processes
 def test_processes_that_start_together_download_once(tmp_path):
     """The command asks for the classes in every process, before there is a Trainer."""
     started = [

@@ -109,6 +109,7 @@ def test_an_infinite_loss_spoils_its_gradients_for_the_other_ranks_to_see():
     assert weight.grad.isnan().all() and not guard.loss_is_finite
 
 
+@pytest.mark.slow
 def test_of_two_processes_both_leave_a_step_out_or_both_stop(pets, tmp_path):
     """One has the bad batch; the other's loss is finite."""
     run_on_two_ranks("nan_on_one_rank.py", pets, tmp_path)

@@ -338,6 +338,7 @@ def test_of_two_processes_rank_0_ends_last(tmp_path, number):
     assert not list(tmp_path.glob("runs/r/*/checkpoints/*error*"))
 
 
+@pytest.mark.slow
 def test_sigterm_exits_with_143_and_the_same_command_goes_on(tmp_path):
     command = ["-m", "mobileone", *FIT, "--trainer.max_epochs", "100"]
     process = start_python(*command, stdout=subprocess.PIPE)
