@@ -81,7 +81,9 @@ def test_each_validation_saves_both_and_links_them(make, tmp_path, folder):
 
 def test_both_formats_by_default(tmp_path, folder):
     pytest.importorskip("coremltools")
-    callback = ReparameterizeOnSave(dirpath=str(folder), metadata=Metadata(author="Ada"))
+    callback = ReparameterizeOnSave(
+        dirpath=str(folder), metadata=Metadata(author="Ada"), background=False
+    )
     fit(ScoredClassifier(), callback, tmp_path)
     manifest = Manifest.load(folder / "last")
     assert set(manifest.formats) == {"torchscript", "coreml"}

@@ -14,7 +14,6 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from callbacks.artifacts.callback import ReparameterizeOnSave
 from callbacks.report import callback as report_module
 from callbacks.report.callback import Report
 from callbacks.report.callback import _write_matrix as write_matrix
@@ -23,6 +22,7 @@ from lightning_modules.run.folder import RunFolder
 from lightning_modules.run.wandb_logger import WandbOptions, make_loggers
 from mobileone.export.manifest import Manifest
 from mobileone.export.spec import ExportSpec
+from tests.helpers import checkpoints
 from tests.helpers.trainer import make_trainer
 from tests.helpers.variants import slow
 
@@ -232,7 +232,7 @@ def test_wandb_gets_pictures_and_the_artifact_with_its_manifest(
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     folder = RunFolder.create(str(tmp_path), "test")
-    saver = ReparameterizeOnSave(dirpath=str(folder.checkpoints), formats=["torchscript"])
+    saver = checkpoints.saver(folder.checkpoints, background=False)
     loggers = make_loggers(folder, WandbOptions())
     running = make_trainer(folder.path, saver, Report(2, mode), logger=loggers)
     running.fit(Classifier(), loader, loader)

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import MultiStepLR
 from torchmetrics.classification import MulticlassCohenKappa
 
-from callbacks.artifacts.callback import ReparameterizeOnSave
 from callbacks.report.figures import curve_figures, curves_figure
 from lightning_modules.recipe.classifier import ImageClassifier
 from mobileone.export import export_checkpoint, load_torchscript_artifact
+from tests.helpers import checkpoints
 from tests.helpers.trainer import SaveEachEpoch, fit
 from tests.lightning_modules.recipe.test_classifier import CLASSES, TINY, Images, reference
 
@@ -123,9 +123,7 @@ def test_metrics_by_name_are_logged_monitored_and_drawn(tmp_path):
     names = {"F1Score": {}, "MulticlassF1Score": {"average": "micro"}, "CalibrationError": {}}
     model = ImageClassifier(TINY, num_classes=7, lr=0.01, metrics=names)
     data, logger = Images(), CSVLogger(tmp_path)
-    saver = ReparameterizeOnSave(
-        dirpath=str(tmp_path / "checkpoints"), formats=["torchscript"], monitor="val/F1Score"
-    )
+    saver = checkpoints.saver(tmp_path / "checkpoints", monitor="val/F1Score", background=False)
     trainer = fit(tmp_path, model, data, saver, logger=logger, max_epochs=2)
     (tested,) = trainer.test(model, data, verbose=False)
     logits = reference(model.model, data)
