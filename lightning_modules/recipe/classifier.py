@@ -40,6 +40,12 @@ from lightning_modules.recipe.optimizers import (
     effective_batch_size,
     steps_per_epoch,
 )
+from lightning_modules.recipe.quantizing import (
+    calibrate_quantization_before_fit,
+    check_same_quantization,
+    check_trained,
+    quantized,
+)
 from lightning_modules.recipe.schedules import Schedule, ScheduleShape, check_shape
 from lightning_modules.recipe.training_module import TrainingModule
 from mobileone import set_collapse
@@ -125,6 +131,11 @@ class ImageClassifier(TrainingModule):
         teacher_weights: its weight file; None for timm's pretrained weights.
         distill_weight: share of the distillation loss, the rest being that of the labels.
         distill_temperature: of both models' probabilities in the distillation loss.
+        quantize: train against the integer network that will ship, from trained weights: `int8`
+            (weights and activations), `int4` (weights; activations in 8 bits) or `palette4` (tables
+            of 16 weights, for Core ML); None trains in floating point (docs/quantization.md).
+        quantize_kwargs: further arguments of `mobileone.quantization.quantize`, for example
+            `{"kappa": 4.0}`.
         channels_last: memory format on CUDA. On a CPU it is not used: collapsed blocks read planes
             (docs/collapsed-training.md has both layouts' times).
         collapse: how MobileOne's blocks train: `auto` in the cheapest of the exact forms (on
@@ -177,6 +188,8 @@ class ImageClassifier(TrainingModule):
         teacher_weights: str | None = None,
         distill_weight: float = 1.0,
         distill_temperature: float = 1.0,
+        quantize: str | None = None,
+        quantize_kwargs: dict[str, Any] | None = None,
         channels_last: bool = True,
         collapse: CollapseMode = "auto",
         skip_nonfinite: int = 0,
@@ -215,10 +228,13 @@ class ImageClassifier(TrainingModule):
             num_classes=num_classes,
             **{"in_chans": in_chans, **(model_kwargs or {})},
         )
-        # what a checkpoint brings has its statistics; see `on_load_checkpoint`
+        # what a checkpoint brings has its statistics and scales; see `on_load_checkpoint`
         self._to_calibrate = weights is not None and load_start(self.model, weights, expand_fused)
+        self._to_quantize = quantize is not None
+        if quantize is not None:
+            self.model = quantized(self.model, quantize, quantize_kwargs or {})
         freeze_parts(self.model, freeze, norms=freeze_bn)
-        if collapse != "auto":
+        if collapse != "auto" and quantize is None:  # which has one form
             set_collapse(self.model, collapse)
         self.test_confusion: Tensor | None = None
         self.test_per_class: Tensor | None = None
@@ -344,10 +360,14 @@ class ImageClassifier(TrainingModule):
         )
 
     def on_fit_start(self) -> None:
-        """Calibrate what was expanded; have the teacher, if there is one, where the student is."""
+        """Calibrate what was expanded or quantized; have the teacher where the student is."""
         if self._to_calibrate:
             recalibrate_bn_before_fit(self.model, self.trainer, self.device)
             self._to_calibrate = False
+        if self._to_quantize:
+            check_trained(self.hparams)
+            calibrate_quantization_before_fit(self.model, self.trainer, self.device)
+            self._to_quantize = False
         if self.hparams["teacher"] is not None:
             spec = self.export_spec
             self.load_teacher({"input_size": spec.input_size, "mean": spec.mean, "std": spec.std})
@@ -437,7 +457,8 @@ class ImageClassifier(TrainingModule):
             ValueError: the data module's classes are others than the checkpoint's.
         """
         super().on_load_checkpoint(checkpoint)
-        self._to_calibrate = False
+        check_same_quantization(self.hparams, checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY])
+        self._to_calibrate = self._to_quantize = False
         if "export_spec" not in checkpoint:
             return
         spec = ExportSpec.from_dict(checkpoint["export_spec"])

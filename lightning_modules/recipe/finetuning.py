@@ -1,6 +1,6 @@
 """What fine-tuning adds: weights from a file, a new head, parts that do not train."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,13 @@ from mobileone import MobileOne, calibrate, expand
 from mobileone.io.safe_pickle import explain_refusal
 from mobileone.weights import convert_keys, identify
 
-__all__ = ["freeze", "load_start", "recalibrate_bn_before_fit", "set_frozen_bn_eval"]
+__all__ = [
+    "first_training_images",
+    "freeze",
+    "load_start",
+    "recalibrate_bn_before_fit",
+    "set_frozen_bn_eval",
+]
 
 _CALIBRATION_IMAGES = 512
 _LOST = (
@@ -80,22 +86,28 @@ def recalibrate_bn_before_fit(model: nn.Module, trainer: Trainer, device: torch.
             "images from: set model.freeze_bn true, or call mobileone.calibrate before the fit"
         )
         return
-    seen, dtype = 0, next(model.parameters()).dtype
-
-    def images() -> Iterator[Tensor]:
-        nonlocal seen
-        for batch in data.train_dataloader():
-            if seen >= _CALIBRATION_IMAGES:
-                return
-            seen += len(batch[0])
-            yield batch[0].to(device, dtype)
-
+    images = first_training_images(data, next(model.parameters()).to(device))
     strategy = trainer.strategy
-    calibrate(model, images(), lambda total: strategy.reduce(total, reduce_op="mean"))
+    calibrate(model, images, lambda total: strategy.reduce(total, reduce_op="mean"))
     rank_zero_info(
-        f"BatchNorm's statistics were measured on {seen} training images a process: the expanded "
-        "network trains from the function of the fused one"
+        f"BatchNorm's statistics were measured on {sum(map(len, images))} training images a "
+        "process: the expanded network trains from the function of the fused one"
     )
+
+
+def first_training_images(data: Any, like: Tensor) -> list[Tensor]:
+    """Batches of 512 training images in all, or somewhat more, or all that there are.
+
+    Args:
+        data: a data module; its loader gives each process its share.
+        like: a tensor of the type and on the device that they should have.
+    """
+    batches: list[Tensor] = []
+    for batch in data.train_dataloader():
+        batches.append(batch[0].to(like))
+        if sum(map(len, batches)) >= _CALIBRATION_IMAGES:
+            break
+    return batches
 
 
 def freeze(model: nn.Module, parts: Sequence[str], norms: bool) -> None:

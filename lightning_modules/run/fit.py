@@ -56,6 +56,7 @@ from lightning_modules.run.wandb_logger import (
 from lightning_modules.run.warning_filters import silence_known_messages
 from mobileone import reparameterize
 from mobileone.io.user_modules import import_user_modules, put_current_folder_on_path
+from mobileone.quantization import scheme_of
 
 __all__ = ["TrainingCLI", "run"]
 
@@ -351,14 +352,16 @@ class TrainingCLI(LightningCLI):
     def before_fit(self) -> None:
         """Say what is trained, and where it goes."""
         network = getattr(self.model, "model", self.model)
-        with warnings.catch_warnings():  # it is only counted, so its mode does not matter
-            warnings.simplefilter("ignore")
-            folded = reparameterize(network)
+        scheme = scheme_of(network)
+        deployed = f"{scheme} deployed"  # which folds when its scales are known
+        if scheme is None:
+            with warnings.catch_warnings():  # it is only counted, so its mode does not matter
+                warnings.simplefilter("ignore")
+                deployed = f"{_millions(reparameterize(network))} deployed"
         name = self.model.hparams.get("model", type(self.model).__name__)
         print(
-            f"{name}: {_millions(network)} parameters in training, "
-            f"{_millions(folded)} deployed; {num_classes(self.datamodule)} classes, "
-            f"{self._input_size()} pixels"
+            f"{name}: {_millions(network)} parameters in training, {deployed}; "
+            f"{num_classes(self.datamodule)} classes, {self._input_size()} pixels"
         )
         if self.run is not None:
             print(f"run folder: {self.run.path}")

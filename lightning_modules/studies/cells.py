@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from lightning_modules.run.fit import TrainingCLI, run
 from mobileone.io.atomic import replace_text
 
-__all__ = ["Cells", "identity", "parse", "train"]
+__all__ = ["Cells", "build", "identity", "parse", "train"]
 
 
 class _Parsed(TrainingCLI):
@@ -34,6 +34,22 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
     """
     config: dict[str, Any] = run("fit", list(argv), _Parsed).config["fit"].as_dict()
     return config
+
+
+class _Built(TrainingCLI):
+    """Makes the classes of a configuration, and stops there."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing."""
+
+
+def build(argv: Sequence[str]) -> TrainingCLI:
+    """Module and data that options of `mobileone fit` give, without a run folder.
+
+    Raises:
+        SystemExit: The options cannot be used; the message has been printed.
+    """
+    return run("fit", [*argv, "--trainer.fast_dev_run", "1"], _Built)
 
 
 def identity(parsed: Mapping[str, Any]) -> str:

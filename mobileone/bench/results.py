@@ -32,6 +32,7 @@ KINDS: dict[str, tuple[tuple[str, ...], str]] = {
     "bottlenecks": (("paper_table", "name", "runtime"), ""),
     "correlation": (("source", "device", "quantity"), "rho"),
     "ablation": (("part", "setting"), "acc1_mean"),
+    "quantization": (("model", "setting", "runtime"), "acc1_mean"),
 }
 """What a result can be of: the columns that name a row, and the number to compare; "" is the one
 that the protocol names as its `statistic`."""

@@ -16,6 +16,7 @@ from mobileone.export.isolation import isolated
 from mobileone.export.manifest import Manifest, TrainingState
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.io.safe_pickle import explain_refusal
+from mobileone.quantization import quantize
 
 __all__ = [
     "IMAGES_KEY",
@@ -197,7 +198,8 @@ def build_network(spec: ExportSpec, hyper_parameters: Mapping[str, Any]) -> nn.M
 
     Args:
         spec: number of classes and of input channels.
-        hyper_parameters: `model` (timm's name; the spec's if there is none) and `model_kwargs`.
+        hyper_parameters: `model` (timm's name; the spec's if there is none), `model_kwargs`, and
+            `quantize` and `quantize_kwargs` of a network that was trained as integers.
 
     Raises:
         ValueError: timm does not know the name, or cannot build the model.
@@ -210,6 +212,9 @@ def build_network(spec: ExportSpec, hyper_parameters: Mapping[str, Any]) -> nn.M
             "with --imports '[my_networks]' (a checkpoint never names modules to import)"
         )
     try:
-        return timm.create_model(name, num_classes=spec.num_classes, **arguments)
+        model = timm.create_model(name, num_classes=spec.num_classes, **arguments)
     except Exception as error:
         raise ValueError(f"timm cannot build {name!r} with {arguments}: {error}") from error
+    scheme = hyper_parameters.get("quantize")
+    options = hyper_parameters.get("quantize_kwargs") or {}
+    return model if scheme is None else quantize(model, scheme, **options)

@@ -31,7 +31,7 @@ def images(tmp_path_factory):
 
 
 def test_all_recipes_are_known():
-    assert len(RECIPES) == 10
+    assert len(RECIPES) == 11
     packaged = {f"{name}.yaml" for name in packaged_configs() if not name.startswith("dense/")}
     assert packaged == set(RECIPES)
 
@@ -58,6 +58,9 @@ def test_recipe_runs_for_a_batch(recipe, images, monkeypatch, tmp_path):
     if recipe == "imagenet/distill.yaml":
         torch.save(timm.create_model("test_byobnet", num_classes=2).state_dict(), "teacher.pth")
         offline = "--model.teacher test_byobnet --model.teacher_weights teacher.pth".split()
+    if recipe == "quantize.yaml":
+        torch.save(timm.create_model("mobileone_s0", num_classes=2).state_dict(), "float.pth")
+        offline = ["--model.weights", "float.pth"]
     trainer = ["--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"]
     main(["fit", *base, "--config", str(ROOT / recipe), *own, *offline, *SMALL, *trainer])
 

@@ -1,0 +1,104 @@
+"""Training against the integer network: checks before it, and the scales it begins with."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from lightning_modules.recipe.finetuning import first_training_images
+from mobileone.quantization import Scheme, calibrate_quantization, quantize
+
+__all__ = [
+    "calibrate_quantization_before_fit",
+    "check_same_quantization",
+    "check_trained",
+    "quantized",
+]
+
+_OPTIONS = ("quantize", "quantize_kwargs")
+
+
+def quantized(model: nn.Module, scheme: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    """The network that trains as integers; the model itself is changed.
+
+    Args:
+        model: timm's or ours, with float weights inside.
+        scheme: how weights are rounded.
+        kwargs: further arguments of `mobileone.quantization.quantize`.
+
+    Raises:
+        ValueError: an argument is unknown, or there is no block to fold.
+    """
+    parameters = inspect.signature(quantize).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    if set(kwargs) - set(known):
+        raise ValueError(f"`quantize_kwargs` (={dict(kwargs)}) may hold {', '.join(known)}")
+    return quantize(model, cast(Scheme, scheme), **kwargs)
+
+
+def check_trained(arguments: Mapping[str, Any]) -> None:
+    """Make sure that quantized training starts from trained weights.
+
+    Args:
+        arguments: of the classifier.
+
+    Raises:
+        ValueError: It starts from random ones, whose BatchNorm statistics mean nothing.
+    """
+    kwargs = arguments["model_kwargs"] or {}
+    if not (arguments["weights"] or arguments["pretrained"] or kwargs.get("checkpoint_path")):
+        raise ValueError(
+            f"`quantize` (={arguments['quantize']!r}) starts from a trained network: name its "
+            "checkpoint or weight file with --model.weights, or set --model.pretrained true"
+        )
+
+
+def check_same_quantization(own: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    """Make sure that a checkpoint holds the network that is built.
+
+    Args:
+        own: arguments of the classifier.
+        stored: those in the checkpoint, which may be older than the options.
+
+    Raises:
+        ValueError: It was trained in floating point, or with other options.
+    """
+    for name in _OPTIONS:
+        if (own.get(name) or None) != (stored.get(name) or None):
+            raise ValueError(
+                f"the checkpoint was trained with `{name}` = {stored.get(name)!r}, not "
+                f"{own.get(name)!r}: leave the option out to go on with it, or start a new run "
+                "from its weights with --model.weights in place of --ckpt_path"
+            )
+
+
+def calibrate_quantization_before_fit(
+    model: nn.Module, trainer: Trainer, device: torch.device
+) -> None:
+    """Find the scales on the first training images.
+
+    Args:
+        model: quantized, with trained weights.
+        trainer: of a fit; its data module gives the images, a share of them to each process.
+        device: where the model is.
+
+    Raises:
+        ValueError: the trainer has no data module.
+    """
+    data = getattr(trainer, "datamodule", None)
+    if data is None:
+        raise ValueError(
+            "`quantize` finds its scales on training images: fit with a data module, or call "
+            "mobileone.quantization.calibrate_quantization before, and load the result"
+        )
+    images = first_training_images(data, next(model.parameters()).to(device))
+    reduce = trainer.strategy.reduce
+    calibrate_quantization(model, images, lambda total: reduce(total, reduce_op="mean"))
+    rank_zero_info(
+        f"the scales of the integer network were found on {sum(map(len, images))} training images "
+        "a process"
+    )
