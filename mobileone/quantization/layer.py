@@ -10,13 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mobileone.block import FusedMobileOneBlock
-from mobileone.quantization.branches import BLOCKS, PLAIN, Branch, Row, fold_branches
+from mobileone.collapsed.branches import update_running_statistics
+from mobileone.quantization.batch_statistics import fold_on_batch
 from mobileone.quantization.deployed import (
     QuantizedConv2d,
     QuantizeDequantize,
     QuantizedLinear,
     round_bias,
 )
+from mobileone.quantization.foldable import BLOCKS, PLAIN, Branch, Row, fold_branches
 from mobileone.quantization.rounding import (
     InputQuantizer,
     Scales,
@@ -110,10 +112,27 @@ class QuantizedLayer(nn.Module):
         return y
 
     def _product(self, x: Tensor) -> Tensor:
-        weight, bias = self.round(*self.fold())
+        weight, bias = self.round(*self._fold_on(x))
         if self.geometry is None:
             return F.linear(x, weight, bias)
         return F.conv2d(x, weight, bias, *self.geometry)
+
+    def _fold_on(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Fold on running statistics, or, where they are asked for, on those of x."""
+        branches, conv = self.branches(), self.row.conv(self)
+        trained = self.training and all(branch.norm is not None for branch in branches)
+        if self.statistics == "frozen" or not trained or not all(n.training for n in self.norms()):
+            return self.fold()
+        diagonal = self.statistics == "diagonal"
+        weight, bias, *found = fold_on_batch(x, branches, conv, self.noise(), diagonal)
+        if torch._C._current_graph_task_id() == -1:  # checkpointing does not run it again
+            with torch.no_grad():
+                update_running_statistics(self, *found)
+        return weight, bias
+
+    def norms(self) -> list[nn.Module]:
+        """The BatchNorms of the branches, the skip's last."""
+        return [branch.norm for branch in self.branches() if branch.norm is not None]
 
     @torch.no_grad()
     def _calibrate(self, x: Tensor) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mobileone.block import FusedMobileOneBlock
-from mobileone.quantization.branches import BLOCKS, PLAIN
+from mobileone.quantization.foldable import BLOCKS, PLAIN
 from mobileone.quantization.layer import QuantizedLayer, Statistics
 from mobileone.quantization.rounding import SCHEMES, Scales, Scheme
 

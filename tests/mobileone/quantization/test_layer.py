@@ -36,11 +36,12 @@ DEAD = 0.1
 
 
 class Reference(nn.Module):
-    """The block as the paper draws it, on running statistics, and rounding on top of it."""
+    """The block as the paper draws it, on running or a batch's statistics, and rounding on top."""
 
-    def __init__(self, block, step, zero_point, kappa):
+    def __init__(self, block, step, zero_point, kappa, on_batch=False):
         super().__init__()
         self.block, self.zero_point, self.kappa = block, zero_point, kappa
+        self.on_batch = on_batch
         self.step = nn.Parameter(step.clone())
 
     def branches(self):
@@ -66,13 +67,17 @@ class Reference(nn.Module):
         noise = self.kappa * self.step.detach() ** 2 / 12
         y, kernel, bias = 0, 0, 0
         for convolve, weight, norm in self.branches():
-            added = noise * weight.square().sum((1, 2, 3))
-            scale = norm.weight / (norm.running_var + added + norm.eps).sqrt()
-            scale = scale * (norm.running_var >= DEAD * added)
-            z = convolve(rounded) - norm.running_mean.view(-1, 1, 1)
+            added, z = noise * weight.square().sum((1, 2, 3)), convolve(rounded)
+            mean, var = norm.running_mean, norm.running_var
+            if self.on_batch:
+                norm.train()(z.detach())  # moves the running statistics
+                var, mean = torch.var_mean(z, (0, 2, 3), correction=0)
+            scale = norm.weight / (var + added + norm.eps).sqrt()
+            scale = scale * (var >= DEAD * added)
+            z = z - mean.view(-1, 1, 1)
             y = y + scale.view(-1, 1, 1) * z + norm.bias.view(-1, 1, 1)
             kernel = kernel + scale.view(-1, 1, 1, 1) * weight
-            bias = bias + norm.bias - scale * norm.running_mean
+            bias = bias + norm.bias - scale * mean
         conv = self.block.conv_kxk[0].conv
         steps = kernel.detach().abs().amax((1, 2, 3)) / 127
         steps = steps.clamp(min=steps.max() / 65536)  # of dead channels
@@ -138,6 +143,67 @@ def test_every_shape_is_its_branches_and_rounding(shape, kappa, signed):
     unnamed = {"weight_quantizer.clip", "input_quantizer.zero_point"}
     assert ours.keys() - theirs.keys() == unnamed
     assert kappa < 300 or (ours["conv_kxk.0.conv.weight"][0] == 0).all()
+
+
+@pytest.mark.parametrize("kappa", [0.0, 1.0, 300.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_exact_statistics_are_those_of_the_branches(shape, kappa):
+    block = build(shape)
+    with torch.no_grad():
+        block.conv_kxk[0].conv.weight[0] *= 1e-3
+    x = twin.feature_map(3, shape["in_chs"], 9, 8)
+    layer = quantized(block, x, statistics="exact", kappa=kappa)
+    step = layer.input_quantizer.step.detach()
+    reference = Reference(copy.deepcopy(block), step, 0, kappa, on_batch=True)
+    ours, theirs = steps(layer, reference, x)
+    twin.assert_same({name: ours[name] for name in theirs}, theirs)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_exact_statistics_on_the_kernels_of_depthwise_blocks(stride):
+    """In float32, on the kernels of the CPU, against float64."""
+    block = build({"in_chs": 8, "out_chs": 8, "groups": 8, "stride": stride})
+    x = twin.feature_map(4, 8, 12, 11)
+    layer = quantized(block, x, statistics="exact")
+    layer.input_quantizer.forward = lambda x: x  # a number next to a middle may round either way
+    narrow = copy.deepcopy(layer).float()
+    x_grad = torch.randn_like(layer(x))
+    truth, ours = twin.step(layer, x, x_grad), twin.step(narrow, x.float(), x_grad.float())
+    names = ("x", "conv_scale.bn.running_var")
+    twin.assert_same({n: ours[n] for n in names}, {n: truth[n] for n in names}, 1e-2)
+
+
+def test_the_diagonal_estimate_takes_inputs_for_uncorrelated():
+    """RepQ-BNEst: the sum of two equal channels has half of its variance."""
+    block = build({"in_chs": 2, "out_chs": 2, "kernel_size": 1, "use_skip": False})
+    with torch.no_grad():
+        block.conv_kxk[0].conv.weight.fill_(1.0)
+    x = twin.feature_map(4, 1, 9, 9).expand(-1, 2, -1, -1)
+    found = {}
+    for statistics in ("exact", "diagonal"):
+        layer = quantized(block, x, statistics=statistics, kappa=0.0)
+        norm = layer.norms()[0]
+        norm.momentum = 1.0
+        layer(x)
+        found[statistics] = norm.running_var
+    torch.testing.assert_close(found["exact"], 2 * found["diagonal"])
+
+
+def test_a_channel_that_rounding_silences_explodes_without_noise_in_its_variance():
+    """The trap of batch statistics: a weak channel rounds to 0, its variance is 0, a = γ / √ε."""
+    block = build({"in_chs": 8, "out_chs": 8, "groups": 8})
+    x = twin.feature_map(4, 8, 9, 9)
+    x[:, 0] *= 1e-3  # below half a step
+    largest = {}
+    for kappa in (0.0, 1.0):
+        layer = quantized(block, x, statistics="exact", kappa=kappa)
+        for norm in layer.norms():
+            norm.momentum = 1.0
+        layer(x)
+        shown = x.clone()
+        shown[:, 0] = 3 * layer.input_quantizer.step  # the channel shows itself, by three steps
+        largest[kappa] = layer.eval()(shown)[:, 0].abs().max()
+    assert largest[0.0] > 10 and largest[1.0] < 2
 
 
 TIMMS = {

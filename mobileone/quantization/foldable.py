@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from mobileone.block import MobileOneBlock
 from mobileone.folding import at_least_float32, batch_norm_affine, center_pad, identity_kernel
 
-__all__ = ["BLOCKS", "PLAIN", "Branch", "Row", "fold_branches", "variances"]
+__all__ = ["BLOCKS", "DEAD", "PLAIN", "Branch", "Row", "fold_branches", "variances"]
 
-_DEAD = 0.1
+DEAD = 0.1
 """Part of the variance of rounding below which a branch's own variance is nothing but noise."""
 
 
@@ -30,11 +30,13 @@ class Branch(NamedTuple):
         kernel: (C_out, C_in / groups, K, K), padded where the branch's own is smaller.
         norm: The BatchNorm; None adds the kernel and `factor`, a bias, as they are.
         factor: Of the BatchNorm's output, (C_out,); None for 1.
+        skip: Whether the kernel is the identity.
     """
 
     kernel: Tensor
     norm: Any = None
     factor: Tensor | None = None
+    skip: bool = False
 
 
 class Row(NamedTuple):
@@ -55,7 +57,7 @@ class Row(NamedTuple):
 
 def _skip(norm: nn.Module, conv: nn.Conv2d, factor: Tensor | None = None) -> Branch:
     kernel = identity_kernel(conv.out_channels, conv.groups, conv.kernel_size[0], conv.weight)
-    return Branch(kernel, norm, factor)
+    return Branch(kernel, norm, factor, skip=True)
 
 
 def _mobileone(block: Any, factor: Tensor | None = None) -> list[Branch]:
@@ -162,7 +164,7 @@ def fold_branches(branches: Iterable[Branch], noise: Tensor | float) -> tuple[Te
 
 
 def _fold(branch: Branch, noise: Tensor | float) -> tuple[Tensor, Tensor]:
-    kernel, norm, factor = branch
+    kernel, norm, factor, _ = branch
     kernel = at_least_float32(kernel)
     if norm is None:
         bias = kernel.new_zeros(len(kernel)) if factor is None else factor.to(kernel.dtype)
@@ -170,7 +172,7 @@ def _fold(branch: Branch, noise: Tensor | float) -> tuple[Tensor, Tensor]:
     var, added = variances(branch, noise)
     mean, eps = norm.running_mean, norm.eps
     scale, shift = batch_norm_affine(mean, var + added, norm.weight, norm.bias, eps)
-    dead = var < _DEAD * added
+    dead = var < DEAD * added
     constant = torch.zeros_like(shift) if norm.bias is None else norm.bias.to(shift.dtype)
     scale, shift = torch.where(dead, 0, scale), torch.where(dead, constant, shift)
     if factor is not None:
