@@ -1,4 +1,4 @@
-"""Every snippet of docs/extending.md runs, in the order of the page, in a folder of its own."""
+"""Every command of docs/extending.md runs, with docs/examples, in a folder of its own."""
 
 import re
 import runpy
@@ -15,7 +15,7 @@ from tests.helpers.images import write_images
 from tests.helpers.paths import REPOSITORY
 from tests.helpers.variants import slow_where
 
-# what makes a snippet small; later words win
+# what makes a command small; later words win
 TINY = {
     "fit": "--model.lr 0.001 --trainer.max_epochs 1 --wandb.mode disabled "
     "--checkpoint.formats [torchscript] --checkpoint.background false",
@@ -27,10 +27,14 @@ TINY_DATA = "--data.input_size 32 --data.batch_size 4 --data.num_workers 0"
 
 
 def sections():
-    """The code blocks, (language, text), of each heading."""
-    page = (REPOSITORY / "docs/extending.md").read_text()
+    """The commands, words by words, of each heading."""
+    page = (REPOSITORY / "docs/extending.md").read_text().replace("\\\n", " ")
     return {
-        part.partition("\n")[0]: re.findall(r"^```(\w+)\n(.*?)^```$", part, re.S | re.M)
+        part.partition("\n")[0]: [
+            shlex.split(line)
+            for block in re.findall(r"^```bash\n(.*?)^```$", part, re.S | re.M)
+            for line in block.splitlines()
+        ]
         for part in re.split(r"^## ", page, flags=re.M)[1:]
     }
 
@@ -40,10 +44,11 @@ SECTIONS = sections()
 
 @pytest.fixture
 def folder(tmp_path, tiny_run, monkeypatch):
-    """A user's folder outside of the repository: images/{train,val}/{cat,dog}, last.ckpt."""
+    """A user's folder elsewhere: images/{train,val}/{cat,dog}, the examples, last.ckpt."""
     split = {"cat": 4, "dog": 4}
     write_images(tmp_path / "images", {"train": split, "val": split})
-    shutil.copy(tiny_run / "checkpoints/last.ckpt", tmp_path)
+    for file in (tiny_run / "checkpoints/last.ckpt", *(REPOSITORY / "docs/examples").glob("*.py")):
+        shutil.copy(file, tmp_path)
     monkeypatch.chdir(tmp_path)
     before = {name: module for name, module in sys.modules.items() if name.startswith("my_")}
     for name in before:  # of other tests
@@ -68,26 +73,27 @@ def test_the_default_headings_are_on_the_page():
 
 @pytest.mark.filterwarnings("ignore")  # of trainings as small as these
 @pytest.mark.parametrize("heading", slow_where(lambda name: name not in DEFAULT, SECTIONS))
-def test_the_snippets_run(heading, folder):
-    for language, text in SECTIONS[heading]:
-        named = re.match(r"# (\w+\.py)\n", text)
-        if named:
-            (folder / named[1]).write_text(text)
-        elif language == "python":
-            (folder / "script.py").write_text(text)
-            runpy.run_path("script.py")
+def test_the_commands_run(heading, folder):
+    for program, *words in SECTIONS[heading]:
+        if program == "python":
+            runpy.run_path(*words)
+        elif program == "wandb":  # its server hands out the words; test_sweep has the file
+            assert (REPOSITORY / words[-1]).is_file()
         else:
-            run_command(shlex.split(text.replace("\\\n", " ")))
+            main([*words, *small(words)])
 
 
-def run_command(words):
-    if words[0] == "wandb":  # its server hands out the words; the file is tested with the recipes
-        assert (REPOSITORY / words[-1]).is_file()
-        return
-    command = words[1]
-    tiny = [TINY[command]]
-    if command == "fit":
-        tiny += [TINY_MODEL] * ("--model.model" not in words) + [TINY_DATA] * (
-            "--data" not in words
-        )
-    main([*words[1:], *" ".join(tiny).split()])
+def small(words):
+    """Further words that make a command small."""
+    tiny = [TINY[words[0]]]
+    if words[0] == "fit":
+        tiny += [TINY_MODEL] * ("--model.model" not in words)
+        tiny += [TINY_DATA] * ("--data" not in words)
+    return " ".join(tiny).split()
+
+
+def test_a_heading_is_short():
+    page = (REPOSITORY / "docs/extending.md").read_text()
+    for part in re.split(r"^## ", page, flags=re.M)[1:]:
+        heading, *lines = [line for line in part.splitlines() if line]
+        assert len(lines) <= 10, heading
