@@ -15,6 +15,7 @@ from mobileone.export.formats.table import (
     FORMATS,
     Format,
     check_formats,
+    check_integers,
     check_packages,
 )
 from mobileone.export.isolation import isolated
@@ -29,6 +30,7 @@ from mobileone.export.verify.structure import (
     unfused_layers,
 )
 from mobileone.io.atomic import discard, publish_folder, staging
+from mobileone.quantization.deployed import is_quantized
 from mobileone.reparameterize import reparameterize
 
 __all__ = ["REJECTED", "RejectedError", "export_model"]
@@ -84,7 +86,8 @@ def export_model(
         RejectedError: a file computes something else than the model, beyond its format's tolerance,
             or has operations that the fused model has not. It is in `<directory>.rejected`.
         ImportError: a format needs a package that is not installed.
-        ValueError: an unknown format, or a model whose outputs do not have the shapes of `outputs`.
+        ValueError: an unknown format, one for floats where the network is quantized or the reverse,
+            or a model whose outputs do not have the shapes of `outputs`.
     """
     directory, chosen = Path(directory).expanduser(), check_formats(formats, table)
     rows = FORMATS if table is None else table
@@ -102,6 +105,7 @@ def export_model(
         reference = _inference_copy(model)
         expected_outputs = _outputs(reference, spec, images, outputs)
         fused = reparameterize(reference)
+        check_integers(chosen, is_quantized(fused), rows)
         checked = Reference(fused, expected_outputs, images)
         expected = fused_kinds(fused, normalize(images[:1], spec))
         problems = unfused_layers(fused)

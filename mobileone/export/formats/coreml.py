@@ -49,6 +49,7 @@ def write(
     metadata: Metadata,
     *,
     precision: Precision = "float16",
+    target: str = "iOS16",
 ) -> dict[str, Any]:
     """Convert `model` and save the `.mlpackage` folder at `path`.
 
@@ -62,6 +63,7 @@ def write(
         path: folder to write; must not exist.
         metadata: shown by Xcode, in addition to the spec as JSON.
         precision: of weights and arithmetic.
+        target: the first iOS that runs it.
 
     Returns:
         Description of the input and the outputs for the manifest.
@@ -71,9 +73,10 @@ def write(
             list(spec.class_names), predicted_feature_name=LABEL
         )
     network = WithPreprocessing(model, spec)
-    with converted(network, spec, path, precision, classifier_config=labels) as mlmodel:
+    options = {"classifier_config": labels, "target": target}
+    with converted(network, spec, path, precision, **options) as mlmodel:
         save(mlmodel, spec, path, metadata)
-    return _interface(spec, precision)
+    return {**_interface(spec, precision), "minimum_deployment_target": target}
 
 
 def converted(
@@ -101,6 +104,7 @@ def converted_for(
     given: Any,
     path: Path,
     precision: Precision,
+    target: str = "iOS16",
     **options: Any,
 ) -> Iterator[Any]:
     """Convert a network to an ML program; coremltools' own copy is removed at the end.
@@ -111,6 +115,7 @@ def converted_for(
         given: what it is in Core ML, a type of coremltools.
         path: where the package will be.
         precision: of weights and arithmetic.
+        target: the first iOS that runs it.
         options: of `coremltools.convert`, for the outputs.
 
     Returns:
@@ -126,7 +131,7 @@ def converted_for(
             inputs=[given],
             convert_to="mlprogram",
             compute_precision=ct.precision(precision),
-            minimum_deployment_target=ct.target.iOS16,
+            minimum_deployment_target=ct.target[target],
             skip_model_load=True,
             package_dir=str(package),
             **options,
@@ -155,6 +160,8 @@ def save(mlmodel: Any, spec: ExportSpec, path: Path, metadata: Metadata) -> None
     mlmodel.version = metadata.version or ""
     mlmodel.user_defined_metadata["spec"] = spec.to_json()
     mlmodel.save(str(path))
+    # for a profiler of ExecuTorch: a tenth of the file, which the package's own list leaves out
+    (path / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)
 
 
 def spec(path: Path) -> ExportSpec:
@@ -258,5 +265,4 @@ def _interface(spec: ExportSpec, precision: str) -> dict[str, Any]:
         "output": {"name": PROBABILITIES, "type": "dictionary", "kind": "probabilities"},
         "label": {"name": LABEL, "type": "string"},
         "compute_precision": precision,
-        "minimum_deployment_target": "iOS16",
     }

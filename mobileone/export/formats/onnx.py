@@ -107,8 +107,12 @@ def spec(path: Path) -> ExportSpec:
     return ExportSpec.from_json(properties.get("spec", ""))
 
 
-def session(model: str | bytes) -> Any:
+def session(model: str | bytes, optimized: Path | None = None) -> Any:
     """An onnxruntime session on the CPU, of a file or of its contents.
+
+    Args:
+        model: path or contents.
+        optimized: where to save the graph that is run, if at all, free of this machine's kernels.
 
     Raises:
         ImportError: the extra is not installed.
@@ -117,6 +121,9 @@ def session(model: str | bytes) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors: the rest is about the machine, not about the file
+    if optimized is not None:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(optimized)
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 

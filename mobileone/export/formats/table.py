@@ -23,6 +23,7 @@ from mobileone.export.formats import (
     coreai,
     coreml,
     executorch,
+    int8,
     litert,
     onnx,
     torch_export,
@@ -30,6 +31,7 @@ from mobileone.export.formats import (
 )
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify import coreml as coreml_checks
+from mobileone.export.verify import int8 as int8_checks
 from mobileone.export.verify.parity import (
     NotVerifiedError,
     Parity,
@@ -47,6 +49,7 @@ __all__ = [
     "FORMATS",
     "Format",
     "check_formats",
+    "check_integers",
     "check_packages",
     "format_of",
     "tensor_formats",
@@ -83,6 +86,8 @@ class Format:
             a file with other convolutions, norms or additions than the network is not published.
         check: the comparisons by name, one of them `parity`, in place of running the file and
             comparing its outputs.
+        integers: the file is of integers: it is written from a quantized network, and the others
+            from networks of floats.
     """
 
     filename: str
@@ -96,6 +101,7 @@ class Format:
     spec: Callable[[Path], ExportSpec] | None = None
     operations: Callable[[Path], Counter[str]] | None = None
     check: Callable[[Path, ExportSpec, Reference], dict[str, Parity]] | None = None
+    integers: bool = False
 
     def returns(self, spec: ExportSpec) -> str:
         """What the runner returns for a file with this spec: `logits` or `probabilities`."""
@@ -179,11 +185,29 @@ def _coreml(filename: str, precision: coreml.Precision, tolerance: float) -> For
     )
 
 
+def _int8(name: str, row: Format) -> Format:
+    """A row for the integer file that is run and read as the file of a float row."""
+    road = int8.ROADS[name]
+    return Format(
+        row.filename.replace("model.", "model.int8."),
+        road.write,
+        row.runner,
+        output=row.output,
+        optional_pixels=row.optional_pixels,
+        needs=row.needs,
+        spec=row.spec,
+        operations=road.operations,
+        check=partial(int8_checks.check, runner=row.runner, returns=row.returns, grids=road.grids),
+        integers=True,
+    )
+
+
 FORMATS = {
     **tensor_formats(),
     "coreml": _coreml("model.mlpackage", "float16", FLOAT16_TOLERANCE),
     "coreml_fp32": _coreml("model.fp32.mlpackage", "float32", FLOAT32_TOLERANCE),
 }
+FORMATS |= {f"{name}_int8": _int8(name, FORMATS[name]) for name in int8.ROADS}
 DEFAULT_FORMATS = ("torchscript", "coreml")
 
 
@@ -221,6 +245,34 @@ def check_packages(names: Iterable[str], table: Mapping[str, Format] | None = No
     known = FORMATS if table is None else table
     for name in names:
         require(known[name].needs, f"the `{name}` format")
+
+
+def check_integers(
+    names: Iterable[str], quantized: bool, table: Mapping[str, Format] | None = None
+) -> None:
+    """Make sure that the formats can hold a network.
+
+    Args:
+        names: of formats, known.
+        quantized: whether it is a network of integers.
+        table: where they are rows; None for `FORMATS`.
+
+    Raises:
+        ValueError: one is for the other kind of networks.
+    """
+    known = FORMATS if table is None else table
+    wrong = [name for name in names if known[name].integers != quantized]
+    fit = sorted(name for name, row in known.items() if row.integers == quantized)
+    if not wrong:
+        return
+    if quantized:
+        raise ValueError(
+            f"the formats {wrong} hold floats, and the network is quantized: choose from {fit}"
+        )
+    raise ValueError(
+        f"the formats {wrong} hold integers, and the network is not quantized: train it with "
+        f"--model.quantize int8, round it by `mobileone compress`, or choose from {fit}"
+    )
 
 
 def format_of(path: Path) -> str | None:

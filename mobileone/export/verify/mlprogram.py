@@ -117,6 +117,30 @@ class MLProgram:
             if op.type in ("conv", "linear") and op.arguments["weight"] in fixed
         ]
 
+    def integer_layers(self, kind: str) -> int:
+        """How many layers of a type have integers for weights and for their input."""
+        made_by = {name: op.type for op in self._operations for name, _ in op.outputs}
+        return sum(
+            made_by.get(op.arguments["x"]) == "dequantize"
+            and made_by.get(op.arguments["weight"]) == "constexpr_affine_dequantize"
+            for op in self._operations
+            if op.type == kind
+        )
+
+    def grids(self) -> list[tuple[float, int]]:
+        """Scale and zero point, as a code 0..255, of each `quantize`."""
+        fixed, found = self._constants(rounding=False), []
+        for op in self._operations:
+            if op.type == "quantize":
+                given = {
+                    name: _resolve(value, fixed)
+                    for name, value in op.arguments.items()
+                    if name != "input"
+                }
+                shift = 128 if given["output_dtype"] == "int8" else 0
+                found.append((float(given["scale"]), int(given.get("zero_point") or 0) + shift))
+        return found
+
     @torch.no_grad()
     def predict(self, images: Tensor, *, rounding: bool = True) -> Prediction:
         """Run the program on 8-bit images (N, C, H, W), RGB or gray, one by one.

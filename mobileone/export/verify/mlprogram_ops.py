@@ -64,6 +64,25 @@ def _affine_dequantize(
     return (data - zero.view(shape)) * factor.view(shape)
 
 
+def _quantize(
+    input: Tensor, scale: Any, output_dtype: str, zero_point: Any = None, axis: int | None = None
+) -> Tensor:
+    """Codes of one scale a tensor, halves to the even one, as numbers."""
+    limits = {"int8": (-128, 127), "uint8": (0, 255)}
+    if output_dtype not in limits or torch.as_tensor(scale).numel() != 1:
+        raise NotImplementedError(f"output_dtype {output_dtype!r}, or a scale for each channel")
+    steps = torch.round(input / torch.as_tensor(scale)) + torch.as_tensor(zero_point or 0)
+    return steps.clamp(*limits[output_dtype])
+
+
+def _dequantize(
+    input: Tensor, scale: Any, zero_point: Any = None, axis: int | None = None
+) -> Tensor:
+    if torch.as_tensor(scale).numel() != 1:
+        raise NotImplementedError("a scale for each channel")
+    return (input - torch.as_tensor(zero_point or 0)) * torch.as_tensor(scale)
+
+
 def _lut_to_dense(indices: Tensor, lut: Tensor, shape: list[int]) -> Tensor:
     """Indices packed in bytes, lowest bits first, into a table of 2^bits values."""
     bits = (lut.numel() - 1).bit_length()
@@ -127,6 +146,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "constexpr_affine_dequantize": _affine_dequantize,
     "constexpr_lut_to_dense": _lut_to_dense,
     "conv": _conv,
+    "dequantize": _dequantize,
     "exp": lambda x: x.exp(),
     "gelu": _gelu,
     "identity": lambda x: x,
@@ -134,6 +154,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "matmul": _matmul,
     "minimum": lambda x, y: torch.minimum(x, torch.as_tensor(y)),
     "mul": lambda x, y: x * y,
+    "quantize": _quantize,
     "reduce_max": lambda x, axes, keep_dims: x.amax(axes, keep_dims),
     "reduce_mean": lambda x, axes, keep_dims: x.mean(axes, keep_dims),
     "relu": lambda x: x.relu(),

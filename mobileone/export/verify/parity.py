@@ -71,6 +71,7 @@ class Parity:
             boxes, `max|model|` is that of all images.
         top1_agreement: share of the images given the same class, 0..1; of classifiers only.
         tolerance: largest `max_relative_error` that is accepted.
+        min_agreement: least `top1_agreement` that is accepted.
     """
 
     status: str
@@ -80,20 +81,31 @@ class Parity:
     max_relative_error: float | None = None
     top1_agreement: float | None = None
     tolerance: float | None = None
+    min_agreement: float | None = None
 
     @property
     def accepted(self) -> bool:
-        """False if the outputs are not finite, or their error is above the tolerance."""
-        if self.status == "not finite":
+        """False if the outputs are not finite, err too much, or agree too seldom."""
+        if self.status == "not finite" or self._disagrees:
             return False
         if self.max_relative_error is None or self.tolerance is None:
             return True
         return self.max_relative_error <= self.tolerance
 
+    @property
+    def _disagrees(self) -> bool:
+        given = self.top1_agreement is not None and self.min_agreement is not None
+        return given and self.top1_agreement < self.min_agreement  # type: ignore[operator]
+
     def problem(self) -> str | None:
         """The reason why it is not accepted; None if it is."""
         if self.accepted:
             return None
+        if self._disagrees:
+            return (
+                f"the network's class for {self.top1_agreement:.1%} of {self.images} images, which "
+                f"is less than {self.min_agreement:.0%}"
+            )
         if self.max_relative_error is None:
             return self.reason
         return (

@@ -1,0 +1,127 @@
+"""Integer files: published if they are the quantized network, and only then."""
+
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+from torch import nn
+
+from mobileone.export import FORMATS
+from mobileone.export.artifact import RejectedError, export_model
+from mobileone.export.formats.table import check_integers
+from mobileone.export.preprocess import normalize
+from mobileone.export.verify.parity import fixed_images
+from mobileone.quantization.deployed import QuantizedConv2d
+from mobileone.quantization.post_training import quantize_fused
+from mobileone.reparameterize import reparameterize
+from tests.helpers.tiny import tiny_network, tiny_spec
+
+INTEGER = sorted(name for name, row in FORMATS.items() if row.integers)
+SPEC = tiny_spec()
+IMAGES = fixed_images(SPEC, 64)
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    return quantize_fused(reparameterize(tiny_network()), normalize(IMAGES, SPEC))
+
+
+def export(network, name, folder, change=None):
+    """Export; with `change`, of a network that was changed after it was validated."""
+    row = FORMATS[name]
+
+    def write(model, *arguments):
+        changed = deepcopy(model)
+        if change:
+            change(changed)
+        return row.write(changed, *arguments)
+
+    table = {name: replace(row, write=write)}
+    return export_model(network, SPEC, folder, [name], images=IMAGES, table=table)
+
+
+@pytest.mark.parametrize("name", INTEGER)
+def test_a_quantized_network_becomes_a_file_of_integers(name, quantized, tmp_path):
+    entry = export(quantized, name, tmp_path / "artifact").formats[name]
+    assert entry["operations"]["conv.integer"] == 2
+    assert entry["parity"]["images"] == 64
+    assert entry["parity"]["top1_agreement"] >= 0.99
+    assert entry["weights_parity"]["max_relative_error"] == 0
+
+
+def convolution(network) -> QuantizedConv2d:
+    return next(m for m in network.modules() if isinstance(m, QuantizedConv2d))
+
+
+def change_weight(network):
+    weight = convolution(network).weight
+    weight.view(-1)[7] += 1 if weight.view(-1)[7] < 100 else -1
+
+
+def change_weight_scale(network):
+    convolution(network).weight_scale[3] *= 1.01
+
+
+def change_input_scale(network):
+    convolution(network).input.scale *= 1.5
+
+
+def change_zero_point(network):
+    convolution(network).input.zero_point -= 60
+
+
+def change_bias(network):
+    convolution(network).bias += 3
+
+
+@pytest.mark.parametrize("name", INTEGER)
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (change_weight, "weights parity"),
+        (change_weight_scale, "weights parity"),
+        (change_input_scale, "parity"),
+        (change_zero_point, "parity"),
+        (change_bias, "parity"),
+    ],
+)
+def test_a_changed_number_is_caught(name, change, reason, quantized, tmp_path):
+    with pytest.raises(RejectedError, match=f"{name}: .*{reason}"):
+        export(quantized, name, tmp_path / "artifact", change)
+    assert not (tmp_path / "artifact").exists()
+
+
+def in_floats(network):
+    """Its first convolution as one of floats with the same results."""
+    layer = convolution(network)
+    conv = nn.Conv2d(3, 8, 3, stride=layer.stride, padding=layer.padding).requires_grad_(False)
+    conv.weight.copy_(layer.dequantized_weight())
+    conv.bias.copy_(layer.bias)
+    network[0].reparam_conv = conv
+
+
+@pytest.mark.parametrize("name", INTEGER)
+def test_a_convolution_that_is_not_of_integers_is_caught(name, quantized, tmp_path):
+    with pytest.raises(RejectedError, match="1 convolutions where the fused network has 2"):
+        export(quantized, name, tmp_path / "artifact", in_floats)
+
+
+@pytest.mark.parametrize("name", ["onnx", "coreml", "torchscript", "torch_export"])
+def test_floats_do_not_hold_a_quantized_network(name, quantized, tmp_path):
+    with pytest.raises(ValueError, match=rf"\['{name}'\] hold floats.*onnx_int8"):
+        export_model(quantized, SPEC, tmp_path / "artifact", [name])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", INTEGER)
+def test_integers_do_not_hold_a_network_of_floats(name, tmp_path):
+    with pytest.raises(ValueError, match=r"--model.quantize int8.*mobileone compress"):
+        export_model(tiny_network(), SPEC, tmp_path / "artifact", [name])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_formats_are_checked_without_a_network():
+    check_integers(["onnx"], quantized=False)
+    check_integers(["onnx_int8", "coreml_int8"], quantized=True)
+    with pytest.raises(ValueError, match="hold floats"):
+        check_integers(["onnx_int8", "onnx"], quantized=True)
