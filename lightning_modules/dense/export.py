@@ -16,6 +16,7 @@ from mobileone.dense.export import BOXES, LOGITS, box_formats, map_formats
 from mobileone.export import ExportSpec, Format, Manifest, Metadata, TrainingState, export_model
 from mobileone.export.checkpoint import read_checkpoint
 from mobileone.export.formats.table import DEFAULT_FORMATS
+from mobileone.io.plain_arguments import registered_name
 
 __all__ = ["export_detector", "export_segmenter"]
 
@@ -115,7 +116,7 @@ def _load(kind: type[Any], checkpoint: str | Path) -> tuple[Any, TrainingState]:
     contents = read_checkpoint(path)
     try:
         module: LightningModule = kind.load_from_checkpoint(
-            path, map_location="cpu", weights_only=True
+            path, map_location="cpu", weights_only=True, **_fetching_nothing(contents)
         )
     except (RuntimeError, TypeError, KeyError, ValueError, ArgumentError) as error:
         raise ValueError(
@@ -123,3 +124,9 @@ def _load(kind: type[Any], checkpoint: str | Path) -> tuple[Any, TrainingState]:
         ) from error
     where = contents.get("epoch"), contents.get("global_step")
     return module, TrainingState(*where, checkpoint=path.name)
+
+
+def _fetching_nothing(contents: dict[str, Any]) -> dict[str, Any]:
+    """In place of what the checkpoint says: it brings its weights, and an address is no name."""
+    known = dict(contents.get("hyper_parameters", {}))
+    return {"pretrained": False, **{k: registered_name(known[k]) for k in ("model",) if k in known}}

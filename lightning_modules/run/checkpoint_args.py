@@ -1,18 +1,24 @@
 """The checkpoint that a user names by `--ckpt_path`, and what follows from it."""
 
+import json
 import re
+import sys
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules.errors import UsageError
 from lightning_modules.run.config_files import option_value, option_values
 from lightning_modules.run.folder import RunFolder
 from lightning_modules.run.parser import class_arguments, class_path
 from lightning_modules.run.resume import newest_usable
+from lightning_modules.run.wandb_logger import WandbOptions
 from mobileone.export.checkpoint import read_checkpoint
+from mobileone.io.plain_arguments import plain_arguments, registered_name
 
 __all__ = ["check_run_config", "hyper_parameters", "load_ckpt_arg", "prepend_run_config"]
 
@@ -29,6 +35,8 @@ _OF_THE_DATA = ("num_classes", "in_chans", "pretrained", "weights", "_instantiat
 def prepend_run_config(argv: list[str], all_data: bool) -> list[str]:
     """Put the configuration of `--ckpt_path`'s run before arguments that give none.
 
+    It may be somebody else's: what would fetch weights, or says where a run writes, is not taken.
+
     Args:
         argv: Of the subcommand.
         all_data: Whether all data are wanted, whatever limits the run had.
@@ -44,8 +52,15 @@ def prepend_run_config(argv: list[str], all_data: bool) -> list[str]:
     found = RunFolder.of_checkpoint(checkpoint)
     if found is None or not found.config.is_file():
         return argv
-    check_run_config(found.config, _given_names(argv))
-    return ["--config", str(found.config), *(_ALL_DATA if all_data else ()), *argv]
+    replaced = check_run_config(found.config, _given_names(argv))
+    if replaced:
+        options = ", ".join(word.partition("=")[0] for word in replaced)
+        rank_zero_only(print)(
+            f"not taken from {found.config}, where it may come from elsewhere: {options}; give "
+            f"these again, or --config {found.config}",
+            file=sys.stderr,
+        )
+    return ["--config", str(found.config), *replaced, *(_ALL_DATA if all_data else ()), *argv]
 
 
 def _given_names(argv: list[str]) -> set[str]:
@@ -91,6 +106,17 @@ def hyper_parameters(
         raise UsageError(
             f"the checkpoint {checkpoint} is not of `{program}`, which has no {unknown[0]!r}"
         )
+    if address := _address(known.get("teacher")):
+        del known["teacher"]
+        if option_value(sys.argv, "--model.teacher", "--config") is None:
+            raise UsageError(
+                f"the checkpoint {checkpoint} names the teacher {address!r}, and no checkpoint "
+                "decides what is fetched: if you trust it, give --model.teacher with it, or null"
+            )
+    if isinstance(known.get("model"), str):
+        known["model"] = registered_name(known["model"])
+    if isinstance(known.get("model_kwargs"), Mapping):
+        known["model_kwargs"] = plain_arguments(known["model_kwargs"])
     return {k: v for k, v in known.items() if k in taken}
 
 
@@ -122,18 +148,22 @@ _NO_SECTIONS = ("ckpt_path", "imports", "resume", "seed_everything", "verbose", 
 _NAME = re.compile(r"[\w.:]+")
 _PLAIN = re.compile(r"\w*")
 _FUNCTION = re.compile(r"[\w.]+:\w+")  # of a data set, as module:function
+_PLACE = re.compile(r"[/\\~]|\.\.")  # of a file
 _IMPORTABLE = re.compile(r"[A-Za-z_]\w*(\.\w+)+")
 
 
-def check_run_config(path: Path, given: Collection[str] = ()) -> None:
+def check_run_config(path: Path, given: Collection[str] = ()) -> list[str]:
     """Refuse a configuration that nobody gave and that would import code of the sender's choice.
 
     Values are taken as they are. Classes are taken from Lightning and this project, with arguments
-    that name nothing to import: some of Lightning's call what they are given.
+    that name nothing to import and no place: some of Lightning's call what they are given.
 
     Args:
         path: The configuration.
         given: Names that the command line gives, so that they may be imported.
+
+    Returns:
+        Options that stand in place of what it says about where a run writes and what is fetched.
 
     Raises:
         ValueError: it names other classes or files, or cannot be read.
@@ -148,9 +178,50 @@ def check_run_config(path: Path, given: Collection[str] = ()) -> None:
     foreign = next((name for name in _foreign(values) if name not in given), None)
     if foreign is not None:
         raise ValueError(
-            f"{path}, found next to the checkpoint, names {foreign!r} to be imported and run: "
-            f"refused, for it may be somebody else's. If you trust it: --config {path}"
+            f"{path}, found next to the checkpoint, names {foreign!r} to be imported and run, read "
+            f"or fetched: refused, for it may be somebody else's. If you trust it: --config {path}"
         )
+    return [f"--{option}={value}" for option, value in _replaced(values)]
+
+
+_NOWHERE = {
+    "trainer": ("logger", "profiler", "default_root_dir", "model_registry"),
+    "checkpoint": ("dirpath",),
+    "snapshots": ("dirpath",),
+}
+_UNFETCHED = {"model": "pretrained", "data": "download"}
+
+
+def _replaced(values: Any) -> Iterator[tuple[str, Any]]:
+    """What is not taken, and what stands in its place."""
+    sections = {name: _arguments(section) for name, section in (values or {}).items()}
+    for section, names in _NOWHERE.items():
+        for name in names:
+            if sections.get(section, {}).get(name) not in (None, True, False):
+                yield f"{section}.{name}", "null"
+    for section, name in _UNFETCHED.items():
+        if sections.get(section, {}).get(name):
+            yield f"{section}.{name}", "false"
+    for field in fields(WandbOptions):
+        value = sections.get("wandb", {}).get(field.name, field.default)
+        if value not in (field.default, "disabled"):
+            yield f"wandb.{field.name}", json.dumps(field.default).strip('"')
+    model = sections.get("model", {}).get("model")
+    if _address(model):
+        yield "model.model", registered_name(model)
+
+
+def _arguments(section: Any) -> Mapping[str, Any]:
+    """Of a section, or of the class in it."""
+    if not isinstance(section, Mapping):
+        return {}
+    inner = section.get("init_args")
+    return {**section, **(inner if isinstance(inner, Mapping) else {})}
+
+
+def _address(name: Any) -> str | None:
+    """A name that is looked up in a network or a folder, not in timm's registry."""
+    return name if isinstance(name, str) and name != registered_name(name) else None
 
 
 def _foreign(values: Any) -> Iterator[str]:
@@ -171,6 +242,8 @@ def _foreign(values: Any) -> Iterator[str]:
         # a string with a dot or a slash is the path of a class or of a file
         if isinstance(item, str) and not _PLAIN.fullmatch(item):
             yield item
+    if _PLACE.search(str(_arguments(values.get("checkpoint")).get("filename"))):
+        yield str(values["checkpoint"]["filename"])
     rest = {key: value for key, value in values.items() if key not in ("model", "data")}
     yield from _classes(rest)
 
@@ -200,9 +273,13 @@ def _foreign_in_section(section: Any) -> Iterator[str]:
     if not str(given.get("class_path", _OURS[0])).startswith(_OURS):
         yield str(given["class_path"])
     if isinstance(arguments, Mapping):
+        both = _arguments(given)
         for dataset in (str(given.get("dataset")), str(arguments.get("dataset"))):
             if _FUNCTION.fullmatch(dataset):
                 yield dataset
+        yield from filter(None, [_address(both.get("teacher"))])
+        if both.get("model_kwargs") != _plain_arguments(both.get("model_kwargs")):
+            yield "model_kwargs"
         yield from _classes(arguments)
 
 
@@ -221,15 +298,23 @@ def _classes(value: Any) -> Iterator[str]:
 
 
 def _words(value: Any, key: str = "") -> Iterator[str]:
-    """Importable names among the arguments of a class; classes within are judged on their own."""
+    """Importable names and paths among a class's arguments; classes within are judged alone."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield from _words(inner, name)
     elif isinstance(value, list):
         for inner in value:
             yield from _words(inner, key)
-    elif isinstance(value, str) and key != "class_path" and _IMPORTABLE.fullmatch(value):
-        yield value
+    elif isinstance(value, str) and key != "class_path":
+        if _IMPORTABLE.fullmatch(value) or _PLACE.search(value):
+            yield value
+
+
+def _plain_arguments(given: Any) -> dict[str, Any] | None:
+    try:
+        return plain_arguments(given) if given else given
+    except (ValueError, AttributeError):
+        return None
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -55,6 +55,7 @@ from lightning_modules.run.wandb_logger import (
 )
 from lightning_modules.run.warning_filters import silence_known_messages
 from mobileone import reparameterize
+from mobileone.io.plain_arguments import registered_name
 from mobileone.io.user_modules import import_user_modules, put_current_folder_on_path
 from mobileone.quantization import scheme_of
 
@@ -255,7 +256,7 @@ class TrainingCLI(LightningCLI):
             )
         name = config.get("model.init_args.model")
         trained = self.known.get("model", name)
-        if trained != name:
+        if name is not None and registered_name(trained) != registered_name(name):
             raise UsageError(
                 f"the checkpoint {config.ckpt_path} holds a {trained}, not a {name}: "
                 f"leave --model.model out or set it to {trained}"
@@ -384,8 +385,10 @@ class TrainingCLI(LightningCLI):
             return
         words = ["fit", "--ckpt_path", str(last)]
         try:
-            check_run_config(self.run.config)
+            complete = not check_run_config(self.run.config)
         except ValueError:  # code of the user's own, whose configuration must be given
+            complete = False
+        if not complete:
             words += ["--config", str(self.run.config)]
         # a line of its own, wherever the progress bar was stopped
         print(f"\nto continue: {self.program} {shlex.join(words)}")

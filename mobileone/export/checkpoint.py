@@ -15,6 +15,7 @@ from mobileone.export.formats.table import DEFAULT_FORMATS
 from mobileone.export.isolation import isolated
 from mobileone.export.manifest import Manifest, TrainingState
 from mobileone.export.spec import ExportSpec, Metadata
+from mobileone.io.plain_arguments import plain_arguments, registered_name
 from mobileone.io.safe_pickle import explain_refusal
 from mobileone.quantization import quantize
 
@@ -194,7 +195,7 @@ def load_model(
 
 
 def build_network(spec: ExportSpec, hyper_parameters: Mapping[str, Any]) -> nn.Module:
-    """The network that a checkpoint's hyper-parameters name, with fresh weights.
+    """The network that a checkpoint's hyper-parameters name, with fresh weights; fetches nothing.
 
     Args:
         spec: number of classes and of input channels.
@@ -202,11 +203,13 @@ def build_network(spec: ExportSpec, hyper_parameters: Mapping[str, Any]) -> nn.M
             `quantize` and `quantize_kwargs` of a network that was trained as integers.
 
     Raises:
+        UnsafeFileError: `model_kwargs` has values that are not plain.
         ValueError: timm does not know the name, or cannot build the model.
     """
-    name = hyper_parameters.get("model") or spec.model_name
-    arguments = {"in_chans": spec.input_size[0], **(hyper_parameters.get("model_kwargs") or {})}
-    if not {":", "/"} & set(name) and not timm.is_model(name):
+    name = registered_name(str(hyper_parameters.get("model") or spec.model_name))
+    given = plain_arguments(hyper_parameters.get("model_kwargs"))
+    arguments = {"in_chans": spec.input_size[0], **given, "pretrained": False}
+    if not timm.is_model(name):
         raise ValueError(
             f"timm knows no model {name!r}: if your own module registers it, import that module "
             "with --imports '[my_networks]' (a checkpoint never names modules to import)"

@@ -4,6 +4,7 @@ import pytest
 import torch
 import yaml
 
+from lightning_modules.cli.main import main
 from lightning_modules.errors import UsageError
 from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.run.checkpoint_args import (
@@ -11,9 +12,11 @@ from lightning_modules.run.checkpoint_args import (
     hyper_parameters,
     prepend_run_config,
 )
-from tests.helpers.command import error_of
+from tests.helpers.command import FIT, error_of
+from tests.helpers.fetching import fetching
 
 EVIL = {"class_path": "evil.Callback"}
+SAVER = "lightning.pytorch.callbacks.ModelCheckpoint"
 LAMBDA = {
     "class_path": "lightning.pytorch.callbacks.LambdaCallback",
     "init_args": {"on_fit_start": "os.abort"},
@@ -50,6 +53,14 @@ GOOD = {
         ({"trainer": {"callbacks": [["evil.Callback"]]}}, "evil.Callback"),
         ({"imports+": ["evil"]}, r"imports\+"),
         ({"ema": "other.yaml"}, "other.yaml"),
+        ({"model": {"teacher": "hf-hub:sender/net"}}, "hf-hub:sender/net"),
+        ({"model": {"model_kwargs": {"cache_dir": "x"}}}, "model_kwargs"),
+        ({"model": {"init_args": {"model_kwargs": {"a": "file:x"}}}}, "model_kwargs"),
+        ({"checkpoint": {"filename": "../../{step}"}}, r"\.\./\.\./{step}"),
+        (
+            {"trainer": {"callbacks": {"class_path": SAVER, "init_args": {"dirpath": "/etc"}}}},
+            "/etc",
+        ),
     ],
 )
 def test_foreign_classes_are_refused(tmp_path, values, named):
@@ -76,13 +87,66 @@ def test_values_and_lightnings_classes_are_taken(tmp_path):
         check_run_config(path)
 
 
+def test_where_a_run_writes_is_not_taken_and_nothing_is_fetched(tmp_path, capsys):
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "run.json").write_text('{"wandb_id": "x"}')
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "x"}}
+    values = {
+        "trainer": {"logger": logger, "default_root_dir": "/x", "max_epochs": 3, "profiler": None},
+        "wandb": {"mode": "online", "entity": "sender", "project": "mobileone", "tags": None},
+        "checkpoint": {"dirpath": "/x", "filename": "{step}"},
+        "model": {"model": "hf-hub:sender/resnet18.a1_in1k", "pretrained": True, "lr": 0.5},
+        "data": {"init_args": {"download": True, "root": "data/pets"}},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    given = ["--ckpt_path", str(folder / "checkpoints/x.ckpt")]
+    replaced = [
+        *("--trainer.logger=null", "--trainer.default_root_dir=null", "--checkpoint.dirpath=null"),
+        *("--model.pretrained=false", "--data.download=false"),
+        *("--wandb.mode=offline", "--wandb.entity=null", "--model.model=resnet18.a1_in1k"),
+    ]
+    config = str(folder / "config.yaml")
+    assert prepend_run_config(given, all_data=False) == ["--config", config, *replaced, *given]
+    assert "--wandb.mode" in capsys.readouterr().err
+    trusted = ["--config", config, *given]
+    assert prepend_run_config(trusted, all_data=False) == trusted
+
+
+def test_the_parser_takes_what_stands_in_place(tmp_path, monkeypatch):
+    """Through the command itself: the logger of the file is not made, its values are used."""
+    monkeypatch.chdir(tmp_path)
+    main([*FIT, "--run.root", str(tmp_path / "runs"), "--trainer.max_epochs", "1"])
+    (checkpoint,) = (tmp_path / "runs").glob("*/2*/checkpoints/epoch*.ckpt")
+    config = checkpoint.parents[1] / "config.yaml"
+    values = yaml.safe_load(config.read_text())
+    elsewhere = tmp_path / "elsewhere"
+    values["trainer"]["logger"] = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": "elsewhere"},
+    }
+    values["trainer"]["default_root_dir"] = str(elsewhere)
+    folder, served = fetching(tmp_path)
+    config.write_text(yaml.safe_dump(values))
+    main(["validate", "--ckpt_path", str(checkpoint)])
+    assert not elsewhere.exists()
+
+    contents = torch.load(checkpoint, weights_only=True)
+    contents["hyper_parameters"]["model_kwargs"] = served
+    alone = tmp_path / "alone.ckpt"
+    torch.save(contents, alone)
+    data = ["--data.dataset", "digits", "--data.input_size", "32", "--data.batch_size", "8"]
+    main(["validate", "--ckpt_path", str(alone), *data, "--wandb.mode", "disabled"])
+    assert not folder.exists()
+
+
 def test_the_command_asks_for_the_configuration(tmp_path, capsys):
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     torch.save({"state_dict": {}}, tmp_path / "run/checkpoints/x.ckpt")
     (tmp_path / "run/run.json").write_text('{"wandb_id": "x"}')
     (tmp_path / "run/config.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [EVIL]}}))
     said = error_of(capsys, "fit", "--ckpt_path", tmp_path / "run/checkpoints/x.ckpt")
-    assert "names 'evil.Callback' to be imported and run: refused" in said
+    assert "names 'evil.Callback' to be imported and run, read or fetched: refused" in said
 
 
 def test_hyper_parameters_of_a_checkpoint_import_nothing(tmp_path):

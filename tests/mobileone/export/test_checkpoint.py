@@ -1,9 +1,14 @@
+from decimal import Decimal
+
 import pytest
 import timm
 import torch
 
 from mobileone.export import export_checkpoint, load_torchscript_artifact
-from mobileone.export.checkpoint import model_weights
+from mobileone.export.checkpoint import build_network, model_weights
+from mobileone.export.spec import ExportSpec
+from mobileone.io.safe_pickle import UnsafeFileError
+from tests.helpers.fetching import fetching
 from tests.helpers.norms import randomize_bn
 from tests.helpers.tiny import tiny_spec
 
@@ -116,6 +121,28 @@ def test_a_damaged_a_foreign_and_a_missing_file(contents, tmp_path):
         export_checkpoint(path, tmp_path / "artifact")
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         export_checkpoint(tmp_path / "none.ckpt", tmp_path / "artifact")
+
+
+def test_a_checkpoint_fetches_nothing(contents, tmp_path):
+    folder, contents["hyper_parameters"]["model_kwargs"] = fetching(tmp_path)
+    export_checkpoint(save(contents, tmp_path / "x.ckpt"), tmp_path / "artifact", FORMATS)
+    assert not folder.exists()
+
+
+def test_an_address_is_taken_for_the_name_in_it(contents, tmp_path, monkeypatch):
+    def fetch(*arguments, **options):
+        raise AssertionError("the address was looked up")
+
+    monkeypatch.setattr("timm.models._factory.load_model_config_from_hf", fetch)
+    contents["hyper_parameters"]["model"] = "hf-hub:sender/mobileone_s0.apple_in1k@main"
+    export_checkpoint(save(contents, tmp_path / "x.ckpt"), tmp_path / "artifact", FORMATS)
+
+
+@pytest.mark.parametrize("value", ["../x", "a/b", "https://a", Decimal(1), [{"x": "file:y"}]])
+def test_arguments_that_are_not_plain_are_refused(contents, value):
+    spec = ExportSpec.from_dict(contents["export_spec"])
+    with pytest.raises(UnsafeFileError, match="`model_kwargs` of the file has drop_rate="):
+        build_network(spec, {"model": "mobileone_s0", "model_kwargs": {"drop_rate": value}})
 
 
 class Evil:
