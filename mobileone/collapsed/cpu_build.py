@@ -1,8 +1,8 @@
 """The CPU kernels as a library: compiled once a machine with its own compiler, and cached.
 
 The build takes a few seconds, happens at the first training step, and stays in
-`$XDG_CACHE_HOME/mobileone` (default `~/.cache/mobileone`), or, where nothing can be written there,
-in a folder of this user's among the temporary files.
+`$XDG_CACHE_HOME/mobileone` (default `~/.cache/mobileone`), or, where nothing can be written there
+or others could, in a folder of this user's among the temporary files.
 """
 
 import ctypes
@@ -42,7 +42,7 @@ def load() -> ctypes.CDLL | None:
             digest = _digest(compiler)
             for folder in _folders():
                 try:
-                    return ctypes.CDLL(str(_built(compiler, digest, folder)))
+                    return ctypes.CDLL(str(_built(compiler, digest, _private(folder))))
                 except (OSError, subprocess.SubprocessError) as error:  # read-only, noexec, full
                     failure = error
         except (OSError, subprocess.SubprocessError) as error:
@@ -56,23 +56,26 @@ def _folders() -> Iterator[Path]:
     with suppress(RuntimeError):  # a user without an entry in passwd has no home
         yield Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mobileone"
     if hasattr(os, "getuid"):
-        yield _private(Path(tempfile.gettempdir()) / f"mobileone-{os.getuid()}")
+        yield Path(tempfile.gettempdir()) / f"mobileone-{os.getuid()}"
 
 
 def _private(folder: Path) -> Path:
     """Make a folder in which nobody else can plant a library, or make sure that it is one.
 
+    Whoever can write to a folder above could put another in its place.
+
     Raises:
-        PermissionError: It is somebody else's, or open to others.
+        PermissionError: It is somebody else's, or others can write to it.
     """
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if (
-        not stat.S_ISDIR(found.st_mode)
-        or found.st_uid != os.getuid()
-        or stat.S_IMODE(found.st_mode) & 0o077
-    ):
-        raise PermissionError(f"{folder} is open to others")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if hasattr(os, "getuid"):
+        place = folder.resolve()
+        for path in (place, *place.parents):
+            found = path.stat()
+            ours = found.st_uid == os.getuid() or (path != place and found.st_uid == 0)
+            shared = found.st_mode & 0o022 and (path == place or not found.st_mode & stat.S_ISVTX)
+            if not ours or shared:
+                raise PermissionError(f"{path} is open to others")
     return folder
 
 
@@ -92,9 +95,9 @@ def _built(compiler: str, digest: str, folder: Path) -> Path:
     it, and is built again instead.
     """
     for known in sorted(folder.glob(f"collapsed-{digest}-*.so")):
-        if known.stem.endswith(_hash(known.read_bytes())):
+        # a named pipe would be waited for
+        if known.is_file() and known.stem.endswith(_hash(known.read_bytes())):
             return known
-    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as work:
         fresh = Path(work) / "collapsed.so"
         sources = [str(Path(__file__).with_name(name)) for name in _SOURCES]

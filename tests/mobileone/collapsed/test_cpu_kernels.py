@@ -97,3 +97,38 @@ def test_a_library_cut_short_is_built_again(place):
     second = Path(build.load()._name)
     assert second.stem.endswith(build._hash(second.read_bytes()))
     assert [path.stat().st_size > 5000 for path in first.parent.glob("*.so")] == [True]
+
+
+def folder_of_cache(place, monkeypatch, mode=0o755, parent=0o755):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+    folder = place / "cache/mobileone"
+    folder.mkdir(parents=True)
+    folder.chmod(mode)
+    folder.parent.chmod(parent)
+    return folder
+
+
+@needs_kernels
+@pytest.mark.parametrize("mode, parent", [(0o777, 0o755), (0o775, 0o755), (0o700, 0o777)])
+def test_a_cache_that_others_can_write_to_is_not_used(place, monkeypatch, mode, parent):
+    folder = folder_of_cache(place, monkeypatch, mode, parent)
+    assert build.load()._name.startswith(str(place / "mobileone-"))
+    assert not any(folder.iterdir())
+
+
+@needs_kernels
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+@pytest.mark.parametrize("level", ["cache/mobileone", "cache"])
+def test_a_cache_of_another_user_is_not_used(place, monkeypatch, level):
+    folder = folder_of_cache(place, monkeypatch)
+    os.chown(place / level, 12345, 12345)  # as `sudo` finds the home of who calls it
+    assert build.load()._name.startswith(str(place / "mobileone-"))
+    assert not any(folder.iterdir())
+
+
+@needs_kernels
+def test_a_cache_that_others_can_read_is_used_and_a_named_pipe_in_it_is_not(place, monkeypatch):
+    folder = folder_of_cache(place, monkeypatch)
+    monkeypatch.setattr(build, "_digest", lambda compiler: "0")
+    os.mkfifo(folder / "collapsed-0-0.so")
+    assert build.load()._name.startswith(str(folder))
