@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from timm.data import ImageDataset
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
 from lightning_modules.checks import label_fault
-from lightning_modules.data.image_io import convert, read_image, why_unreadable
+from lightning_modules.data.image_io import convert, open_image, read_image, why_unreadable
 from lightning_modules.data.samplers import SampleKey
 from lightning_modules.data.transforms import PhasedTransform
 from lightning_modules.errors import UnreadableImageError
@@ -130,10 +131,15 @@ class ImageClassificationDataset(Dataset[Sample]):
             image, target = self.source[index]
             if isinstance(image, Image.Image):
                 return convert(image, self.mode), target
-            with Path(image).open("rb") as file:
+            with open_image(image) as file:
                 return read_image(file, self.mode), target
         # past timm's ImageDataset, which would replace a broken image without saying so
-        file, target = self.source.reader[index]
+        reader = self.source.reader
+        if isinstance(reader, ReaderImageFolder):
+            path, target = reader.samples[index]
+            file = open_image(path)
+        else:
+            file, target = reader[index]
         with file:
             return read_image(file, self.mode), target
 

@@ -1,8 +1,12 @@
 """Turn an image file of any color mode into 8-bit gray, RGB or RGBA."""
 
 import glob
+import os
+import stat
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import cache
+from os import PathLike
 from pathlib import Path
 from typing import IO
 
@@ -14,6 +18,7 @@ __all__ = [
     "IMAGE_SUFFIXES",
     "color_mode",
     "find_images",
+    "open_image",
     "read_image",
     "why_unreadable",
 ]
@@ -21,6 +26,8 @@ __all__ = [
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 """File names that count as images, compared in lower case."""
 
+# Pillow knows many more, and one of them starts another program
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 _FLOATING = "its floating-point values"
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -39,6 +46,27 @@ def color_mode(channels: int) -> str:
     return _MODES[channels]
 
 
+def open_image(path: str | PathLike[str]) -> IO[bytes]:
+    """Open a file of images.
+
+    Raises:
+        OSError: There is none, or it is a named pipe or a device, which may never end.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", getattr(os, "O_BINARY", 0)))
+    file = os.fdopen(descriptor, "rb")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        file.close()
+        raise OSError("it is a named pipe, a folder or a device, and not a file")
+    return file
+
+
+@cache
+def _readable_formats() -> list[str]:
+    """Those of ours that this Pillow was built with."""
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
+
+
 def read_image(file: IO[bytes], mode: str) -> Image.Image:
     """Decode ``file`` completely and convert it to ``mode`` ("L", "RGB" or "RGBA").
 
@@ -47,7 +75,7 @@ def read_image(file: IO[bytes], mode: str) -> Image.Image:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(file) as image:
+        with Image.open(file, formats=_readable_formats()) as image:
             image.load()  # of an animation the first picture
             return convert(image, mode)
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_modules.data.image_io import (
     color_mode,
     find_images,
+    open_image,
     read_image,
     why_unreadable,
 )
@@ -242,7 +243,7 @@ class _Files(Dataset[tuple[str, Tensor | None, str | None]]):
     def __getitem__(self, index: int) -> tuple[str, Tensor | None, str | None]:
         path = self.paths[index]
         try:
-            with path.open("rb") as file:
+            with open_image(path) as file:
                 image = read_image(file, self.mode)
         except Exception as error:  # whatever a decoder raises
             return str(path), None, why_unreadable(error)

@@ -145,9 +145,10 @@ _OURS = ("lightning_modules.", "mobileone.")
 _OWN = ("lightning.pytorch.", "callbacks.", *_OURS)
 _IMPORTING = ("callbacks", "logger", "plugins", "profiler", "strategy", "accelerator")
 _NO_SECTIONS = ("ckpt_path", "imports", "resume", "seed_everything", "verbose", "weights_only")
-_NAME = re.compile(r"[\w.:]+")
+_NAME = re.compile(r"[\w.:/-]+")
 _PLAIN = re.compile(r"\w*")
-_FUNCTION = re.compile(r"[\w.]+:\w+")  # of a data set, as module:function
+# of a data set: module:function, or from a hub
+_FUNCTION = re.compile(r"[\w.]+:\w+|(hfds|hfids|tfds)/.*")
 _PLACE = re.compile(r"[/\\~]|\.\.")  # of a file
 _IMPORTABLE = re.compile(r"[A-Za-z_]\w*(\.\w+)+")
 
@@ -206,9 +207,8 @@ def _replaced(values: Any) -> Iterator[tuple[str, Any]]:
         value = sections.get("wandb", {}).get(field.name, field.default)
         if value not in (field.default, "disabled"):
             yield f"wandb.{field.name}", json.dumps(field.default).strip('"')
-    model = sections.get("model", {}).get("model")
-    if _address(model):
-        yield "model.model", registered_name(model)
+    if address := _address(sections.get("model", {}).get("model")):
+        yield "model.model", registered_name(address)
 
 
 def _arguments(section: Any) -> Mapping[str, Any]:

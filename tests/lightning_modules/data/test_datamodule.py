@@ -2,7 +2,9 @@
 
 import gc
 import inspect
+import io
 import math
+import os
 import subprocess
 import tarfile
 from pathlib import Path
@@ -12,12 +14,12 @@ import pytest
 import timm
 import torch
 from docstring_parser import parse
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from timm.data.readers.reader import Reader
 
 from lightning_modules.data import splits as splits_module
 from lightning_modules.data.datamodule import ImageDataModule
-from lightning_modules.data.image_io import read_image
+from lightning_modules.data.image_io import IMAGE_SUFFIXES, read_image
 from lightning_modules.data.protocol import check_data_module, in_chans, num_classes
 from lightning_modules.data.samplers import SampleKey
 from lightning_modules.data.shards.writer import make_shards
@@ -272,6 +274,38 @@ def test_unreadable_image_is_named(broken, workers):
         UnreadableImageError, match=r"train/(cat|dog)/0\.png.*--data\.skip_unreadable true"
     ):
         list(loader)
+
+
+@pytest.mark.parametrize("dataset", ["", "tests.helpers.user_data:make_paths"])
+def test_a_named_pipe_among_the_images_is_not_waited_for(pets, dataset):
+    path = pets / "train/cat/0.png"
+    path.unlink()
+    os.mkfifo(path)
+    loader = ready(pets, batch_size=10, dataset=dataset).train_dataloader()
+    with pytest.raises(UnreadableImageError, match=r"cat/0\.png.*it is a named pipe"):
+        list(loader)
+
+
+def test_a_picture_that_is_a_program_is_not_run(pets, monkeypatch):
+    """PostScript under a picture's name: Pillow would start Ghostscript."""
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: started.append(a))
+    path = pets / "train/cat/0.png"
+    Image.new("RGB", (8, 8)).save(path, format="EPS")
+    loader = ready(pets, batch_size=10).train_dataloader()
+    with pytest.raises(UnreadableImageError, match=r"cat/0\.png.* not an image of a known format"):
+        list(loader)
+    assert not started
+
+
+def test_every_format_that_is_named_is_read(tmp_path):
+    kinds = dict(
+        zip(IMAGE_SUFFIXES, "PNG JPEG JPEG WEBP BMP TIFF TIFF GIF PPM PPM".split(), strict=True)
+    )
+    for suffix, kind in kinds.items():
+        file = io.BytesIO()
+        Image.new("L" if suffix == ".pgm" else "RGB", (4, 4)).save(file, format=kind)
+        assert read_image(file, "RGB").size == (4, 4), suffix
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -53,6 +53,7 @@ GOOD = {
         ({"trainer": {"callbacks": [["evil.Callback"]]}}, "evil.Callback"),
         ({"imports+": ["evil"]}, r"imports\+"),
         ({"ema": "other.yaml"}, "other.yaml"),
+        ({"data": {"dataset": "hfds/sender/images"}}, "hfds/sender/images"),
         ({"model": {"teacher": "hf-hub:sender/net"}}, "hf-hub:sender/net"),
         ({"model": {"model_kwargs": {"cache_dir": "x"}}}, "model_kwargs"),
         ({"model": {"init_args": {"model_kwargs": {"a": "file:x"}}}}, "model_kwargs"),
