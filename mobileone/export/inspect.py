@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mobileone.export.formats.table import FORMATS, format_of
-from mobileone.export.load import is_file_of_artifact, spec_of_file
+from mobileone.export.load import check_spec, is_file_of_artifact, spec_of_file
 from mobileone.export.manifest import Manifest, describe_files
 from mobileone.export.spec import ExportSpec
 from mobileone.export.verify.structure import count_kinds
@@ -40,10 +40,12 @@ def describe_artifact(path: str | Path) -> str:
     lines = [str(path), *_header(manifest)]
     try:
         manifest.verify(path)
-        lines.append(_row("files", "as they were written (sizes and SHA-256)"))
+        for name in manifest.formats.keys() & FORMATS.keys():
+            check_spec(path / manifest.formats[name]["path"], name, manifest.spec)
+        lines.append(_row("files", "as the manifest says (sizes, SHA-256, own classes and input)"))
     except ValueError as error:
         raise ChecksumMismatchError(
-            "\n".join([*lines, _row("files", f"NOT AS WRITTEN: {error}")])
+            "\n".join([*lines, _row("files", f"NOT AS THE MANIFEST SAYS: {error}")])
         ) from error
     for name, entry in manifest.formats.items():
         lines += ["", f"{name}: {entry['path']}", *_format(path, name, entry)]
@@ -92,7 +94,7 @@ def _header(manifest: Manifest) -> list[str]:
         "colors": manifest.channel_order,
         "parameters": f"{manifest.parameters:,}",
         "training": f"epoch {training.epoch}, step {training.step}, {training.checkpoint}",
-        "metrics": metrics or "none",
+        "metrics": f"{metrics} (by the manifest alone)" if metrics else "none",
         "metadata": f"author {metadata.author}, license {metadata.license}, version "
         f"{metadata.version}: {metadata.description}",
         "written": f"{manifest.created} by "

@@ -1,5 +1,6 @@
 """A written file as a function: from its artifact folder, or alone."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from mobileone.io.safe_pickle import UnsafeFileError
 
 __all__ = [
     "Loaded",
+    "check_spec",
     "is_file_of_artifact",
     "load_runner",
     "load_torchscript_artifact",
@@ -65,6 +67,7 @@ def load_runner(path: str | Path, name: str | None = None) -> Loaded:
     for candidate in present if name is None else [name]:
         file = path / manifest.formats[candidate]["path"]
         try:
+            check_spec(file, candidate, manifest.spec)
             run = FORMATS[candidate].runner(file, manifest.spec)
             return Loaded(run, candidate, manifest.spec, file)
         except (ImportError, NotVerifiedError) as error:
@@ -104,6 +107,7 @@ def _load_file(path: Path, name: str | None) -> Loaded:
         manifest.verify(path.parent, [found])
     try:
         spec = manifest.spec if manifest and found else spec_of_file(path, chosen)
+        check_spec(path, chosen, spec)
         return Loaded(FORMATS[chosen].runner(path, spec), chosen, spec, path)
     except (ImportError, UnsafeFileError):
         raise
@@ -123,6 +127,26 @@ def spec_of_file(path: Path, name: str) -> ExportSpec:
             f"{path} is run from its artifact folder only: keep it next to its manifest"
         )
     return read(path)
+
+
+def check_spec(path: Path, name: str, spec: ExportSpec) -> None:
+    """Compare what a manifest says about classes and input with the file's own metadata.
+
+    Raises:
+        ValueError: they differ, so that one of them was changed.
+    """
+    read = FORMATS[name].spec
+    try:
+        own = spec if read is None else read(path)
+    except ValueError:  # none in it, or a damaged file, of which its reader reports more
+        return
+    for field in fields(spec):
+        said, found = getattr(spec, field.name), getattr(own, field.name)
+        if field.name != "pixels" and said != found:  # which is the format's
+            raise ValueError(
+                f"the manifest says `{field.name}` {said}, and {path.name} itself {found}: one of "
+                "them was changed; export the checkpoint again"
+            )
 
 
 def is_file_of_artifact(path: Path) -> bool:

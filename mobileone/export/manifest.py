@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -132,7 +133,10 @@ class Manifest:
                 "metadata": Metadata(**values["metadata"]),
                 "problems": tuple(values.get("problems", ())),
             }
-            return cls(**{**{k: v for k, v in values.items() if k in known}, **nested})
+            loaded = cls(**{**{k: v for k, v in values.items() if k in known}, **nested})
+            for entry in loaded.formats.values():
+                _check_inside(entry["path"], entry["files"])
+            return loaded
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is not a readable manifest: {error}") from error
 
@@ -160,7 +164,7 @@ class Manifest:
             ValueError: files are missing, changed, or not in the manifest.
         """
         directory = Path(directory)
-        problems = []
+        problems = [] if self.formats else ["it lists no file"]
         for name in self.formats if names is None else names:
             entry = self.formats[name]
             found = describe_files(directory / entry["path"])
@@ -174,6 +178,18 @@ class Manifest:
             ]
         if problems:
             raise ValueError(f"{directory} does not match its manifest: {'; '.join(problems)}")
+
+
+def _check_inside(path: str, files: Iterable[str]) -> None:
+    """Refuse names that lead out of the artifact's folder, which only a forged manifest has.
+
+    Raises:
+        ValueError: one does.
+    """
+    for name in (path, *files):
+        parts = re.split(r"[/\\:]", name)
+        if parts[0] != path or {"", ".", ".."} & set(parts):
+            raise ValueError(f"{name!r} leads out of the artifact's folder")
 
 
 def describe_files(path: Path) -> dict[str, dict[str, Any]]:

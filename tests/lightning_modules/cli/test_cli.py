@@ -265,7 +265,7 @@ def test_every_file_of_an_artifact_predicts_and_is_described(trained, cache, tmp
     main(["inspect", "shipped"])
     described = capsys.readouterr().out
     assert described.count("convolutions, 0 norms, 0 additions") == len(formats)
-    assert "as they were written" in described
+    assert "as the manifest says" in described
     Path("shipped/model.onnx").rename("alone.onnx")
     main(["inspect", "alone.onnx"])
     described = capsys.readouterr().out
@@ -274,7 +274,7 @@ def test_every_file_of_an_artifact_predicts_and_is_described(trained, cache, tmp
     (Path("shipped") / "model.onnx").write_bytes(b"")
     with pytest.raises(SystemExit, match="1"):
         main(["inspect", "shipped"])
-    assert "NOT AS WRITTEN: shipped does not match" in capsys.readouterr().out
+    assert "NOT AS THE MANIFEST SAYS: shipped does not match" in capsys.readouterr().out
 
 
 def test_explicit_flag_wins_over_the_checkpoint(trained, tmp_path, monkeypatch):

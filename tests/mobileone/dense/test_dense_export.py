@@ -94,7 +94,7 @@ def test_a_detector_ships_in_every_format(detector, tmp_path):
         assert not any("norm" in k for k, _ in kinds), name
         limit = 5e-2 if name == "coreml" else 1e-4
         assert entry["parity"]["max_relative_error"] < limit
-    assert "as they were written" in describe_artifact(tmp_path / "out")
+    assert "as the manifest says" in describe_artifact(tmp_path / "out")
     # the free batch size, and the names, of the ONNX file as its user sees them
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `onnx`")
     session = onnxruntime.InferenceSession(str(tmp_path / "out/model.onnx"))

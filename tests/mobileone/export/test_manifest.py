@@ -3,7 +3,8 @@ import json
 
 import pytest
 
-from mobileone.export import Manifest, TrainingState
+from mobileone.export import Manifest, TrainingState, load_runner
+from mobileone.export.inspect import ChecksumMismatchError, describe_artifact
 from mobileone.export.manifest import SCHEMA_VERSION
 
 
@@ -42,6 +43,45 @@ def test_a_changed_a_missing_and_an_unknown_file_are_found(exported):
     (file / "extra").write_text("")
     with pytest.raises(ValueError, match="is unknown"):
         manifest.verify(folder)
+
+
+def edit(folder, change):
+    values = json.loads((folder / "manifest.json").read_text())
+    change(values)
+    (folder / "manifest.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.pt", "/etc/passwd", "..", ".", "a/../../x.pt", r"..\x.pt", ""]
+)
+def test_a_manifest_names_nothing_outside_of_its_folder(exported, name):
+    folder = exported[1]
+    (folder.parent / "x.pt").write_bytes(b"")
+    edit(folder, lambda values: values["formats"]["torchscript"].update(path=name))
+    for read in (load_runner, describe_artifact):
+        with pytest.raises(ValueError, match="leads out of the artifact's folder"):
+            read(folder)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("class_names", ["c", "b", "a"]), ("mean", [0.1, 0.2, 0.3]), ("model_name", "other")],
+)
+def test_a_manifest_that_contradicts_its_files_is_not_believed(exported, field, value):
+    folder = exported[1]
+    edit(folder, lambda values: values["spec"].update({field: value}))
+    for path in (folder, folder / "model.torchscript.pt"):
+        with pytest.raises(ValueError, match=f"the manifest says `{field}`"):
+            load_runner(path)
+    with pytest.raises(ChecksumMismatchError, match=f"NOT AS THE MANIFEST SAYS: .*`{field}`"):
+        describe_artifact(folder)
+
+
+def test_a_manifest_of_no_file_is_not_as_it_says(exported):
+    folder = exported[1]
+    edit(folder, lambda values: values.update(formats={}))
+    with pytest.raises(ChecksumMismatchError, match="it lists no file"):
+        describe_artifact(folder)
 
 
 def test_values_that_json_lacks_become_null(exported, tmp_path):
