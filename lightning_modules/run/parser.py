@@ -21,6 +21,12 @@ _IN_CLASS = re.compile(
     r"(?:- Expected a <class 'NoneType'>.*)?\Z",
     re.DOTALL,
 )
+_WRONG_VALUE = re.compile(
+    r'Parser key "([\w.]+)":\s+(?:Expected a |Does not validate[^\[]+)'
+    r"(typing\.Literal[^\]]+\]|\[?(?:<class '\w+'>(?:, )?)+).*?\bvalue: (.*)",
+    re.DOTALL,
+)
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "null"}
 _UNKNOWN_IN_CLASS = re.compile(r"Option '([\w.]+)' is not accepted")
 
 
@@ -39,6 +45,8 @@ class Parser(LightningArgumentParser):
         elif found := _IN_CLASS.search(message):
             more = f"--{found['key']}.help {found['path']}"
             message = self._about_class(**found.groupdict())
+        elif wrong := _WRONG_VALUE.search(message):
+            message = _about_value(*wrong.groups())
         elif "Import path does not correspond to a subclass" in message:
             message = re.sub(r"(?s)\A.*(Import path[^\n]*).*\Z", r"\1", message)
         print(f"{name}: error: {message.strip()}", file=sys.stderr)
@@ -55,6 +63,8 @@ class Parser(LightningArgumentParser):
     def _about_class(self, key: str, path: str, reason: str) -> str:
         """What is wrong with an argument of a class, or with the class."""
         unknown = _UNKNOWN_IN_CLASS.fullmatch(reason)
+        if wrong := _WRONG_VALUE.fullmatch(reason):
+            return _about_value(f"{key}.{wrong[1]}", wrong[2], wrong[3])
         if unknown is None:
             return f"--{key} {path}: {' '.join(reason.split())}"
         options = (f"{key}.{name}" for name in class_arguments(path))
@@ -67,6 +77,16 @@ class Parser(LightningArgumentParser):
         place = "" if file is None else f" in {file}"
         hint = did_you_mean(option, options, cutoff=0.75)
         return f"there is no option {option!r}{place}{hint}"
+
+
+def _about_value(option: str, expected: str, given: str) -> str:
+    """What an option takes, in place of jsonargparse's words."""
+    names = re.findall(r"'(\w+)'", expected)
+    if "Literal" in expected:
+        rule = f"one of {', '.join(names)}{did_you_mean(given, names)}"
+    else:
+        rule = " or ".join(_KINDS.get(name, f"of type {name}") for name in names)
+    return f"--{option} {given} must be {rule}"
 
 
 def class_path(kind: type) -> str:

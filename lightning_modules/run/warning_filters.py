@@ -14,16 +14,19 @@ _WARNINGS = (
     # the interval is shortened where an epoch is shorter
     r"The number of training batches \(\d+\) is smaller than the logging interval",
 )
-_LOGS = ("💡 Tip:", "TPU available:", "Loading `train_dataloader` to estimate")
+_LOGS = ("💡 Tip:", "TPU available:", "Loading `train_dataloader` to estimate", "Seed set to")
 
 
 def silence_known_messages() -> None:
-    """Silence them for the rest of the process; for commands, not for libraries."""
+    """Silence them, and shorten other warnings, for the rest of the process; for commands only."""
     # Lightning calls functions of jsonargparse that go in version 5, which is not admitted
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch"):
+    # without the place in our code, which tells a user nothing
+    warnings.formatwarning = lambda message, *place, **line: f"warning: {message}\n"
+    names = ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch")
+    for name in (*names, "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(_is_telling)
 
 

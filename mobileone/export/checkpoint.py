@@ -130,8 +130,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: it is damaged, or is not a Lightning checkpoint.
     """
     if not path.is_file():
-        beside = path.with_name(f"{path.name}.ckpt")
-        hint = f"; did you mean {beside}?" if beside.is_file() else ""
+        likely = (path.with_name(f"{path.name}.ckpt"), path / "checkpoints/best.ckpt")  # of a run
+        hint = next((f"; did you mean {file}?" for file in likely if file.is_file()), "")
         raise FileNotFoundError(f"no checkpoint at {path}{hint}")
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

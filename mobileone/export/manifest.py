@@ -113,7 +113,9 @@ class Manifest:
         path = Path(path)
         file = path / MANIFEST_NAME if path.is_dir() else path
         if not file.is_file():
-            raise FileNotFoundError(f"no {MANIFEST_NAME} in {path}: is it an artifact folder?")
+            best = path / "checkpoints/best"  # of a run folder
+            hint = f"did you mean {best}?" if best.is_dir() else "is it an artifact folder?"
+            raise FileNotFoundError(f"no {MANIFEST_NAME} in {path}: {hint}")
         if file.suffix == ".ckpt":
             raise ValueError(
                 f"{file} is a training checkpoint; its artifact, if one was exported, is the "

@@ -225,11 +225,16 @@ def test_validate_and_test_need_nothing_but_the_checkpoint(trained, capsys):
 
 @pytest.mark.parametrize(
     ("words", "meant"),
-    [(["inspect", "best.ckpt"], "its artifact"), (["test", "--ckpt_path", "best"], "best.ckpt")],
+    [
+        (["inspect", "checkpoints/best.ckpt"], "its artifact"),
+        (["test", "--ckpt_path", "checkpoints/best"], "best.ckpt"),
+        (["inspect", "."], "checkpoints/best?"),
+        (["export", ".", "out"], "checkpoints/best.ckpt?"),
+    ],
 )
-def test_a_checkpoint_and_its_artifact_are_told_apart(trained, words, meant, capsys):
-    *command, name = words
-    assert meant in error_of(capsys, *command, trained / "checkpoints" / name)
+def test_what_is_near_a_checkpoint_or_an_artifact_leads_to_it(trained, words, meant, capsys):
+    paths = [trained / word if "/" in word or word == "." else word for word in words]
+    assert meant in error_of(capsys, *paths)
 
 
 def test_predict_takes_a_checkpoint_or_an_artifact(trained, cache, tmp_path):
@@ -313,6 +318,16 @@ def test_explicit_flag_wins_over_the_checkpoint(trained, tmp_path, monkeypatch):
         (["predict", "no.ckpt", ".", "out.csv"], "no images in"),
         (["export", "no.ckpt", "out"], "no.ckpt"),
         (["fit", "--modell.lr", "1"], "there is no option 'modell.lr'; did you mean model.lr"),
+        (
+            ["fit", *DIGITS, "--model.schedule", "stepp"],
+            "linear, step, constant; did you mean step?",
+        ),
+        (["fit", *DIGITS, "--trainer.max_epochs", "x"], "_epochs x must be a whole number or null"),
+        (["fit", *DIGITS, "--model.cutmix", "abc"], "--model.cutmix abc must be a number"),
+        (
+            ["fit", *DIGITS, "--ema.validate", "avg"],
+            "--ema.validate avg must be one of average, raw",
+        ),
         (["fit", *DIGITS, "--trainer.accelerator", "tpu"], "torch_xla"),
         (["fit", *DIGITS, "--trainer.strategy", "dpp"], "--trainer: You selected an invalid"),
         (["fit", *DIGITS, "--run.root", "/dev/null"], "Not a directory: /dev/null"),
