@@ -1,6 +1,7 @@
 """Writing a checkpoint from all ranks, so that it appears complete or not at all."""
 
 import contextlib
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,8 +21,15 @@ __all__ = [
     "find_nonfinite_in_file",
     "on_rank_zero",
     "save_complete",
+    "step_in_name",
     "without_raising",
 ]
+
+
+def step_in_name(path: Path) -> int:
+    """The step that a checkpoint's name states, `…step=000120…`; -1 where it states none."""
+    found = re.search(r"step=(\d+)", path.name)
+    return int(found[1]) if found else -1
 
 
 def save_complete(trainer: Trainer, final: Path, weights_only: bool = False) -> None:

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from callbacks.checkpointing import on_rank_zero, save_complete
+from callbacks.checkpointing import on_rank_zero, save_complete, step_in_name
 from callbacks.dry_run import is_dry_run
 from callbacks.signals import ShutdownSignal
 from mobileone.io.atomic import clean_stale, discard
@@ -149,7 +149,8 @@ class Snapshots(Checkpoint):
         except (OSError, RuntimeError) as error:
             rank_zero_warn(f"no snapshot at step {trainer.global_step}: {error}")
             return
-        failure = on_rank_zero(trainer, lambda: _remove_older(folder, self.keep))
+        step = trainer.global_step
+        failure = on_rank_zero(trainer, lambda: _remove_others(folder, step, self.keep))
         if failure:
             rank_zero_warn(f"old snapshots stay in {folder}: {failure}")
 
@@ -166,9 +167,14 @@ class Snapshots(Checkpoint):
             )
 
 
-def _remove_older(folder: Path, keep: int) -> None:
-    by_age = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
-    for path in by_age[:-keep]:
+def _remove_others(folder: Path, step: int, keep: int) -> None:
+    """Keep the last ones up to a step; later ones are of a training that was not continued.
+
+    The time of a file says nothing once a clock was set or a folder copied.
+    """
+    of_step = {path: step_in_name(path) for path in folder.glob("*.ckpt")}
+    past = sorted((path for path in of_step if of_step[path] <= step), key=lambda p: of_step[p])
+    for path in of_step.keys() - past[-keep:]:
         discard(path)
 
 

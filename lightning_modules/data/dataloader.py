@@ -1,7 +1,9 @@
 """A DataLoader that starts when the first batch is asked for, and reports unreadable files."""
 
+import signal
 import warnings
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 from torch import Tensor
@@ -9,13 +11,32 @@ from torch.utils.data import DataLoader
 
 from lightning_modules.data.samplers import EpochSampler
 
-__all__ = ["DataWorkerError", "DeferredStartDataLoader", "ResumableDataLoader"]
+__all__ = [
+    "DataWorkerError",
+    "DeferredStartDataLoader",
+    "ResumableDataLoader",
+    "leave_signals_to_the_run",
+]
 
 _NAMES_SHOWN = 5
 
 
 class DataWorkerError(RuntimeError):
     """A worker process of the loader has ended without an exception of its own."""
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """Let a worker live when a signal reaches the whole process group; the run ends its workers.
+
+    PyTorch ends a worker with a second SIGTERM, where it does not end by itself.
+    """
+
+    def first(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, first)
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 class DeferredStartDataLoader(DataLoader):

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from callbacks.checkpointing import find_nonfinite
+from callbacks.checkpointing import find_nonfinite, step_in_name
 from lightning_modules.errors import UsageError
 from lightning_modules.run.folder import RunFolder
 from mobileone.export.checkpoint import read_checkpoint
@@ -98,7 +98,7 @@ def epochs_done(checkpoint: Mapping[str, Any]) -> int:
 
 
 def newest_usable(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint or snapshot of a run that can be read.
+    """The checkpoint or snapshot of a run's last step that can be read.
 
     Args:
         run: the run folder.
@@ -108,7 +108,8 @@ def newest_usable(run: Path) -> tuple[Path | None, list[str]]:
     """
     files = {path.resolve() for name in ("checkpoints", "snapshots") for path in _files(run / name)}
     notes: list[str] = []
-    for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+    # a file's time says nothing once a clock was set or the folder copied
+    for path in sorted(files, key=lambda p: (step_in_name(p), p.stat().st_mtime_ns), reverse=True):
         if (reason := why_unusable(path)) is None:
             return path, notes
         notes.append(f"resume: skipped {path}: {reason}")

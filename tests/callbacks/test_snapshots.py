@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks.ema import EMA
-from callbacks.snapshots import Snapshots
+from callbacks.snapshots import Snapshots, _remove_others
 from tests.helpers import trainer as helpers
 from tests.helpers.processes import run_program
 
@@ -104,6 +104,26 @@ def test_validation_within_epochs(tmp_path):
 def test_the_newest_are_kept(tmp_path):
     fit(tmp_path, Snapshots(every_n_steps=2, every_minutes=0, keep=2))
     assert steps(tmp_path) == [21, 23]
+
+
+def test_the_last_steps_are_kept_whatever_the_files_times_say(tmp_path):
+    def age(trainer, *_):
+        for path in (tmp_path / "snapshots").glob("*.ckpt"):
+            os.utime(path, (2**33 - trainer.global_step,) * 2)
+
+    aging = LambdaCallback(on_train_batch_end=age)
+    fit(tmp_path, Snapshots(every_n_steps=2, every_minutes=0, keep=2), aging)
+    assert steps(tmp_path) == [21, 23]
+
+
+def test_snapshots_of_a_training_that_was_not_continued_go(tmp_path):
+    for step in (4, 6, 8, 10):
+        (tmp_path / f"step={step:08d}.ckpt").touch()
+    _remove_others(tmp_path, step=8, keep=2)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        "step=00000006.ckpt",
+        "step=00000008.ckpt",
+    ]
 
 
 def test_by_time(tmp_path, monkeypatch):

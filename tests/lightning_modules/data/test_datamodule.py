@@ -4,7 +4,9 @@ import gc
 import inspect
 import io
 import math
+import multiprocessing
 import os
+import signal
 import subprocess
 import tarfile
 from pathlib import Path
@@ -274,6 +276,18 @@ def test_unreadable_image_is_named(broken, workers):
         UnreadableImageError, match=r"train/(cat|dog)/0\.png.*--data\.skip_unreadable true"
     ):
         list(loader)
+
+
+def test_a_signal_to_all_processes_does_not_end_the_workers(pets):
+    """`timeout` and systemd send it to the process group: the run decides where it stops."""
+    loader = ready(pets, num_workers=1, batch_size=1).train_dataloader()
+    before = set(multiprocessing.active_children())
+    batches = iter(loader)
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - before
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        os.kill(worker.pid, number)
+    assert len(list(batches)) == len(loader) - 1
 
 
 @pytest.mark.parametrize("dataset", ["", "tests.helpers.user_data:make_paths"])

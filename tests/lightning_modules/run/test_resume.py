@@ -194,6 +194,14 @@ def test_the_newest_usable_checkpoint_counts_and_the_others_are_named(tmp_path):
     assert all("cut short" in why_unusable(path) for path in (cut, empty))
 
 
+def test_the_step_in_its_name_says_which_is_newest(tmp_path):
+    """Not the file's time, which `cp -r` and a clock that was set change."""
+    run = make_run(tmp_path, "r")
+    late = write(run / "checkpoints/epoch=001-step=000200.ckpt", 50)
+    write(run / "snapshots/step=00000150.ckpt", 10)
+    assert newest_usable(run)[0] == late
+
+
 @pytest.mark.parametrize("part", ["state_dict", "current_model_state", "optimizer_states"])
 def test_a_checkpoint_that_is_not_finite_is_passed_over_by_name(tmp_path, part):
     run = make_run(tmp_path, "r")
@@ -339,11 +347,16 @@ def test_of_two_processes_rank_0_ends_last(tmp_path, number):
 
 
 @pytest.mark.slow
-def test_sigterm_exits_with_143_and_the_same_command_goes_on(tmp_path):
-    command = ["-m", "mobileone", *FIT, "--trainer.max_epochs", "100"]
-    process = start_python(*command, stdout=subprocess.PIPE)
+@pytest.mark.parametrize("group", [False, True])
+def test_sigterm_exits_with_143_and_the_same_command_goes_on(tmp_path, group):
+    """Also where all processes get it, data workers too, as `timeout` and systemd do."""
+    command = ["-m", "mobileone", *FIT, "--trainer.max_epochs", "100", "--data.num_workers", "1"]
+    process = start_python(*command, stdout=subprocess.PIPE, start_new_session=True)
     wait_for(lambda: list(tmp_path.glob("runs/r/*/checkpoints/last.ckpt")))
-    process.send_signal(signal.SIGTERM)
+    if group:
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=200)
     assert process.returncode == 143
     assert "to continue: mobileone fit --ckpt_path" in said
