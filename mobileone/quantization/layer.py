@@ -20,7 +20,7 @@ from mobileone.quantization.deployed import (
 )
 from mobileone.quantization.foldable import BLOCKS, PLAIN, Branch, Row, fold_branches
 from mobileone.quantization.rounding import (
-    InputQuantizer,
+    ActivationQuantizer,
     Scales,
     Scheme,
     WeightQuantizer,
@@ -69,12 +69,23 @@ class QuantizedLayer(nn.Module):
         if self.kind is not nn.Linear:
             like = block if self.kind is nn.Conv2d else conv
             self.geometry = (like.stride, like.padding, like.dilation, like.groups)
-        self.input_quantizer = InputQuantizer(scales, fixed=image)
+        self.input_quantizer = ActivationQuantizer(scales, fixed=image)
         self.weight_quantizer = WeightQuantizer(len(conv.weight), scheme, scales)
         wide = torch.promote_types(conv.weight.dtype, torch.float32)
         for quantizer in (self.input_quantizer, self.weight_quantizer):
             quantizer.to(conv.weight.device, wide).train(block.training)
+        self.output_quantizer: ActivationQuantizer | None = None
         self.calibrating = False
+
+    def round_output(self) -> None:
+        """Round the sum as well: what follows is not a layer, behind a ReLU at most."""
+        self.output_quantizer = ActivationQuantizer(self.scales)
+        self.output_quantizer.to(self.input_quantizer.step).train(self.training)
+
+    def followers(self) -> list[nn.Module]:
+        """What follows the sum inside of the block and does something."""
+        after = map(self.get_submodule, self.row.after)
+        return [module for module in after if type(module) is not nn.Identity]
 
     @property
     def row(self) -> Row:
@@ -107,6 +118,11 @@ class QuantizedLayer(nn.Module):
             if self.calibrating:
                 self._calibrate(x)
             y = self._product(self.input_quantizer(x))
+            if self.output_quantizer is not None:
+                if self.calibrating:
+                    rectified = [type(module) for module in self.followers()] == [nn.ReLU]
+                    _widen(self.output_quantizer, y.relu() if rectified else y)
+                y = self.output_quantizer(y)
         for name in self.row.after:
             y = self.get_submodule(name)(y)
         return y
@@ -136,16 +152,15 @@ class QuantizedLayer(nn.Module):
 
     @torch.no_grad()
     def _calibrate(self, x: Tensor) -> None:
-        quantizer = self.input_quantizer
-        low, high = torch.aminmax(x)
-        first = not quantizer.step.isfinite()
-        if not first:
-            seen = -quantizer.zero_point * quantizer.step
-            low = torch.minimum(low, seen)
-            high = torch.maximum(high, seen + 255 * quantizer.step)
-        quantizer.observe(low, high)
+        first = not self.input_quantizer.step.isfinite()
+        _widen(self.input_quantizer, x)
         if first:  # later batches hardly change the folded kernel
-            self.weight_quantizer.fit(*self.fold(), quantizer.step)
+            self.weight_quantizer.fit(*self.fold(), self.input_quantizer.step)
+
+    def quantizers(self) -> list[ActivationQuantizer]:
+        """Of the input, and of the output where it has one."""
+        found = (self.input_quantizer, self.output_quantizer)
+        return [quantizer for quantizer in found if quantizer is not None]
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
@@ -172,11 +187,12 @@ class QuantizedLayer(nn.Module):
         step = self.input_quantizer.step
         steps = self.weight_quantizer.steps(weight, bias, step)
         codes = self.weight_quantizer.codes(weight, steps).to(torch.int8)
-        grid = QuantizeDequantize(float(step), int(self.input_quantizer.zero_point))
+        grid = _grid(self.input_quantizer)
+        output = None if self.output_quantizer is None else _grid(self.output_quantizer)
         bias = round_bias(bias, float(step), steps)
         bits = 4 if self.scheme == "int4" else 8
         if self.geometry is None:
-            layer: nn.Module = QuantizedLinear(codes, steps, bias, grid, bits=bits)
+            layer: nn.Module = QuantizedLinear(codes, steps, bias, grid, output, bits)
         else:
             stride, padding, dilation, groups = self.geometry
             layer = QuantizedConv2d(
@@ -184,7 +200,8 @@ class QuantizedLayer(nn.Module):
                 steps,
                 bias,
                 grid,
-                bits=bits,
+                output,
+                bits,
                 stride=stride,
                 padding=padding,
                 dilation=dilation,
@@ -198,3 +215,18 @@ class QuantizedLayer(nn.Module):
             f"{self.kind.__name__}, scheme={self.scheme}, statistics={self.statistics}, "
             f"kappa={self.kappa:g}, scales={self.scales}"
         )
+
+
+@torch.no_grad()
+def _widen(quantizer: ActivationQuantizer, x: Tensor) -> None:
+    """Let a grid hold all of x, and what it holds already, if it has a step."""
+    low, high = torch.aminmax(x.detach())
+    if quantizer.step.isfinite():
+        seen = -quantizer.zero_point * quantizer.step
+        low = torch.minimum(low, seen)
+        high = torch.maximum(high, seen + 255 * quantizer.step)
+    quantizer.observe(low, high)
+
+
+def _grid(quantizer: ActivationQuantizer) -> QuantizeDequantize:
+    return QuantizeDequantize(float(quantizer.step), int(quantizer.zero_point))

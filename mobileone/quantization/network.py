@@ -1,10 +1,12 @@
 """A complete network at once: quantized for training, calibrated, and judged."""
 
 from collections.abc import Callable, Iterable
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from mobileone.block import FusedMobileOneBlock
 from mobileone.quantization.foldable import BLOCKS, PLAIN
@@ -66,14 +68,17 @@ def quantize(
             f"{type(model).__name__} has no block with branches to fold: quantization trains "
             f"{_known()}"
         )
-    for number, (name, block) in enumerate(found):
+    for name, block in found:
         if statistics != "frozen" and type(block) in BLOCKS and not BLOCKS[type(block)].sums:
             raise ValueError(
                 f"`statistics` (={statistics!r}) needs blocks that are sums of branches, which "
                 f"{name[2:]} ({type(block).__name__}) is not: choose 'frozen'"
             )
+    for number, (name, block) in enumerate(found):
         layer = QuantizedLayer(block, scheme, statistics, kappa, scales, image=number == 0)
         holder.set_submodule(name, layer)
+    for layer in _read_elsewhere(holder[0]):
+        layer.round_output()
     return holder[0]
 
 
@@ -93,6 +98,63 @@ def _replaceable(holder: nn.Module, prefix: str = "") -> list[tuple[str, nn.Modu
             )
         found += _replaceable(child, f"{name}.")
     return found
+
+
+@torch.no_grad()
+def _read_elsewhere(model: nn.Module) -> list[QuantizedLayer]:
+    """The layers of which more than a ReLU and layers reads the sum; found by one pass of zeros.
+
+    Their integer kernels need the grid of what they write: pooling, attention and residual sums
+    take other numbers than the next layer's input.
+    """
+    layers, first = layers_of(model).values(), next(iter(layers_of(model).values()))
+    like = first.row.conv(first)
+    size = (like.in_features,) if isinstance(like, nn.Linear) else (like.in_channels, 64, 64)
+    modes = [(module, module.training) for module in model.modules()]
+    readers = _Readers()
+    hooks = [hook for layer in layers for hook in readers.follow(layer)]
+    try:
+        with readers:
+            model.eval()(like.weight.new_zeros(1, *size))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes:
+            module.training = training
+    return readers.found
+
+
+class _Readers(TorchFunctionMode):
+    """Sees which outputs of layers go into a function outside of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.outputs, self.found = 0, dict[int, Any](), list[QuantizedLayer]()
+
+    def follow(self, layer: QuantizedLayer) -> list[Any]:
+        return [
+            layer.register_forward_pre_hook(self._enter),
+            layer.register_forward_hook(self._leave),
+        ]
+
+    def _enter(self, layer: nn.Module, inputs: Any) -> None:
+        self.inside += 1
+
+    def _leave(self, layer: nn.Module, inputs: Any, output: Tensor) -> None:
+        assert isinstance(layer, QuantizedLayer)
+        self.inside -= 1
+        self.outputs[id(output)] = layer, output  # kept, so that no other gets its number
+        if any(type(module) is not nn.ReLU for module in layer.followers()):
+            self.found.append(layer)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self.inside and isinstance(result, Tensor):
+            for value in tree_leaves((args, kwargs)):
+                layer, _ = self.outputs.get(id(value), (None, None))
+                if layer is not None and layer not in self.found:
+                    self.found.append(layer)
+        return result
 
 
 def _has(module: nn.Module, name: str) -> bool:
@@ -137,8 +199,9 @@ def calibrate_quantization(
     try:
         model.eval()
         for layer in layers.values():
-            layer.input_quantizer.step.fill_(torch.nan)
             layer.calibrating = True
+            for quantizer in layer.quantizers():
+                quantizer.step.fill_(torch.nan)
         for images in batches:
             model(images)
             seen += 1
@@ -149,8 +212,7 @@ def calibrate_quantization(
             module.training = training
     if not seen:
         raise ValueError("no images to calibrate on: give at least one batch")
-    for layer in layers.values():
-        quantizer = layer.input_quantizer
+    for quantizer in (q for layer in layers.values() for q in layer.quantizers()):
         quantizer.step.copy_(reduce(quantizer.step))
         zero = reduce(quantizer.zero_point.to(quantizer.step.dtype))
         quantizer.zero_point.copy_(zero.round())

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["SCHEMES", "InputQuantizer", "Scales", "Scheme", "WeightQuantizer", "straight_through"]
+__all__ = [
+    "SCHEMES",
+    "ActivationQuantizer",
+    "Scales",
+    "Scheme",
+    "WeightQuantizer",
+    "straight_through",
+]
 
 Scheme = Literal["int8", "int4", "palette4"]
 """How weights are stored; inputs of layers always have 256 steps."""
@@ -103,7 +110,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
-class InputQuantizer(nn.Module):
+class ActivationQuantizer(nn.Module):
     """Rounds a tensor to 256 steps: ((clamp(round(x / s) + z, 0, 255) − z) s.
 
     A fresh quantizer has no step: its outputs are not numbers, until `observe` or a state dict

@@ -15,7 +15,7 @@ from mobileone import MobileOneBlock
 from mobileone.quantization import SCHEMES, calibrate_quantization, conditions, quantize
 from mobileone.quantization.deployed import QuantizedConv2d
 from mobileone.quantization.layer import QuantizedLayer
-from mobileone.quantization.rounding import InputQuantizer, WeightQuantizer
+from mobileone.quantization.rounding import ActivationQuantizer, WeightQuantizer
 from tests.helpers import twin
 from tests.helpers.norms import randomize_bn
 from tests.helpers.variants import slow
@@ -246,6 +246,48 @@ def test_the_deployed_network_is_the_trained_one_to_the_last_bit(model, scheme):
     torch.testing.assert_close(fused(x), network(x), rtol=0, atol=0)
 
 
+def test_what_is_pooled_or_added_is_rounded_before():
+    for model in ("mobileone_s0", "repvgg_a0"):
+        network = quantize(timm.create_model(model, num_classes=4).eval())
+        layers = {n: m for n, m in network.named_modules() if isinstance(m, QuantizedLayer)}
+        last = [name for name in layers if "head" not in name][-1:]
+        assert [n for n, m in layers.items() if m.output_quantizer is not None] == last
+    attended = nn.Sequential(byobnet.RepVggBlock(3, 8), nn.Conv2d(8, 8, 1), nn.GELU())
+    attended[0].attn = nn.Sigmoid()
+    assert quantize(attended)[0].output_quantizer is not None
+    assert attended[1].output_quantizer is not None
+
+
+def test_what_is_unknown_is_refused():
+    with pytest.raises(ValueError, match=r"`scheme` \(='int2'\) must be one of int8, int4"):
+        quantize(build(SHAPES[1]), "int2")
+    with pytest.raises(ValueError, match=r"`kappa` \(=-1\) must be at least 0"):
+        quantize(build(SHAPES[1]), kappa=-1)
+    with pytest.raises(ValueError, match="ResNet has no block with branches to fold"):
+        quantize(timm.create_model("resnet18"))
+    with pytest.raises(ValueError, match=r"stem.* \(timm.*ConvNorm\) folds in a way"):
+        quantize(timm.create_model("repvit_m0_9"))
+    with pytest.raises(ValueError, match=r"RepMixer.*choose 'frozen'"):
+        quantize(timm.create_model("fastvit_t8"), statistics="exact")
+    network = quantize(timm.create_model("mobileone_s0"))
+    with pytest.raises(ValueError, match="no input step: call calibrate_quantization"):
+        mobileone.reparameterize(network)
+    with pytest.raises(ValueError, match="no images to calibrate on"):
+        calibrate_quantization(network, [])
+
+
+def test_float_weights_load_and_keep_their_names():
+    model = timm.create_model("mobileone_s0", num_classes=4)
+    weights = model.state_dict()
+    network = quantize(copy.deepcopy(model))
+    assert set(weights) < set(network.state_dict())
+    network.load_state_dict(weights)
+    quantized = copy.deepcopy(network.state_dict())
+    quantized["stem.input_quantizer.step"].fill_(0.25)
+    network.load_state_dict(quantized)
+    assert network.stem.input_quantizer.step == 0.25
+
+
 def test_weights_of_few_bits_have_few_values():
     x = twin.feature_map(2, 16, 9, 9)
     block = build({"in_chs": 16, "out_chs": 16, "kernel_size": 1})
@@ -309,7 +351,7 @@ def test_a_channel_of_noise_becomes_its_constant():
 
 def test_rounding_is_of_the_variance_that_folding_adds():
     x = torch.rand(100_000, dtype=torch.float64)
-    quantizer = InputQuantizer().double()
+    quantizer = ActivationQuantizer().double()
     quantizer.observe(x.min(), x.max())
     error = quantizer(x).detach() - x
     torch.testing.assert_close(error.var(), quantizer.variance(), rtol=0.02, atol=0)
@@ -318,7 +360,7 @@ def test_rounding_is_of_the_variance_that_folding_adds():
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.5, 0.5), (0.485, 0.229)])
 def test_the_image_keeps_its_256_values(mean, std):
     pixels = (torch.arange(256) / 255 - mean) / std
-    quantizer = InputQuantizer(fixed=True)
+    quantizer = ActivationQuantizer(fixed=True)
     quantizer.observe(pixels.min(), pixels.max())
     assert quantizer(pixels).unique().numel() >= 255
     assert not list(quantizer.parameters())
