@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 from itertools import chain
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -106,6 +106,19 @@ class EMA(WeightAveraging):
         self._raw = None
         self._exchange_for_weights_only_checkpoints(trainer)
 
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """As the base class; weights trained in half precision are averaged in single precision."""
+        assert self._average_model is not None
+        weights = cast(LightningModule, _InTypesOf(pl_module, self._average_model.module))
+        super().on_train_batch_end(trainer, weights, outputs, batch, batch_idx)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the validated weights in the module; keep the raw ones for later checkpoints."""
         self._show_validated(pl_module)
@@ -175,8 +188,7 @@ class EMA(WeightAveraging):
             return
         assert self._average_model is not None
         share = 1 - self.decay_at(int(self._average_model.n_averaged))
-        pairs = zip(average, weights, strict=True)
-        torch._foreach_lerp_(average, [weight.to(mean.dtype) for mean, weight in pairs], share)
+        torch._foreach_lerp_(average, weights, share)
 
     def _has_average(self) -> bool:
         return self._average_model is not None and bool(self._average_model.n_averaged > 0)
@@ -216,6 +228,21 @@ class EMA(WeightAveraging):
                 save(filepath, weights_only, storage_options)
 
         trainer.save_checkpoint = save_checkpoint  # type: ignore[method-assign]
+
+
+class _InTypesOf:
+    """The tensors of a module in the types of another's, where they differ as copies."""
+
+    def __init__(self, module: nn.Module, like: nn.Module) -> None:
+        self._module, self._like = module, like
+
+    def parameters(self) -> Iterator[Tensor]:
+        pairs = zip(self._module.parameters(), self._like.parameters(), strict=True)
+        return (tensor.to(like.dtype) for tensor, like in pairs)
+
+    def buffers(self) -> Iterator[Tensor]:
+        pairs = zip(self._module.buffers(), self._like.buffers(), strict=True)
+        return (tensor.to(like.dtype) for tensor, like in pairs)
 
 
 def _weights(module: nn.Module) -> dict[str, Tensor]:

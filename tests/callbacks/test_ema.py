@@ -518,10 +518,13 @@ def test_a_callback_can_serve_a_second_trainer(tmp_path):
     assert not torch.allclose(weight.double(), averaged(states)["linear.weight"], rtol=1e-3)
 
 
-def test_half_precision_training_is_averaged_in_single_precision(tmp_path):
-    _, trainer, states = fit(tmp_path, ema(), precision="bf16-true")
+@pytest.mark.parametrize(
+    "precision, dtype", [("bf16-true", torch.bfloat16), ("16-true", torch.float16)]
+)
+def test_half_precision_training_is_averaged_in_single_precision(tmp_path, precision, dtype):
+    _, trainer, states = fit(tmp_path, ema(), precision=precision)
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     average = load(tmp_path / "end.ckpt")["state_dict"]
-    assert states[-1]["linear.weight"].dtype == torch.bfloat16
+    assert states[-1]["linear.weight"].dtype == dtype
     assert average["linear.weight"].dtype == torch.float32
     assert_averaged(average["linear.weight"], states)
