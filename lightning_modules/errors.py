@@ -4,7 +4,13 @@ import os
 import traceback
 from pathlib import Path
 
-__all__ = ["UsageError", "message_for_user"]
+__all__ = ["WORKER_DIED", "UsageError", "is_of_a_dead_worker", "message_for_user"]
+
+WORKER_DIED = (
+    "a data worker has died; as a rule the system killed it because memory ran out: lower "
+    "--data.num_workers or --data.batch_size, or give the job (a container: its /dev/shm too) more "
+    "memory; then continue from the last checkpoint"
+)
 
 _OURS = tuple(
     str(Path(__file__).parent.parent / name)
@@ -30,7 +36,14 @@ def message_for_user(error: Exception) -> str | None:
         return str(error).rsplit("UnreadableImageError: ", 1)[-1].strip()
     if isinstance(error, UsageError) or _raised_here(error):
         return str(error)
+    if is_of_a_dead_worker(error):
+        return WORKER_DIED
     return _of_a_library(error)
+
+
+def is_of_a_dead_worker(error: Exception) -> bool:
+    """Whether PyTorch raised it for a worker of a loader: from a signal handler, so anywhere."""
+    return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
 
 
 def _raised_here(error: Exception) -> bool:

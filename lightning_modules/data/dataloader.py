@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_modules.data.samplers import EpochSampler
+from lightning_modules.errors import WORKER_DIED, is_of_a_dead_worker
 
 __all__ = [
     "DataWorkerError",
@@ -58,13 +59,9 @@ class DeferredStartDataLoader(DataLoader):
                     _report(unreadable)
                 yield images, targets
         except RuntimeError as error:
-            if "DataLoader worker (pid" not in str(error):  # others come from the dataset
+            if not is_of_a_dead_worker(error):  # others come from the dataset
                 raise
-            raise DataWorkerError(
-                "a data worker has died; as a rule the system killed it because memory ran out: "
-                "lower --data.num_workers or --data.batch_size, or give the job (a container: its "
-                "/dev/shm too) more memory; then continue from the last checkpoint"
-            ) from error
+            raise DataWorkerError(WORKER_DIED) from error
         finally:
             _report(unreadable)
 

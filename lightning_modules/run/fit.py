@@ -1,10 +1,10 @@
 """The subcommands that run a Trainer: fit, validate and test, on LightningCLI."""
 
+import copy
 import os
 import shlex
 import signal
 import sys
-import warnings
 from argparse import ArgumentParser
 from typing import Any, Literal, cast
 
@@ -356,9 +356,9 @@ class TrainingCLI(LightningCLI):
         scheme = scheme_of(network)
         deployed = f"{scheme} deployed"  # which folds when its scales are known
         if scheme is None:
-            with warnings.catch_warnings():  # it is only counted, so its mode does not matter
-                warnings.simplefilter("ignore")
-                deployed = f"{_millions(reparameterize(network))} deployed"
+            # some of timm's networks fold in this mode only
+            folded = reparameterize(copy.deepcopy(network).eval())
+            deployed = f"{_millions(folded)} deployed"
         name = self.model.hparams.get("model", type(self.model).__name__)
         print(
             f"{name}: {_millions(network)} parameters in training, {deployed}; "

@@ -61,6 +61,11 @@ class ExportSpec:
             raise ValueError("`model_name` is empty: give timm's name of the model")
         if not self.class_names:
             raise ValueError("`class_names` is empty: give one name a class")
+        if bad := next((n for n in self.class_names if not _is_unicode(n)), None):
+            raise ValueError(
+                f"the class name {bad!r} is not Unicode text, which every exported file needs: "
+                "rename its folder, as `convmv -f latin1 -t utf8` does"
+            )
         if len(set(self.class_names)) != len(self.class_names):
             twice = sorted({n for n in self.class_names if self.class_names.count(n) > 1})
             raise ValueError(f"`class_names` must differ from each other; repeated: {twice[:5]}")
@@ -126,6 +131,14 @@ class ExportSpec:
                 "next to manifest.json, or export it again"
             )
         return cls.from_dict(json.loads(text))
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it is text: bytes of a file's name that are not UTF-8 become surrogates."""
+    try:
+        return bool(text.encode()) or not text
+    except UnicodeEncodeError:
+        return False
 
 
 def _sequence(name: str, value: Any) -> Sequence[Any]:

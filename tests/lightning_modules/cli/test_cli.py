@@ -18,7 +18,7 @@ from lightning_modules.cli.main import main
 from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.run.fit import run
 from lightning_modules.run.folder import RunFolder
-from tests.helpers.command import error_of
+from tests.helpers.command import FIT, error_of
 from tests.helpers.processes import run_python, start_python
 from tests.helpers.variants import slow
 
@@ -428,3 +428,9 @@ def test_collapse_is_an_option_of_the_run_not_of_the_checkpoint(trained):
     assert not any(
         "collapse" in key for key in torch.load(checkpoint, weights_only=True)["state_dict"]
     )
+
+
+def test_a_network_that_folds_in_eval_mode_only_is_trained(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    main([*FIT, "--model.model", "efficientvim_m1", "--trainer.fast_dev_run", "true"])
+    assert "efficientvim_m1: " in capsys.readouterr().out

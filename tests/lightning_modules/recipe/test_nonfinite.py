@@ -10,7 +10,7 @@ from PIL import Image
 from lightning_modules.data.dataloader import DataWorkerError
 from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.data.image_io import read_image
-from lightning_modules.errors import UnreadableImageError
+from lightning_modules.errors import WORKER_DIED, UnreadableImageError, message_for_user
 from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.recipe.nonfinite_guard import NonFiniteGuard, _finite
 from tests.helpers.processes import run_on_two_ranks
@@ -186,6 +186,13 @@ def test_a_killed_data_worker_is_explained(pets):
     object.__setattr__(loader, "dataset", KillsItself())
     with pytest.raises(DataWorkerError, match=r"worker has died.*memory.*--data\.num_workers"):
         next(iter(loader))
+
+
+def test_a_killed_worker_ends_in_one_line_wherever_the_run_is():
+    """PyTorch raises from a signal handler, in whatever the main thread does just then."""
+    error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    assert message_for_user(error) == WORKER_DIED
+    assert message_for_user(RuntimeError("anything else")) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -1,10 +1,12 @@
 import io
 import json
+import os
 
 import pytest
 import torch
 
 from mobileone.export import ExportSpec
+from tests.helpers.tiny import tiny_spec
 
 FIELDS = {
     "model_name": "mobileone_s0",
@@ -58,3 +60,11 @@ def test_a_wrong_field_is_named(change, message):
 def test_a_missing_field_is_named():
     with pytest.raises(ValueError, match=r"missing fields \['std'\]"):
         ExportSpec.from_dict({k: v for k, v in FIELDS.items() if k != "std"})
+
+
+def test_a_class_name_that_no_file_can_hold_is_refused():
+    """As `os.fsdecode` makes it of a folder's name in another encoding."""
+    name = os.fsdecode(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"class name 'caf\\udce9' is not Unicode text"):
+        tiny_spec(names=("a", name))
+    assert tiny_spec(names=("a", "café")).class_names == ("a", "café")
