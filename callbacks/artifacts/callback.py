@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from callbacks.artifacts.folder import CheckpointFolder
 from callbacks.artifacts.publisher import ExportQueue, Listener, Publisher
@@ -29,8 +29,14 @@ from callbacks.dry_run import is_dry_run
 from callbacks.signals import ForceQuit, interruptible
 from mobileone.export import ExportJob, Metadata
 from mobileone.export.checkpoint import IMAGES_KEY
-from mobileone.export.formats.table import DEFAULT_FORMATS, check_formats, check_packages
+from mobileone.export.formats.table import (
+    DEFAULT_FORMATS,
+    check_formats,
+    check_integers,
+    check_packages,
+)
 from mobileone.export.worker import ExportResult
+from mobileone.quantization import scheme_of
 
 __all__ = ["ReparameterizeOnSave"]
 
@@ -62,10 +68,11 @@ class ReparameterizeOnSave(AtomicCheckpoint):
     The next validation waits for it, and so does the end of the fit; a worker that dies or hangs is
     a failed export.
 
-    Every format is compared with the network on the first validation images, which are kept in the
-    checkpoint for later exports (unless `save_weights_only`). An artifact above a
-    format's tolerance is not published: it is a failed export, and its files stay in
-    `<name>.rejected/` for a look. Errors and sizes go to the loggers as `export/<format>/...`.
+    Every format is compared with the network on the first validation images, 8 or, of integers, up
+    to 128 of the first batch, which are kept in the checkpoint for later exports (unless
+    `save_weights_only`). An artifact above a format's tolerance is not published: it is a failed
+    export, and its files stay in `<name>.rejected/` for a look. Errors and sizes go to the loggers
+    as `export/<format>/...`.
 
     Args:
         monitor: metric that ranks the checkpoints.
@@ -90,7 +97,8 @@ class ReparameterizeOnSave(AtomicCheckpoint):
             after the links have moved.
 
     Raises:
-        ValueError: an unknown format, or a `filename` without `{step}`.
+        ValueError: an unknown format, or a `filename` without `{step}`; before a fit, a format that
+            cannot hold the network: integers for one of floats, or the reverse.
     """
 
     def __init__(
@@ -156,7 +164,11 @@ class ReparameterizeOnSave(AtomicCheckpoint):
             root = Path(trainer.log_dir or trainer.default_root_dir)
             self.dirpath = str((root / "checkpoints").resolve())
         super().setup(trainer, pl_module, stage)
-        if stage != "fit" or is_dry_run(trainer):
+        if stage != "fit":
+            return
+        if isinstance(getattr(pl_module, "model", None), nn.Module):
+            check_integers(self.formats, scheme_of(get_network(pl_module)) is not None)
+        if is_dry_run(trainer):
             return
         check_packages(self.formats)
         # before a checkpoint is restored, which takes time and reports nothing
@@ -185,7 +197,9 @@ class ReparameterizeOnSave(AtomicCheckpoint):
     ) -> None:
         """Keep the first images of the fit to compare the files on."""
         if self._images is None and batch_idx == 0 and trainer.is_global_zero:
-            self._images = first_images_uint8(batch, get_spec(pl_module))
+            # integers may differ in a class of a hundred
+            count = 8 if scheme_of(get_network(pl_module)) is None else 128
+            self._images = first_images_uint8(batch, get_spec(pl_module), count)
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the monitored metric's name, before an epoch is spent.

@@ -39,6 +39,7 @@ _TABLES = "mobileone.bench.show.tables:"
 _STEP = "mobileone.bench.training_step.measure:"
 _STUDIES = "mobileone.bench.studies"
 _ABLATION = "lightning_modules.studies.ablation:"
+_QUANTIZATION = "lightning_modules.studies.quantization:"
 _BEST = "runs/quickstart/latest/checkpoints/best"
 
 COMMANDS = {
@@ -133,6 +134,13 @@ COMMANDS = {
         f"{_ABLATION}ablation_table",
         "--output results/ablation",
         f"{_ABLATION}ablation_figure",
+    ),
+    "study quantization": Command(
+        "compare integer networks, trained and not, in every integer runtime",
+        f"{_QUANTIZATION}study_quantization",
+        f"{_QUANTIZATION}quantization_table",
+        "--weights [runs/quickstart/latest/checkpoints/best.ckpt] --output results/quantization",
+        f"{_QUANTIZATION}quantization_figure",
     ),
     "report": Command(
         "gather results and a run into one HTML page to send",

@@ -1,4 +1,5 @@
-"""The experiments of the paper that train.
+"""Experiments that train, those of the paper and one of integers.
 
-`ablation` trains variants of the network and the recipe (Tables 5, 6 and 8).
+`ablation` trains variants of the network and the recipe (Tables 5, 6 and 8), `quantization` folds
+and trains integer networks; `cells` keeps what is finished.
 """

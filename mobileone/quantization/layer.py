@@ -122,7 +122,8 @@ class QuantizedLayer(nn.Module):
                 if self.calibrating:
                     rectified = [type(module) for module in self.followers()] == [nn.ReLU]
                     _widen(self.output_quantizer, y.relu() if rectified else y)
-                y = self.output_quantizer(y)
+                # a copy: a ReLU that follows writes into it, and the step's gradient needs it
+                y = self.output_quantizer(y).clone()
         for name in self.row.after:
             y = self.get_submodule(name)(y)
         return y

@@ -1,16 +1,24 @@
 """Training against the integer network: from a checkpoint, and back to one, in every way."""
 
+import json
 from pathlib import Path
 
+import onnx
+import onnxruntime
 import pytest
 import timm
 import torch
+from lightning.pytorch import Callback
 
+from callbacks.artifacts.callback import ReparameterizeOnSave
 from callbacks.curriculum import Curriculum
 from callbacks.ema import EMA
+from lightning_modules.cli.main import main
 from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.recipe.classifier import ImageClassifier
+from mobileone.export import load_runner
 from mobileone.export.checkpoint import load_model, read_checkpoint
+from mobileone.export.preprocess import denormalize
 from mobileone.quantization import scheme_of
 from tests.helpers.bitwise import differing
 from tests.helpers.processes import run_program
@@ -145,3 +153,73 @@ def test_two_processes_train_one_network(start, make_folder, tmp_path):
         torch.testing.assert_close(first["calibrated"][key], mean)
     assert any(not torch.equal(first["own"][key], second["own"][key]) for key in steps)
     assert any(not torch.equal(first["weights"][k], first["calibrated"][k]) for k in steps)
+
+
+class Validated(Callback):
+    """The logits of the last validation."""
+
+    def on_validation_epoch_start(self, trainer, pl_module):
+        self.logits = []
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.logits.append(outputs)
+
+
+def test_what_is_validated_is_what_ships_in_integers(start, make_folder, tmp_path):
+    """Onnxruntime's integer kernels against the averaged weights' validation, image by image."""
+    root = make_folder({"train": {"a": 6, "b": 6}, "val": {"a": 12, "b": 12}})
+    seen = Validated()
+    saver = ReparameterizeOnSave(
+        dirpath=str(tmp_path / "files"), formats=["onnx_int8"], background=False, strict=True
+    )
+    trainer = train(module(start, lr=0.01), root, tmp_path, seen, saver, epochs=2)
+    artifact = saver.artifact_path
+    assert "QLinearConv" in str(session_operations(artifact / "model.int8.onnx"))
+    runner = load_runner(artifact, "onnx_int8")
+    spec = trainer.lightning_module.export_spec
+    images = torch.cat([batch[0] for batch in trainer.datamodule.val_dataloader()])
+    found = runner.run(denormalize(images, spec))
+    expected = torch.cat(seen.logits)
+    assert found.shape == expected.shape == (24, 2)
+    assert (found.argmax(1) == expected.argmax(1)).float().mean() >= 0.95
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def session_operations(path):
+    """What onnxruntime makes of a file, by name."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(path.with_suffix(".fused.onnx"))
+    options.log_severity_level = 3  # it warns that such a file is this machine's own
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return {node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node}
+
+
+@pytest.mark.parametrize(
+    ("quantize", "formats", "message"),
+    [
+        ("int8", ["torchscript"], r"\['torchscript'\] hold floats, and the network is quantized"),
+        (None, ["onnx_int8"], r"\['onnx_int8'\] hold integers.*--model.quantize int8"),
+    ],
+)
+def test_a_format_that_cannot_hold_it_is_refused_first(
+    start, pets, tmp_path, quantize, formats, message
+):
+    saver = ReparameterizeOnSave(dirpath=str(tmp_path / "files"), formats=formats)
+    with pytest.raises(ValueError, match=message):
+        train(module(start, quantize=quantize), pets, tmp_path, saver)
+    assert not (tmp_path / "files").exists()
+
+
+def test_the_command_trains_on_from_a_run(start, pets, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    configs = ["--config", "quickstart", "--config", "quantize"]
+    images = ["--data.root", str(pets), "--data.dataset", "folder", "--data.input_size", "32"]
+    small = ["--data.batch_size", "5", "--data.num_workers", "0", "--report.samples", "0"]
+    short = ["--trainer.max_epochs", "1", "--checkpoint.formats", "[onnx_int8]"]
+    model = ["--model.model", NAME, "--model.weights", start, "--wandb.mode", "disabled"]
+    main(["fit", *configs, *images, *small, *short, *model])
+    best = tmp_path / "runs/quantize/latest/checkpoints/best"
+    manifest = json.loads((best / "manifest.json").read_text())
+    assert list(manifest["formats"]) == ["onnx_int8"]
+    main(["test", "--ckpt_path", f"{best}.ckpt", *images, *small])
+    assert "test/acc1" in capsys.readouterr().out
