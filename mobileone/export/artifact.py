@@ -30,6 +30,7 @@ from mobileone.export.verify.structure import (
     unfused_layers,
 )
 from mobileone.io.atomic import discard, publish_folder, staging
+from mobileone.quantization import conditions
 from mobileone.quantization.deployed import is_quantized
 from mobileone.reparameterize import reparameterize
 
@@ -129,6 +130,7 @@ def export_model(
             parameters=sum(p.numel() for p in fused.parameters()),
             channel_order={1: "L", 3: "RGB"}.get(spec.input_size[0], "unspecified"),
             images="given" if given else "synthetic",
+            condition=max(conditions(fused).values(), default=None),
             problems=tuple(problems),
             formats=entries,
         )

@@ -101,6 +101,8 @@ def _header(manifest: Manifest) -> list[str]:
         + ", ".join(f"{k} {v}" for k, v in manifest.versions.items()),
         "compared on": f"{manifest.images} images",
     }
+    if manifest.condition is not None:
+        rows["condition"] = f"one step of an input changes an output by {manifest.condition:.3g}"
     if manifest.problems:
         rows["REJECTED"] = "; ".join(manifest.problems)
     return [_row(name, text) for name, text in rows.items()]

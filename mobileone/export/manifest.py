@@ -76,6 +76,8 @@ class Manifest:
             `sha256`), `operations` (how often each occurs in it), `parity`.
         images: what the files were compared on: `given` (the first validation images, after a
             validation) or `synthetic`.
+        condition: largest change of an output of a layer by one step of one of its inputs, in a
+            network of integers; None in one of floats.
         problems: why the artifact was not published; none in one that was.
         versions: of Python and the packages that wrote the files.
         created: time of writing, UTC, ISO 8601.
@@ -89,6 +91,7 @@ class Manifest:
     channel_order: str
     formats: dict[str, dict[str, Any]]
     images: str = "synthetic"
+    condition: float | None = None
     problems: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=lambda: _versions())
     created: str = field(

@@ -81,6 +81,10 @@ class _QuantizedLayer(nn.Module):
             self.weight, self.weight_scale, self.weight_zero, 0, -128, 127, torch.int8
         )
 
+    def condition(self) -> float:
+        """Largest change of an output by one step of one input."""
+        return float(self.dequantized_weight().abs().max()) * self.input.scale
+
 
 class QuantizedConv2d(_QuantizedLayer):
     """A convolution of integers: y = conv(Q(x), weight * weight_scale) + bias.

@@ -210,6 +210,11 @@ class QuantizedLayer(nn.Module):
             )
         return layer.train(self.training)
 
+    @torch.no_grad()
+    def condition(self) -> float:
+        """Largest change of an output by one step of one input."""
+        return float(self.fold()[0].abs().max() * self.input_quantizer.step)
+
     def extra_repr(self) -> str:
         """Shown in the printed network."""
         return (

@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from mobileone.block import FusedMobileOneBlock
+from mobileone.quantization.deployed import QuantizedConv2d, QuantizedLinear
 from mobileone.quantization.foldable import BLOCKS, PLAIN
 from mobileone.quantization.layer import QuantizedLayer, Statistics
 from mobileone.quantization.rounding import SCHEMES, Scales, Scheme
@@ -218,16 +219,13 @@ def calibrate_quantization(
         quantizer.zero_point.copy_(zero.round())
 
 
-@torch.no_grad()
 def conditions(model: nn.Module) -> dict[str, float]:
-    """Of each layer, the largest change of an output by one step of one input, a number of its own
-    units; integers and simulation differ by such steps.
+    """Of each quantized layer by name, the largest change of an output by one step of one input.
+
+    Integers and simulation differ by such steps: where it is large, by much.
 
     Args:
-        model: What `quantize` returned, calibrated.
+        model: What `quantize` returned, calibrated; or a network of integers.
     """
-    found = {}
-    for name, layer in layers_of(model).items():
-        weight, _ = layer.fold()
-        found[name] = float(weight.abs().max() * layer.input_quantizer.step)
-    return found
+    kinds = (QuantizedLayer, QuantizedConv2d, QuantizedLinear)
+    return {n: m.condition() for n, m in model.named_modules() if isinstance(m, kinds)}

@@ -9,9 +9,10 @@ from torch import nn
 from mobileone.export import FORMATS
 from mobileone.export.artifact import RejectedError, export_model
 from mobileone.export.formats.table import check_integers
+from mobileone.export.inspect import describe_artifact
 from mobileone.export.preprocess import normalize
 from mobileone.export.verify.parity import fixed_images
-from mobileone.quantization.deployed import QuantizedConv2d
+from mobileone.quantization.deployed import QuantizedConv2d, QuantizedLinear
 from mobileone.quantization.post_training import quantize_fused
 from mobileone.reparameterize import reparameterize
 from tests.helpers.tiny import tiny_network, tiny_spec
@@ -42,7 +43,15 @@ def export(network, name, folder, change=None):
 
 @pytest.mark.parametrize("name", INTEGER)
 def test_a_quantized_network_becomes_a_file_of_integers(name, quantized, tmp_path):
-    entry = export(quantized, name, tmp_path / "artifact").formats[name]
+    manifest = export(quantized, name, tmp_path / "artifact")
+    entry = manifest.formats[name]
+    gains = [
+        (m.weight.abs() * m.weight_scale.view(-1, *[1] * (m.weight.ndim - 1))).max() * m.input.scale
+        for m in quantized.modules()
+        if isinstance(m, QuantizedConv2d | QuantizedLinear)
+    ]
+    assert manifest.condition == pytest.approx(max(gains).item())
+    assert f"by {manifest.condition:.3g}" in describe_artifact(tmp_path / "artifact")
     assert entry["operations"]["conv.integer"] == 2
     assert entry["parity"]["images"] == 64
     assert entry["parity"]["top1_agreement"] >= 0.99
