@@ -20,20 +20,11 @@ import time
 from pathlib import Path
 
 from tests.helpers.bitwise import differing
-from tests.programs.soak_resume import result
+from tests.programs.soak_resume import COMMAND, result
 
-# dropout, augmentation and curriculum would each betray a wrong place; exports are in background
-COMMAND = """
+TORCHRUN = """
 -m torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint localhost:0
--m mobileone fit --resume auto --run.root {root} --run.name {name} --model.model test_byobnet
---model.model_kwargs {{"drop_rate":0.3}} --model.lr 0.01 --data.dataset digits --data.batch_size 8
---data.input_size 48 --data.num_workers 1 --data.auto_augment rand-m9-mstd0.5
---curriculum.phases [[0,32,0.3],[1,40,0.7],[2,48,1]] --curriculum.epochs 3 --ema.decay 0.9
---snapshots.every_n_steps 3 --checkpoint.formats [torchscript]
---trainer.max_epochs 3 --trainer.limit_train_batches 10 --trainer.limit_val_batches 2
---trainer.val_check_interval 5 --trainer.accelerator cpu --trainer.devices 2 --trainer.strategy ddp
---trainer.enable_progress_bar false --trainer.num_sanity_val_steps 0 --wandb.mode disabled
---report.samples 0
+-m mobileone {fit} --trainer.devices 2 --trainer.strategy ddp
 """
 EPOCH = 10  # steps
 BEGUN = "All distributed processes registered"
@@ -49,10 +40,11 @@ class Attempt:
         self._before = self.log.stat().st_size if self.log.exists() else 0
         repository = str(Path(__file__).parents[2])
         key, value = self.mark.split("=")
+        fit = COMMAND.format(root=root, name=name, workers=1, background="true")
         path = {"PYTHONPATH": repository, "OMP_NUM_THREADS": "1", key: value}
         with self.log.open("ab") as file:
             self.process = subprocess.Popen(
-                [sys.executable, *COMMAND.format(root=root, name=name).split()],
+                [sys.executable, *TORCHRUN.format(fit=fit).split()],
                 env={**os.environ, **path},
                 stdout=file,
                 stderr=subprocess.STDOUT,

@@ -85,29 +85,45 @@ def test_collapsed_training_keeps_less_than_the_plain_net():
     assert an_image["ours always"] < 0.6 * an_image["plain"] < 0.25 * an_image["timm"]
 
 
-def test_the_result_holds_every_implementation():
-    implementations = ["timm", "plain"]
+def test_the_result_holds_every_implementation_and_names_the_one_that_died(monkeypatch):
+    from mobileone.bench.training_step import measure as training
+
+    class Mortal(StepWorker):
+        def __init__(self, model, implementation, setting):
+            super().__init__(model, implementation, setting)
+            self._name = implementation
+
+        def step(self):
+            if self._name == "ours":
+                os.kill(self._process.pid, signal.SIGSEGV)
+            return super().step()
+
+    monkeypatch.setattr(training, "StepWorker", Mortal)
     result = measure_training(
-        ["mobileone_s0"], implementations, batch_size=2, image_size=32, rounds=3, threads=1,
+        ["mobileone_s0"], ["ours", "timm", "plain"], batch_size=2, image_size=32, rounds=3,
+        threads=1, channels_last=True, images="noise",
     )  # fmt: skip
     rows = {row["contender"]: row for row in result.rows}
-    assert list(rows) == implementations
-    for row in result.rows:
+    assert list(rows) == ["ours", "timm", "plain"]
+    dead = rows.pop("ours")
+    assert dead["failure"] == "its process ended by SIGSEGV" and "seconds" not in dead
+    for row in rows.values():
         assert row["failure"] is None
         assert min(row["seconds"], row["cpu_seconds"], row["kept_mib"]) > 0
         assert row["peak_mib"] >= row["kept_mib"]
     assert rows["plain"]["to_plain"] == 1 == rows["timm"]["timm_to"]
     assert rows["timm"]["to_plain"] == rows["plain"]["timm_to"] > 1
+    assert "oneDNN" in rows["timm"]["change"] and rows["plain"]["change"] is None
     # the child measured the network that it names
-    kept = kept_bytes(
-        build_implementation("plain", "mobileone_s0", "cpu"), torch.randn(2, 3, 32, 32)
-    )
-    assert rows["plain"]["kept_mib"] == pytest.approx(kept / 2 / 2**20)
+    model = build_implementation("plain", "mobileone_s0", "cpu", channels_last=True)
+    images = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
+    assert rows["plain"]["kept_mib"] == pytest.approx(kept_bytes(model, images) / 2 / 2**20)
     table = training_table(result)
     assert table.row_count == 2
-    assert "2 photographs of 32 px, " in table.title
-    assert result.protocol["images"] == "photos"
-    assert {row["change"] for row in result.rows} == {None}
+    assert "mobileone_s0, ours: its process ended by SIGSEGV" in table.caption
+    assert "2 noise images of 32 px, channels-last, " in table.title
+    texts = [text.get_text() for axes in training_figure(result).axes for text in axes.texts]
+    assert texts.count("failed") == 2
 
 
 def test_photographs_are_smooth_and_noise_is_not():
@@ -147,39 +163,6 @@ def test_a_contender_that_hangs_is_ended(monkeypatch):
         worker.prepare()
     worker.close()
     assert not worker._process.is_alive()
-
-
-def test_a_contender_that_dies_leaves_the_others_measured(monkeypatch):
-    from mobileone.bench.training_step import measure as training
-
-    class Mortal(StepWorker):
-        def step(self):
-            if self._name == "timm":
-                os.kill(self._process.pid, signal.SIGSEGV)
-            return super().step()
-
-        def __init__(self, model, implementation, setting):
-            super().__init__(model, implementation, setting)
-            self._name = implementation
-
-    monkeypatch.setattr(training, "StepWorker", Mortal)
-    result = measure_training(
-        ["mobileone_s0"], ["timm", "plain"], 2, 32, rounds=2, threads=1,
-        channels_last=True, images="noise",
-    )  # fmt: skip
-    dead, alive = result.rows
-    assert dead["failure"] == "its process ended by SIGSEGV"
-    assert "seconds" not in dead
-    assert "oneDNN" in dead["change"]
-    assert alive["failure"] is alive["change"] is None
-    assert alive["seconds"] > 0
-    assert alive["timm_to"] is None  # nothing to compare with
-    table = training_table(result)
-    assert table.row_count == 1
-    assert "mobileone_s0, timm: its process ended by SIGSEGV" in table.caption
-    assert "2 noise images of 32 px, channels-last, " in table.title
-    texts = [text.get_text() for axes in training_figure(result).axes for text in axes.texts]
-    assert texts.count("failed") == 2
 
 
 def test_an_error_in_the_process_is_told():
