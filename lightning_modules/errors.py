@@ -48,7 +48,8 @@ def is_of_a_dead_worker(error: Exception) -> bool:
 
 def _raised_here(error: Exception) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
-    meant = isinstance(error, ValueError | OSError | FloatingPointError | RuntimeError)
+    kinds = ValueError | OSError | FloatingPointError | RuntimeError
+    meant = isinstance(error, kinds) or type(error) is ImportError  # of a package to install
     return meant and bool(frames) and frames[-1].filename.startswith(_OURS)
 
 

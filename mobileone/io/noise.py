@@ -10,11 +10,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["without_noise"]
+__all__ = ["EXECUTORCH_WARNINGS", "TORCHAO_LINES", "without_noise"]
+
+# what packages say that several converters import
+EXECUTORCH_WARNINGS = "(read_text|open_text|read_binary) is deprecated"
+TORCHAO_LINES = "is an Enum subclass and is now natively supported"
 
 
 @contextmanager
-def without_noise(lines: str, warning: str) -> Iterator[None]:
+def without_noise(lines: str, warning: str | None = None) -> Iterator[None]:
     """Hold back known lines on stdout and stderr, and known warnings, by their text.
 
     Other lines appear on stderr at the end. Standard error is taken from the whole process: C++
@@ -22,7 +26,7 @@ def without_noise(lines: str, warning: str) -> Iterator[None]:
 
     Args:
         lines: regular expression that is searched in each line.
-        warning: regular expression for the start of a warning's text.
+        warning: regular expression for the start of a warning's text; None for none.
     """
     noise, printed = re.compile(lines), io.StringIO()
     sys.stderr.flush()
@@ -35,13 +39,14 @@ def without_noise(lines: str, warning: str) -> Iterator[None]:
                 contextlib.redirect_stdout(printed),
                 contextlib.redirect_stderr(printed),
             ):
-                warnings.filterwarnings("ignore", warning)
+                if warning:
+                    warnings.filterwarnings("ignore", warning)
                 yield
         finally:
             os.dup2(own, 2)
             os.close(own)
             native.seek(0)
             said = printed.getvalue() + native.read().decode(errors="replace")
-            for line in said.splitlines():
+            for line in re.split(r"[\r\n]+", said):
                 if line.strip() and not noise.search(line):
                     print(line, file=sys.stderr)

@@ -23,7 +23,7 @@ from mobileone.export.preprocess import (
 )
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Runner
-from mobileone.io.noise import without_noise
+from mobileone.io.noise import EXECUTORCH_WARNINGS, TORCHAO_LINES, without_noise
 from mobileone.io.optional_import import import_optional
 
 __all__ = ["NEEDS", "operations", "runner", "spec", "write"]
@@ -168,6 +168,5 @@ _XNNPACK = """
 
 def _quiet() -> AbstractContextManager[None]:
     return without_noise(
-        r"cpuinfo_utils\.cpp|Enum subclass",
-        r"(read_text|open_text|read_binary) is deprecated|This API is experimental",
+        rf"cpuinfo_utils\.cpp|{TORCHAO_LINES}", f"{EXECUTORCH_WARNINGS}|This API is experimental"
     )

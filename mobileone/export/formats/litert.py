@@ -25,7 +25,7 @@ from mobileone.export.preprocess import (
 )
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Runner
-from mobileone.io.noise import without_noise
+from mobileone.io.noise import TORCHAO_LINES, without_noise
 from mobileone.io.optional_import import import_optional
 
 __all__ = ["NEEDS", "finished", "interpreter", "operations", "quiet", "runner", "spec", "write"]
@@ -147,8 +147,7 @@ def operations(path: Path) -> Counter[str]:
 def quiet() -> AbstractContextManager[None]:
     """Hold back what converter and interpreter print at each use."""
     return without_noise(
-        r"Enum subclass|absl::InitializeLog|oneDNN custom|arithmetic ops|Created TensorFlow Lite",
-        "never",
+        rf"{TORCHAO_LINES}|absl::InitializeLog|oneDNN custom|arithmetic ops|Created TensorFlow Lite"
     )
 
 

@@ -19,8 +19,8 @@ __all__ = [
     "compare",
     "compare_outputs",
     "fixed_images",
-    "log_probabilities",
     "measure",
+    "recovered_logits",
 ]
 
 # A file as a function: 8-bit images (N, C, H, W) -> the output, or several in the network's order
@@ -131,9 +131,23 @@ def fixed_images(spec: ExportSpec, count: int = 8) -> Tensor:
     return ((0.8 * patches + 0.2 * noise) * 255).round().to(torch.uint8)
 
 
-def log_probabilities(probabilities: Tensor) -> Tensor:
-    """Logarithms, in float64; of what float32 cannot tell from 0 in all runtimes, that of 1e-30."""
-    return probabilities.double().clamp_min(1e-30).log()
+def recovered_logits(probabilities: Tensor, logits: Tensor) -> Tensor:
+    """The logits that probabilities of a file show, (N, classes): those of unlikely classes too.
+
+    What the softmax took away is the network's own: the shift of an image's logits, and those of
+    classes below 1e-30, which float32 cannot tell from 0 in every runtime.
+
+    Args:
+        probabilities: the file's, (N, classes).
+        logits: the network's, (N, classes).
+    """
+    if probabilities.shape != logits.shape:
+        return probabilities  # which `compare` names
+    own, least = logits.double(), torch.tensor(1e-30, dtype=torch.float64).log()
+    shift = own.logsumexp(dim=1, keepdim=True)  # (N, 1)
+    found = probabilities.double().log()
+    hidden = (found <= least) & (own - shift <= least)
+    return torch.where(hidden, own, found.clamp_min(least) + shift)
 
 
 def compare(

@@ -15,9 +15,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from callbacks.artifacts.callback import ReparameterizeOnSave
 from callbacks.artifacts.folder import CheckpointFolder
 from callbacks.ema import EMA
+from lightning_modules.errors import message_for_user
 from mobileone.export import ExportSpec, Manifest, Metadata, load_torchscript_artifact
 from mobileone.export import checkpoint as exports
 from mobileone.export.artifact import RejectedError
+from mobileone.io import optional_import
 from tests.helpers.checkpoints import (
     STEPS,
     assert_artifact_is_of,
@@ -465,6 +467,18 @@ def test_a_module_without_what_is_needed_is_told_so_at_the_start(make, tmp_path)
     module.net = nn.Linear(1, 1)
     with pytest.raises(TypeError, match=r"Classifier must keep the network .* `self\.model`"):
         fit(module, make(), tmp_path)
+
+
+def test_a_package_that_a_format_needs_is_named_before_training(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(optional_import, "version", {"executorch": "1.5.1", "torch": "2.13.1"}.get)
+    saved = saver(folder, formats=["torchscript", "executorch"])  # naming it takes no package
+    module = ScoredClassifier([0.1])
+    with pytest.raises(
+        ImportError, match=r"here is torch 2\.13\.1: `pip install 'executorch>="
+    ) as e:
+        fit(module, saved, tmp_path)
+    assert message_for_user(e.value) == str(e.value) and "\n" not in str(e.value)
+    assert module.trainer.global_step == 0 and not folder.exists()
 
 
 def test_names_must_differ():

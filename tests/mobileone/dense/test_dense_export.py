@@ -1,6 +1,7 @@
 """What ships: the whole network fused, in every format; Core ML's detector as Vision wants it."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from mobileone.export.verify.mlprogram_ops import KERNELS
 from tests.helpers.core_ml_boxes import candidates
 
 NAMES = ("background", "circle", "square", "triangle")
+DEVICES = ["executorch", "litert", *(["coreai"] if sys.version_info >= (3, 11) else [])]
 WHOLE_DETECTOR = "detector.torchscript.pt"
 
 
@@ -85,7 +87,7 @@ def pixels(count, size=96, seed=0):
 
 @pytest.mark.slow
 def test_a_detector_ships_in_every_format(detector, tmp_path):
-    formats = ["torchscript", "torch_export", "onnx", "coreml"]
+    formats = ["torchscript", "torch_export", "onnx", "coreml", *DEVICES]
     manifest = export_boxes(detector, 96, tmp_path / "out", formats)
     convolutions = sum(isinstance(m, nn.Conv2d) for m in detector.modules())
     for name, entry in manifest.formats.items():
@@ -110,10 +112,13 @@ def test_a_detector_ships_in_every_format(detector, tmp_path):
 def test_a_segmenter_ships_in_every_format(architecture, tmp_path):
     pytest.importorskip("segmentation_models_pytorch", reason="needs the extra `dense`")
     network = fuse(settle(segmenter(architecture, "mobileone_mu0", 4), 64))
-    formats = ["torchscript", "torch_export", "onnx", "coreml"]
+    formats = ["torchscript", "torch_export", "onnx", "coreml", *DEVICES]
     manifest = export_maps(network, 64, tmp_path / "out", formats)
     assert list(manifest.formats) == formats
     assert manifest.formats["coreml"]["parity"]["max_relative_error"] < 5e-2
+    for name in DEVICES:  # pixels in: their bytes, as no normalization is outside
+        assert manifest.formats[name]["input"]["range"] == [0, 255]
+        assert manifest.formats[name]["parity"]["max_relative_error"] < 1e-4
     program = MLProgram(tmp_path / "out/model.mlpackage")
     image = pixels(1, 64, seed=5)
     with torch.no_grad():

@@ -3,7 +3,13 @@ import math
 import pytest
 import torch
 
-from mobileone.export.verify.parity import NotVerifiedError, compare, fixed_images, measure
+from mobileone.export.verify.parity import (
+    NotVerifiedError,
+    compare,
+    fixed_images,
+    measure,
+    recovered_logits,
+)
 from tests.helpers.tiny import tiny_spec
 
 
@@ -65,3 +71,15 @@ def test_the_images_are_fixed_and_leave_the_generator_alone():
     assert first.shape == (8, 4, 32, 48)
     assert first.dtype == torch.uint8
     assert int(first.max()) > 230 and int(first.min()) < 25
+
+
+def test_probabilities_show_the_logits_that_they_were_made_of():
+    """Up to the shift of an image and the classes that float32 rounds to 0."""
+    logits = torch.tensor([[3.0, -2.0, 40.0, -90.0], [1e5, 1e5 - 2.5, 0.0, -1e5]])
+    found = recovered_logits((logits + 7).softmax(1), logits)
+    assert compare(logits, found, "logits").max_relative_error < 1e-7
+    for column, wrong in ((1, 0.0), (3, 1e-3), (0, float("nan"))):  # lost, invented, not a number
+        probabilities = logits.softmax(1)
+        probabilities[0, column] = wrong
+        parity = compare(logits, recovered_logits(probabilities, logits), "logits", 1e-3)
+        assert not parity.accepted
