@@ -1,10 +1,12 @@
-"""Which formats can be written here."""
+"""Which formats can be written here, and of which networks."""
 
 import pytest
 
-from mobileone.export.formats.table import check_packages
+from mobileone.export.formats.table import FORMATS, check_packages
 
-__all__ = ["skip_without_packages"]
+__all__ = ["OF_FLOATS", "skip_without_packages"]
+
+OF_FLOATS = [name for name, row in FORMATS.items() if not row.integers]
 
 
 def skip_without_packages(name):

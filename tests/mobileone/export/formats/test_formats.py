@@ -19,11 +19,11 @@ from mobileone.export.verify.parity import NotVerifiedError
 from mobileone.export.verify.structure import count_kinds
 from mobileone.io import optional_import
 from mobileone.io.optional_import import import_optional
-from tests.helpers.formats import skip_without_packages
+from tests.helpers.formats import OF_FLOATS, skip_without_packages
 from tests.helpers.tiny import tiny_network, tiny_spec
 
 
-@pytest.fixture(scope="module", params=FORMATS)
+@pytest.fixture(scope="module", params=OF_FLOATS)
 def written(request, tmp_path_factory):
     """The tiny model in one format: its name, the model, spec, folder and manifest."""
     name = request.param
