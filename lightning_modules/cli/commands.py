@@ -35,6 +35,7 @@ _EXPORT = "lightning_modules.dense.export:export_"
 _OUTPUT = "lightning_modules.cli.output:"
 _SHARDS = "lightning_modules.data.shards"
 _INFERENCE = "mobileone.bench.inference"
+_ARTIFACT = f"{_INFERENCE}.artifact:"
 _TABLES = "mobileone.bench.show.tables:"
 _STEP = "mobileone.bench.training_step.measure:"
 _STUDIES = "mobileone.bench.studies"
@@ -82,6 +83,13 @@ COMMANDS = {
         f"{_INFERENCE}.latency:measure_latency",
         f"{_TABLES}latency_table",
         "--suite 2026 --runtimes [onnxruntime]",
+    ),
+    "benchmark latency --artifact": Command(
+        "time the files that ship, in every runtime that reads them",
+        f"{_ARTIFACT}measure_artifacts",
+        f"{_ARTIFACT}artifact_table",
+        f"{_BEST} --output results",
+        f"{_ARTIFACT}artifact_figure",
     ),
     "benchmark throughput": Command(
         "count images a second of fused networks, by batch size",

@@ -18,15 +18,18 @@ from mobileone.io.user_modules import import_user_modules
 
 __all__ = ["run_command"]
 
-_MODELS = "models"
+_LISTS = {  # arguments that are given as words
+    "models": "names of timm's models, or torchvision's with the prefix torchvision/",
+    "artifact": "artifact folders, or files of them",
+}
 
 
 def run_command(name: str, command: Command, argv: list[str]) -> None:
     """Parse arguments, call the function, print and save what it returns.
 
-    Parameters without a default are positional arguments, and so is `models`; the others are
-    options. A function that returns a `Result` also gets `--output`, the folder where it is saved,
-    and `--against`, an earlier result to compare with. Every command gets `--imports`.
+    Parameters without a default are positional arguments, and so are `models` and `artifact`; the
+    others are options. A function that returns a `Result` also gets `--output`, the folder where
+    it is saved, and `--against`, an earlier result to compare with. Every command gets `--imports`.
 
     Args:
         name: The subcommand, for messages.
@@ -61,14 +64,13 @@ def _parser(name: str, command: Command, function: Callable[..., Any]) -> Argume
         description=f"{summary} Example: mobileone {name} {command.example}",
     )
     parameters = inspect.signature(function).parameters
-    if _MODELS in parameters:
-        default = parameters[_MODELS].default
+    for several in _LISTS.keys() & parameters.keys():
+        default = parameters[several].default
         parser.add_argument(
-            _MODELS, nargs="*", type=str,
+            several, nargs="*", type=str, help=_LISTS[several],
             default=[] if default is inspect.Parameter.empty else list(default),
-            help="names of timm's models, or torchvision's with the prefix torchvision/",
         )  # fmt: skip
-    parser.add_function_arguments(function, as_positional=True, as_group=False, skip={_MODELS})
+    parser.add_function_arguments(function, as_positional=True, as_group=False, skip={*_LISTS})
     if command.first:
         parser.add_argument(command.first, help="the first argument, in any place")
     if _measures(function):
@@ -112,7 +114,7 @@ def _call(
         if "directory" in options:
             print(f"-> {Path(options['directory'])}")
         return
-    kind = name.split()[-1]
+    kind = name.split()[-1].removeprefix("--")
     against, output = options.pop("against"), options["output"]
     if "output" not in inspect.signature(function).parameters:
         del options["output"]

@@ -56,9 +56,18 @@ def _run(name: str, argv: list[str]) -> None:
 
 
 def _find(words: Sequence[str]) -> tuple[str, list[str]]:
-    """The longest beginning that is a subcommand, else a group of them, and the other words."""
+    """The longest beginning that is a subcommand, else a group of them, and the other words.
+
+    A subcommand that ends with an option is one wherever that option is.
+    """
     for count in (2, 1):
         name = " ".join(words[:count])
+        for row in COMMANDS:
+            command, _, option = row.rpartition(" ")
+            if command == name and option.startswith("--") and option in words:
+                rest = list(words[count:])
+                rest.remove(option)
+                return row, rest
         if name in COMMANDS or any(row.startswith(f"{name} ") for row in COMMANDS if name):
             return name, list(words[count:])
     return "", list(words)

@@ -25,6 +25,7 @@ Row = dict[str, Any]
 KINDS: dict[str, tuple[tuple[str, ...], str]] = {
     "profile": (("model", "level", "name"), "macs"),
     "latency": (("model", "runtime"), ""),
+    "artifact": (("file", "runtime"), ""),
     "throughput": (("model", "runtime", "device", "batch_size"), "images_per_s"),
     "memory": (("model", "runtime", "batch_size"), "peak_mib"),
     "training": (("model", "contender"), "seconds"),
@@ -227,6 +228,9 @@ _PACKAGES = (
     "onnxruntime",
     "openvino",
     "coremltools",
+    "executorch",
+    "ai-edge-litert",
+    "coreai-core",
 )
 
 

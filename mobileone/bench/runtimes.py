@@ -8,9 +8,11 @@ RUNTIMES["mine"] = Runtime(convert=shipped("onnx"), load=load)
 ```
 """
 
+import asyncio
 import sys
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 
 from mobileone.bench.timing import Run
 from mobileone.export.formats import coreml, torchscript
+from mobileone.export.formats.pt2_reader import load_program
 from mobileone.export.formats.table import FORMATS
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.io.coremltools_noise import quiet
@@ -57,6 +60,9 @@ class Runtime:
         platform: `sys.platform` that it needs; empty: any.
         own_memory: Whether the memory of a process that loads the file is the runtime's own;
             not where a compiler runs in it.
+        reads: The end of the names of an artifact's files that `load` takes; empty: of none.
+        pixels: The file takes pixel values 0..255 and returns probabilities.
+        speed: Whether its times say anything about a device; where not, it must be named.
     """
 
     convert: Callable[[nn.Module, Tensor, Path], None]
@@ -67,6 +73,9 @@ class Runtime:
     install: str = ""
     platform: str = ""
     own_memory: bool = True
+    reads: str = ""
+    pixels: bool = False
+    speed: bool = True
 
     def lack(self) -> str | None:
         """What this machine lacks to run it, with the remedy; None if nothing."""
@@ -172,7 +181,7 @@ def _onnxruntime(path: Path, x: Tensor, threads: int) -> Run:
     session = onnxruntime.InferenceSession(
         str(path.with_suffix(".onnx")), options, providers=["CPUExecutionProvider"]
     )
-    feed = {"images": x.numpy()}
+    feed = {session.get_inputs()[0].name: x.numpy()}
 
     def run() -> Any:
         return session.run(None, feed)[0]
@@ -225,18 +234,92 @@ def convert_coreml(model: nn.Module, x: Tensor, path: Path) -> None:
 def _coreml(path: Path, x: Tensor, threads: int, *, compute_units: str) -> Run:
     """Compile for the compute units, which are the name of a `coremltools.ComputeUnit`.
 
-    Core ML chooses its threads itself.
+    Core ML chooses its threads itself. An artifact's file takes an image, and returns a dictionary
+    of classes, which its time includes.
     """
     with quiet():
         import coremltools as ct
 
         units = getattr(ct.ComputeUnit, compute_units)
         model = ct.models.MLModel(str(path.with_suffix(".mlpackage")), compute_units=units)
-    feed = {"images": x.numpy()}
+    (given,) = model.get_spec().description.input
+    image = given.type.WhichOneof("Type") == "imageType"
+    feed = {given.name: coreml.feed(x[0].to(torch.uint8)) if image else x.numpy()}
 
     def run() -> Any:
-        return model.predict(feed)["logits"]
+        found = model.predict(feed)
+        return found[coreml.PROBABILITIES] if coreml.PROBABILITIES in found else found["logits"]
 
+    run()
+    return run
+
+
+def _torch_export(path: Path, x: Tensor, threads: int) -> Run:
+    """Read the program; the threads are PyTorch's own, set by the caller."""
+    return _complete(load_program(path.with_suffix(".pt2"))[0].module().to(x.device), x)
+
+
+def _executorch(path: Path, x: Tensor, threads: int) -> Run:
+    """Load the method, in a pool of that many threads.
+
+    The runtime has one pool, as large as the machine unless it is replaced, which must not happen
+    while a method is used that was loaded before.
+    """
+    from executorch.extension.pybindings import _C
+    from executorch.runtime import Runtime as Interpreter
+
+    if _C._threadpool_get_thread_count() != threads:
+        _C._unsafe_reset_threadpool(threads)
+    program = Interpreter.get().load_program(path.with_suffix(".pte"))
+    forward, feed = program.load_method("forward"), [x]
+
+    def run() -> Any:
+        assert program  # whose memory the method reads
+        return forward.execute(feed)[0]
+
+    run()
+    return run
+
+
+def _litert(path: Path, x: Tensor, threads: int) -> Run:
+    """Open an interpreter, which uses XNNPACK; its memory may hold other values after a run."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(str(path.with_suffix(".tflite")), num_threads=threads)
+    interpreter.allocate_tensors()
+    given, returned = (
+        details[0]["index"]
+        for details in (interpreter.get_input_details(), interpreter.get_output_details())
+    )
+    feed = x.numpy()
+
+    def run() -> Any:
+        interpreter.set_tensor(given, feed)
+        interpreter.invoke()
+        return interpreter.get_tensor(returned)
+
+    run()
+    return run
+
+
+def _coreai(path: Path, x: Tensor, threads: int) -> Run:
+    """Open the asset in the interpreter of Apple's package."""
+    from coreai.authoring.asset import AIModelAsset
+    from coreai.runtime import NDArray
+
+    loop = asyncio.new_event_loop()
+    # entered by hand: it stays open as long as there is something to run
+    opened = AIModelAsset.load(path.with_suffix(".aimodel")).executable()
+    function = loop.run_until_complete(opened.__aenter__()).load_function("main")
+    feed: dict[str, Any] = {"image": NDArray(x.numpy())}
+    (name,) = function.desc.output_names
+
+    def run() -> Any:
+        assert opened
+        found: Any = loop.run_until_complete(function(feed))[name]
+        return found.numpy()
+
+    weakref.finalize(run, loop.close)
     run()
     return run
 
@@ -254,21 +337,55 @@ def _coreml_on(units: str) -> Runtime:
         packages=("coremltools",),
         install="coremltools",
         platform="darwin",
+        reads=".mlpackage",
     )
 
 
 RUNTIMES = {
     "eager": Runtime(_save, _eager, devices=_ANYWHERE),
-    "torchscript": Runtime(_TORCHSCRIPT, _torchscript, devices=("cpu", "cuda")),
+    "torchscript": Runtime(_TORCHSCRIPT, _torchscript, devices=("cpu", "cuda"), reads=".pt"),
+    "torch_export": Runtime(
+        shipped("torch_export"), _torch_export, devices=("cpu", "cuda"), reads=".pt2"
+    ),
     "compile": Runtime(_save, _compiled, devices=("cpu", "cuda", "xpu"), own_memory=False),
     "onnxruntime": Runtime(
-        _ONNX, _onnxruntime, packages=_ONNX_PACKAGES, install="mobileone-lightning[onnx]"
+        _ONNX,
+        _onnxruntime,
+        packages=_ONNX_PACKAGES,
+        install="mobileone-lightning[onnx]",
+        reads=".onnx",
     ),
     "openvino": Runtime(
         _ONNX,
         _openvino,
         packages=("openvino", *_ONNX_PACKAGES),
         install="mobileone-lightning[openvino,onnx]",
+        reads=".onnx",
+    ),
+    "executorch": Runtime(
+        shipped("executorch"),
+        _executorch,
+        packages=("executorch",),
+        install="mobileone-lightning[executorch]",
+        reads=".pte",
+        pixels=True,
+    ),
+    "litert": Runtime(
+        shipped("litert"),
+        _litert,
+        packages=("ai_edge_litert", "litert_torch"),
+        install="mobileone-lightning[litert]",
+        reads=".tflite",
+        pixels=True,
+    ),
+    "coreai": Runtime(
+        shipped("coreai"),
+        _coreai,
+        packages=("coreai_torch",),
+        install="mobileone-lightning[coreai]",
+        reads=".aimodel",
+        pixels=True,
+        speed=False,
     ),
     # one row for each choice of compute units, so that they can contend with each other
     "coreml": _coreml_on("ALL"),
@@ -280,11 +397,11 @@ RUNTIMES = {
 
 
 def runtimes_for(device: str) -> tuple[str, ...]:
-    """The runtimes that are present and run on a device of PyTorch."""
+    """The runtimes that are present, run on a device of PyTorch, and whose times mean something."""
     return tuple(
         name
         for name, runtime in RUNTIMES.items()
-        if runtime.lack() is None and device.partition(":")[0] in runtime.devices
+        if runtime.speed and runtime.lack() is None and device.partition(":")[0] in runtime.devices
     )
 
 

@@ -19,7 +19,15 @@ from mobileone.bench.timing import Run, check_device, check_threads
 from mobileone.export.verify.structure import unfused_layers
 from mobileone.reparameterize import reparameterize
 
-__all__ = ["BenchmarkCase", "Setting", "build_form", "prepare"]
+__all__ = [
+    "TOLERANCE",
+    "BenchmarkCase",
+    "Setting",
+    "as_tensor",
+    "build_form",
+    "prepare",
+    "relative_error",
+]
 
 _FOLDING_TOLERANCE = 1e-3
 """Of float32 outputs, relative to the largest: folding changes the order of sums only."""
@@ -174,7 +182,7 @@ def _fold(model: nn.Module, conv_name: str, norm_name: str) -> None:
 
 _Files = dict[Callable[[nn.Module, Tensor, Path], None], Path]  # what each has written
 
-_TOLERANCE = {"float32": 1e-3, "float16": 5e-2}  # as for artifacts: the order of sums; 11 bits
+TOLERANCE = {"float32": 1e-3, "float16": 5e-2}  # as for artifacts: the order of sums; 11 bits
 
 
 @dataclass(frozen=True)
@@ -268,6 +276,8 @@ def _in_runtime(
     path = files.get(runtime.convert, folder / row["runtime"])
     row = row | {"precision": runtime.precision, "failure": None}
     placed = x.to(row["device"])
+    if runtime.pixels:  # the file divides by 255, and ends with a softmax
+        placed, expected = 255 * placed, expected.softmax(dim=1)
     started = time.perf_counter()
 
     checked: list[Run] = []  # is used first: compiling it a second time may take a minute
@@ -280,8 +290,8 @@ def _in_runtime(
             runtime.convert(form.model, x, path)
             files[runtime.convert] = path
         run = load()
-        error = relative_error(_tensor(run()), expected)
-        if not error < _TOLERANCE[runtime.precision]:
+        error = relative_error(as_tensor(run()), expected)
+        if not error < TOLERANCE[runtime.precision]:
             raise RuntimeError(f"its output differs from PyTorch's by {error:.2g} (relative)")
     except Exception as failure:  # whatever a converter raises: the others are measured still
         reason = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
@@ -291,5 +301,6 @@ def _in_runtime(
     return BenchmarkCase(row, form.model, placed, path, load)
 
 
-def _tensor(output: Any) -> Tensor:
+def as_tensor(output: Any) -> Tensor:
+    """What a runtime returned, as a tensor of its own."""
     return output.clone() if isinstance(output, Tensor) else torch.as_tensor(output).clone()

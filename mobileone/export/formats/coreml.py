@@ -27,6 +27,7 @@ __all__ = [
     "columns",
     "converted",
     "converted_for",
+    "feed",
     "operations",
     "runner",
     "runtime",
@@ -206,7 +207,7 @@ def runtime(path: Path, spec: ExportSpec) -> Runner:
     def run(images: Tensor) -> Tensor:
         rows = []
         for image in images:
-            answer = mlmodel.predict({INPUT: _feed(image)})[PROBABILITIES]
+            answer = mlmodel.predict({INPUT: feed(image)})[PROBABILITIES]
             rows.append([float(answer[name]) for name in spec.class_names])
         return torch.tensor(rows)
 
@@ -242,7 +243,7 @@ def _input(ct: Any, shape: tuple[int, ...]) -> Any:
     return ct.TensorType(name=INPUT, shape=shape)
 
 
-def _feed(image: Tensor) -> Any:
+def feed(image: Tensor) -> Any:
     """One 8-bit image (C, H, W) in the type that the model's input has."""
     if image.shape[0] not in (1, 3):
         return image[None].float().numpy()

@@ -27,6 +27,8 @@ __all__ = ["MLProgram", "Prediction"]
 _READERS = {
     "FLOAT16": "read_fp16_data",
     "FLOAT32": "read_float_data",
+    "INT4": "read_int4_data",
+    "UINT4": "read_uint4_data",
     "INT8": "read_int8_data",
     "UINT8": "read_uint8_data",
     "INT16": "read_int16_data",
@@ -253,7 +255,7 @@ class MLProgram:
         if kind in ("FLOAT16", "FLOAT32"):
             floats = torch.from_numpy(numbers.astype(np.float32))
             return floats.reshape(shape) if shape else float(floats)
-        if kind in ("UINT8", "INT8", "UINT16", "INT16") and shape:
+        if kind in _READERS and shape and kind != "INT32":
             return torch.from_numpy(numbers.astype(np.int32)).reshape(shape)
         return numbers.tolist() if shape else numbers.item()
 

@@ -64,23 +64,48 @@ def _affine_dequantize(
     return (data - zero.view(shape)) * factor.view(shape)
 
 
+def _blockwise_shift_scale(data: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
+    """`scale * (data - offset)`, both of one value a block of equal size along each axis."""
+    shifted, factor = data.float(), scale.float()
+    if offset is not None:
+        shifted = shifted - _for_blocks(offset.float(), shifted)
+    return _for_blocks(factor, shifted) * shifted
+
+
+def _for_blocks(values: Tensor, data: Tensor) -> Tensor:
+    for axis, (blocks, size) in enumerate(zip(values.shape, data.shape, strict=True)):
+        values = values.repeat_interleave(size // blocks, axis)
+    return values
+
+
+_RANGES = {"int8": (-128, 127), "uint8": (0, 255)}
+
+
 def _quantize(
-    input: Tensor, scale: Any, output_dtype: str, zero_point: Any = None, axis: int | None = None
+    input: Tensor,
+    scale: Any,
+    output_dtype: str,
+    zero_point: Any = 0,
+    axis: int | None = None,
 ) -> Tensor:
-    """Codes of one scale a tensor, halves to the even one, as numbers."""
-    limits = {"int8": (-128, 127), "uint8": (0, 255)}
-    if output_dtype not in limits or torch.as_tensor(scale).numel() != 1:
-        raise NotImplementedError(f"output_dtype {output_dtype!r}, or a scale for each channel")
-    steps = torch.round(input / torch.as_tensor(scale)) + torch.as_tensor(zero_point or 0)
-    return steps.clamp(*limits[output_dtype])
+    """`clip(round(input / scale) + zero_point)`, ties to even: whole numbers, as floats."""
+    if output_dtype not in _RANGES:
+        raise NotImplementedError(f"output_dtype {output_dtype!r}")
+    codes = (input / _along(scale, input, axis)).round() + _along(zero_point, input, axis)
+    return codes.clamp(*_RANGES[output_dtype])
 
 
-def _dequantize(
-    input: Tensor, scale: Any, zero_point: Any = None, axis: int | None = None
-) -> Tensor:
-    if torch.as_tensor(scale).numel() != 1:
-        raise NotImplementedError("a scale for each channel")
-    return (input - torch.as_tensor(zero_point or 0)) * torch.as_tensor(scale)
+def _dequantize(input: Tensor, scale: Any, zero_point: Any = 0, axis: int | None = None) -> Tensor:
+    """`scale * (input - zero_point)`."""
+    return _along(scale, input, axis) * (input.float() - _along(zero_point, input, axis))
+
+
+def _along(values: Any, like: Tensor, axis: int | None) -> Tensor:
+    """One value, or one for each position along an axis, to be broadcast to a tensor."""
+    found = torch.as_tensor(values).float()
+    if axis is None or found.numel() == 1:
+        return found.reshape(())
+    return found.reshape([-1 if i == axis % like.ndim else 1 for i in range(like.ndim)])
 
 
 def _lut_to_dense(indices: Tensor, lut: Tensor, shape: list[int]) -> Tensor:
@@ -144,6 +169,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "clip": lambda x, alpha, beta: x.clamp(alpha, beta),
     "concat": _concat,
     "constexpr_affine_dequantize": _affine_dequantize,
+    "constexpr_blockwise_shift_scale": _blockwise_shift_scale,
     "constexpr_lut_to_dense": _lut_to_dense,
     "conv": _conv,
     "dequantize": _dequantize,

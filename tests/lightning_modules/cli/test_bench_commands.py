@@ -41,7 +41,7 @@ def test_latency_is_compared_with_an_earlier_result_of_this_machine_only(tmp_pat
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_result_has_a_command_and_can_be_compared(kind):
-    (command,) = (c for name, c in COMMANDS.items() if name.split()[-1] == kind)
+    (command,) = (c for name, c in COMMANDS.items() if name.split()[-1].removeprefix("--") == kind)
     assert callable(load(command.function)) and callable(load(command.show))
     keys, statistic = KINDS[kind]
     row = dict.fromkeys(keys, "x") | {statistic or "min_ms": 2.0}

@@ -16,11 +16,12 @@ from mobileone.bench.runtimes import RUNTIMES, check_runtimes, missing_runtimes,
 from mobileone.bench.show.tables import change_table, latency_table, memory_table, throughput_table
 from mobileone.bench.suites import SUITES, get_suite
 from mobileone.bench.timing import check_device
+from tests.helpers.tables import text_of
 
 PRESENT = [
     name
     for name in RUNTIMES
-    if RUNTIMES[name].lack() is None and not name.startswith(("coreml", "compile"))
+    if RUNTIMES[name].lack() is None and name in ("eager", "torchscript", "onnxruntime", "openvino")
 ]
 
 
@@ -35,15 +36,6 @@ class Repeated(nn.Module):
         for _ in range(self.times):
             x = self.conv(x)
         return x
-
-
-def text_of(table):
-    from rich.console import Console
-
-    console = Console(width=200)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get()
 
 
 @pytest.fixture(scope="module")

@@ -179,6 +179,30 @@ def test_a_layer_left_unfused(network, reference, tmp_path):
     assert "parity" not in found  # the function is the same
 
 
+# -- Integers ----------------------------------------------------------------------------------
+
+
+def test_quantize_rounds_ties_to_even_and_stops_at_the_ends():
+    x = torch.tensor([[-200.0, -1.25, 0.25, 0.75], [1.0, 1.5, 64.0, 1e6]])
+    codes = KERNELS["quantize"](x, 0.5, "int8", 3)
+    # -400, -2.5, 0.5, 1.5; 2, 3, 128, 2e6, and 3 more, where a tie becomes even first
+    assert codes.tolist() == [[-128, 1, 3, 5], [5, 6, 127, 127]]
+    assert KERNELS["quantize"](x, 0.5, "uint8").tolist() == [[0, 0, 0, 2], [2, 3, 128, 255]]
+    scales, zeros = torch.tensor([0.5, 2.0]), torch.tensor([1, 0])
+    rows = KERNELS["quantize"](x, scales, "int8", zeros, 0)
+    assert rows.tolist() == [[-128, -1, 1, 3], [0, 1, 32, 127]]
+    back = KERNELS["dequantize"](rows, scales, zeros, 0)
+    assert back.tolist() == [[-64.5, -1, 0, 1], [0, 2, 64, 254]]
+    with pytest.raises(NotImplementedError, match="int4"):
+        KERNELS["quantize"](x, 0.5, "int4")
+
+
+def test_scales_of_blocks_are_repeated_along_each_axis():
+    data, scale = torch.arange(8).reshape(2, 4), torch.tensor([[1.0, 10.0]])
+    dense = KERNELS["constexpr_blockwise_shift_scale"](data, scale, torch.tensor([[1, 2]]))
+    assert dense.tolist() == [[-1, 0, 0, 10], [3, 4, 40, 50]]
+
+
 # -- What it does not know -------------------------------------------------------------------
 
 

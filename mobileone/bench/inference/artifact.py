@@ -1,0 +1,220 @@
+"""Latency of the very files that ship, in every runtime that reads them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Group
+from torch import Tensor
+
+from mobileone.bench.inference.case import as_tensor, relative_error
+from mobileone.bench.results import Result, Row
+from mobileone.bench.runtimes import RUNTIMES, Runtime, check_runtimes
+from mobileone.bench.show.charts import COLORS
+from mobileone.bench.show.tables import make_table, number, words
+from mobileone.bench.timing import (
+    PROTOCOLS,
+    check_threads,
+    get_protocol,
+    pinned,
+    summarize,
+    time_in_turn,
+    torch_threads,
+)
+from mobileone.export.formats.table import FORMATS
+from mobileone.export.load import Loaded, is_file_of_artifact, load_runner
+from mobileone.export.manifest import Manifest, describe_files
+from mobileone.export.preprocess import normalize
+from mobileone.export.verify.parity import fixed_images
+
+__all__ = ["artifact_figure", "artifact_table", "measure_artifacts"]
+
+
+def measure_artifacts(
+    artifact: Sequence[str],
+    runtimes: Sequence[str] | None = None,
+    protocol: str = "paper",
+    runs: int | None = None,
+    threads: int = 1,
+) -> Result:
+    """Time the files of artifacts as they are, one image at a time, in turn.
+
+    Files must be those of their manifest. What a runtime computes is compared, before anything is
+    timed, with what the file's own format reads; a file that no runtime here can run, or that it
+    computes wrongly, is in the result with the reason.
+
+    Args:
+        artifact: Artifact folders, or files of them.
+        runtimes: Names in `RUNTIMES`; None: all that are present and read a file of an artifact.
+        protocol: `paper` (1 warm-up, 1000 runs, minimum) or `modelbench` (20 rounds of 50, file
+            reloaded, 10 lowest and 10 highest of each dropped, average).
+        runs: Timed inferences of each case; None: the protocol's.
+        threads: Threads, and processors that they are kept on.
+
+    Returns:
+        A result of the kind `artifact`; rows have `folder`, `file`, `format`, `runtime`, `bytes`,
+        the times of `measure_latency`, `threads`, `image_size`, `speed` (false: an interpreter,
+        whose times are no measure of a device's), `relative_error`, `failure`.
+
+    Raises:
+        FileNotFoundError: There is no such artifact.
+        ValueError: A file is not that of its manifest, or an argument is out of its range.
+        ImportError: A runtime was named that is not installed; says how to install it.
+    """
+    if not artifact or isinstance(artifact, str):
+        raise ValueError(f"`artifact` (={artifact!r}) must be one or more folders or files")
+    chosen = get_protocol(protocol, runs)
+    check_threads(threads)
+    names = None if runtimes is None else check_runtimes(runtimes, "cpu")
+    files = [file for given in dict.fromkeys(artifact) for file in _files(Path(given))]
+    with torch_threads(threads):
+        cases = [case for file in files for case in _cases(*file, names, threads)]
+        ready = {str(i): c.load for i, c in enumerate(cases) if c.load and c.row["speed"]}
+        others = {str(i): c.load for i, c in enumerate(cases) if c.load and not c.row["speed"]}
+        with pinned(threads) as processors:
+            times = time_in_turn(ready, chosen) | time_in_turn(others, _ONCE)
+    rows = [
+        case.row | (summarize(times[str(i)]) if str(i) in times else {})
+        for i, case in enumerate(cases)
+    ]
+    how = asdict(chosen) | {"threads": threads, "batch_size": 1, "processors": processors}
+    how |= {"order": "in turns, shuffled", "form": "the files, as they are"}
+    return Result.new("artifact", how, rows)
+
+
+_ONCE = replace(PROTOCOLS["paper"], runs=1, rounds=1)  # of interpreters, which take long
+
+
+@dataclass(frozen=True)
+class _Case:
+    row: Row
+    load: Any = None
+
+
+def _files(given: Path) -> list[tuple[Path, str]]:
+    """The files of an artifact, with the format of each; "" where it is for the file to say."""
+    if is_file_of_artifact(given):
+        return [(given, "")]
+    entries = Manifest.load(given).formats
+    return [(given / entry["path"], name) for name, entry in entries.items()]
+
+
+def _cases(file: Path, name: str, chosen: Sequence[str] | None, threads: int) -> list[_Case]:
+    """A file in each runtime that reads it; one that cannot be run, with the reason."""
+    row: Row = {
+        "folder": str(file.parent), "file": str(file), "format": name, "runtime": "",
+        "threads": threads, "bytes": sum(f["bytes"] for f in describe_files(file).values()),
+    }  # fmt: skip
+    readers = {
+        key: runtime
+        for key, runtime in RUNTIMES.items()
+        if runtime.reads == file.suffix and (chosen is None or key in chosen)
+    }
+    lacks = {key: runtime.lack() for key, runtime in readers.items()}
+    here = {key: runtime for key, runtime in readers.items() if lacks[key] is None}
+    if not here:
+        if chosen is not None and not readers:
+            return []
+        reasons = dict.fromkeys(f"{lack}" for lack in lacks.values())
+        return [_Case(row | {"failure": "; ".join(reasons) or f"no runtime reads {file.suffix}"})]
+    try:
+        loaded = load_runner(file, name or None)
+    except ImportError as error:
+        return [_Case(row | {"failure": str(error)})]
+    images = fixed_images(loaded.spec, 1)
+    row |= {"format": loaded.format, "image_size": images.shape[-1]}
+    expected = loaded.run(images)
+    return [
+        _case(row | {"runtime": key, "speed": runtime.speed}, runtime, loaded, images, expected)
+        for key, runtime in here.items()
+    ]
+
+
+def _case(row: Row, runtime: Runtime, loaded: Loaded, images: Tensor, expected: Tensor) -> _Case:
+    """A file in a runtime, compared with what its own format reads in it."""
+    pixels = FORMATS[loaded.format].output == "probabilities"
+    x = images.float() if pixels else normalize(images, loaded.spec)
+    load = partial(runtime.load, loaded.file, x, row["threads"])
+    try:
+        output = load()()
+        if isinstance(output, Mapping):  # by class, of Core ML
+            output = [[output[name] for name in loaded.spec.class_names]]
+        error = relative_error(as_tensor(output), expected)
+        tolerance = FORMATS[loaded.format].tolerance
+        if not error < tolerance:
+            raise RuntimeError(f"its output differs from the file's by {error:.2g} (relative)")
+    except Exception as failure:  # whatever a runtime raises: the others are measured still
+        reason = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
+        return _Case(row | {"failure": reason})
+    return _Case(row | {"relative_error": error, "failure": None}, load)
+
+
+# -- Shown -----------------------------------------------------------------------------------------
+
+
+def artifact_table(result: Result) -> Group:
+    """A table an artifact folder, the fastest first."""
+    return Group(*(_table(result, folder, rows) for folder, rows in _folders(result).items()))
+
+
+def _folders(result: Result) -> dict[str, list[Row]]:
+    """The rows by folder, the fastest first, those without a time last."""
+    folders: dict[str, list[Row]] = {}
+    for row in result.rows:
+        folders.setdefault(row["folder"], []).append(row)
+
+    def time_of(row: Row) -> float:
+        return row.get(result.statistic) or float("inf")
+
+    return {folder: sorted(rows, key=time_of) for folder, rows in folders.items()}
+
+
+def _table(result: Result, folder: str, rows: Sequence[Row]) -> Any:
+    how, machine = result.protocol, result.machine
+    columns = (
+        words("format", "format"), words("runtime", "runtime"),
+        *(number(f"{key} (ms)", f"{key}_ms") for key in ("min", "median", "p90")),
+        number("MB", "bytes", unit=1e6), number("error", "relative_error", ".1g"),
+    )  # fmt: skip
+    notes = [
+        f"{Path(row['file']).name} in {row['runtime'] or 'no runtime'}: {row['failure']}"
+        for row in rows
+        if row["failure"]
+    ]
+    notes += [
+        f"{row['runtime']}: an interpreter for checks, no measure of a device's speed"
+        for row in rows
+        if row.get("speed") is False
+    ]
+    title = (
+        f"{folder}: quote the {result.statistic.removesuffix('_ms')} of {how['runs']} "
+        f"(protocol {how['name']!r}); {how['threads']} of {machine['cores']} threads, "
+        f"{machine['device_name']}, {result.date[:16]}"
+    )
+    return make_table(title, columns, [row for row in rows if not row["failure"]], notes)
+
+
+def artifact_figure(result: Result) -> Figure:
+    """A chart an artifact folder: the number to quote of each file in each runtime."""
+    folders = {
+        folder: [row for row in rows if row.get("speed") and not row["failure"]]
+        for folder, rows in _folders(result).items()
+    }
+    heights = [1 + len(rows) for rows in folders.values()]
+    figure = Figure(figsize=(8, 0.4 * sum(heights) + 0.8), layout="constrained")
+    panels = figure.subplots(len(folders), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (folder, rows) in zip(panels, folders.items(), strict=True):
+        names = [f"{Path(row['file']).name} in {row['runtime']}" for row in rows]
+        bars = axes.barh(names, [row[result.statistic] for row in rows], color=COLORS[0])
+        axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+        axes.invert_yaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(folder, fontsize=10)
+        axes.set_xlabel(
+            f"{result.statistic.removesuffix('_ms')} (ms), "
+            f"{result.protocol['threads']} thread(s), {result.machine['device_name']}"
+        )
+    return figure
