@@ -14,6 +14,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -25,11 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from mobileone.bench.timing import Run
-from mobileone.export.formats import coreml, torchscript
+from mobileone.export.formats import coreml, litert, torchscript
 from mobileone.export.formats.pt2_reader import load_program
 from mobileone.export.formats.table import FORMATS
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.io.coremltools_noise import quiet
+from mobileone.io.noise import without_noise
 
 __all__ = [
     "RUNTIMES",
@@ -259,19 +261,28 @@ def _torch_export(path: Path, x: Tensor, threads: int) -> Run:
     return _complete(load_program(path.with_suffix(".pt2"))[0].module().to(x.device), x)
 
 
+def _quiet() -> AbstractContextManager[None]:
+    """Hold back what the runtimes print when they open a file."""
+    return without_noise(
+        r"cpuinfo_utils\.cpp|threadpool\.cpp|ODIE|Enum subclass|Created TensorFlow Lite",
+        r"(read|open)_(text|binary) is deprecated|This API is experimental|coreai-torch has only",
+    )
+
+
 def _executorch(path: Path, x: Tensor, threads: int) -> Run:
     """Load the method, in a pool of that many threads.
 
     The runtime has one pool, as large as the machine unless it is replaced, which must not happen
     while a method is used that was loaded before.
     """
-    from executorch.extension.pybindings import _C
-    from executorch.runtime import Runtime as Interpreter
+    with _quiet():
+        from executorch.extension.pybindings import _C
+        from executorch.runtime import Runtime as Interpreter
 
-    if _C._threadpool_get_thread_count() != threads:
-        _C._unsafe_reset_threadpool(threads)
-    program = Interpreter.get().load_program(path.with_suffix(".pte"))
-    forward, feed = program.load_method("forward"), [x]
+        if _C._threadpool_get_thread_count() != threads:
+            _C._unsafe_reset_threadpool(threads)
+        program = Interpreter.get().load_program(path.with_suffix(".pte"))
+        forward, feed = program.load_method("forward"), [x]
 
     def run() -> Any:
         assert program  # whose memory the method reads
@@ -283,10 +294,8 @@ def _executorch(path: Path, x: Tensor, threads: int) -> Run:
 
 def _litert(path: Path, x: Tensor, threads: int) -> Run:
     """Open an interpreter, which uses XNNPACK; its memory may hold other values after a run."""
-    from ai_edge_litert.interpreter import Interpreter
-
-    interpreter = Interpreter(str(path.with_suffix(".tflite")), num_threads=threads)
-    interpreter.allocate_tensors()
+    with _quiet():
+        interpreter = litert.interpreter(path.with_suffix(".tflite"), threads)
     given, returned = (
         details[0]["index"]
         for details in (interpreter.get_input_details(), interpreter.get_output_details())
@@ -304,13 +313,14 @@ def _litert(path: Path, x: Tensor, threads: int) -> Run:
 
 def _coreai(path: Path, x: Tensor, threads: int) -> Run:
     """Open the asset in the interpreter of Apple's package."""
-    from coreai.authoring.asset import AIModelAsset
-    from coreai.runtime import NDArray
+    with _quiet():
+        from coreai.authoring.asset import AIModelAsset
+        from coreai.runtime import NDArray
 
-    loop = asyncio.new_event_loop()
-    # entered by hand: it stays open as long as there is something to run
-    opened = AIModelAsset.load(path.with_suffix(".aimodel")).executable()
-    function = loop.run_until_complete(opened.__aenter__()).load_function("main")
+        loop = asyncio.new_event_loop()
+        # entered by hand: it stays open as long as there is something to run
+        opened = AIModelAsset.load(path.with_suffix(".aimodel")).executable()
+        function = loop.run_until_complete(opened.__aenter__()).load_function("main")
     feed: dict[str, Any] = {"image": NDArray(x.numpy())}
     (name,) = function.desc.output_names
 

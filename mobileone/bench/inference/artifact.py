@@ -135,7 +135,7 @@ def _cases(file: Path, name: str, chosen: Sequence[str] | None, threads: int) ->
 
 def _case(row: Row, runtime: Runtime, loaded: Loaded, images: Tensor, expected: Tensor) -> _Case:
     """A file in a runtime, compared with what its own format reads in it."""
-    pixels = FORMATS[loaded.format].output == "probabilities"
+    pixels = FORMATS[loaded.format].returns(loaded.spec) == "probabilities"
     x = images.float() if pixels else normalize(images, loaded.spec)
     load = partial(runtime.load, loaded.file, x, row["threads"])
     try:
