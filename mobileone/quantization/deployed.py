@@ -10,7 +10,14 @@ import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_dec
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["QuantizeDequantize", "QuantizedConv2d", "QuantizedLinear", "is_quantized", "round_bias"]
+__all__ = [
+    "DequantizeWeight",
+    "QuantizeDequantize",
+    "QuantizedConv2d",
+    "QuantizedLinear",
+    "is_quantized",
+    "round_bias",
+]
 
 _Q = torch.ops.quantized_decomposed
 _LIMIT = 2**31 - 1  # of a bias, in steps of input scale times weight scale
@@ -48,6 +55,14 @@ class QuantizeDequantize(nn.Module):
         return f"scale={self.scale:.4g}, zero_point={self.zero_point}"
 
 
+class DequantizeWeight(nn.Module):
+    """Integers to numbers, with one scale an output channel."""
+
+    def forward(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """(C_out, ...) int8, (C_out,) and (C_out,) -> (C_out, ...) float32."""
+        return _Q.dequantize_per_channel(weight, scale, zero, 0, -128, 127, torch.int8)
+
+
 class _QuantizedLayer(nn.Module):
     """Integer weights, one scale an output channel, and the grids of input and output."""
 
@@ -73,13 +88,12 @@ class _QuantizedLayer(nn.Module):
         self.bias = nn.Parameter(bias.detach().float(), requires_grad=False)
         self.register_buffer("weight_scale", weight_scale.detach().float())
         self.register_buffer("weight_zero", torch.zeros(len(weight), dtype=torch.int64))
+        self.dequantize = DequantizeWeight()
         self.input, self.output, self.bits = input, output or nn.Identity(), bits
 
     def dequantized_weight(self) -> Tensor:
         """The weights as numbers, float32."""
-        return _Q.dequantize_per_channel(
-            self.weight, self.weight_scale, self.weight_zero, 0, -128, 127, torch.int8
-        )
+        return self.dequantize(self.weight, self.weight_scale, self.weight_zero)
 
     def condition(self) -> float:
         """Largest change of an output by one step of one input."""

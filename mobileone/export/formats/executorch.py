@@ -26,7 +26,7 @@ from mobileone.export.verify.parity import Runner
 from mobileone.io.noise import EXECUTORCH_WARNINGS, TORCHAO_LINES, without_noise
 from mobileone.io.optional_import import import_optional
 
-__all__ = ["NEEDS", "operations", "runner", "spec", "write"]
+__all__ = ["NEEDS", "graphs", "operations", "runner", "spec", "write"]
 
 # the runtime is linked against one minor version of PyTorch
 NEEDS = ("executorch>=1.5,<1.6", "torch>=2.14,<2.15")
@@ -108,6 +108,17 @@ def operations(path: Path) -> Counter[str]:
     """How often each operation occurs in the file: XNNPACK's, and calls of other kernels."""
     data = path.read_bytes()
     return Counter(_names(data, _program(data)))
+
+
+def graphs(path: Path) -> list[Table]:
+    """XNNPACK's graphs in the file, by the schema `XNNGraph`."""
+    data = path.read_bytes()
+    program = _program(data)
+    return [
+        _graph(data, program, delegate.table(1))
+        for plan in program.tables(1)
+        for delegate in plan.tables(7)
+    ]
 
 
 # -- The file, read by its schemas: `program.fbs`, and XNNPACK's `schema.fbs` --------------------

@@ -42,6 +42,8 @@ def write(
     path: Path,
     metadata: Metadata,
     outputs: Sequence[str] | None = None,
+    *,
+    quantized: bool = False,
 ) -> dict[str, Any]:
     """Convert `model` and save it to `path`; see `finished` for what goes along.
 
@@ -51,6 +53,7 @@ def write(
         path: file to write.
         metadata: not stored; the manifest keeps it.
         outputs: names of what the model returns; None for a classifier.
+        quantized: the model rounds its weights and activations: the file is of integers.
 
     Returns:
         Description of the input and the output for the manifest.
@@ -67,11 +70,21 @@ def write(
         bridge: Any = import_optional("jax._src.xla_bridge", _USE, _INSTALL)
         bridge._at_fork_handler_installed = True
         example = {IMAGE: torch.zeros(1, *spec.input_size)}
-        contents = litert.convert(network, sample_kwargs=example).model_content()
+        config = _static() if quantized else None
+        converted = litert.convert(network, sample_kwargs=example, quant_config=config)
+        contents = converted.model_content()
     path.write_bytes(finished(contents, spec))
     interface = tensor_interface(pixels, outputs, batch=1)
     interface["input"]["name"] = IMAGE
     return interface
+
+
+def _static() -> Any:
+    """What tells the converter to make integers of rounded numbers; it estimates no scale."""
+    quantizers = import_optional("litert_torch.quantize.pt2e_quantizer", _USE, _INSTALL)
+    configs = import_optional("litert_torch.quantize.quant_config", _USE, _INSTALL)
+    chosen = quantizers.get_symmetric_quantization_config(is_per_channel=True, is_dynamic=False)
+    return configs.QuantConfig(pt2e_quantizer=quantizers.PT2EQuantizer().set_global(chosen))
 
 
 def finished(contents: bytes, spec: ExportSpec) -> bytes:

@@ -31,7 +31,7 @@ from mobileone.export.formats import (
 )
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify import coreml as coreml_checks
-from mobileone.export.verify import int8 as int8_checks
+from mobileone.export.verify import integers
 from mobileone.export.verify.parity import (
     NotVerifiedError,
     Parity,
@@ -196,7 +196,7 @@ def _int8(name: str, row: Format) -> Format:
         needs=row.needs,
         spec=row.spec,
         operations=road.operations,
-        check=partial(int8_checks.check, runner=row.runner, returns=row.returns, grids=road.grids),
+        check=partial(integers.check, runner=row.runner, returns=row.returns, grids=road.grids),
         integers=True,
     )
 

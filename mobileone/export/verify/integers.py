@@ -90,7 +90,7 @@ def missing_weights(path: Path, network: nn.Module) -> list[str]:
             for forms in (
                 _integers(layer.weight.detach()),
                 _floats(layer.weight_scale),
-                _floats(layer.bias.detach()),
+                _biases(layer),
             )
         )
     ]
@@ -120,6 +120,14 @@ def _integers(weight: Tensor) -> Iterator[bytes]:
     if weight.ndim == 4:
         yield weight.permute(0, 2, 3, 1).contiguous().numpy().tobytes()
         yield weight.permute(1, 2, 3, 0).contiguous().numpy().tobytes()
+
+
+def _biases(layer: QuantizedConv2d | QuantizedLinear) -> Iterator[bytes]:
+    """As numbers, or in steps of input times weight scale."""
+    bias = layer.bias.detach()
+    yield from _floats(bias)
+    step = layer.input.scale * layer.weight_scale.double()
+    yield (bias.double() / step).round().to(torch.int32).numpy().tobytes()
 
 
 def _floats(values: Tensor) -> Iterator[bytes]:
