@@ -44,8 +44,8 @@ class Setting:
         name: What it is called.
         scheme: `float` or one of the quantization's.
         kwargs: Of the quantization.
-        options: Of the training that follows, on the command line; None trains nothing.
-        taught: Whether the float network is the teacher of the training.
+        options: Of the training that follows, on the command line, with the float network as
+            teacher; None trains nothing.
         timed: Whether its files are timed, next to the float network's.
     """
 
@@ -53,17 +53,15 @@ class Setting:
     scheme: str = "int8"
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     options: Sequence[str] | None = None
-    taught: bool = False
     timed: bool = False
 
     def key(self) -> str:
         """What decides the result, besides the network."""
-        return json.dumps([self.scheme, self.kwargs, self.options, self.taught], sort_keys=True)
+        return json.dumps([self.scheme, self.kwargs, self.options], sort_keys=True)
 
 
 _RUNNING = {"scales": "running"}
-# weights have far to go
-_FEW_BITS = ("--model.lr", "0.1", "--model.distill_temperature", "4")
+_FEW_BITS = ("--model.lr", "0.1")  # weights have far to go
 
 SETTINGS = (
     Setting("float", "float"),
@@ -73,8 +71,8 @@ SETTINGS = (
     Setting("trained on exact statistics", kwargs=_RUNNING | {"statistics": "exact"}, options=()),
     Setting("trained on BNEst", kwargs=_RUNNING | {"statistics": "diagonal"}, options=()),
     Setting("w4a8 fold", "int4"),
-    Setting("w4a8 trained", "int4", options=_FEW_BITS, taught=True),
-    Setting("palette4 trained", "palette4", options=_FEW_BITS, taught=True),
+    Setting("w4a8 trained", "int4", options=_FEW_BITS),
+    Setting("palette4 trained", "palette4", options=_FEW_BITS),
 )
 
 
@@ -231,9 +229,8 @@ class _Work:
         data, model = built.datamodule, built.model.model
         spec = ExportSpec(network.model, tuple(data.class_names), **data.data_config)
         if setting.options is not None:
-            if setting.taught:
-                argv += ["--model.teacher", network.model]
-                argv += ["--model.teacher_weights", str(network.checkpoint)]
+            argv += ["--model.teacher", network.model]
+            argv += ["--model.teacher_weights", str(network.checkpoint)]
             checkpoint = self.train(name, [*argv, *setting.options])
             model, _ = load_model(read_checkpoint(checkpoint), checkpoint)
         elif setting.scheme != "float":
