@@ -97,7 +97,7 @@ def calibrate_quantization_before_fit(
         )
     images = first_training_images(data, next(model.parameters()).to(device))
     reduce = trainer.strategy.reduce
-    calibrate_quantization(model, images, lambda total: reduce(total, reduce_op="mean"))
+    calibrate_quantization(model, images, lambda extreme: reduce(extreme, reduce_op="max"))
     rank_zero_info(
         f"the scales of the integer network were found on {sum(map(len, images))} training images "
         "a process"

@@ -156,7 +156,12 @@ class QuantizedLayer(nn.Module):
         first = not self.input_quantizer.step.isfinite()
         _widen(self.input_quantizer, x)
         if first:  # later batches hardly change the folded kernel
-            self.weight_quantizer.fit(*self.fold(), self.input_quantizer.step)
+            self.fit_weights()
+
+    @torch.no_grad()
+    def fit_weights(self) -> None:
+        """Fit clips, or the table, to the kernel that the input's step gives."""
+        self.weight_quantizer.fit(*self.fold(), self.input_quantizer.step)
 
     def quantizers(self) -> list[ActivationQuantizer]:
         """Of the input, and of the output where it has one."""
@@ -228,9 +233,8 @@ def _widen(quantizer: ActivationQuantizer, x: Tensor) -> None:
     """Let a grid hold all of x, and what it holds already, if it has a step."""
     low, high = torch.aminmax(x.detach())
     if quantizer.step.isfinite():
-        seen = -quantizer.zero_point * quantizer.step
-        low = torch.minimum(low, seen)
-        high = torch.maximum(high, seen + 255 * quantizer.step)
+        least, largest = quantizer.extremes()
+        low, high = torch.minimum(low, least), torch.maximum(high, largest)
     quantizer.observe(low, high)
 
 

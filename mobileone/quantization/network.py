@@ -187,7 +187,7 @@ def calibrate_quantization(
     Args:
         model: What `quantize` returned.
         batches: Normalized images (N, C, H, W), such as it will be trained on, on its device.
-        reduce: The mean over processes, where several see different images.
+        reduce: The maximum over processes, where several see different images.
 
     Raises:
         ValueError: There is no quantized layer, or there are no images.
@@ -213,10 +213,13 @@ def calibrate_quantization(
             module.training = training
     if not seen:
         raise ValueError("no images to calibrate on: give at least one batch")
-    for quantizer in (q for layer in layers.values() for q in layer.quantizers()):
-        quantizer.step.copy_(reduce(quantizer.step))
-        zero = reduce(quantizer.zero_point.to(quantizer.step.dtype))
-        quantizer.zero_point.copy_(zero.round())
+    for layer in layers.values():
+        if not layer.input_quantizer.step.isfinite():
+            continue  # no image got there
+        for quantizer in layer.quantizers():
+            low, high = quantizer.extremes()
+            quantizer.observe(-reduce(-low), reduce(high))
+        layer.fit_weights()  # on the common step: equal on all processes
 
 
 def conditions(model: nn.Module) -> dict[str, float]:

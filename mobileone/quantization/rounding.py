@@ -156,9 +156,14 @@ class ActivationQuantizer(nn.Module):
         self.zero_point.copy_(zero)
 
     @torch.no_grad()
-    def _follow(self, x: Tensor) -> None:
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        """The least and the largest number of the grid."""
         low = -self.zero_point * self.step
-        high = low + _LEVELS * self.step
+        return low, low + _LEVELS * self.step
+
+    @torch.no_grad()
+    def _follow(self, x: Tensor) -> None:
+        low, high = self.extremes()
         new_low, new_high = torch.aminmax(x)
         self.observe(low.lerp(new_low.to(low), _MOMENTUM), high.lerp(new_high.to(low), _MOMENTUM))
 
@@ -211,9 +216,13 @@ class WeightQuantizer(nn.Module):
         """The integers, as floating-point numbers, (C_out, …)."""
         scaled = weight.detach() / _per_channel(steps.detach(), weight)
         if self.scheme == "palette4":
-            table = self.table.detach().round()
+            table = self._entries()
             return table[_nearest(scaled, table)]
         return scaled.round_().clamp_(-self.largest, self.largest)
+
+    def _entries(self) -> Tensor:
+        """The table's integers, within those of 8 bits."""
+        return self.table.detach().round().clamp(-self.largest, self.largest)
 
     def forward(self, weight: Tensor, bias: Tensor, input_step: Tensor) -> Tensor:
         """The rounded kernel; gradients go to the kernel, and to clips or the table."""
@@ -235,7 +244,7 @@ class WeightQuantizer(nn.Module):
 
     def _from_table(self, weight: Tensor, codes: Tensor, wide: Tensor) -> Tensor:
         """Each entry of the table gets the mean gradient of the weights that it stands for."""
-        entry = _nearest(codes, self.table.detach().round())
+        entry = _nearest(codes, self._entries())
         used = torch.bincount(entry.flatten(), minlength=_TABLE).clamp(min=1)
         chosen = (self.table / used)[entry] * wide.detach()
         value = weight + chosen - chosen.detach()

@@ -149,8 +149,8 @@ def test_two_processes_train_one_network(start, make_folder, tmp_path):
         assert all(torch.equal(v, second[part][k]) for k, v in first[part].items()), part
     steps = [key for key in first["own"] if key.endswith("input_quantizer.step")][1:]
     for key in steps:
-        mean = (first["own"][key] + second["own"][key]) / 2
-        torch.testing.assert_close(first["calibrated"][key], mean)
+        widest = torch.maximum(first["own"][key], second["own"][key])
+        assert first["calibrated"][key] > 0.99 * widest  # 1 %: zero moves to a whole code
     assert any(not torch.equal(first["own"][key], second["own"][key]) for key in steps)
     assert any(not torch.equal(first["weights"][k], first["calibrated"][k]) for k in steps)
 

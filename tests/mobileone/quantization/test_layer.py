@@ -249,6 +249,22 @@ def test_the_deployed_network_is_the_trained_one_to_the_last_bit(model, scheme):
     torch.testing.assert_close(fused(x), network(x), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_processes_that_see_different_images_find_the_same_steps(scheme):
+    block = randomize_bn(MobileOneBlock(3, 8, kernel_size=3))
+    network = quantize(nn.Sequential(block, nn.Conv2d(8, 4, 1)), scheme, kappa=4.0)
+    copies, seen = [copy.deepcopy(network), network], ([], [])
+    batches = [torch.randn(2, 3, 16, 16), 0.1 * torch.randn(2, 3, 16, 16)]
+    for model, x, values in zip(copies, batches, seen, strict=True):
+        calibrate_quantization(model, [x], lambda v, values=values: values.append(v) or v)
+    for model, x in zip(copies, batches, strict=True):
+        common = iter([torch.maximum(*pair) for pair in zip(*seen, strict=True)])
+        calibrate_quantization(model, [x], lambda v, common=common: next(common))
+    ours, theirs = (model.state_dict() for model in copies)
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=0, atol=0, msg=name)
+
+
 def test_what_is_pooled_or_added_is_rounded_before():
     for model in ("mobileone_s0", "repvgg_a0"):
         network = quantize(timm.create_model(model, num_classes=4).eval())
@@ -319,6 +335,15 @@ def test_an_entry_of_a_table_gets_the_mean_gradient_of_its_weights():
     codes = (rounded.detach() / scale).round()
     for value, grad in zip(quantizer.table.detach(), quantizer.table.grad, strict=True):
         torch.testing.assert_close(grad, (g * scale)[codes == value.round()].mean())
+
+
+def test_a_table_stays_within_8_bits():
+    quantizer = WeightQuantizer(1, "palette4")
+    with torch.no_grad():
+        quantizer.table[-1] = 200
+    weight, bias = torch.tensor([[-1.0, 0.9, 1.7, 2.0]]), torch.zeros(1)
+    steps = quantizer.steps(weight, bias, torch.tensor(1.0)).fill_(0.01)
+    assert quantizer.codes(weight, steps).max() == 127
 
 
 def test_biases_fit_int32_and_dead_channels_have_steps():
