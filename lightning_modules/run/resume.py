@@ -1,5 +1,6 @@
 """Which run `--resume auto` continues, and from which checkpoint."""
 
+import math
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from callbacks.checkpointing import find_nonfinite, step_in_name
@@ -109,11 +111,22 @@ def newest_usable(run: Path) -> tuple[Path | None, list[str]]:
     files = {path.resolve() for name in ("checkpoints", "snapshots") for path in _files(run / name)}
     notes: list[str] = []
     # a file's time says nothing once a clock was set or the folder copied
-    for path in sorted(files, key=lambda p: (step_in_name(p), p.stat().st_mtime_ns), reverse=True):
+    steps = {path: _step(path) for path in files}
+    for path in sorted(files, key=lambda p: (steps[p], p.stat().st_mtime_ns), reverse=True):
         if (reason := why_unusable(path)) is None:
             return path, notes
         notes.append(f"resume: skipped {path}: {reason}")
     return None, notes
+
+
+def _step(checkpoint: Path) -> float:
+    """The step of a checkpoint, by its name or else inside; of a broken one, above all others."""
+    if (named := step_in_name(checkpoint)) >= 0:
+        return named
+    try:
+        return float(torch.load(checkpoint, weights_only=True, mmap=True)["global_step"])
+    except Exception:  # `why_unusable` says why
+        return math.inf
 
 
 def why_unusable(checkpoint: Path) -> str | None:

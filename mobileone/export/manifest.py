@@ -140,7 +140,7 @@ class Manifest:
             }
             loaded = cls(**{**{k: v for k, v in values.items() if k in known}, **nested})
             for entry in loaded.formats.values():
-                _check_inside(entry["path"], entry["files"])
+                _check_inside(entry["path"], entry.get("files", {}))
             return loaded
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is not a readable manifest: {error}") from error
