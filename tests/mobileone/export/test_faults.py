@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from subprocess import PIPE
 
@@ -103,11 +104,12 @@ def test_a_disk_that_is_really_full(tmp_path, name):
 @pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
 def test_a_file_that_the_system_cuts_short_is_an_error_in_every_format(tmp_path):
     """Writers in C++ too: none may take a short write for a good one."""
-    pytest.importorskip("coremltools")
-    pytest.importorskip("onnxruntime")
+    for package in ("coremltools", "onnxruntime", "executorch", "litert_torch"):
+        if not find_spec(package):  # found, not imported: that brings warnings
+            pytest.skip(f"needs {package}")
     done = run_program("export_with_a_limit.py", tmp_path / "out" / "artifact")
     said = json.loads(done.stdout.splitlines()[-1])
-    assert set(said) == set(FORMATS)
+    assert set(said) == {*OF_FLOATS} - {"coreai"}
     assert all("too large" in text or "while writing" in text for text in said.values()), said
     assert list((tmp_path / "out").iterdir()) == []
 
