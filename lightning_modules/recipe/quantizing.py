@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_modules.recipe.finetuning import first_training_images
-from mobileone.quantization import Scheme, calibrate_quantization, quantize
+from mobileone.quantization import SCHEMES, Scheme, calibrate_quantization, quantize
 
 __all__ = [
     "calibrate_quantization_before_fit",
@@ -33,6 +33,8 @@ def quantized(model: nn.Module, scheme: str, kwargs: Mapping[str, Any]) -> nn.Mo
     Raises:
         ValueError: an argument is unknown, or there is no block to fold.
     """
+    if scheme not in SCHEMES:
+        raise ValueError(f"`quantize` (={scheme!r}) must be one of {', '.join(SCHEMES)}")
     parameters = inspect.signature(quantize).parameters.values()
     known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     if set(kwargs) - set(known):

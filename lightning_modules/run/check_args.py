@@ -62,5 +62,5 @@ def validate_duration(config: Namespace, checkpoint: Mapping[str, Any] | None) -
         raise UsageError(
             f"{config.ckpt_path} was written after {done} epochs, more than --trainer.max_epochs "
             f"{epochs}: there is nothing to resume; give at least {done}, or begin a new run "
-            "with another --run.name"
+            "with another --run.name, from its weights with --model.weights"
         )

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from mobileone.export.artifact import export_model
-from mobileone.export.formats.table import DEFAULT_FORMATS
+from mobileone.export.formats.table import DEFAULT_FORMATS, DEFAULT_INTEGER_FORMATS
 from mobileone.export.isolation import isolated
 from mobileone.export.manifest import Manifest, TrainingState
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.io.plain_arguments import plain_arguments, registered_name
 from mobileone.io.safe_pickle import explain_refusal
-from mobileone.quantization import quantize
+from mobileone.quantization import quantize, scheme_of
 
 __all__ = [
     "IMAGES_KEY",
@@ -41,7 +41,8 @@ class ExportJob:
     Attributes:
         checkpoint: the `.ckpt` file; its `state_dict` is what ships.
         directory: the artifact folder to create.
-        formats: names from `FORMATS`.
+        formats: names from `FORMATS`; null: torchscript and coreml, or of a quantized network
+            onnx_int8 and coreml_int8.
         metadata: author, license, description, version.
         overwrite: replace an existing `directory`.
         metrics: what the checkpoint's validation logged.
@@ -54,7 +55,7 @@ class ExportJob:
 
     checkpoint: Path
     directory: Path
-    formats: tuple[str, ...] = DEFAULT_FORMATS
+    formats: tuple[str, ...] | None = None
     metadata: Metadata | None = None
     overwrite: bool = False
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -74,11 +75,12 @@ class ExportJob:
             contents.get("epoch"), contents.get("global_step"), self.metrics, self.checkpoint.name
         )
         images = contents.get(IMAGES_KEY) if self.images is None else self.images
+        fitting = DEFAULT_INTEGER_FORMATS if scheme_of(model) else DEFAULT_FORMATS
         return export_model(
             model,
             replace(spec, pixels=self.pixels or spec.pixels),
             self.directory,
-            self.formats,
+            fitting if self.formats is None else self.formats,
             training,
             self.metadata,
             images=images,
@@ -89,7 +91,7 @@ class ExportJob:
 def export_checkpoint(
     checkpoint: str | Path,
     directory: str | Path,
-    formats: Iterable[str] = DEFAULT_FORMATS,
+    formats: Iterable[str] | None = None,
     metadata: Metadata | None = None,
     *,
     overwrite: bool = False,
@@ -104,7 +106,8 @@ def export_checkpoint(
         checkpoint: the `.ckpt` file; its `state_dict` (the averaged weights, if they were
             averaged) is what ships.
         directory: the artifact folder to create.
-        formats: names from `FORMATS`.
+        formats: names from `FORMATS`; null: torchscript and coreml, or of a quantized network
+            onnx_int8 and coreml_int8.
         metadata: author, license, description, version.
         overwrite: replace an existing `directory`.
         pixels: `torchscript`, `torch_export` and `onnx` take pixel values 0..255 and return
@@ -115,9 +118,8 @@ def export_checkpoint(
         FileExistsError: `directory` exists and `overwrite` is false.
         ValueError: the file is damaged, or lacks what is needed to rebuild the model.
     """
-    job = ExportJob(
-        Path(checkpoint), Path(directory), tuple(formats), metadata, overwrite, pixels=pixels
-    )
+    chosen = None if formats is None else tuple(formats)
+    job = ExportJob(Path(checkpoint), Path(directory), chosen, metadata, overwrite, pixels=pixels)
     return job.run()
 
 

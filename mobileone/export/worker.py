@@ -97,7 +97,10 @@ def modules_to_import(job: ExportJob) -> tuple[str, ...]:
     They were imported by `--imports`, or by the user's script, which may be the module itself:
     `__main__`. None is named by the checkpoint.
     """
-    found = [*imported_user_modules(), *(_module_of(FORMATS[name].write) for name in job.formats)]
+    found = [
+        *imported_user_modules(),
+        *(_module_of(FORMATS[name].write) for name in job.formats or ()),
+    ]
     if job.network is None and job.spec is not None and timm.is_model(job.spec.model_name):
         found.append(timm.model_entrypoint(job.spec.model_name).__module__)
     return tuple(dict.fromkeys(name for name in found if name.partition(".")[0] not in _KNOWN))

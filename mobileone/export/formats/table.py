@@ -45,6 +45,7 @@ from mobileone.io.optional_import import require
 
 __all__ = [
     "DEFAULT_FORMATS",
+    "DEFAULT_INTEGER_FORMATS",
     "FLOAT16_TOLERANCE",
     "FORMATS",
     "Format",
@@ -208,6 +209,7 @@ FORMATS = {
 }
 FORMATS |= {f"{name}_int8": _int8(name, FORMATS[name]) for name in int8.ROADS}
 DEFAULT_FORMATS = ("torchscript", "coreml")
+DEFAULT_INTEGER_FORMATS = ("onnx_int8", "coreml_int8")
 
 
 def check_formats(

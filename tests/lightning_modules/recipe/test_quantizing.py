@@ -16,7 +16,7 @@ from callbacks.ema import EMA
 from lightning_modules.cli.main import main
 from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.recipe.classifier import ImageClassifier
-from mobileone.export import load_runner
+from mobileone.export import Manifest, load_runner
 from mobileone.export.checkpoint import load_model, read_checkpoint
 from mobileone.export.preprocess import denormalize
 from mobileone.quantization import scheme_of
@@ -56,7 +56,7 @@ def train(model, images, folder, *callbacks, epochs=1, ckpt_path=None, batch_siz
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quantize": "int3"}, r"`scheme` \(='int3'\) must be one of int8, int4, palette4"),
+        ({"quantize": "int3"}, r"`quantize` \(='int3'\) must be one of int8, int4, palette4"),
         ({"quantize_kwargs": {"statistics": "no"}}, r"`statistics` \(='no'\)"),
         ({"quantize_kwargs": {"kapa": 1}}, r"`quantize_kwargs` \(=\{'kapa': 1\}\).*kappa"),
     ],
@@ -223,3 +223,5 @@ def test_the_command_trains_on_from_a_run(start, pets, tmp_path, monkeypatch, ca
     assert list(manifest["formats"]) == ["onnx_int8"]
     main(["test", "--ckpt_path", f"{best}.ckpt", *images, *small])
     assert "test/acc1" in capsys.readouterr().out
+    main(["export", f"{best}.ckpt", "shipped"])  # the formats that fit the network
+    assert Manifest.load("shipped").formats.keys() == {"onnx_int8", "coreml_int8"}
