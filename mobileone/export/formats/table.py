@@ -229,6 +229,11 @@ def check_formats(
     known = FORMATS if table is None else table
     chosen = tuple(dict.fromkeys(names))
     unknown = [name for name in chosen if name not in known]
+    if "coreai_int8" in unknown:
+        raise ValueError(
+            "there is no format `coreai_int8` yet: coreai-torch 0.4.3 refuses the operators "
+            "quantized_decomposed; take `coreml_int8`"
+        )
     if unknown or not chosen:
         raise ValueError(
             f"unknown formats {unknown}: choose one or more of {sorted(known)}, or import the "
@@ -272,7 +277,7 @@ def check_integers(
         )
     raise ValueError(
         f"the formats {wrong} hold integers, and the network is not quantized: train it with "
-        f"--model.quantize int8, round it by `mobileone compress`, or choose from {fit}"
+        f"--model.quantize int8 (configs/quantize.yaml), or choose from {fit}"
     )
 
 
