@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_modules.recipe.finetuning import first_training_images
-from mobileone.quantization import SCHEMES, Scheme, calibrate_quantization, quantize
+from mobileone.quantization import SCHEMES, calibrate_quantization, quantize
 
 __all__ = [
     "calibrate_quantization_before_fit",
@@ -39,7 +39,7 @@ def quantized(model: nn.Module, scheme: str, kwargs: Mapping[str, Any]) -> nn.Mo
     known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     if set(kwargs) - set(known):
         raise ValueError(f"`quantize_kwargs` (={dict(kwargs)}) may hold {', '.join(known)}")
-    return quantize(model, cast(Scheme, scheme), **kwargs)
+    return quantize(model, scheme, **kwargs)
 
 
 def check_trained(arguments: Mapping[str, Any]) -> None:

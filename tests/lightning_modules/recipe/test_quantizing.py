@@ -16,8 +16,8 @@ from callbacks.ema import EMA
 from lightning_modules.cli.main import main
 from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.recipe.classifier import ImageClassifier
-from mobileone.export import Manifest, load_runner
-from mobileone.export.checkpoint import load_model, read_checkpoint
+from mobileone.export import checkpoint, load_runner
+from mobileone.export.checkpoint import export_checkpoint, load_model, read_checkpoint
 from mobileone.export.preprocess import denormalize
 from mobileone.quantization import scheme_of
 from tests.helpers.bitwise import differing
@@ -223,5 +223,9 @@ def test_the_command_trains_on_from_a_run(start, pets, tmp_path, monkeypatch, ca
     assert list(manifest["formats"]) == ["onnx_int8"]
     main(["test", "--ckpt_path", f"{best}.ckpt", *images, *small])
     assert "test/acc1" in capsys.readouterr().out
-    main(["export", f"{best}.ckpt", "shipped"])  # the formats that fit the network
-    assert Manifest.load("shipped").formats.keys() == {"onnx_int8", "coreml_int8"}
+    # `export` takes the formats that fit the network
+    chosen = []
+    monkeypatch.setattr(checkpoint, "export_model", lambda *args, **_: chosen.append(args[3]))
+    export_checkpoint(f"{best}.ckpt", "shipped")
+    export_checkpoint(f"{best}.ckpt", "shipped", ["coreml_int8"])
+    assert chosen == [("onnx_int8", "coreml_int8"), ("coreml_int8",)]
