@@ -150,6 +150,18 @@ class ReparameterizeOnSave(AtomicCheckpoint):
         """Folder of the best checkpoint's artifact, or None."""
         return self._folder.linked_artifact("best") if self.dirpath else None
 
+    def check_network(self, pl_module: LightningModule, *, written: bool = True) -> None:
+        """Make sure that the formats can hold the network, and, if they are written, can be here.
+
+        Raises:
+            ValueError: one is for the other kind of networks, of integers or of floats.
+            ImportError: a package is missing; names the pip command.
+        """
+        if isinstance(getattr(pl_module, "model", None), nn.Module):
+            check_integers(self.formats, scheme_of(get_network(pl_module)) is not None)
+        if written:
+            check_packages(self.formats)
+
     # -- Lightning's hooks -------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -166,11 +178,9 @@ class ReparameterizeOnSave(AtomicCheckpoint):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        if isinstance(getattr(pl_module, "model", None), nn.Module):
-            check_integers(self.formats, scheme_of(get_network(pl_module)) is not None)
+        self.check_network(pl_module, written=not is_dry_run(trainer))
         if is_dry_run(trainer):
             return
-        check_packages(self.formats)
         # before a checkpoint is restored, which takes time and reports nothing
         failure = on_rank_zero(trainer, lambda: self._take_folder(trainer, pl_module))
         if failure:

@@ -42,8 +42,8 @@ from lightning_modules.recipe.optimizers import (
 )
 from lightning_modules.recipe.quantizing import (
     calibrate_quantization_before_fit,
+    check_quantization,
     check_same_quantization,
-    check_trained,
     quantized,
 )
 from lightning_modules.recipe.schedules import Schedule, ScheduleShape, check_shape
@@ -365,7 +365,7 @@ class ImageClassifier(TrainingModule):
             recalibrate_bn_before_fit(self.model, self.trainer, self.device)
             self._to_calibrate = False
         if self._to_quantize:
-            check_trained(self.hparams)
+            check_quantization(self.hparams)
             calibrate_quantization_before_fit(self.model, self.trainer, self.device)
             self._to_quantize = False
         if self.hparams["teacher"] is not None:

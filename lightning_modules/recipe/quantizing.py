@@ -14,8 +14,8 @@ from mobileone.quantization import SCHEMES, calibrate_quantization, quantize
 
 __all__ = [
     "calibrate_quantization_before_fit",
+    "check_quantization",
     "check_same_quantization",
-    "check_trained",
     "quantized",
 ]
 
@@ -42,17 +42,32 @@ def quantized(model: nn.Module, scheme: str, kwargs: Mapping[str, Any]) -> nn.Mo
     return quantize(model, scheme, **kwargs)
 
 
-def check_trained(arguments: Mapping[str, Any]) -> None:
-    """Make sure that quantized training starts from trained weights.
+def check_quantization(
+    arguments: Mapping[str, Any], *, resumed: bool = False, synchronized: bool = False
+) -> None:
+    """Make sure that quantized training, if it is one, can start.
 
     Args:
         arguments: of the classifier.
+        resumed: a checkpoint brings the weights.
+        synchronized: BatchNorm takes the statistics of all devices.
 
     Raises:
-        ValueError: It starts from random ones, whose BatchNorm statistics mean nothing.
+        ValueError: It starts from random weights, whose BatchNorm statistics mean nothing, or its
+            own statistics are one device's.
     """
+    if arguments["quantize"] is None:
+        return
+    statistics = (arguments["quantize_kwargs"] or {}).get("statistics", "frozen")
+    if synchronized and statistics != "frozen":
+        raise ValueError(
+            f"`statistics` (={statistics!r}) of `quantize_kwargs` are those of one device, and "
+            "--trainer.sync_batchnorm asks for those of all: set it to false, or choose 'frozen'"
+        )
     kwargs = arguments["model_kwargs"] or {}
-    if not (arguments["weights"] or arguments["pretrained"] or kwargs.get("checkpoint_path")):
+    if not resumed and not (
+        arguments["weights"] or arguments["pretrained"] or kwargs.get("checkpoint_path")
+    ):
         raise ValueError(
             f"`quantize` (={arguments['quantize']!r}) starts from a trained network: name its "
             "checkpoint or weight file with --model.weights, or set --model.pretrained true"
@@ -99,7 +114,14 @@ def calibrate_quantization_before_fit(
         )
     images = first_training_images(data, next(model.parameters()).to(device))
     reduce = trainer.strategy.reduce
-    calibrate_quantization(model, images, lambda extreme: reduce(extreme, reduce_op="max"))
+    known = getattr(data, "data_config", {})
+    calibrate_quantization(
+        model,
+        images,
+        lambda extreme: reduce(extreme, reduce_op="max"),
+        mean=known.get("mean", ()),
+        std=known.get("std", ()),
+    )
     rank_zero_info(
         f"the scales of the integer network were found on {sum(map(len, images))} training images "
         "a process"

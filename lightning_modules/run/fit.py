@@ -28,6 +28,7 @@ from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.data.protocol import check_data_module, in_chans, num_classes
 from lightning_modules.errors import UsageError, message_for_user
 from lightning_modules.recipe.classifier import ImageClassifier
+from lightning_modules.recipe.quantizing import check_quantization
 from lightning_modules.run.check_args import validate_duration
 from lightning_modules.run.checkpoint_args import (
     check_run_config,
@@ -297,11 +298,11 @@ class TrainingCLI(LightningCLI):
         if not config.trainer.fast_dev_run:
             options = self._get(self.config_init, "wandb")
             check_tracking(options)
-            if self.subcommand == "fit" and isinstance(self.model, ImageClassifier):
-                self.model.load_teacher(self.datamodule.data_config)  # or a folder is made for none
+            saver = self._get(self.config_init, "checkpoint")
+            if self.subcommand == "fit":  # else a folder is made for none
+                self._check_fit(config, saver)
             self.run = self._run_folder()
             kwargs["default_root_dir"] = str(self.run.path)
-            saver = self._get(self.config_init, "checkpoint")
             saver.dirpath = saver.dirpath or str(self.run.checkpoints)
             if not own_logger:
                 kwargs["logger"] = make_loggers(self.run, options)
@@ -317,6 +318,15 @@ class TrainingCLI(LightningCLI):
         if self.subcommand == "fit":
             cast(Any, trainer).callbacks.insert(0, EpochLines())
         return trainer
+
+    def _check_fit(self, config: Namespace, saver: Any) -> None:
+        """Find out whether the fit can begin and its artifacts be written."""
+        if isinstance(saver, ReparameterizeOnSave):
+            saver.check_network(self.model)
+        if isinstance(self.model, ImageClassifier):
+            resumed, synchronized = config.ckpt_path is not None, config.trainer.sync_batchnorm
+            check_quantization(self.model.hparams, resumed=resumed, synchronized=synchronized)
+            self.model.load_teacher(self.datamodule.data_config)
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:

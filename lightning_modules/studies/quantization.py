@@ -234,7 +234,8 @@ class _Work:
             checkpoint = self.train(name, [*argv, *setting.options])
             model, _ = load_model(read_checkpoint(checkpoint), checkpoint)
         elif setting.scheme != "float":
-            calibrate_quantization(model, first_training_images(data, next(model.parameters())))
+            batches = first_training_images(data, next(model.parameters()))
+            calibrate_quantization(model, batches, mean=spec.mean, std=spec.std)
         images = denormalize(next(iter(data.val_dataloader()))[0], spec)
         folder = self.directory / "files" / name
         files = {

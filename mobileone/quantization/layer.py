@@ -46,7 +46,7 @@ class QuantizedLayer(nn.Module):
         statistics: Of BatchNorm in training; eval mode always has the running ones.
         kappa: Part κ of the variance of rounding that is added to the running variances.
         scales: How steps are found.
-        image: Whether the input is made of 8-bit images.
+        image: Whether the input is made of 8-bit images; see `ActivationQuantizer`.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class QuantizedLayer(nn.Module):
 
     def round(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Kernel and bias as integers hold them; gradients go straight through."""
-        step = self.input_quantizer.step.detach()
+        step = self.input_quantizer.scale
         steps = self.weight_quantizer.steps(weight, bias, step).detach()
         rounded = self.weight_quantizer(weight, bias, step)
         return rounded, straight_through(bias, round_bias(bias.detach(), step, steps))
@@ -140,6 +140,11 @@ class QuantizedLayer(nn.Module):
         trained = self.training and all(branch.norm is not None for branch in branches)
         if self.statistics == "frozen" or not trained or not all(n.training for n in self.norms()):
             return self.fold()
+        if any(isinstance(norm, nn.SyncBatchNorm) for norm in self.norms()):
+            raise ValueError(
+                f"`statistics` (={self.statistics!r}) are those of one process, and SyncBatchNorm "
+                "takes those of all: leave it out, or choose 'frozen'"
+            )
         diagonal = self.statistics == "diagonal"
         weight, bias, *found = fold_on_batch(x, branches, conv, self.noise(), diagonal)
         if torch._C._current_graph_task_id() == -1:  # checkpointing does not run it again
@@ -153,7 +158,7 @@ class QuantizedLayer(nn.Module):
 
     @torch.no_grad()
     def _calibrate(self, x: Tensor) -> None:
-        first = not self.input_quantizer.step.isfinite()
+        first = not self.input_quantizer.calibrated
         _widen(self.input_quantizer, x)
         if first:  # later batches hardly change the folded kernel
             self.fit_weights()
@@ -161,7 +166,7 @@ class QuantizedLayer(nn.Module):
     @torch.no_grad()
     def fit_weights(self) -> None:
         """Fit clips, or the table, to the kernel that the input's step gives."""
-        self.weight_quantizer.fit(*self.fold(), self.input_quantizer.step)
+        self.weight_quantizer.fit(*self.fold(), self.input_quantizer.scale)
 
     def quantizers(self) -> list[ActivationQuantizer]:
         """Of the input, and of the output where it has one."""
@@ -175,7 +180,7 @@ class QuantizedLayer(nn.Module):
         Raises:
             ValueError: There is no input step yet.
         """
-        if not self.input_quantizer.step.isfinite():
+        if not self.input_quantizer.calibrated:
             raise ValueError(
                 "a quantized layer has no input step: call calibrate_quantization(model, batches) "
                 "or load the weights of a quantized network before folding it"
@@ -190,7 +195,7 @@ class QuantizedLayer(nn.Module):
 
     def _deployed(self) -> nn.Module:
         weight, bias = self.fold()
-        step = self.input_quantizer.step
+        step = self.input_quantizer.scale
         steps = self.weight_quantizer.steps(weight, bias, step)
         codes = self.weight_quantizer.codes(weight, steps).to(torch.int8)
         grid = _grid(self.input_quantizer)
@@ -218,7 +223,7 @@ class QuantizedLayer(nn.Module):
     @torch.no_grad()
     def condition(self) -> float:
         """Largest change of an output by one step of one input."""
-        return float(self.fold()[0].abs().max() * self.input_quantizer.step)
+        return float(self.fold()[0].abs().max() * self.input_quantizer.scale)
 
     def extra_repr(self) -> str:
         """Shown in the printed network."""
@@ -232,11 +237,11 @@ class QuantizedLayer(nn.Module):
 def _widen(quantizer: ActivationQuantizer, x: Tensor) -> None:
     """Let a grid hold all of x, and what it holds already, if it has a step."""
     low, high = torch.aminmax(x.detach())
-    if quantizer.step.isfinite():
+    if quantizer.calibrated:
         least, largest = quantizer.extremes()
         low, high = torch.minimum(low, least), torch.maximum(high, largest)
     quantizer.observe(low, high)
 
 
 def _grid(quantizer: ActivationQuantizer) -> QuantizeDequantize:
-    return QuantizeDequantize(float(quantizer.step), int(quantizer.zero_point))
+    return QuantizeDequantize(float(quantizer.scale), int(quantizer.zero_point))

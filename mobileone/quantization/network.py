@@ -1,6 +1,6 @@
 """A complete network at once: quantized for training, calibrated, and judged."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, get_args
 
 import torch
@@ -178,7 +178,12 @@ def scheme_of(model: nn.Module) -> Scheme | None:
 
 @torch.no_grad()
 def calibrate_quantization(
-    model: nn.Module, batches: Iterable[Tensor], reduce: Callable[[Tensor], Tensor] = lambda x: x
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    reduce: Callable[[Tensor], Tensor] = lambda x: x,
+    *,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
 ) -> None:
     """Find the steps of all inputs and of all weights, one layer after the other, on images.
 
@@ -188,6 +193,9 @@ def calibrate_quantization(
         model: What `quantize` returned.
         batches: Normalized images (N, C, H, W), such as it will be trained on, on its device.
         reduce: The maximum over processes, where several see different images.
+        mean: Of the normalization of 8-bit images, a number a channel: the images' grid then holds
+            black and white, also where the batches have neither. Empty takes what is seen.
+        std: The same.
 
     Raises:
         ValueError: There is no quantized layer, or there are no images.
@@ -203,6 +211,11 @@ def calibrate_quantization(
             layer.calibrating = True
             for quantizer in layer.quantizers():
                 quantizer.step.fill_(torch.nan)
+        if mean and std:
+            first = next(iter(layers.values()))
+            middle, width = (first.input_quantizer.step.new_tensor(each) for each in (mean, std))
+            first.input_quantizer.observe((-middle / width).min(), ((1 - middle) / width).max())
+            first.fit_weights()
         for images in batches:
             model(images)
             seen += 1
@@ -214,7 +227,7 @@ def calibrate_quantization(
     if not seen:
         raise ValueError("no images to calibrate on: give at least one batch")
     for layer in layers.values():
-        if not layer.input_quantizer.step.isfinite():
+        if not layer.input_quantizer.calibrated:
             continue  # no image got there
         for quantizer in layer.quantizers():
             low, high = quantizer.extremes()

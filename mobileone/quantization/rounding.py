@@ -29,6 +29,7 @@ SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 
 _LEVELS = 255
 _MOMENTUM = 0.01  # of running extremes
+_STEPS = (2.0**-100, 2.0**60)  # whose reciprocals and squares float32 holds
 _BIAS_STEPS = 2.0**30  # half of what an int32 holds: the rest is for the sum that is added to it
 _FAINTEST = 2.0**-16  # step of a channel's weights, in parts of the layer's largest: see `steps`
 _TABLE = 16  # entries of a palette
@@ -57,32 +58,33 @@ def straight_through(value: Tensor, rounded: Tensor) -> Tensor:
 
 
 class _RoundToGrid(torch.autograd.Function):
-    """x to the nearest of step · (low … high), which are codes less their zero point.
+    """x to the nearest of scale · (low … high), which are codes less their zero point.
 
-    ∂/∂step is Σ g (x̂ − x 1[not clipped]) / step times LSQ's factor 1 / sqrt(number · steps).
+    ∂/∂scale is Σ g (x̂ − x 1[not clipped]) / scale times LSQ's factor 1 / sqrt(number · steps). It
+    goes to the step, also where that is out of bounds: so it comes back.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, zero_point: Tensor) -> Tensor:
-        inverse, wide = _inverse(step, x.dtype), step.to(x.dtype)
+    def forward(ctx: Any, x: Tensor, step: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        inverse, wide = _inverse(scale, x.dtype), scale.to(x.dtype)
         low, high = _bounds(zero_point)
         rounded = (x * inverse).round_()
         rounded = rounded.clamp_(low, high).mul_(wide)
-        ctx.save_for_backward(x, rounded if step.requires_grad else None, step, zero_point)
+        ctx.save_for_backward(x, rounded if step.requires_grad else None, scale, zero_point)
         return rounded
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, rounded, step, zero_point = ctx.saved_tensors
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, rounded, scale, zero_point = ctx.saved_tensors
         low, high = _bounds(zero_point)
-        dx = _where_inside(g, x, (low - 0.5) * _host(step), (high + 0.5) * _host(step))
+        dx = _where_inside(g, x, (low - 0.5) * _host(scale), (high + 0.5) * _host(scale))
         if rounded is None:
-            return dx, None, None
+            return dx, None, None, None
         # (x̂ − x) would be a pass of its own
-        dstep = (_dot(g, rounded) - _dot(dx, x)) / step.to(x.dtype)
+        dstep = (_dot(g, rounded) - _dot(dx, x)) / scale.to(x.dtype)
         factor = (x.numel() * _LEVELS) ** -0.5
-        return dx, (dstep * factor).to(step.dtype).view_as(step), None
+        return dx, (dstep * factor).to(scale.dtype).view_as(scale), None, None
 
 
 def _bounds(zero_point: Tensor) -> tuple[Any, Any]:
@@ -113,12 +115,16 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 class ActivationQuantizer(nn.Module):
     """Rounds a tensor to 256 steps: ((clamp(round(x / s) + z, 0, 255) − z) s.
 
-    A fresh quantizer has no step: its outputs are not numbers, until `observe` or a state dict
-    gives it one.
+    A fresh quantizer has no step, NaN: its outputs are not numbers, until `observe` or a state
+    dict gives it one. What is used is `scale`.
 
     Args:
         scales: How the step moves in training.
-        fixed: It does not move: the input is made of 8-bit images, whose extremes are known.
+        fixed: It does not move: the input is made of 8-bit images, whose extremes are known. One
+            grid for all channels, with a code for zero, has the images' own values where they are
+            multiples of one step: all channels of one `std`, and every `mean` a multiple of 1/255,
+            as 0. Else values move by up to about half a step, and some of the 256 become one:
+            255 stay for mean and std of 0.5, 234 to 240 in ImageNet's channels.
     """
 
     step: Tensor
@@ -138,12 +144,22 @@ class ActivationQuantizer(nn.Module):
         """Any shape to the same."""
         if self.training and self.running and torch._C._current_graph_task_id() == -1:
             self._follow(x.detach())  # not where checkpointing runs a layer again
-        rounded: Tensor = _RoundToGrid.apply(x, self.step, self.zero_point)
+        rounded: Tensor = _RoundToGrid.apply(x, self.step, self.scale, self.zero_point)
         return rounded
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether there is a step."""
+        return not self.step.isnan()
+
+    @property
+    def scale(self) -> Tensor:
+        """The step, positive and finite wherever training has brought it; NaN if there is none."""
+        return self.step.detach().clamp(*_STEPS)
 
     def variance(self) -> Tensor:
         """Of what rounding adds to an input, s² / 12; a constant for gradients."""
-        return self.step.detach().square() / 12
+        return self.scale.square() / 12
 
     @torch.no_grad()
     def observe(self, low: Tensor, high: Tensor) -> None:
@@ -158,8 +174,8 @@ class ActivationQuantizer(nn.Module):
     @torch.no_grad()
     def extremes(self) -> tuple[Tensor, Tensor]:
         """The least and the largest number of the grid."""
-        low = -self.zero_point * self.step
-        return low, low + _LEVELS * self.step
+        low = -self.zero_point * self.scale
+        return low, low + _LEVELS * self.scale
 
     @torch.no_grad()
     def _follow(self, x: Tensor) -> None:

@@ -16,11 +16,13 @@ from callbacks.ema import EMA
 from lightning_modules.cli.main import main
 from lightning_modules.data.datamodule import ImageDataModule
 from lightning_modules.recipe.classifier import ImageClassifier
+from lightning_modules.run.folder import RunFolder
 from mobileone.export import checkpoint, load_runner
 from mobileone.export.checkpoint import export_checkpoint, load_model, read_checkpoint
 from mobileone.export.preprocess import denormalize
 from mobileone.quantization import scheme_of
 from tests.helpers.bitwise import differing
+from tests.helpers.command import FIT, error_of
 from tests.helpers.processes import run_program
 from tests.helpers.trainer import SaveEachEpoch, make_trainer
 
@@ -208,6 +210,30 @@ def test_a_format_that_cannot_hold_it_is_refused_first(
     with pytest.raises(ValueError, match=message):
         train(module(start, quantize=quantize), pets, tmp_path, saver)
     assert not (tmp_path / "files").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--checkpoint.formats", "[torchscript]"], "hold floats, and the network is quantized"),
+        (["--model.weights", "null"], "starts from a trained network"),
+        (
+            [
+                *("--trainer.sync_batchnorm", "true"),
+                *("--model.quantize_kwargs", '{"statistics": "exact"}'),
+            ],
+            "--trainer.sync_batchnorm asks for those of all",
+        ),
+    ],
+)
+def test_the_command_refuses_before_it_makes_anything(
+    start, pets, tmp_path, monkeypatch, capsys, more, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(RunFolder, "create", lambda *_: pytest.fail("it made a run folder"))
+    model = ["--model.model", NAME, "--model.weights", start, "--data.root", str(pets)]
+    options = ["--model.quantize", "int8", "--checkpoint.formats", "[onnx_int8]", *more]
+    assert message in error_of(capsys, *FIT, "--data.dataset", "folder", *model, *options)
 
 
 def test_the_command_trains_on_from_a_run(start, pets, tmp_path, monkeypatch, capsys):

@@ -385,13 +385,83 @@ def test_rounding_is_of_the_variance_that_folding_adds():
     torch.testing.assert_close(error.var(), quantizer.variance(), rtol=0.02, atol=0)
 
 
-@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.5, 0.5), (0.485, 0.229)])
-def test_the_image_keeps_its_256_values(mean, std):
-    pixels = (torch.arange(256) / 255 - mean) / std
-    quantizer = ActivationQuantizer(fixed=True)
+@pytest.mark.parametrize("step", [-0.1, 0.0, torch.inf, -torch.inf])
+def test_a_step_that_training_drives_out_of_its_bounds_stays_usable(step):
+    """Outputs and gradients are numbers, what ships is what is trained."""
+    block = build(SHAPES[1])
+    x = twin.feature_map(2, 8, 9, 9)
+    layer = quantized(block, x).float()
+    layer.input_quantizer.step.data.fill_(step)
+    y = layer.eval()(x.float())
+    y.square().sum().backward()
+    assert y.isfinite().all() and 0 <= layer.noise() < torch.inf
+    assert all(p.grad.isfinite().all() for p in layer.parameters() if p.grad is not None)
+    assert torch.equal(layer.fuse()(x.float()), y)
+    with torch.no_grad():
+        layer.input_quantizer.observe(*layer.input_quantizer.extremes())  # as running steps do
+    assert 0 < layer.input_quantizer.step < torch.inf
+
+
+def test_a_step_below_its_bounds_comes_back_by_its_gradient():
+    x, quantizer = torch.rand(4096, dtype=torch.float64), ActivationQuantizer().double()
+    quantizer.observe(x.min(), x.max())
+    good = quantizer.step.item()
+    quantizer.step.data.fill_(-2 * good)
+    descent = torch.optim.SGD(quantizer.parameters(), lr=2e-6)
+    errors = []
+    for _ in range(60):
+        descent.zero_grad()
+        loss = (quantizer(x) - x).square().sum()
+        loss.backward()
+        errors.append(loss.item())
+        descent.step()
+    assert 0.5 * good < quantizer.step < 2 * good and errors[-1] < 1e-2 * errors[0]
+
+
+def test_no_step_is_no_number():
+    quantizer = ActivationQuantizer()
+    assert not quantizer.calibrated and quantizer.scale.isnan()
+    assert quantizer(torch.ones(3)).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "values"),
+    [(0.0, 1.0, 256), (0.4, 0.25, 256), (0.5, 0.5, 255), (0.485, 0.229, 255)],
+)
+def test_the_image_keeps_its_256_values_or_nearly(mean, std, values):
+    """All of them where the mean is a multiple of 1/255."""
+    pixels = (torch.arange(256, dtype=torch.float64) / 255 - mean) / std
+    quantizer = ActivationQuantizer(fixed=True).double()
     quantizer.observe(pixels.min(), pixels.max())
-    assert quantizer(pixels).unique().numel() >= 255
+    assert quantizer(pixels).unique().numel() == values
+    moved = (quantizer(pixels) - pixels).abs().max() * 255 * std
+    assert moved < (1e-9 if values == 256 else 0.51)
     assert not list(quantizer.parameters())
+
+
+def test_the_image_has_its_grid_whatever_calibration_sees():
+    """Black and white of three channels, of which gray images show nothing."""
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    network = quantize(nn.Sequential(build(SHAPES[0]).float(), nn.Conv2d(8, 4, 1)), "int4")
+    gray = 0.1 * torch.rand(2, 3, 16, 16)
+    calibrate_quantization(network, [gray], mean=mean, std=std)
+    low, high = network[0].input_quantizer.extremes()
+    step = network[0].input_quantizer.scale
+    assert -0.485 / 0.229 - step < low <= -0.485 / 0.229 + 1e-6
+    assert (1 - 0.406) / 0.225 - 1e-6 <= high < (1 - 0.406) / 0.225 + step
+
+
+@pytest.mark.parametrize("statistics", ["exact", "diagonal"])
+def test_statistics_of_one_process_are_not_taken_for_those_of_all(statistics):
+    x = twin.feature_map(3, 8, 9, 8)
+    layer = quantized(build(SHAPES[5]), x, statistics=statistics)
+    synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(layer)
+    before = copy.deepcopy(synchronized.state_dict())
+    synchronized.eval()(x)
+    with pytest.raises(ValueError, match=rf"`statistics` \(='{statistics}'\).*SyncBatchNorm"):
+        synchronized.train()(x)
+    after = synchronized.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 def test_running_extremes_move_in_training_only():
