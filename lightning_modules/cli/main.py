@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from lightning_modules.cli.commands import COMMANDS, load
+from lightning_modules.cli.help import help_of, options_of
 
 __all__ = ["main"]
 
@@ -22,10 +23,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     # waiting threads sleep: spinning ones stall training where cores are shared
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = sys.argv[1:] if argv is None else list(argv)
-    if "_ARGCOMPLETE" in os.environ:
-        _complete()
+    if shell := os.environ.pop("_ARGCOMPLETE", ""):  # jsonargparse would answer, and slowly
+        _complete(shell)
         return
     name, rest = _find(words)
+    if name in COMMANDS and rest in _ASKS_FOR_HELP:
+        print(_help_of(name, rest), end="")
+        sys.exit(0)
     if name in COMMANDS:
         _run(name, rest)
     elif words == ["--version"]:
@@ -40,6 +44,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+
+
+# `segment` and `detect` have a level more
+_ASKS_FOR_HELP = [
+    [*word, flag] for word in ((), ("fit",), ("validate",)) for flag in ("-h", "--help")
+]
+
+
+def _help_of(name: str, argv: list[str]) -> str:
+    return help_of(" ".join([name, *argv[:-1]]), lambda: _run(name, argv))
 
 
 def _run(name: str, argv: list[str]) -> None:
@@ -98,8 +112,8 @@ subcommands:
   mobileone fit --config configs/quickstart.yaml"""
 
 
-def _complete() -> None:
-    """Complete the shell's line and exit; only the subcommand that is being typed is imported.
+def _complete(shell: str) -> None:
+    """Complete the shell's line and exit: options and their values are those of the help.
 
     Each subcommand has a parser of its own, so its words are taken out of the line that the shell
     sent.
@@ -110,16 +124,20 @@ def _complete() -> None:
 
     program, *typed = os.environ["COMP_LINE"].split(" ")
     name, rest = _find(typed[:-1])  # the last word is not complete
-    if name not in COMMANDS:
-        parser = argparse.ArgumentParser(prog="mobileone", add_help=not name)
-        parser.add_argument("subcommand", choices=sorted(set(_next_words(name))))
+    parser = argparse.ArgumentParser(prog="mobileone", add_help=not name)
     if name:
         os.environ["COMP_LINE"] = " ".join([program, *rest, typed[-1]])
         os.environ["COMP_POINT"] = str(int(os.environ["COMP_POINT"]) - len(name) - 1)
-    if name not in COMMANDS:
-        argcomplete.autocomplete(parser)
-    elif name not in ("segment", "detect"):  # whose parser is LightningCLI's own
-        _run(name, [])
+    if name in COMMANDS:
+        parser.add_argument("words", nargs="*")
+        asked = [*rest[:1], "--help"]
+        shown = _help_of(name, asked if asked in _ASKS_FOR_HELP else ["--help"])
+        for option, values in options_of(shown).items():
+            parser.add_argument(option, choices=values or None)
+    else:
+        parser.add_argument("subcommand", choices=sorted(set(_next_words(name))))
+    os.environ["_ARGCOMPLETE"] = shell
+    argcomplete.autocomplete(parser)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
 """The subcommands that run a Trainer: fit, validate and test, on LightningCLI."""
 
 import copy
-import os
 import shlex
 import signal
 import sys
-from argparse import ArgumentParser
 from typing import Any, Literal, cast
 
 import yaml
@@ -43,7 +41,7 @@ from lightning_modules.run.config_files import (
     value_in_configs,
 )
 from lightning_modules.run.folder import RunFolder, SaveRunConfig
-from lightning_modules.run.parser import Parser, class_arguments, class_path, is_class
+from lightning_modules.run.parser import Parser, class_path, is_class
 from lightning_modules.run.resume import Continuation, find_continuation, newest_usable
 from lightning_modules.run.summary import fit_summary
 from lightning_modules.run.trainer import IntLimitTrainer, TimmSyncBatchNorm, wait_for_rank_zero
@@ -197,13 +195,6 @@ class TrainingCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, with the checkpoint's hyper-parameters as defaults of the model's arguments."""
-        if "_ARGCOMPLETE" in os.environ:  # the shell asks; this answers and exits
-            subparser = self._subcommand_parsers[sys.argv[1]]
-            for section, kind in (("model", self.model_type), ("data", self.data_type)):
-                for name in class_arguments(class_path(kind)):
-                    flag, unused = f"--{section}.{name}", f"{section}_{name}"
-                    ArgumentParser.add_argument(subparser, flag, dest=unused)
-            subparser.parse_args([])
         checkpoint = option_value(sys.argv, "--ckpt_path")
         model, data = _given_class("model", sys.argv), _given_class("data", sys.argv)
         self.known: dict[str, Any] = {}

@@ -13,14 +13,12 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_modules.cli.commands import COMMANDS
 from lightning_modules.cli.main import main
 from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.run.fit import run
 from lightning_modules.run.folder import RunFolder
 from tests.helpers.command import FIT, error_of
-from tests.helpers.processes import run_python, start_python
-from tests.helpers.variants import slow
+from tests.helpers.processes import run_python
 
 TINY = (
     "--config quickstart --model.model mobileone_mu0 --model.warmup_epochs 0 "
@@ -376,15 +374,6 @@ def test_online_tracking_without_a_key_is_refused_before_training(monkeypatch, t
     assert not (tmp_path / "runs").exists()
 
 
-def test_top_level_help_is_fast_because_it_imports_nothing():
-    script = (
-        "import sys; from lightning_modules.cli.main import main; main(['--help']);"
-        "assert not {'torch', 'lightning', 'timm', 'jsonargparse'} & set(sys.modules)"
-    )
-    said = run_python("-c", script).stdout
-    assert all(name in said for name in COMMANDS)
-
-
 def test_the_help_of_fit_lists_the_options_of_model_and_data(capsys):
     """They belong to classes that may be others, which jsonargparse's own help leaves out."""
     with pytest.raises(SystemExit, match="0"):
@@ -393,31 +382,6 @@ def test_the_help_of_fit_lists_the_options_of_model_and_data(capsys):
     assert "--model.lr LR learning rate" in said and "--data.batch_size BATCH_SIZE" in said
     assert "--model.model MODEL timm name" in said
     assert "--ema.decay" in said and "--trainer.max_epochs" in said
-
-
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("mobileone ex", {"export"}),
-        ("mobileone benchmark la", {"latency"}),
-        ("mobileone fit --model.label", {"--model.label_smoothing"}),
-        slow("mobileone benchmark latency --runt", {"--runtimes"}),
-        slow("mobileone predict --top", {"--top_k"}),
-    ],
-)
-def test_tab_completion(line, expected, tmp_path):
-    script = "from lightning_modules.cli.main import main; main()"
-    answer = tmp_path / "answer"
-    environment = {
-        "_ARGCOMPLETE": "1",
-        "_ARGCOMPLETE_STDOUT_FILENAME": str(answer),
-        "_ARGCOMPLETE_IFS": "\n",
-        "COMP_LINE": line,
-        "COMP_POINT": str(len(line)),
-        "COMP_TYPE": "9",
-    }
-    start_python("-c", script, variables=environment).wait(120)
-    assert expected <= {word.strip() for word in answer.read_text().splitlines()}
 
 
 def test_collapse_is_an_option_of_the_run_not_of_the_checkpoint(trained):
