@@ -17,25 +17,28 @@ from torch import Tensor, nn
 
 from mobileone.export.formats import coreml, executorch, litert, onnx
 from mobileone.export.spec import ExportSpec, Metadata
-from mobileone.export.verify.integers import Grid
+from mobileone.export.verify.integers import INTEGER, LINEAR, Contents, Grid
 from mobileone.export.verify.mlprogram import MLProgram
 from mobileone.io.optional_import import import_optional
 from mobileone.quantization.deployed import QuantizedConv2d, QuantizeDequantize, QuantizedLinear
 
-__all__ = ["INTEGER", "ROADS", "Road"]
+__all__ = ["ROADS", "Road"]
 
 
 class Road(NamedTuple):
-    """How an integer file of a format is written, and what it then has inside."""
+    """How an integer file of a format is written, and what it then has inside.
+
+    Among the operations are `conv.integer`, convolutions whose input and weights are integers, and
+    `linear.integer`, linear layers whose weights are. Other convolutions do not count as such.
+    """
 
     write: Callable[[nn.Module, ExportSpec, Path, Metadata], Mapping[str, Any]]
-    operations: Callable[[Path], Counter[str]]
-    grids: Callable[[Path], list[Grid]]
+    read: Callable[[Path], Contents]
 
 
 _Q = torch.ops.quantized_decomposed
-INTEGER = "conv.integer"  # a convolution of integers, among a file's operations
-_FLOAT = "float_conv"  # one that is none: it does not count as a convolution
+_USE = "a file of integers"
+_FLOAT = "float_conv"
 
 # -- ONNX ----------------------------------------------------------------------------------------
 
@@ -43,41 +46,40 @@ _FLOAT = "float_conv"  # one that is none: it does not count as a convolution
 def _write_onnx(
     model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata
 ) -> dict[str, Any]:
-    """Save the graph with QuantizeLinear and DequantizeLinear nodes; see `onnx.write`.
+    """Save the graph with QuantizeLinear and DequantizeLinear nodes; see `onnx.write`."""
+    return {**onnx.write(model, spec, path, metadata), "quantized": True}
 
-    What the converter notes at each node would be a quarter of so small a file: it is dropped.
+
+def _read_onnx(path: Path) -> Contents:
+    """What onnxruntime runs after it has fused the graph, and the file's own linear layers.
+
+    It multiplies the integers of a linear layer as floats where the output is not rounded.
     """
-    interface = onnx.write(model, spec, path, metadata)
-    package = import_optional("onnx", "the `onnx_int8` format", onnx.EXTRA)
-    proto = package.load(path)
-    for part in (*proto.graph.node, *proto.graph.input, *proto.graph.output):
-        del part.metadata_props[:]
-        part.doc_string = ""
-    del proto.graph.value_info[:]
-    package.save(proto, path)
-    return {**interface, "quantized": True}
-
-
-def _onnx_operations(path: Path) -> Counter[str]:
-    """What onnxruntime runs after it has fused the graph: `conv.integer` are QLinearConv nodes."""
-    package = import_optional("onnx", "the `onnx_int8` format", onnx.EXTRA)
+    package = import_optional("onnx", _USE, onnx.EXTRA)
     with tempfile.TemporaryDirectory() as folder:
         fused = Path(folder) / "fused.onnx"
         onnx.session(str(path), optimized=fused)
         nodes = package.load(fused).graph.node
     names = {"QLinearConv": INTEGER, "Conv": _FLOAT, "FusedConv": _FLOAT}
-    return Counter(names.get(node.op_type, node.op_type) for node in nodes)
-
-
-def _onnx_grids(path: Path) -> list[Grid]:
-    """Scale and zero point of each QuantizeLinear node."""
-    package = import_optional("onnx", "the `onnx_int8` format", onnx.EXTRA)
+    operations = Counter(names.get(node.op_type, node.op_type) for node in nodes)
     graph = package.load(path).graph
+    made = {name: node for node in graph.node for name in node.output}
+    readers = Counter(name for node in graph.node for name in node.input)
     values = {
         t.name: package.numpy_helper.to_array(t).item() for t in graph.initializer if not t.dims
     }
-    nodes = [node for node in graph.node if node.op_type == "QuantizeLinear"]
-    return [(values[node.input[1]], values[node.input[2]]) for node in nodes]
+    grids: list[Grid] = []
+    for node in graph.node:
+        source = made.get(node.input[0]) if node.input else None
+        if node.op_type == "DequantizeLinear" and source is not None:
+            own, given = ((values[n.input[1]], values[n.input[2]]) for n in (node, source))
+            grids += [own] * readers[node.output[0]] if own == given else []
+        elif node.op_type in ("Gemm", "MatMul"):
+            weight = made.get(node.input[1])
+            if weight is not None and weight.op_type == "Transpose":
+                weight = made.get(weight.input[0])
+            operations[LINEAR] += weight is not None and weight.op_type == "DequantizeLinear"
+    return Contents(operations, grids)
 
 
 # -- Core ML -------------------------------------------------------------------------------------
@@ -91,18 +93,14 @@ def _write_coreml(
     return {**interface, "quantized": True}
 
 
-def _coreml_operations(path: Path) -> Counter[str]:
-    """How often each operation occurs; `conv.integer` is between dequantized integers."""
+def _read_coreml(path: Path) -> Contents:
+    """Layers of integers are between dequantized ones; grids are in the program's precision."""
     program = MLProgram(path)
     found = program.operations()
-    integer = program.integer_layers("conv")
-    others = found.pop("conv", 0) - integer
-    return found + Counter({INTEGER: integer, _FLOAT: others})  # without zeros
-
-
-def _coreml_grids(path: Path) -> list[Grid]:
-    """Scale and zero point of each `quantize`, in the precision of the program."""
-    return MLProgram(path).grids()
+    conv, linear = (program.integer_layers(kind) for kind in ("conv", "linear"))
+    found += Counter({INTEGER: conv, _FLOAT: found.pop("conv", 0) - conv, LINEAR: linear})
+    found["linear"] -= linear
+    return Contents(+found, program.grids())
 
 
 # -- ExecuTorch and LiteRT: activations from -128 ------------------------------------------------
@@ -142,30 +140,30 @@ def _write_executorch(
     return {**executorch.write(network, spec, path, metadata), "quantized": True}
 
 
-def _executorch_operations(path: Path) -> Counter[str]:
-    """How often each operation occurs; `conv.integer` has integers for input and weights."""
-    found = executorch.operations(path)
-    kinds = found.pop("conv2d", 0) + found.pop("depthwise_conv2d", 0)
-    integer = 0
-    for graph in executorch.graphs(path):
-        quantized = [value.number(0, "B") == 2 for value in graph.tables(2)]
-        nodes = [node for node in graph.tables(1) if node.number(0, "B") in (7, 13)]
-        parts = [[node.table(1).number(field) for field in (15, 16)] for node in nodes]
-        integer += sum(all(quantized[part] for part in pair) for pair in parts)
-    return found + Counter({INTEGER: integer, _FLOAT: kinds - integer})
+# of XNNPACK's nodes, by their number in `XNodeUnion`: the fields of input and weights
+_CONVS, _LINEARS, _CONVERTS = {7: (15, 16), 13: (15, 16)}, {2: (0, 1)}, {18: (0,)}
 
 
-def _executorch_grids(path: Path) -> list[Grid]:
-    """Scale and zero point of each value of one step."""
-    found = []
+def _read_executorch(path: Path) -> Contents:
+    """Grids are those of the values that layers, and conversions to floats, read."""
+    found, grids = executorch.operations(path), list[Grid]()
+    others = found.pop("conv2d", 0) + found.pop("depthwise_conv2d", 0)
     for graph in executorch.graphs(path):
-        for value in graph.tables(2):
-            quantized = value.table(1)
-            if value.number(0, "B") == 2 and quantized.number(1, "B") == 2:
-                step = quantized.table(2)
+        values = graph.tables(2)
+        for node in graph.tables(1):
+            kind = node.number(0, "B")
+            fields = (_CONVS | _LINEARS | _CONVERTS).get(kind, ())
+            given = [values[node.table(1).number(field)] for field in fields]
+            integer = [value.number(0, "B") == 2 for value in given]
+            found[INTEGER] += kind in _CONVS and all(integer)
+            found[LINEAR] += kind in _LINEARS and integer[1]
+            if given and integer[0] and given[0].table(1).number(1, "B") == 2:  # of one step
+                step = given[0].table(1).table(2)
                 (scale,) = struct.unpack("<f", struct.pack("<I", step.number(0)))
-                found.append((scale, step.number(1, "i") + 128))
-    return found
+                grids.append((scale, step.number(1, "i") + 128))
+    found[_FLOAT] += others - found[INTEGER]
+    found["fully_connected"] -= found[LINEAR]
+    return Contents(+found, grids)
 
 
 class _RoundedWeight(nn.Module):
@@ -219,7 +217,7 @@ def _restore(schema: Any, tensor: Any, buffer: Any, layers: Sequence[QuantizedLi
 
 def _builder() -> Any:
     """A writer that keeps equal vectors once: zero points are a tenth of so small a file."""
-    flatbuffers = import_optional("flatbuffers", "the `litert_int8` format", "flatbuffers")
+    flatbuffers = import_optional("flatbuffers", _USE, "flatbuffers")
 
     class Builder(flatbuffers.Builder):  # type: ignore[name-defined]
         kept: dict[tuple[str, bytes], int]
@@ -236,41 +234,42 @@ def _builder() -> Any:
 
 
 def _litert_model(path: Path) -> tuple[Any, Any]:
-    schema = import_optional(
-        "ai_edge_litert.schema_py_generated", "the `litert_int8` format", "litert"
-    )
+    schema = import_optional("ai_edge_litert.schema_py_generated", _USE, "litert")
     return schema, schema.ModelT.InitFromPackedBuf(path.read_bytes(), 0)
 
 
-def _litert_operations(path: Path) -> Counter[str]:
-    """How often each operation occurs; `conv.integer` has integers for input and weights."""
+def _read_litert(path: Path) -> Contents:
+    """Grids are those of the tensors that operations read, not only move."""
     schema, model = _litert_model(path)
-    found = litert.operations(path)
-    total = found.pop("conv_2d", 0) + found.pop("depthwise_conv_2d", 0)
-    kinds = {schema.BuiltinOperator.CONV_2D, schema.BuiltinOperator.DEPTHWISE_CONV_2D}
-    integer = sum(
-        all(graph.tensors[i].type == schema.TensorType.INT8 for i in operator.inputs[:2])
-        for graph in model.subgraphs
-        for operator in graph.operators
-        if model.operatorCodes[operator.opcodeIndex].builtinCode in kinds
-    )
-    return found + Counter({INTEGER: integer, _FLOAT: total - integer})
+    names = {number: name.lower() for name, number in vars(schema.BuiltinOperator).items()}
+    found, grids = Counter[str](), list[Grid]()
+    for graph in model.subgraphs:
+        for operator in graph.operators:
+            name = names[model.operatorCodes[operator.opcodeIndex].builtinCode]
+            given = [graph.tensors[i] for i in operator.inputs[:2]]
+            integer = [tensor.type == schema.TensorType.INT8 for tensor in given]
+            if name in ("conv_2d", "depthwise_conv_2d"):
+                name = INTEGER if all(integer) else _FLOAT
+            elif name in ("fully_connected", "batch_matmul") and integer[1]:
+                name = LINEAR
+            found[name] += 1
+            written = _litert_grid(graph.tensors[operator.outputs[0]])
+            read = [_litert_grid(tensor) for tensor in given]
+            grids += [grid for grid in read if grid is not None and grid != written]
+    return Contents(found, grids)
 
 
-def _litert_grids(path: Path) -> list[Grid]:
-    """Scale and zero point of each tensor of one step."""
-    _, model = _litert_model(path)
-    steps = [tensor.quantization for graph in model.subgraphs for tensor in graph.tensors]
-    return [
-        (float(step.scale[0]), int(step.zeroPoint[0]) + 128)
-        for step in steps
-        if step is not None and step.scale is not None and len(step.scale) == 1
-    ]
+def _litert_grid(tensor: Any) -> Grid | None:
+    """Scale and zero point of a tensor of one step."""
+    step = tensor.quantization
+    if step is None or step.scale is None or len(step.scale) != 1:
+        return None
+    return float(step.scale[0]), int(step.zeroPoint[0]) + 128
 
 
 ROADS = {
-    "onnx": Road(_write_onnx, _onnx_operations, _onnx_grids),
-    "coreml": Road(_write_coreml, _coreml_operations, _coreml_grids),
-    "executorch": Road(_write_executorch, _executorch_operations, _executorch_grids),
-    "litert": Road(_write_litert, _litert_operations, _litert_grids),
+    "onnx": Road(_write_onnx, _read_onnx),
+    "coreml": Road(_write_coreml, _read_coreml),
+    "executorch": Road(_write_executorch, _read_executorch),
+    "litert": Road(_write_litert, _read_litert),
 }

@@ -65,6 +65,10 @@ def write(
     )
     assert program is not None
     proto = program.model_proto
+    for part in (*proto.graph.node, *proto.graph.input, *proto.graph.output):
+        del part.metadata_props[:]  # the converter's notes, a quarter of a small file
+        part.doc_string = ""
+    del proto.graph.value_info[:]
     properties = {
         "spec": spec.to_json(),
         "author": metadata.author,

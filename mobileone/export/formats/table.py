@@ -196,8 +196,8 @@ def _int8(name: str, row: Format) -> Format:
         optional_pixels=row.optional_pixels,
         needs=row.needs,
         spec=row.spec,
-        operations=road.operations,
-        check=partial(integers.check, runner=row.runner, returns=row.returns, grids=road.grids),
+        operations=lambda path: road.read(path).operations,
+        check=partial(integers.check, runner=row.runner, returns=row.returns, read=road.read),
         integers=True,
     )
 

@@ -130,17 +130,26 @@ class MLProgram:
         )
 
     def grids(self) -> list[tuple[float, int]]:
-        """Scale and zero point, as a code 0..255, of each `quantize`."""
-        fixed, found = self._constants(rounding=False), []
+        """Scale and zero point, as a code 0..255, of each reading of a `dequantize`.
+
+        One that states others than the `quantize` before it does not count.
+        """
+        fixed, found = self._constants(rounding=False), list[tuple[float, int]]()
+        made_by = {name: op for op in self._operations for name, _ in op.outputs}
+        readers = Counter(str(value) for op in self._operations for value in op.arguments.values())
         for op in self._operations:
-            if op.type == "quantize":
-                given = {
-                    name: _resolve(value, fixed)
-                    for name, value in op.arguments.items()
-                    if name != "input"
-                }
-                shift = 128 if given["output_dtype"] == "int8" else 0
-                found.append((float(given["scale"]), int(given.get("zero_point") or 0) + shift))
+            source = made_by.get(op.arguments.get("input"))
+            if op.type != "dequantize" or source is None or source.type != "quantize":
+                continue
+            shift = 128 if _resolve(source.arguments["output_dtype"], fixed) == "int8" else 0
+            own, given = (
+                (
+                    float(_resolve(each.arguments["scale"], fixed)),
+                    int(_resolve(each.arguments.get("zero_point"), fixed) or 0) + shift,
+                )
+                for each in (op, source)
+            )
+            found += [own] * readers[op.outputs[0][0]] if own == given else []
         return found
 
     @torch.no_grad()

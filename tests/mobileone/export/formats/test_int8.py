@@ -1,18 +1,25 @@
 """Integer files: published if they are the quantized network, and only then."""
 
+from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
 
+import numpy
+import onnx
 import pytest
+import torch
 from torch import nn
 
-from mobileone.export import FORMATS
+from mobileone.export import FORMATS, Metadata
 from mobileone.export.artifact import RejectedError, export_model
+from mobileone.export.formats import int8
 from mobileone.export.formats.table import check_integers
 from mobileone.export.inspect import describe_artifact
 from mobileone.export.preprocess import normalize
-from mobileone.export.verify.parity import fixed_images
+from mobileone.export.verify import integers
+from mobileone.export.verify.parity import Reference, fixed_images
 from mobileone.quantization.deployed import QuantizedConv2d, QuantizedLinear
+from mobileone.quantization.deployed import QuantizeDequantize as GRID
 from mobileone.quantization.post_training import quantize_fused
 from mobileone.reparameterize import reparameterize
 from tests.helpers.tiny import tiny_network, tiny_spec
@@ -54,6 +61,8 @@ def test_a_quantized_network_becomes_a_file_of_integers(name, quantized, tmp_pat
     assert manifest.condition == pytest.approx(max(gains).item())
     assert f"by {manifest.condition:.3g}" in describe_artifact(tmp_path / "artifact")
     assert entry["operations"]["conv.integer"] == 2
+    assert entry["operations"]["linear.integer"] == 1
+    assert not {"float_conv", "linear", "fully_connected"} & set(entry["operations"])
     assert entry["parity"]["images"] == 64
     assert entry["parity"]["top1_agreement"] >= 0.99
     assert entry["weights_parity"]["max_relative_error"] == 0
@@ -123,6 +132,75 @@ def in_floats(network):
 def test_a_convolution_that_is_not_of_integers_is_caught(name, quantized, tmp_path):
     with pytest.raises(RejectedError, match="1 convolutions where the fused network has 2"):
         export(quantized, name, tmp_path / "artifact", in_floats)
+
+
+class MultipliedInFloats(nn.Module):
+    """A linear layer of which the file has all numbers, and multiplies other ones."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.input, self.bias = layer.input, layer.bias
+        self.register_buffer("codes", layer.weight.detach())
+        self.register_buffer("weight_scale", layer.weight_scale)
+
+    def forward(self, x):
+        weight = self.codes.float() * self.weight_scale[:, None]
+        return nn.functional.linear(self.input(x), weight, self.bias)
+
+
+def test_a_linear_layer_that_is_not_of_integers_is_caught(quantized, tmp_path, monkeypatch):
+    """Also where nothing is missing but the integers in its product."""
+
+    def multiply_in_floats(network):
+        network[4] = MultipliedInFloats(network[4])
+
+    monkeypatch.setattr(integers, "missing_weights", lambda *_: [])
+    with pytest.raises(RejectedError, match=r"1 linear layers of integers \(0\)"):
+        export(quantized, "onnx_int8", tmp_path / "artifact", multiply_in_floats)
+
+
+def test_a_grid_of_two_layers_is_in_the_file_twice(quantized):
+    network = deepcopy(quantized)
+    grids = [(m.scale, m.zero_point) for m in network.modules() if isinstance(m, GRID)]
+    assert integers.missing_grids(grids, network) == []
+    first, second = (m for m in (network[0].reparam_conv, network[1].reparam_conv))
+    second.input.scale, second.input.zero_point = first.input.scale, first.input.zero_point
+    assert integers.missing_grids(grids, network) == ["1.reparam_conv.input"]
+    assert integers.missing_grids([*grids, grids[0]], network) == []
+
+
+@pytest.mark.parametrize("kind", ["QuantizeLinear", "DequantizeLinear"])
+def test_both_ends_of_a_grid_are_read(quantized, kind, tmp_path):
+    path, row = tmp_path / "model.onnx", FORMATS["onnx_int8"]
+    row.write(quantized, SPEC, path, Metadata())
+    contents = onnx.load(path)
+    made = {name: node for node in contents.graph.node for name in node.output}
+    last = next(n for n in contents.graph.node if n.op_type == "Gemm")
+    node = made[last.input[0]]
+    node = node if kind == "DequantizeLinear" else made[node.input[0]]
+    scale = onnx.numpy_helper.from_array(numpy.array(0.5, numpy.float32), "other")
+    contents.graph.initializer.append(scale)
+    node.input[1] = "other"
+    onnx.save(contents, path)
+    grids = int8.ROADS["onnx"].read(path).grids
+    assert integers.missing_grids(grids, quantized) == ["4.input"]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_outputs_that_are_not_finite_have_no_typical_error_of_0(quantized, bad, tmp_path):
+    with torch.no_grad():
+        logits = quantized(normalize(IMAGES, SPEC))
+    broken = logits.clone()
+    broken[:40] = bad
+    checks = integers.check(
+        tmp_path,
+        SPEC,
+        Reference(quantized, {"logits": logits}, IMAGES),
+        runner=lambda *_: lambda images: broken,
+        returns=lambda spec: "logits",
+        read=lambda path: integers.Contents(Counter(), []),
+    )
+    assert not checks["parity"].accepted and not checks["typical_parity"].accepted
 
 
 @pytest.mark.parametrize("name", sorted(set(FORMATS) - set(INTEGER)))
