@@ -1,4 +1,4 @@
-"""Train integers on two ranks: quantize_on_two_ranks.py WEIGHTS IMAGES FOLDER."""
+"""Train integers on two ranks: quantize_on_two_ranks.py WEIGHTS IMAGES FOLDER SCHEME."""
 
 import copy
 import sys
@@ -21,14 +21,15 @@ class Start(Callback):
         self.calibrated = copy.deepcopy(pl_module.model.state_dict())
         alone = copy.deepcopy(pl_module.model)
         images = first_training_images(trainer.datamodule, torch.zeros(1))
-        calibrate_quantization(alone, images)
+        config = trainer.datamodule.data_config
+        calibrate_quantization(alone, images, mean=config["mean"], std=config["std"])
         self.own = alone.state_dict()
 
 
 if __name__ == "__main__":
-    weights, root, out = sys.argv[1:]
+    weights, root, out, scheme = sys.argv[1:]
     model = ImageClassifier(
-        "mobileone_mu0", num_classes=2, weights=weights, quantize="int8", lr=0.01
+        "mobileone_mu0", num_classes=2, weights=weights, quantize=scheme, lr=0.01
     )
     data = ImageDataModule(root, batch_size=4, input_size=32, seed=3, num_workers=0)
     start = Start()

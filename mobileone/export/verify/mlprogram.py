@@ -138,7 +138,7 @@ class MLProgram:
         made_by = {name: op for op in self._operations for name, _ in op.outputs}
         readers = Counter(str(value) for op in self._operations for value in op.arguments.values())
         for op in self._operations:
-            source = made_by.get(op.arguments.get("input"))
+            source = made_by.get(str(op.arguments.get("input")))
             if op.type != "dequantize" or source is None or source.type != "quantize":
                 continue
             shift = 128 if _resolve(source.arguments["output_dtype"], fixed) == "int8" else 0

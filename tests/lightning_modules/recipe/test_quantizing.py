@@ -20,7 +20,7 @@ from lightning_modules.run.folder import RunFolder
 from mobileone.export import checkpoint, load_runner
 from mobileone.export.checkpoint import export_checkpoint, load_model, read_checkpoint
 from mobileone.export.preprocess import denormalize
-from mobileone.quantization import scheme_of
+from mobileone.quantization import SCHEMES, scheme_of
 from tests.helpers.bitwise import differing
 from tests.helpers.command import FIT, error_of
 from tests.helpers.processes import run_program
@@ -97,7 +97,7 @@ def test_training_begins_calibrated_at_the_float_weights(start, pets, tmp_path, 
     assert all(torch.allclose(own[key], value, atol=1e-6) for key, value in stored.items())
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4", "palette4"])
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_checkpoint_gives_the_same_integers(start, pets, tmp_path, scheme):
     """What Lightning loads, and what the export builds, by the hyper-parameters alone."""
     kwargs = {"kappa": 2.0, "scales": "running"}
@@ -142,10 +142,11 @@ def test_resumes_bit_for_bit(start, pets, tmp_path, scales):
 
 
 @pytest.mark.slow
-def test_two_processes_train_one_network(start, make_folder, tmp_path):
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_two_processes_train_one_network(start, make_folder, tmp_path, scheme):
     """The same bits on both, from one calibration of both shares of the images."""
     root = make_folder({"train": {"a": 12, "b": 12}, "val": {"a": 3, "b": 2}})
-    run_program("quantize_on_two_ranks.py", start, root, tmp_path)
+    run_program("quantize_on_two_ranks.py", start, root, tmp_path, scheme)
     first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (0, 1))
     for part in ("calibrated", "weights"):
         assert all(torch.equal(v, second[part][k]) for k, v in first[part].items()), part

@@ -252,7 +252,8 @@ def test_the_deployed_network_is_the_trained_one_to_the_last_bit(model, scheme):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_processes_that_see_different_images_find_the_same_steps(scheme):
     block = randomize_bn(MobileOneBlock(3, 8, kernel_size=3))
-    network = quantize(nn.Sequential(block, nn.Conv2d(8, 4, 1)), scheme, kappa=4.0)
+    # so much noise that the folded kernels differ where the steps do
+    network = quantize(nn.Sequential(block, nn.Conv2d(8, 4, 1)), scheme, kappa=3000.0)
     copies, seen = [copy.deepcopy(network), network], ([], [])
     batches = [torch.randn(2, 3, 16, 16), 0.1 * torch.randn(2, 3, 16, 16)]
     for model, x, values in zip(copies, batches, seen, strict=True):
