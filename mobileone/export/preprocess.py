@@ -1,7 +1,8 @@
 """Pixels and normalized images: functions, a model's first layer, a file's interface."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +11,11 @@ from mobileone.export.spec import ExportSpec
 
 __all__ = [
     "IMAGE",
+    "ForDevice",
     "FromPixels",
     "WithPreprocessing",
     "denormalize",
+    "for_device",
     "interfaced",
     "normalize",
     "one_by_one",
@@ -89,6 +92,37 @@ def interfaced(
     if not spec.pixels:
         return model
     return FromPixels(model, spec) if outputs else WithPreprocessing(model, spec)
+
+
+class ForDevice(NamedTuple):
+    """What a file for devices holds: all from the pixels of one image to the outputs.
+
+    Attributes:
+        network: pixel values 0..255 (1, C, H, W) -> the outputs.
+        given: its input by name, zeros.
+        outputs: the outputs' names.
+        interface: what the manifest says of the file.
+    """
+
+    network: nn.Module
+    given: dict[str, Tensor]
+    outputs: list[str]
+    interface: dict[str, Any]
+
+
+def for_device(
+    model: nn.Module, spec: ExportSpec, outputs: Sequence[str] | None = None
+) -> ForDevice:
+    """A network as files for devices have it: see `interfaced` for the arguments."""
+    pixels = replace(spec, pixels=True)
+    interface = tensor_interface(pixels, outputs, batch=1)
+    interface["input"]["name"] = IMAGE
+    return ForDevice(
+        interfaced(model, pixels, outputs),
+        {IMAGE: torch.zeros(1, *spec.input_size)},
+        output_names(pixels, outputs),
+        interface,
+    )
 
 
 def tensor_runner(module: Callable[[Tensor], Any], spec: ExportSpec) -> Callable[[Tensor], Any]:

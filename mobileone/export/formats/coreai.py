@@ -5,25 +5,20 @@ Experimental: the format is in beta, and each converter fits one version of it. 
 """
 
 import asyncio
+import io
 import json
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mobileone.export.preprocess import (
-    IMAGE,
-    interfaced,
-    one_by_one,
-    output_names,
-    tensor_interface,
-)
+from mobileone.export.preprocess import IMAGE, for_device, one_by_one
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Runner
 from mobileone.io.noise import without_noise
@@ -58,17 +53,17 @@ def write(
 
     Raises:
         ImportError: the extra is not installed.
+        OSError: the disk is full.
     """
-    pixels = replace(spec, pixels=True)
-    network = interfaced(model, pixels, outputs)
+    network, given, names, interface = for_device(model, spec, outputs)
     with _quiet():
         converters = import_optional("coreai_torch", _USE, _INSTALL)
         runtime = import_optional("coreai.runtime", _USE, _INSTALL)
-        program = torch.export.export(network, (torch.zeros(1, *spec.input_size),))
+        program = torch.export.export(network, tuple(given.values()))
         converter = converters.TorchConverter().add_exported_program(
             program.run_decompositions(converters.get_decomp_table()),
-            input_names=[IMAGE],
-            output_names=output_names(pixels, outputs),
+            input_names=list(given),
+            output_names=names,
             entrypoint_name=_FUNCTION,
         )
         described = runtime.AIModelAssetMetadata()
@@ -76,10 +71,21 @@ def write(
         described.model_description = metadata.description or ""
         described.set_custom("version", metadata.version or "")
         described.set_custom("spec", spec.to_json())
-        converter.to_coreai().save_asset(path, described)
-    interface = tensor_interface(pixels, outputs, batch=1)
-    interface["input"]["name"] = IMAGE
+        converted = converter.to_coreai()
+        _require_space(converted, path)
+        converted.save_asset(path, described)
     return {**interface, "function": _FUNCTION}
+
+
+def _require_space(program: Any, path: Path) -> None:
+    """Write as much, and remove it: where the disk is full, the converter ends the process."""
+    contents = io.BytesIO()
+    program._module._mlir_module.operation.write_bytecode(contents)  # with the lines of its source
+    trial = path.with_name(f"trial-{path.name}")
+    try:
+        trial.write_bytes(contents.getbuffer())
+    finally:
+        trial.unlink(missing_ok=True)
 
 
 def runner(path: Path, spec: ExportSpec) -> Runner:
@@ -118,21 +124,44 @@ def spec(path: Path) -> ExportSpec:
 
 
 def operations(path: Path) -> Counter[str]:
-    """How often each operation occurs in the program; additions of constants are `bias`."""
+    """How often each operation occurs in the program's function.
+
+    A call of another function counts by its name. `bias` are additions of constants, but for those
+    to scaled values, which are the rest of a norm.
+    """
     with _quiet():
         module = _asset(path).program._module._mlir_module
-    return Counter(_names(module.operation))
+    (main,) = (f for f in module.body if _text(f, "sym_name") == f'"{_FUNCTION}"')
+    (body,) = main.regions[0].blocks
+    names = Counter(_name(operation) for operation in body.operations)
+    return Counter({n: count for n, count in names.items() if n not in ("constant", "output")})
 
 
-def _names(operation: Any) -> Iterator[str]:
-    inner = [o for region in operation.regions for block in region.blocks for o in block.operations]
-    for other in inner:
-        yield from _names(other.operation)
-    name = operation.name.removeprefix("coreai.").removeprefix("decomposable.broadcasting_")
-    if inner or name in ("constant", "output"):
-        return
-    owners = (getattr(operand.owner, "name", "") for operand in operation.operands)
-    yield "bias" if name == "add" and "coreai.constant" in owners else name
+def _name(operation: Any) -> str:
+    if operation.name == "coreai.invoke":  # ...<@layer_norm_bsivnaya>...: with a random end
+        (function,) = re.findall(r"@(\w+?)(?:_[a-z]{8})?\b", _text(operation, "callee"))
+        return str(function)
+    constant, others = _operands(operation)
+    if (name := _plain(operation)) != "add" or not constant:
+        return name
+    scaled = any(_plain(o) in ("mul", "divide") and _operands(o)[0] for o in others)
+    return "add" if scaled else "bias"
+
+
+def _operands(operation: Any) -> tuple[bool, list[Any]]:
+    """Whether one is a constant, and the operations that gave the others."""
+    owners = [o.owner for o in operation.operands if hasattr(o.owner, "operands")]
+    others = [owner for owner in owners if owner.name != "coreai.constant"]
+    return len(others) < len(owners), others
+
+
+def _plain(operation: Any) -> str:
+    name: str = operation.name
+    return name.removeprefix("coreai.").removeprefix("decomposable.broadcasting_")
+
+
+def _text(operation: Any, attribute: str) -> str:
+    return str(operation.attributes[attribute])
 
 
 def _asset(path: Path) -> Any:

@@ -7,7 +7,6 @@ import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mobileone.export.formats.flatbuffer import Table
-from mobileone.export.preprocess import (
-    IMAGE,
-    interfaced,
-    one_by_one,
-    tensor_interface,
-)
+from mobileone.export.preprocess import for_device, one_by_one
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Runner
 from mobileone.io.noise import EXECUTORCH_WARNINGS, TORCHAO_LINES, without_noise
@@ -57,14 +51,13 @@ def write(
     Raises:
         ImportError: the extra is not installed.
     """
-    pixels = replace(spec, pixels=True)
-    network = interfaced(model, pixels, outputs)
+    network, given, _, interface = for_device(model, spec, outputs)
     with _quiet():
         exir = import_optional("executorch.exir", _USE, _INSTALL)
         xnnpack = import_optional(
             "executorch.backends.xnnpack.partition.xnnpack_partitioner", _USE, _INSTALL
         )
-        program = torch.export.export(network, (torch.zeros(1, *spec.input_size),))
+        program = torch.export.export(network, tuple(given.values()))
         edge = exir.to_edge_transform_and_lower(
             program,
             partitioner=[xnnpack.XnnpackPartitioner()],
@@ -72,8 +65,6 @@ def write(
         )
         contents = edge.to_executorch().buffer
     path.write_bytes(contents)
-    interface = tensor_interface(pixels, outputs, batch=1)
-    interface["input"]["name"] = IMAGE
     return {**interface, "backend": "xnnpack"}
 
 

@@ -8,7 +8,6 @@ import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mobileone.export.formats.flatbuffer import Table
-from mobileone.export.preprocess import (
-    IMAGE,
-    interfaced,
-    one_by_one,
-    output_names,
-    tensor_interface,
-)
+from mobileone.export.preprocess import for_device, one_by_one
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Runner
 from mobileone.io.noise import TORCHAO_LINES, without_noise
@@ -61,21 +54,18 @@ def write(
     Raises:
         ImportError: the extra is not installed.
     """
-    pixels = replace(spec, pixels=True)
-    network = _Named(interfaced(model, pixels, outputs), output_names(pixels, outputs)).eval()
+    plain, given, names, interface = for_device(model, spec, outputs)
+    network = _Named(plain, names).eval()
     with quiet():
         litert = import_optional("litert_torch", _USE, _INSTALL)
         litert.progress.config.show_progress = False
         # JAX, which the converter uses, would warn each time that a loader starts its workers
         bridge: Any = import_optional("jax._src.xla_bridge", _USE, _INSTALL)
         bridge._at_fork_handler_installed = True
-        example = {IMAGE: torch.zeros(1, *spec.input_size)}
         config = _static() if quantized else None
-        converted = litert.convert(network, sample_kwargs=example, quant_config=config)
+        converted = litert.convert(network, sample_kwargs=given, quant_config=config)
         contents = converted.model_content()
     path.write_bytes(finished(contents, spec))
-    interface = tensor_interface(pixels, outputs, batch=1)
-    interface["input"]["name"] = IMAGE
     return interface
 
 

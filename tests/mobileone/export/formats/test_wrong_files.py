@@ -16,7 +16,9 @@ from mobileone.export.verify.structure import count_kinds, fused_kinds, structur
 from mobileone.io.optional_import import require
 from tests.helpers.branches import Branches
 from tests.helpers.mlpackage import digits, swap_channels
+from tests.helpers.norms import randomize_bn
 from tests.helpers.tiny import tiny_network, tiny_spec
+from tests.helpers.variants import slow
 
 TENSORS, DEVICES = ("torchscript", "torch_export", "onnx"), ("executorch", "litert", "coreai")
 SPEC = tiny_spec()
@@ -85,6 +87,32 @@ def test_swapped_channels_and_permuted_classes(name, change, tmp_path):
 @pytest.mark.parametrize("name", TENSORS + DEVICES)
 def test_a_layer_left_unfused(name, tmp_path):
     assert faults(name, unfused(), tmp_path) == {"structure"}
+
+
+class Scaling(nn.Module):
+    """A norm as a converter may write it: constants for each of eight channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.rand(1, 8, 1, 1) + 0.5)
+        self.register_buffer("shift", torch.rand(1, 8, 1, 1) - 0.5)
+
+    def forward(self, x):
+        return x * self.scale + self.shift
+
+
+def norm():
+    return randomize_bn(nn.BatchNorm2d(8)).requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", ["coreai", *map(slow, (*TENSORS, "executorch", "litert"))])
+@pytest.mark.parametrize("layer", [norm, Scaling])
+def test_a_norm_that_no_convolution_takes_in(name, layer, tmp_path):
+    """The padding of the convolution after it keeps it in the file, whole or decomposed."""
+    wrong = copy.deepcopy(reference().model)
+    assert "structure" in faults(
+        name, nn.Sequential(wrong[0], layer(), *wrong[1:]).eval(), tmp_path
+    )
 
 
 @pytest.mark.slow
