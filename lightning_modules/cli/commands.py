@@ -114,7 +114,7 @@ COMMANDS = {
         "count images a second by number of workers; report what limits a run",
         "lightning_modules.data.benchmark:benchmark_data",
         "lightning_modules.data.benchmark:data_table",
-        "--root /data/imagenet --workers [0,2,8] --model mobileone_s0",
+        "--root /data/imagenet --num_workers 0,2,8 --model mobileone_s0",
     ),
     "benchmark pareto": Command(
         "draw accuracy against latency: the paper's Figure 1, with measurements of this machine",

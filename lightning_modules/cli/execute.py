@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser
 
 from lightning_modules.cli.commands import Command, load
 from lightning_modules.cli.output import print_result
+from lightning_modules.run.option_words import spell_out
 from lightning_modules.run.warning_filters import silence_known_messages
 from mobileone.bench.results import Result
 from mobileone.io.user_modules import import_user_modules
@@ -43,7 +44,9 @@ def run_command(name: str, command: Command, argv: list[str]) -> None:
     """
     silence_known_messages()
     function = load(command.function)
-    options = _parser(name, command, function).parse_args(_first_in_place(command.first, argv))
+    parser = _parser(name, command, function)
+    words = spell_out(_first_in_place(command.first, argv), parser)
+    options = parser.parse_args(words)
     from mobileone.export import RejectedError
     from mobileone.export.inspect import ChecksumMismatchError
 

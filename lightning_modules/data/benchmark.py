@@ -25,9 +25,9 @@ __all__ = ["benchmark_data", "data_table", "data_verdict"]
 def benchmark_data(
     root: str | None = None,
     dataset: str = "",
-    workers: Sequence[int] = (0, 2),
+    num_workers: Sequence[int] = (0, 2),
     batch_size: int = 32,
-    image_size: int = 224,
+    input_size: int = 224,
     batches: int = 16,
     rounds: int = 5,
     model: str | None = None,
@@ -41,9 +41,9 @@ def benchmark_data(
     Args:
         root: as `--data.root`.
         dataset: as `--data.dataset`: empty for folders, tar, digits, torch/cifar10 ….
-        workers: numbers of processes in addition to this one.
+        num_workers: numbers of processes in addition to this one.
         batch_size: images a batch.
-        image_size: side of the crops, in pixels.
+        input_size: side of the crops, in pixels.
         batches: of a round.
         rounds: how many.
         model: time a training step of this timm model too, and report what limits a run.
@@ -62,12 +62,12 @@ def benchmark_data(
         raise ValueError(f"batches={batches} and rounds={rounds} must be at least 1.")
     check_device(device)
     rows = []
-    for count in workers:
+    for count in num_workers:
         data = ImageDataModule(
             root,
             dataset,
             model or "mobileone_s0",
-            input_size=image_size,
+            input_size=input_size,
             batch_size=batch_size,
             num_workers=count,
             seed=0,
@@ -86,7 +86,7 @@ def benchmark_data(
         )
     how = {
         "batch_size": batch_size,
-        "image_size": image_size,
+        "image_size": input_size,
         "batches": batches,
         "rounds": rounds,
         "statistic": "images_per_s",
@@ -95,7 +95,7 @@ def benchmark_data(
         "device": device,
     }
     if model is not None:
-        images = torch.randn(batch_size, 3, image_size, image_size).to(device)
+        images = torch.randn(batch_size, 3, input_size, input_size).to(device)
         take_step = training_step(timm.create_model(model).to(device).train(), images)
 
         def step() -> None:

@@ -49,7 +49,9 @@ class ImageDataModule(ResumableData):
         classes: text file, one class a line, that fixes names and indices. By default the
             sorted folder names, or the names that the data set has.
         download: let torchvision or Hugging Face fetch the data.
-        input_size: side in pixels, or (channels, height, width); 1 channel reads gray, 4 RGBA.
+        input_size: side in pixels, or (channels, height, width).
+        in_chans: 1 reads the images as gray, 3 as RGB, 4 as RGBA; None for what `input_size` or
+            the model has. The network gets as many.
         mean: of the normalization, one value or one a channel.
         std: of the normalization, one value or one a channel.
         interpolation: of resizing in the evaluation and in the training crop.
@@ -92,6 +94,7 @@ class ImageDataModule(ResumableData):
         classes: str | None = None,
         download: bool = False,
         input_size: int | tuple[int, int, int] | None = None,
+        in_chans: int | None = None,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         interpolation: str | None = None,
@@ -123,6 +126,7 @@ class ImageDataModule(ResumableData):
         self.data_config: dict[str, Any] = resolve_config(
             model,
             input_size,
+            in_chans,
             mean=mean,
             std=std,
             interpolation=interpolation,

@@ -40,8 +40,8 @@ def color_mode(channels: int) -> str:
     """
     if channels not in _MODES:
         raise ValueError(
-            f"input_size has {channels} channels, but images are read as gray (1), RGB (3) or "
-            f"RGBA (4). Set the first number of --data.input_size to one of {sorted(_MODES)}."
+            f"in_chans={channels} (or the first number of input_size) must be one of "
+            f"{sorted(_MODES)}: images are read as gray (1), RGB (3) or RGBA (4)."
         )
     return _MODES[channels]
 

@@ -49,13 +49,17 @@ _CHOICES = {
 
 
 def resolve_config(
-    model: str, input_size: int | tuple[int, int, int] | None = None, **overrides: Any
+    model: str,
+    input_size: int | tuple[int, int, int] | None = None,
+    in_chans: int | None = None,
+    **overrides: Any,
 ) -> dict[str, Any]:
     """timm's data configuration of ``model``, with the overrides that are not None.
 
     Args:
         model: a name that timm knows, with or without a pretrained tag.
         input_size: a side in pixels, or (channels, height, width).
+        in_chans: channels; None for those of ``input_size``, else the model's.
         overrides: mean, std, interpolation, crop_pct, crop_mode.
 
     Returns:
@@ -68,11 +72,18 @@ def resolve_config(
     # a network of the user's own may have none: timm's default values
     cfg = (timm.get_pretrained_cfg(model) or PretrainedCfg()).to_dict()
     if isinstance(input_size, int):
-        input_size = (cfg["input_size"][0], input_size, input_size)
+        input_size = (in_chans or cfg["input_size"][0], input_size, input_size)
+    if in_chans is not None and input_size is None:
+        input_size = (in_chans, *cfg["input_size"][1:])
     if input_size is not None and (len(input_size) != 3 or min(input_size) < 1):
         raise ValueError(
             f"input_size={input_size} must be one side in pixels or (channels, height, width), "
             "all of them positive, for example 224 or [3, 224, 224]."
+        )
+    if in_chans is not None and input_size is not None and input_size[0] != in_chans:
+        raise ValueError(
+            f"in_chans={in_chans} and input_size={input_size} give two numbers of channels: "
+            f"leave out in_chans, or set input_size to one side in pixels, such as {input_size[1]}."
         )
     channels = (input_size or cfg["input_size"])[0]
     color_mode(channels)

@@ -24,32 +24,39 @@ __all__ = ["export_detector", "export_segmenter"]
 def export_segmenter(
     checkpoint: str | Path,
     directory: str | Path,
-    size: int = 512,
+    input_size: int = 512,
     formats: Sequence[str] = DEFAULT_FORMATS,
 ) -> Manifest:
     """Write a segmentation checkpoint's fused network, compared with it, and a manifest.
 
-    Core ML takes one RGB image, the other formats take normalized images (N, 3, size, size); all
-    return logits (N, classes, size, size).
+    Core ML takes one RGB image, the other formats take normalized images (N, 3, H, W); all
+    return logits (N, classes, H, W).
 
     Args:
         checkpoint: written by `mobileone segment fit`.
         directory: the folder to make.
-        size: side of the images in pixels, a multiple of 32.
+        input_size: side of the images in pixels, a multiple of 32.
         formats: of torchscript, torch_export, onnx and coreml.
 
     Raises:
         FileNotFoundError: no such checkpoint.
         FileExistsError: the folder is not empty.
         RejectedError: a file computes something else than the network.
-        ValueError: the size or a format cannot be used.
+        ValueError: the side or a format cannot be used.
     """
-    if size < 32 or size % 32:
-        raise ValueError(f"size={size} must be a multiple of 32.")
+    if input_size < 32 or input_size % 32:
+        raise ValueError(f"input_size={input_size} must be a multiple of 32.")
     module, run = _load(Segmenter, checkpoint)
-    shapes = {LOGITS: (len(module.class_names), size, size)}
+    shapes = {LOGITS: (len(module.class_names), input_size, input_size)}
     return _export(
-        fuse(module.model.eval()), module, size, directory, formats, run, shapes, map_formats()
+        fuse(module.model.eval()),
+        module,
+        input_size,
+        directory,
+        formats,
+        run,
+        shapes,
+        map_formats(),
     )
 
 
@@ -81,8 +88,7 @@ def export_detector(
     anchors = len(boxes.centers)
     shapes = dict(zip(BOXES, [(anchors, 4), (anchors, len(module.class_names))], strict=True))
     chosen, table = [*formats, "detector"], box_formats(network)
-    size = module.hparams["size"]
-    return _export(boxes, module, size, directory, chosen, run, shapes, table)
+    return _export(boxes, module, module.hparams["size"], directory, chosen, run, shapes, table)
 
 
 def _export(

@@ -41,7 +41,8 @@ from lightning_modules.run.config_files import (
     value_in_configs,
 )
 from lightning_modules.run.folder import RunFolder, SaveRunConfig
-from lightning_modules.run.parser import Parser, class_path, is_class
+from lightning_modules.run.option_words import spell_out
+from lightning_modules.run.parser import Parser, class_parser, class_path, is_class
 from lightning_modules.run.resume import Continuation, find_continuation, newest_usable
 from lightning_modules.run.summary import fit_summary
 from lightning_modules.run.trainer import IntLimitTrainer, TimmSyncBatchNorm, wait_for_rank_zero
@@ -209,7 +210,14 @@ class TrainingCLI(LightningCLI):
         for subparser in self._subcommand_parsers.values():
             subparser.set_defaults(defaults)
         # as LightningCLI does, less the program's own words
-        self.config = parser.parse_args(sys.argv[len(self.program.split()) :])
+        words = sys.argv[len(self.program.split()) :]
+        if words[0] in self._subcommand_parsers:
+            sections = (
+                class_parser("model", model or class_path(self.model_type)),
+                class_parser("data", data or class_path(self.data_type)),
+            )
+            words = spell_out(words, self._subcommand_parsers[words[0]], *sections)
+        self.config = parser.parse_args(words)
         self.continued = Continuation(None, None, ())
         config = self.config[self.config.subcommand]
         automatic = self.config.subcommand == "fit" and config.resume == "auto"
@@ -274,6 +282,7 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Choose the run folder, when the data are known to be good, and what is written there."""
         self.count_classes(self.datamodule)  # a model that does not ask for it needs them too
+        self._check_options_of_the_data()
         if self.subcommand == "fit" and self.config["fit"].get("curriculum.phases"):
             check_data_module(self.datamodule, needs_curriculum=True)
         if isinstance(self.datamodule, ResumableData):  # others may need the Trainer
@@ -318,6 +327,20 @@ class TrainingCLI(LightningCLI):
             resumed, synchronized = config.ckpt_path is not None, config.trainer.sync_batchnorm
             check_quantization(self.model.hparams, resumed=resumed, synchronized=synchronized)
             self.model.load_teacher(self.datamodule.data_config)
+
+    def _check_options_of_the_data(self) -> None:
+        """Refuse options of the model that the data decide, where they say something else.
+
+        Raises:
+            UsageError: One does.
+        """
+        for name, count in (("num_classes", self.count_classes), ("in_chans", in_chans)):
+            given = option_value(sys.argv, f"--model.{name}")
+            if given is not None and given != str(count(self.datamodule)):
+                raise UsageError(
+                    f"--model.{name} {given}: the data have {count(self.datamodule)}, and decide; "
+                    f"leave it out{', and give --data.in_chans' if name == 'in_chans' else ''}"
+                )
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:

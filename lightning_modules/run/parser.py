@@ -11,9 +11,10 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_modules.run.config_files import file_that_sets
+from lightning_modules.run.option_words import known_name
 from mobileone.io.suggest import did_you_mean
 
-__all__ = ["Parser", "class_arguments", "class_path", "is_class"]
+__all__ = ["Parser", "class_arguments", "class_parser", "class_path", "is_class"]
 
 _UNKNOWN = re.compile(r"(?:does not accept option '|unrecognized arguments: (?:--)?)([\w.+]+)")
 _IN_CLASS = re.compile(
@@ -40,7 +41,7 @@ class Parser(LightningArgumentParser):
         name = re.sub(r" \[[^]]*\]", "", self.prog)
         more = "--help"
         if unknown := _UNKNOWN.search(message):
-            message = self._about_unknown(unknown[1], _options(self))
+            message = self._about_unknown(unknown[1], set(_options(self)))
             name = " ".join([name, *_subcommand(self)])
         elif found := _IN_CLASS.search(message):
             more = f"--{found['key']}.help {found['path']}"
@@ -67,15 +68,15 @@ class Parser(LightningArgumentParser):
             return _about_value(f"{key}.{wrong[1]}", wrong[2], wrong[3])
         if unknown is None:
             return f"--{key} {path}: {' '.join(reason.split())}"
-        options = (f"{key}.{name}" for name in class_arguments(path))
+        options = {f"{key}.{name}" for name in class_arguments(path)}
         return self._about_unknown(f"{key}.{unknown[1]}", options)
 
-    def _about_unknown(self, option: str, options: Iterator[str]) -> str:
+    def _about_unknown(self, option: str, options: set[str]) -> str:
         section, _, rest = option.partition(".")
         file = file_that_sets(option, sys.argv)
         file = file or file_that_sets(f"{section}.init_args.{rest}", sys.argv)
         place = "" if file is None else f" in {file}"
-        hint = did_you_mean(option, options, cutoff=0.75)
+        hint = did_you_mean(known_name(option, options), options, cutoff=0.75)
         return f"there is no option {option!r}{place}{hint}"
 
 
@@ -101,6 +102,13 @@ def class_arguments(path: str) -> set[str]:
     return set(ArgumentParser().add_class_arguments(_class(path), fail_untyped=False))
 
 
+def class_parser(section: str, path: str) -> ArgumentParser:
+    """A parser of the options `--<section>.…` of a class."""
+    parser = ArgumentParser(usage=SUPPRESS, add_help=False)
+    parser.add_class_arguments(_class(path), section, fail_untyped=False)
+    return parser
+
+
 def is_class(path: str) -> bool:
     """True if a class can be imported by this path."""
     try:
@@ -117,11 +125,7 @@ def _class(path: str) -> type:
 
 def _class_help(section: str, path: str | None) -> str:
     """The options `--<section>.…` of a class, as a parser's help lists them."""
-    if path is None:
-        return ""
-    parser = ArgumentParser(usage=SUPPRESS, add_help=False)
-    parser.add_class_arguments(_class(path), section, fail_untyped=False)
-    return parser.format_help()
+    return "" if path is None else class_parser(section, path).format_help()
 
 
 def _subcommand(parser: LightningArgumentParser) -> list[str]:

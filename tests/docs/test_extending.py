@@ -19,7 +19,7 @@ from tests.helpers.variants import slow_where
 TINY = {
     "fit": "--model.lr 0.001 --trainer.max_epochs 1 --wandb.mode disabled "
     "--checkpoint.formats [torchscript] --checkpoint.background false",
-    "benchmark": "--runs 2 --image_size 32",
+    "benchmark": "--runs 2 --input_size 32",
     "export": "",
 }
 TINY_MODEL = "--model.model mobileone_mu0"

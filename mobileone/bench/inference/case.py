@@ -207,7 +207,7 @@ class Setting:
     def __post_init__(self) -> None:
         if self.batch_size < 1 or (self.image_size is not None and self.image_size < 1):
             raise ValueError(
-                f"`batch_size` (={self.batch_size}) and `image_size` (={self.image_size}) must be "
+                f"`batch_size` (={self.batch_size}) and `input_size` (={self.image_size}) must be "
                 "at least 1"
             )
         check_device(self.device)

@@ -28,7 +28,7 @@ def measure_latency(
     runs: int | None = None,
     threads: int = 1,
     batch_size: int = 1,
-    image_size: int | None = None,
+    input_size: int | None = None,
     device: str = "cpu",
     suite: str | None = None,
 ) -> Result:
@@ -47,7 +47,7 @@ def measure_latency(
         runs: Timed inferences of each case; None: the protocol's.
         threads: Threads, and processors that they are kept on.
         batch_size: Images in an inference.
-        image_size: Height and width; None: what each model is meant for.
+        input_size: Height and width; None: what each model is meant for.
         device: Device of PyTorch.
         suite: A group of models, in addition: `paper` (Table 9) or `2026`.
 
@@ -65,7 +65,7 @@ def measure_latency(
         chosen_names, choice = choose_models(models, suite)
         models = {name: partial(build_model, name) for name in chosen_names}
     chosen = get_protocol(protocol, runs)
-    setting = Setting(threads, batch_size, image_size, device)
+    setting = Setting(threads, batch_size, input_size, device)
     names = check_runtimes(runtimes, device)
     with tempfile.TemporaryDirectory() as folder, torch_threads(threads):
         cases = []
@@ -97,7 +97,7 @@ def measure_throughput(
     runtimes: Sequence[str] | None = ("eager",),
     runs: int = 40,
     threads: int = 1,
-    image_size: int | None = None,
+    input_size: int | None = None,
     suite: str | None = None,
 ) -> Result:
     """Time batches, as `measure_latency` times single images, and divide.
@@ -112,7 +112,7 @@ def measure_throughput(
         runtimes: Names in `RUNTIMES`; None: all that are present.
         runs: Timed inferences of each case, batch size and device.
         threads: Threads, and processors that they are kept on.
-        image_size: Height and width; None: what each model is meant for.
+        input_size: Height and width; None: what each model is meant for.
         suite: A group of models, in addition: `paper` (Table 9) or `2026`.
 
     Returns:
@@ -127,7 +127,7 @@ def measure_throughput(
     for name, values in (("batch_sizes", batch_sizes), ("devices", devices)):
         if not values or isinstance(values, str):
             raise ValueError(f"`{name}` (={values!r}) must be a list of one or more")
-    places = [(batch, image_size, device) for device in devices for batch in batch_sizes]
+    places = [(batch, input_size, device) for device in devices for batch in batch_sizes]
     for place in places:
         Setting(threads, *place)  # all are checked before the first is measured
         check_runtimes(runtimes, place[-1])

@@ -31,7 +31,7 @@ def measure_memory(
     runtimes: Sequence[str] | None = None,
     batch_sizes: Sequence[int] = (1,),
     threads: int = 1,
-    image_size: int | None = None,
+    input_size: int | None = None,
     device: str = "cpu",
     suite: str | None = None,
 ) -> Result:
@@ -47,7 +47,7 @@ def measure_memory(
             process that runs.
         batch_sizes: Images in an inference.
         threads: Threads of the runtime.
-        image_size: Height and width; None: what each model is meant for.
+        input_size: Height and width; None: what each model is meant for.
         device: Device of PyTorch.
         suite: A group of models, in addition: `paper` (Table 9) or `2026`.
 
@@ -65,7 +65,7 @@ def measure_memory(
     names, choice = choose_models(models, suite)
     if not batch_sizes:
         raise ValueError(f"`batch_sizes` (={batch_sizes!r}) must be a list of one or more")
-    settings = [Setting(threads, batch, image_size, device) for batch in batch_sizes]
+    settings = [Setting(threads, batch, input_size, device) for batch in batch_sizes]
     chosen = _check_own_memory(runtimes, device)
     rows: list[Row] = []
     with torch_threads(threads):
@@ -76,7 +76,7 @@ def measure_memory(
                     cases = prepare(name, build, chosen, Path(folder) / "models", setting)
                     rows += [_measured(case) for case in cases]
     how = {"process": "fresh", "runs": _RUNS, "threads": threads, "device": device,
-           "batch_sizes": list(batch_sizes), "image_size": image_size,
+           "batch_sizes": list(batch_sizes), "image_size": input_size,
            "statistic": "peak_mib", "form": "fused, BatchNorm folded"}  # fmt: skip
     return Result.new("memory", how | choice, rows, device)
 

@@ -88,7 +88,7 @@ Level = Literal["model", "stage", "layer"]
 
 def profile_models(
     models: Sequence[str],
-    image_size: int | None = None,
+    input_size: int | None = None,
     level: Level = "model",
     suite: str | None = None,
 ) -> Result:
@@ -100,7 +100,7 @@ def profile_models(
 
     Args:
         models: Names of timm's models, or torchvision's with the prefix `torchvision/`.
-        image_size: Height and width; None: what each model is meant for.
+        input_size: Height and width; None: what each model is meant for.
         level: What has a row in the printed table; the result has all three.
         suite: A group of models, in addition: `paper` (Table 9) or `2026`.
 
@@ -117,26 +117,26 @@ def profile_models(
         ValueError: A name is unknown, or the size is below 1.
     """
     names, choice = choose_models(models, suite)
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"`image_size` (={image_size}) must be at least 1")
+    if input_size is not None and input_size < 1:
+        raise ValueError(f"`input_size` (={input_size}) must be at least 1")
     if level not in get_args(Level):
         raise ValueError(f"`level` (={level!r}) must be one of {', '.join(get_args(Level))}")
-    rows = [row for name in names for row in profile_module(name, build_model(name), image_size)]
-    how = {"batch_size": 1, "image_size": image_size, "form": "fused, BatchNorm folded",
+    rows = [row for name in names for row in profile_module(name, build_model(name), input_size)]
+    how = {"batch_size": 1, "image_size": input_size, "form": "fused, BatchNorm folded",
            "macs": "fvcore", "element": "float32", "shown": level}  # fmt: skip
     return Result.new("profile", how | choice, rows)
 
 
-def profile_module(name: str, model: nn.Module, image_size: int | None = None) -> list[Row]:
+def profile_module(name: str, model: nn.Module, input_size: int | None = None) -> list[Row]:
     """The rows of one network; see `profile_models`.
 
     Args:
         name: What to call it; names of the paper's models bring the paper's row.
         model: In eval mode.
-        image_size: Height and width.
+        input_size: Height and width.
     """
     train, stages = _own_parameters(model), _stage_names(model)
-    form, x = build_form(model, image_size)
+    form, x = build_form(model, input_size)
     own = _own_counts(form.model, x)
     uncounted = own.pop("uncounted")
     total = _add(own, lambda layer: "", train)[""]

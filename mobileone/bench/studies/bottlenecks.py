@@ -191,7 +191,7 @@ def study_bottlenecks(
     protocol: str = "paper",
     runs: int | None = None,
     threads: int = 1,
-    image_size: int = 224,
+    input_size: int = 224,
 ) -> Result:
     """Time a 30-layer network with different activations, with skips, and with SE.
 
@@ -200,7 +200,7 @@ def study_bottlenecks(
         protocol: As `mobileone.bench.inference.latency.measure_latency` has them.
         runs: Timed inferences of each network; None: the protocol's.
         threads: CPU threads.
-        image_size: Height and width in pixels.
+        input_size: Height and width in pixels.
 
     Returns:
         A row for each runtime and each line of the paper's Tables 2 and 3: `paper_table`, `name`,
@@ -216,7 +216,7 @@ def study_bottlenecks(
         name: partial(ThirtyLayers, activation) for name, activation in ACTIVATIONS.items()
     }
     modules["skip connections"] = partial(ThirtyLayers, ACTIVATIONS[_BASELINE], skip=True)
-    latency = measure_latency(modules, runtimes, protocol, runs, threads, 1, image_size)
+    latency = measure_latency(modules, runtimes, protocol, runs, threads, 1, input_size)
     how = latency.protocol | {"layout": LAYOUT}
     return replace(latency, kind="bottlenecks", protocol=how, rows=_rows(latency))
 

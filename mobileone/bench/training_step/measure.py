@@ -38,7 +38,7 @@ def measure_training(
     models: Sequence[str] = ("mobileone_s0", "mobileone_s1"),
     contenders: Sequence[str] = tuple(IMPLEMENTATIONS),
     batch_size: int = 16,
-    image_size: int = 224,
+    input_size: int = 224,
     rounds: int = 7,
     threads: int | None = None,
     device: str = "cpu",
@@ -57,7 +57,7 @@ def measure_training(
         models: MobileOnes, by timm's names.
         contenders: Implementations, by their names in `IMPLEMENTATIONS`.
         batch_size: Images a step.
-        image_size: Height and width in pixels.
+        input_size: Height and width in pixels.
         rounds: Timed steps of each.
         threads: CPU threads; None: PyTorch's choice for this process.
         device: "cpu" or "cuda".
@@ -77,9 +77,9 @@ def measure_training(
     Raises:
         ValueError: A name or a number is out of range, or there is no such device.
     """
-    if min(batch_size, image_size, rounds) < 1:
+    if min(batch_size, input_size, rounds) < 1:
         raise ValueError(
-            f"`batch_size` (={batch_size}), `image_size` (={image_size}) and `rounds` (={rounds}) "
+            f"`batch_size` (={batch_size}), `input_size` (={input_size}) and `rounds` (={rounds}) "
             "must be at least 1"
         )
     if device.partition(":")[0] not in ("cpu", "cuda"):
@@ -92,7 +92,7 @@ def measure_training(
     for model in models:
         for implementation in contenders:
             check_implementation(implementation, model)
-    setting = TrainingSetting(batch_size, image_size, threads, device, channels_last, amp, images)
+    setting = TrainingSetting(batch_size, input_size, threads, device, channels_last, amp, images)
     rows: list[Row] = []
     for model in models:
         rows += _measure_model(model, contenders, setting, rounds)

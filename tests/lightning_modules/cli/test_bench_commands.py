@@ -28,7 +28,7 @@ def test_profile_prints_the_papers_row_and_saves_both_files(tmp_path, capsys):
 def test_latency_is_compared_with_an_earlier_result_of_this_machine_only(tmp_path, capsys):
     out = tmp_path / "latency.json"
     quick = ["benchmark", "latency", "mobileone_mu0", "--runtimes", "[eager]", "--runs", "2"]
-    quick += ["--image_size", "32"]
+    quick += ["--input_size", "32"]
     main([*quick, "--output", str(tmp_path)])
     assert capsys.readouterr().out.count("mobileone_mu0") == 1
     main([*quick, "--against", str(out)])
@@ -62,6 +62,8 @@ def test_every_kind_of_result_has_a_command_and_can_be_compared(kind):
         (["benchmark", "latency", "mobileone_s0", "--against", "no.json"], "is not a file"),
         (["benchmark", "memory", "mobileone_s0", "--batch_sizes", "[0]"], "`batch_size` (=0)"),
         (["benchmark", "pareto", "--results", "[no.json]"], "is not a file"),
+        (["benchmark", "latency", "mobileone_s0", "--runtimes", "eager,x"], "choose from eager"),
+        (["benchmark", "latency", "mobileone_s0", "--size", "0"], "`input_size` (=0)"),
         (["benchmark", "latncy"], "unknown subcommand 'benchmark latncy'; choose one of: latency"),
         (["profile", "mobileone_s0", "--imports", "[no_such_module]"], "'no_such_module'"),
     ],
@@ -101,7 +103,7 @@ def test_every_command_takes_modules_of_the_users_own(name, capsys):
 def test_a_runtime_of_the_users_own_is_measured_by_all(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(PROGRAMS)
     monkeypatch.setattr("mobileone.io.user_modules._imported", {})
-    options = ["mobileone_mu0", "--imports", "[my_runtimes]", "--image_size", "32"]
+    options = ["mobileone_mu0", "--imports", "[my_runtimes]", "--input_size", "32"]
     try:
         for kind, more in (("latency", ["--runs", "1"]), ("memory", [])):
             command = ["benchmark", kind, *options, *more, "--runtimes", "[mine]"]

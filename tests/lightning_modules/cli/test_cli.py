@@ -175,7 +175,11 @@ def test_a_limit_of_one_is_one_batch_whatever_was_imported_before(monkeypatch, c
 
 
 def test_gray_images_need_no_second_option():
-    main(["fit", *TINY, "--data.input_size", "[1,32,32]", "--trainer.fast_dev_run", "true"])
+    gray = "--data.in_chans 1 --data.input_size 32 --checkpoint.formats torchscript,onnx"
+    done = run("fit", [*TINY, *gray.split(), "--trainer.fast_dev_run", "true"])
+    assert done.config_init.fit.checkpoint.formats == ("torchscript", "onnx")
+    assert done.datamodule.data_config["input_size"] == (1, 32, 32)
+    assert next(done.model.model.parameters()).shape[1] == 1
 
 
 @pytest.mark.slow  # the same with fewer parts: test_resume, test_classifier
@@ -326,6 +330,8 @@ def test_explicit_flag_wins_over_the_checkpoint(trained, tmp_path, monkeypatch):
             ["fit", *DIGITS, "--ema.validate", "avg"],
             "--ema.validate avg must be one of average, raw",
         ),
+        (["fit", *DIGITS, "--model.in_chans", "1"], "the data have 3, and decide; leave it out"),
+        (["fit", "--image_size", "64"], "no option 'image_size'; did you mean data.input_size"),
         (["fit", *DIGITS, "--trainer.accelerator", "tpu"], "torch_xla"),
         (["fit", *DIGITS, "--trainer.strategy", "dpp"], "--trainer: You selected an invalid"),
         (["fit", *DIGITS, "--run.root", "/dev/null"], "Not a directory: /dev/null"),

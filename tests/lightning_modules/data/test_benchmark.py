@@ -10,7 +10,7 @@ from lightning_modules.data.benchmark import benchmark_data, data_table
 from lightning_modules.report.page import write_report
 from mobileone.bench.results import Result
 
-QUICK = {"batch_size": 3, "image_size": 32, "batches": 2, "rounds": 2}
+QUICK = {"batch_size": 3, "input_size": 32, "batches": 2, "rounds": 2}
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def images(tmp_path):
 
 def test_every_number_of_workers_is_measured_and_the_verdict_compares_the_best(images):
     """Four images are fewer than a round takes: the next epoch follows."""
-    result = benchmark_data(images, workers=(0, 1), model="test_byobnet", **QUICK)
+    result = benchmark_data(images, num_workers=(0, 1), model="test_byobnet", **QUICK)
     assert [(row["reader"], row["workers"]) for row in result.rows] == [
         ("folder", 0),
         ("folder", 1),

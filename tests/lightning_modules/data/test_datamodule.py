@@ -234,7 +234,9 @@ def test_batch_larger_than_the_data(pets):
         ({"auto_augment": "v0", "input_size": (4, 8, 8), "mean": (0,), "std": (1,)}, "RGBA"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"num_workers": -1}, "num_workers=-1"),
-        ({"input_size": (2, 8, 8)}, "2 channels"),
+        ({"input_size": (2, 8, 8)}, "in_chans=2"),
+        ({"in_chans": 2}, "in_chans=2"),
+        ({"in_chans": 1, "input_size": (3, 8, 8)}, "two numbers of channels"),
         ({"input_size": 0}, "input_size="),
         ({"input_size": (4, 8, 8)}, r"mean=.* 3 values for 4"),
         ({"mean": (0.5, 0.5)}, "2 values for 3"),
@@ -500,6 +502,10 @@ def test_one_pixel_and_other_suffixes(make_folder):
 def test_channels(pets, channels):
     extra = {"mean": (0.5,), "std": (0.5,)} if channels == 4 else {}
     data = ready(pets, input_size=(channels, 12, 16), **extra)
+    same = module(pets, input_size=12, in_chans=channels, **extra)
+    assert same.data_config == {**data.data_config, "input_size": (channels, 12, 12)}
+    whole = module(pets, input_size=None, in_chans=channels, **extra).data_config
+    assert whole["input_size"] == (channels, 224, 224)
     for loader in (data.train_dataloader(), data.val_dataloader()):
         assert next(iter(loader))[0].shape == (2, channels, 12, 16)
     assert len(data.data_config["mean"]) == channels

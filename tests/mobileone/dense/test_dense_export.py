@@ -228,8 +228,8 @@ def test_outputs_must_have_their_shapes_and_formats_must_be_known(tmp_path):
     (tmp_path / "full/letter").touch()
     with pytest.raises(FileExistsError, match="choose another folder"):
         export_maps(network, 32, tmp_path / "full", ["torchscript"])
-    with pytest.raises(ValueError, match="size=70"):
-        export_segmenter(tmp_path / "none.ckpt", tmp_path / "out", size=70)
+    with pytest.raises(ValueError, match="input_size=70"):
+        export_segmenter(tmp_path / "none.ckpt", tmp_path / "out", input_size=70)
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         export_detector(tmp_path / "none.ckpt", tmp_path / "out")
 

@@ -40,7 +40,7 @@ class Repeated(nn.Module):
 
 @pytest.fixture(scope="module")
 def result():
-    return measure_latency(["mobileone_mu0"], PRESENT, runs=4, image_size=64)
+    return measure_latency(["mobileone_mu0"], PRESENT, runs=4, input_size=64)
 
 
 def test_every_case_is_fused_right_and_timed(result):
@@ -59,7 +59,7 @@ def test_every_case_is_fused_right_and_timed(result):
 
 def test_a_case_that_takes_longer_is_told_from_a_shorter_one():
     modules = {str(n): (lambda n=n: Repeated(n).eval()) for n in (2, 20)}
-    short, long = measure_latency(modules, ["eager"], runs=10, image_size=128).rows
+    short, long = measure_latency(modules, ["eager"], runs=10, input_size=128).rows
     assert long["min_ms"] > 4 * short["min_ms"]  # ten times the work
 
 
@@ -68,7 +68,7 @@ def test_a_runtime_that_computes_something_else_is_not_timed(monkeypatch):
         return lambda: torch.zeros(1, 1000)
 
     monkeypatch.setitem(RUNTIMES, "eager", dataclasses.replace(RUNTIMES["eager"], load=wrong))
-    (row,) = measure_latency(["mobileone_mu0"], ["eager"], runs=1, image_size=32).rows
+    (row,) = measure_latency(["mobileone_mu0"], ["eager"], runs=1, input_size=32).rows
     assert "output differs from PyTorch's by 1" in row["failure"] and "min_ms" not in row
 
 
@@ -79,7 +79,7 @@ def test_a_converter_that_fails_is_named_beside_those_that_do_not(monkeypatch):
     monkeypatch.setitem(
         RUNTIMES, "torchscript", dataclasses.replace(RUNTIMES["torchscript"], convert=broken)
     )
-    result = measure_latency(["mobileone_mu0"], ["eager", "torchscript"], runs=1, image_size=32)
+    result = measure_latency(["mobileone_mu0"], ["eager", "torchscript"], runs=1, input_size=32)
     assert [row["failure"] for row in result.rows] == [
         None, "NotImplementedError: no such operation",
     ]  # fmt: skip
@@ -98,7 +98,7 @@ def test_a_case_is_loaded_once_or_each_turn_on_the_same_input(monkeypatch):
     for protocol, loads in (("paper", 1), ("modelbench", 20)):
         seen.clear()
         (row,) = measure_latency(
-            ["mobileone_mu0"], ["eager"], protocol, runs=420, batch_size=3, image_size=32
+            ["mobileone_mu0"], ["eager"], protocol, runs=420, batch_size=3, input_size=32
         ).rows
         assert len(seen) == loads and all(x is seen[0] for x in seen)
         assert seen[0].shape == (3, 3, 32, 32)
@@ -158,7 +158,7 @@ def test_suites_hold_what_can_be_built_and_name_the_rest():
 
 
 def test_throughput_divides_the_batch_by_the_median():
-    result = measure_throughput(["mobileone_mu0"], [1, 4], runs=3, image_size=64)
+    result = measure_throughput(["mobileone_mu0"], [1, 4], runs=3, input_size=64)
     assert [row["batch_size"] for row in result.rows] == [1, 4]
     for row in result.rows:
         seconds = row["median_ms"] / 1e3
@@ -167,7 +167,7 @@ def test_throughput_divides_the_batch_by_the_median():
 
 
 def test_peak_memory_holds_at_least_the_weights():
-    result = measure_memory(["mobileone_mu0"], ["eager"], image_size=64)
+    result = measure_memory(["mobileone_mu0"], ["eager"], input_size=64)
     (row,) = result.rows
     assert row["weights_mib"] == pytest.approx(558_760 * 4 / 2**20)
     assert row["peak_mib"] > 0.9 * row["weights_mib"]
@@ -177,7 +177,7 @@ def test_peak_memory_holds_at_least_the_weights():
 @pytest.mark.slow
 def test_peak_memory_grows_with_the_batch():
     one, many = measure_memory(
-        ["mobileone_mu0"], ["eager"], batch_sizes=[1, 16], image_size=128
+        ["mobileone_mu0"], ["eager"], batch_sizes=[1, 16], input_size=128
     ).rows
     assert many["tensors_mib"] == pytest.approx(16 * one["tensors_mib"], rel=0.05)
     assert many["peak_mib"] > one["peak_mib"] + 0.5 * (many["tensors_mib"] - one["tensors_mib"])
@@ -204,6 +204,6 @@ def test_core_ml_files_have_the_names_that_the_runner_uses(tmp_path):
 @pytest.mark.slow
 def test_compiled_cases_do_not_share_what_was_compiled(tmp_path):
     names = ["mobileone_mu0", "mobileone_mu1", "mobileone_s0"]
-    result = measure_latency(names, ["compile"], runs=2, image_size=32)
+    result = measure_latency(names, ["compile"], runs=2, input_size=32)
     assert [row["failure"] for row in result.rows] == [None] * 3
     assert json.loads(result.save(tmp_path / "r.json").read_text())["rows"] == result.rows

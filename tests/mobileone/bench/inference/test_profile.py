@@ -37,7 +37,7 @@ def levels(rows, column):
 
 
 def test_a_small_network_by_hand():
-    rows = profile_module("small", Small().eval(), image_size=6)
+    rows = profile_module("small", Small().eval(), input_size=6)
     total, *parts = rows
     assert total["parameters_train"] == 3 * 8 * 9 + 2 * 8 + 8 * 8 + 2 * 8
     assert total["parameters"] == 3 * 8 * 9 + 8 + 8 * 8 + 2 * 8  # the norm became a bias

@@ -60,7 +60,7 @@ def test_every_line_of_the_papers_tables_is_measured():
 
 @pytest.fixture(scope="module")
 def result():
-    return study_bottlenecks(["eager"], runs=2, image_size=32)
+    return study_bottlenecks(["eager"], runs=2, input_size=32)
 
 
 def test_the_study(result):

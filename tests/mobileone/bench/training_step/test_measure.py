@@ -100,7 +100,7 @@ def test_the_result_holds_every_implementation_and_names_the_one_that_died(monke
 
     monkeypatch.setattr(training, "StepWorker", Mortal)
     result = measure_training(
-        ["mobileone_s0"], ["ours", "timm", "plain"], batch_size=2, image_size=32, rounds=3,
+        ["mobileone_s0"], ["ours", "timm", "plain"], batch_size=2, input_size=32, rounds=3,
         threads=1, channels_last=True, images="noise",
     )  # fmt: skip
     rows = {row["contender"]: row for row in result.rows}
