@@ -31,8 +31,8 @@ def compress_checkpoint(
         data: folder with ``train/<class>/*`` (for calibration) and ``val/<class>/*`` (for
             accuracy).
         directory: the folder to create.
-        methods: of coreml_palette6, coreml_palette4_corrected, coreml_int8_corrected and
-            onnx_int8_corrected; null for all.
+        methods: of coreml_palette6, coreml_palette4_corrected, onnx_int8, coreml_int8,
+            executorch_int8 and litert_int8; null for the first four.
         calibration: how many training images the ranges of activations are taken from.
         limit: at most this many validation images; null for all.
 

@@ -5,6 +5,7 @@ from mobileone.quantization.network import (
     calibrate_quantization,
     conditions,
     quantize,
+    quantize_trained,
     scheme_of,
 )
 from mobileone.quantization.rounding import SCHEMES, Scales, Scheme
@@ -17,5 +18,6 @@ __all__ = [
     "calibrate_quantization",
     "conditions",
     "quantize",
+    "quantize_trained",
     "scheme_of",
 ]

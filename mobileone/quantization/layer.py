@@ -3,7 +3,7 @@
 # torch types every attribute of an nn.Module as `Tensor | Module`
 # mypy: disable-error-code="arg-type,union-attr,assignment,call-overload"
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +65,7 @@ class QuantizedLayer(nn.Module):
         self._parameters.update(block._parameters)
         self._buffers.update(block._buffers)
         conv = self.row.conv(self)
-        self.geometry = None
+        self.geometry: tuple[Any, ...] | None = None
         if self.kind is not nn.Linear:
             like = block if self.kind is nn.Conv2d else conv
             self.geometry = (like.stride, like.padding, like.dilation, like.groups)

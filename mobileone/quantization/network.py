@@ -1,6 +1,7 @@
-"""A complete network at once: quantized for training, calibrated, and judged."""
+"""A complete network at once: quantized for training or without it, calibrated, and judged."""
 
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from typing import Any, get_args
 
 import torch
@@ -13,8 +14,9 @@ from mobileone.quantization.deployed import QuantizedConv2d, QuantizedLinear
 from mobileone.quantization.foldable import BLOCKS, PLAIN
 from mobileone.quantization.layer import QuantizedLayer, Statistics
 from mobileone.quantization.rounding import SCHEMES, Scales, Scheme
+from mobileone.reparameterize import reparameterize
 
-__all__ = ["calibrate_quantization", "conditions", "quantize", "scheme_of"]
+__all__ = ["calibrate_quantization", "conditions", "quantize", "quantize_trained", "scheme_of"]
 
 _FOLDS = ("fuse", "reparameterize", "switch_to_deploy")  # what timm calls
 
@@ -63,7 +65,12 @@ def quantize(
     if not 0 <= kappa < float("inf"):
         raise ValueError(f"`kappa` (={kappa}) must be at least 0 and finite")
     holder = nn.ModuleList([model])
-    found = _replaceable(holder)
+    found, others = _replaceable(holder)
+    for name, block in others:
+        raise ValueError(
+            f"{name[2:]} ({type(block).__module__}.{type(block).__name__}) folds in a way that "
+            f"quantization does not know: it knows {_known()}"
+        )
     if not any(type(block) in BLOCKS for _, block in found):
         raise ValueError(
             f"{type(model).__name__} has no block with branches to fold: quantization trains "
@@ -75,17 +82,68 @@ def quantize(
                 f"`statistics` (={statistics!r}) needs blocks that are sums of branches, which "
                 f"{name[2:]} ({type(block).__name__}) is not: choose 'frozen'"
             )
+    return _replaced(holder, found, (scheme, statistics, kappa, scales))
+
+
+def quantize_trained(
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    scheme: Scheme = "int8",
+    *,
+    kappa: float = 1.0,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+) -> nn.Module:
+    """The network of integers of a trained network of floats, without training it.
+
+    Where its blocks are known, they are folded with the noise of rounding; others as they fold.
+
+    Args:
+        model: In any mode; it stays as it is.
+        batches: Normalized training images, (N, C, H, W) each; at least one.
+        scheme: As of `quantize`.
+        kappa: The same.
+        mean: As of `calibrate_quantization`.
+        std: The same.
+
+    Raises:
+        ValueError: It has neither a convolution nor a linear layer, or there are no images.
+    """
+    holder = nn.ModuleList([deepcopy(model).eval()])
+    found, others = _replaceable(holder)
+    if others:
+        holder = nn.ModuleList([reparameterize(holder[0])])
+        found, _ = _replaceable(holder)
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no convolution and no linear layer to round")
+    options: _Options = (scheme, "frozen", kappa, "running")
+    network = _replaced(holder, found, options, *(batch[:1] for batch in batches[:1]))
+    calibrate_quantization(network, batches, mean=mean, std=std)
+    return reparameterize(network)
+
+
+_Named = list[tuple[str, nn.Module]]
+_Options = tuple[Scheme, Statistics, float, Scales]
+
+
+def _replaced(
+    holder: nn.Module, found: _Named, options: _Options, image: Tensor | None = None
+) -> nn.Module:
+    """The module inside of a holder, with quantized layers for those that were found."""
     for number, (name, block) in enumerate(found):
-        layer = QuantizedLayer(block, scheme, statistics, kappa, scales, image=number == 0)
-        holder.set_submodule(name, layer)
-    for layer in _read_elsewhere(holder[0]):
+        holder.set_submodule(name, QuantizedLayer(block, *options, image=number == 0))
+    network = holder.get_submodule("0")
+    for layer in _read_elsewhere(network, image):
         layer.round_output()
-    return holder[0]
+    return network
 
 
-def _replaceable(holder: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
-    """Blocks and plain layers by name, in the order of modules; folded blocks are plain inside."""
-    found = []
+def _replaceable(holder: nn.Module, prefix: str = "") -> tuple[_Named, _Named]:
+    """Blocks and plain layers by name, in the order of modules; folded blocks are plain inside.
+
+    And those that fold in an unknown way.
+    """
+    found, others = _Named(), _Named()
     for child_name, child in holder.named_children():
         name = f"{prefix}{child_name}"
         folded = isinstance(child, FusedMobileOneBlock) or _has(child, "reparam_conv")
@@ -93,30 +151,30 @@ def _replaceable(holder: nn.Module, prefix: str = "") -> list[tuple[str, nn.Modu
             found.append((name, child))
             continue
         if prefix and not folded and any(_has(child, fold) for fold in _FOLDS):
-            raise ValueError(
-                f"{name[2:]} ({type(child).__module__}.{type(child).__name__}) folds in a way that "
-                f"quantization does not know: it knows {_known()}"
-            )
-        found += _replaceable(child, f"{name}.")
-    return found
+            others.append((name, child))
+            continue
+        inside = _replaceable(child, f"{name}.")
+        found, others = found + inside[0], others + inside[1]
+    return found, others
 
 
 @torch.no_grad()
-def _read_elsewhere(model: nn.Module) -> list[QuantizedLayer]:
-    """The layers of which more than a ReLU and layers reads the sum; found by one pass of zeros.
+def _read_elsewhere(model: nn.Module, image: Tensor | None = None) -> list[QuantizedLayer]:
+    """The layers of which more than a ReLU and layers reads the sum; found by one pass.
 
     Their integer kernels need the grid of what they write: pooling, attention and residual sums
-    take other numbers than the next layer's input.
+    take other numbers than the next layer's input. Without an image, zeros of 64 pixels pass.
     """
     layers, first = layers_of(model).values(), next(iter(layers_of(model).values()))
-    like = first.row.conv(first)
-    size = (like.in_features,) if isinstance(like, nn.Linear) else (like.in_channels, 64, 64)
+    weight, geometry = first.row.conv(first).weight, first.geometry
+    size = (weight.shape[1] * geometry[3], 64, 64) if geometry else weight.shape[1:]
+    image = weight.new_zeros(1, *size) if image is None else image
     modes = [(module, module.training) for module in model.modules()]
     readers = _Readers()
     hooks = [hook for layer in layers for hook in readers.follow(layer)]
     try:
         with readers:
-            model.eval()(like.weight.new_zeros(1, *size))
+            model.eval()(image)
     finally:
         for hook in hooks:
             hook.remove()

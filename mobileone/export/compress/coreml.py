@@ -1,4 +1,4 @@
-"""Smaller `.mlpackage`s: weights in 8 bits or as indices into a table; arithmetic stays float16.
+"""Smaller `.mlpackage`s: weights as indices into a table; arithmetic stays float16.
 
 Rounded weights shift a layer's mean output by `E[Wq x] - E[W x]`, channel by channel, and the next
 layers add to it. The shift is measured on images and taken off the bias (Nagel et al., ICCV 2019,
@@ -7,7 +7,8 @@ arXiv 1906.04721, section 4.2), layer after layer, each on the outputs of those 
 
 import copy
 import shutil
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,57 +22,45 @@ from mobileone.export.verify.mlprogram import MLProgram
 from mobileone.io.coremltools_noise import quiet
 from mobileone.io.optional_import import import_optional
 
-__all__ = ["correct", "correct_biases", "palettize", "quantize_weights"]
+__all__ = ["correct_biases", "palettize", "write_palettes"]
 
 _USE = "Core ML compression"
-_UNLIKE = 0.5  # quantized weights are nearer to their own than this
+_UNLIKE = 0.5  # rounded weights are nearer to their own than this
 
 
-def quantize_weights(source: Path, path: Path, calibration: Tensor) -> None:
-    """8-bit integers and one scale an output channel."""
-    _rewrite(
-        source,
-        path,
-        "linear_quantize_weights",
-        "OpLinearQuantizerConfig",
-        mode="linear_symmetric",
-        granularity="per_channel",
-    )
-
-
-def palettize(source: Path, path: Path, calibration: Tensor, *, bits: int) -> None:
-    """Indices into a table of 2^bits values a layer, by k-means."""
-    _rewrite(source, path, "palettize_weights", "OpPalettizerConfig", mode="kmeans", nbits=bits)
-
-
-def correct(
-    compress: Callable[[Path, Path, Tensor], None],
-    network: nn.Module,
-    spec: ExportSpec,
-    source: Path,
-    path: Path,
-    calibration: Tensor,
+def write_palettes(
+    network: nn.Module, spec: ExportSpec, path: Path, images: Tensor | None, *, bits: int
 ) -> None:
-    """Correct the biases of a package by the rounded weights that it holds.
+    """Save a package of indices into a table of 2^bits values a layer.
 
-    Biases are not compressed: the network is written again with its new ones, and the same
-    weights become the same rounded weights.
+    Args:
+        network: fused, in eval mode.
+        spec: what it expects.
+        path: of the package; must not exist.
+        images: normalized, (N, C, H, W), to correct the biases on; None leaves them as they are.
+        bits: of an index.
     """
-    weights = [weight for weight, _ in MLProgram(path).layers()]
-    better = source.with_name(f"corrected-{path.name}")
-    coreml.write(correct_biases(network, weights, calibration), spec, better, Metadata())
-    shutil.rmtree(path)
-    compress(better, path, calibration)
+    with tempfile.TemporaryDirectory() as folder:
+        source, first = (Path(folder) / f"{name}.mlpackage" for name in ("source", "first"))
+        coreml.write(network, spec, source, Metadata())
+        if images is not None:
+            # biases are not compressed: the same weights become the same rounded weights
+            palettize(source, first, bits)
+            weights = [weight for weight, _ in MLProgram(first).layers()]
+            shutil.rmtree(source)
+            coreml.write(correct_biases(network, weights, images), spec, source, Metadata())
+        palettize(source, path, bits)
 
 
-def _rewrite(source: Path, path: Path, function: str, config: str, **options: Any) -> None:
-    """Call a function of `coremltools.optimize.coreml` with its configuration."""
+def palettize(source: Path, path: Path, bits: int) -> None:
+    """Save a package with a table of 2^bits values a layer, found by k-means, in its place."""
     with quiet():
         ct = import_optional("coremltools", _USE, "coremltools")
         optimize = import_optional("coremltools.optimize.coreml", _USE, "coremltools")
-        chosen = optimize.OptimizationConfig(global_config=getattr(optimize, config)(**options))
+        config = optimize.OpPalettizerConfig(mode="kmeans", nbits=bits)
+        chosen = optimize.OptimizationConfig(global_config=config)
         mlmodel = ct.models.MLModel(str(source), skip_model_load=True)
-        getattr(optimize, function)(mlmodel, chosen).save(str(path))
+        optimize.palettize_weights(mlmodel, chosen).save(str(path))
 
 
 @torch.no_grad()

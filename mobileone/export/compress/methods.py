@@ -1,53 +1,34 @@
-"""Smaller files: quantized weights for Core ML, 8-bit arithmetic for ONNX, and what they cost.
+"""Smaller files without training: every format of integers, palettes of weights, their cost.
 
-Reparameterized networks lose more to 8 bits than others: per-channel weights and corrected biases
-(`coreml.correct_biases`) bring most of it back, tables by k-means need 6 bits for it.
+Reparameterized networks lose more to 8 bits than others: noise-aware folding brings it back
+(docs/quantization.md). Palettes of 4 bits need corrected biases (`coreml.correct_biases`).
 """
 
 import json
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from mobileone.export.compress import coreml, onnx
-from mobileone.export.formats.table import FORMATS
+from mobileone.export.artifact import RejectedError
+from mobileone.export.compress.coreml import write_palettes
+from mobileone.export.formats.table import DEFAULT_INTEGER_FORMATS, FORMATS, check_packages
 from mobileone.export.isolation import isolated
 from mobileone.export.manifest import describe_files
 from mobileone.export.preprocess import normalize
 from mobileone.export.spec import ExportSpec, Metadata
+from mobileone.export.verify.parity import Reference
 from mobileone.io.atomic import publish_folder, replace_text, staging
+from mobileone.quantization import quantize_trained
 from mobileone.reparameterize import reparameterize
 
-__all__ = ["METHODS", "Method", "Row", "compress_model"]
+__all__ = ["PALETTES", "Row", "compress_model", "methods"]
 
+PALETTES = {"coreml_palette6": (6, False), "coreml_palette4_corrected": (4, True)}
+"""Bits of an index, and whether biases are corrected."""
 
-@dataclass(frozen=True)
-class Method:
-    """One way to make a file smaller.
-
-    Attributes:
-        format: `coreml` or `onnx`, the format that it starts from.
-        compress: writes the second path from the first; gets calibration images, normalized.
-        correct: corrects the biases of the written file; None leaves them as they are.
-    """
-
-    format: str
-    compress: Callable[[Path, Path, Tensor], None]
-    correct: Callable[..., None] | None = None
-
-
-METHODS = {
-    "coreml_palette6": Method("coreml", partial(coreml.palettize, bits=6)),
-    "coreml_palette4_corrected": Method(
-        "coreml", partial(coreml.palettize, bits=4), coreml.correct
-    ),
-    "coreml_int8_corrected": Method("coreml", coreml.quantize_weights, coreml.correct),
-    "onnx_int8_corrected": Method("onnx", onnx.quantize, onnx.correct),
-}
+_COMPARED = 128  # images, with the network that a file is written from
 
 
 @dataclass(frozen=True)
@@ -69,6 +50,11 @@ class Row:
     worst_error: float
 
 
+def methods() -> list[str]:
+    """The names of all methods: palettes, and the formats of integers."""
+    return [*PALETTES, *(name for name, row in FORMATS.items() if row.integers)]
+
+
 def compress_model(
     model: nn.Module,
     spec: ExportSpec,
@@ -76,7 +62,7 @@ def compress_model(
     calibration: Tensor,
     images: Tensor,
     targets: Tensor,
-    methods: Iterable[str] | None = None,
+    names: Iterable[str] | None = None,
 ) -> list[Row]:
     """Write a file a method into the new folder `directory`, and measure each.
 
@@ -84,22 +70,24 @@ def compress_model(
         model: the trained network in eval mode, on the CPU, float32.
         spec: what it expects.
         directory: must not exist; gets `compression.json` next to the files.
-        calibration: 8-bit training images (M, C, H, W), for methods that need activations.
+        calibration: 8-bit training images (M, C, H, W), for scales and biases.
         images: 8-bit validation images (N, C, H, W).
         targets: their classes, (N,).
-        methods: names from `METHODS`; None takes all.
+        names: of `methods()`; None takes the palettes and `DEFAULT_INTEGER_FORMATS`.
 
     Raises:
         FileExistsError: `directory` exists.
         ValueError: an unknown method.
         ImportError: a package is missing; names the pip command.
+        RejectedError: an integer file is not the network that it was written from.
     """
-    chosen = list(METHODS if methods is None else methods)
-    if unknown := sorted(set(chosen) - set(METHODS)):
-        raise ValueError(f"unknown methods {unknown}: choose from {list(METHODS)}")
+    chosen = list((*PALETTES, *DEFAULT_INTEGER_FORMATS) if names is None else names)
+    if unknown := sorted(set(chosen) - set(methods())):
+        raise ValueError(f"unknown methods {unknown}: choose from {methods()}")
+    check_packages("coreml" if name in PALETTES else name for name in chosen)
     if directory.exists():
         raise FileExistsError(f"{directory} exists: choose another folder")
-    with isolated(), staging(directory.parent) as folder, tempfile.TemporaryDirectory() as scratch:
+    with isolated(), staging(directory.parent) as folder:
         staged = folder / "compressed"
         staged.mkdir()
         fused = reparameterize(model)
@@ -107,15 +95,19 @@ def compress_model(
         size = 4 * sum(p.numel() for p in fused.parameters())
         rows = [_row("float32", size, expected, expected, targets)]
         inputs = normalize(calibration, spec)
+        integers = None
         for name in chosen:
-            method, row = METHODS[name], FORMATS[METHODS[name].format]
-            source = Path(scratch) / row.filename
-            if not source.exists():
-                row.write(fused, spec, source, Metadata())
-            path = staged / f"{name}{source.suffix}"
-            method.compress(source, path, inputs)
-            if method.correct:
-                method.correct(method.compress, fused, spec, source, path, inputs)
+            row = FORMATS["coreml" if name in PALETTES else name]
+            path = staged / f"{name}{Path(row.filename).suffix}"
+            if name in PALETTES:
+                bits, corrected = PALETTES[name]
+                write_palettes(fused, spec, path, inputs if corrected else None, bits=bits)
+            else:
+                integers = integers or quantize_trained(
+                    model, inputs.split(32), mean=spec.mean, std=spec.std
+                )
+                row.write(integers, spec, path, Metadata())
+                _check(name, path, spec, integers, images[:_COMPARED])
             output = row.runner(path, spec)(images)
             probabilities = output.softmax(dim=1) if row.output == "logits" else output
             written = sum(file["bytes"] for file in describe_files(path).values())
@@ -124,6 +116,14 @@ def compress_model(
         replace_text(staged / "compression.json", json.dumps(table, indent=2) + "\n")
         publish_folder(staged, directory)
     return rows
+
+
+def _check(name: str, path: Path, spec: ExportSpec, network: nn.Module, images: Tensor) -> None:
+    """Make sure that a file is the network of integers; what it loses is in the table."""
+    reference = Reference(network, {"logits": network(normalize(images, spec))}, images)
+    for check, parity in FORMATS[name].compare(path, spec, reference).items():
+        if problem := parity.problem():
+            raise RejectedError(f"{name}: {check.replace('_', ' ')}: {problem}")
 
 
 def _row(name: str, size: int, answers: Tensor, expected: Tensor, targets: Tensor) -> Row:

@@ -277,7 +277,8 @@ def check_integers(
         )
     raise ValueError(
         f"the formats {wrong} hold integers, and the network is not quantized: train it with "
-        f"--model.quantize int8 (configs/quantize.yaml), or choose from {fit}"
+        "--model.quantize int8 (configs/quantize.yaml), round it by `mobileone compress`, or "
+        f"choose from {fit}"
     )
 
 

@@ -161,11 +161,16 @@ def _integers(weight: Tensor) -> Iterator[bytes]:
 
 
 def _biases(layer: QuantizedConv2d | QuantizedLinear) -> Iterator[bytes]:
-    """As numbers, or in steps of input times weight scale."""
+    """As numbers, or in steps of input times weight scale, counted in float64 or in float32.
+
+    ExecuTorch counts in float32, which has the first 24 bits of a bias.
+    """
     bias = layer.bias.detach()
     yield from _floats(bias)
     step = layer.input.scale * layer.weight_scale.double()
     yield (bias.double() / step).round().to(torch.int32).numpy().tobytes()
+    narrow = torch.tensor(layer.input.scale) * layer.weight_scale
+    yield (bias * narrow.reciprocal()).round().to(torch.int32).numpy().tobytes()
 
 
 def _floats(values: Tensor) -> Iterator[bytes]:

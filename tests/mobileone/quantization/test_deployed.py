@@ -1,6 +1,7 @@
 """Layers of integers against the same arithmetic written with integers, in float64."""
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -11,8 +12,7 @@ from mobileone.quantization.deployed import (
     is_quantized,
     round_bias,
 )
-from mobileone.quantization.post_training import quantize_fused
-from mobileone.reparameterize import reparameterize
+from mobileone.quantization.network import conditions, quantize_trained
 from tests.helpers.tiny import tiny_network
 
 
@@ -90,18 +90,47 @@ def test_a_bias_stays_within_32_bits_of_its_step():
 
 
 def test_a_rounded_network_is_close_and_rounds_before_what_is_no_layer():
-    fused = reparameterize(tiny_network())
+    trained = tiny_network()
     images = torch.randn(16, 3, 32, 48)
-    network = quantize_fused(fused, images)
-    assert is_quantized(network) and not is_quantized(fused)
+    network = quantize_trained(trained, images.split(5))
+    assert is_quantized(network) and not is_quantized(trained)
     layers = [m for m in network.modules() if isinstance(m, (QuantizedConv2d, QuantizedLinear))]
     rounds = [isinstance(layer.output, QuantizeDequantize) for layer in layers]
     assert rounds == [False, True, False]  # the pooling follows the second convolution
     with torch.no_grad():
-        expected, found = fused(images), network(images)
+        expected, found = trained(images), network(images)
     assert float((found - expected).abs().max() / expected.abs().max()) < 0.05
 
 
 def test_a_network_without_layers_is_refused():
     with pytest.raises(ValueError, match="no convolution"):
-        quantize_fused(nn.ReLU(), torch.zeros(1, 3, 4, 4))
+        quantize_trained(nn.ReLU(), [torch.zeros(1, 3, 4, 4)])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "repvit_m0_9"])
+def test_without_training_networks_of_other_blocks_are_rounded_too(name):
+    """Plain ones as they are, those that fold in an unknown way after they have."""
+    model = timm.create_model(name, num_classes=4)
+    images = torch.randn(4, 3, 64, 64)
+    with torch.no_grad():
+        model.train()(images)
+        model.eval()
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        network = quantize_trained(model, [images])
+        expected, found = model(images), network(images)
+    kinds = {type(module) for module in network.modules()}
+    assert QuantizedConv2d in kinds and nn.Conv2d not in kinds
+    assert float((found - expected).norm() / expected.norm()) < 0.2
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_without_training_the_noise_of_rounding_is_folded():
+    """A dead channel of the input of the second block: 1 / sqrt(ε) in the float network."""
+    trained = tiny_network()
+    trained[1].conv_kxk[0].bn.running_var[3] = 1e-12
+    images = torch.randn(16, 3, 32, 48)
+    plain, aware = (
+        max(conditions(quantize_trained(trained, [images], kappa=kappa)).values())
+        for kappa in (0.0, 1.0)
+    )
+    assert aware < 0.1 * plain

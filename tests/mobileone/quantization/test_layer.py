@@ -278,6 +278,12 @@ def test_what_is_pooled_or_added_is_rounded_before():
     assert attended[1].output_quantizer is not None
 
 
+def test_a_plain_convolution_may_be_the_first():
+    network = quantize(nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), byobnet.RepVggBlock(8, 8)))
+    calibrate_quantization(network, [torch.randn(2, 4, 16, 16)])
+    assert network[0].fuse().groups == 2
+
+
 def test_what_is_unknown_is_refused():
     with pytest.raises(ValueError, match=r"`scheme` \(='int2'\) must be one of int8, int4"):
         quantize(build(SHAPES[1]), "int2")

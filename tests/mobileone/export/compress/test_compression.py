@@ -1,6 +1,7 @@
 """Compressed files against arithmetic and coremltools' own reading."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -9,10 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import mobileone
-from mobileone.export import Metadata, load_runner
-from mobileone.export.compress.coreml import correct_biases
-from mobileone.export.compress.methods import METHODS, compress_model
-from mobileone.export.formats import coreml, onnx
+from mobileone.export import FORMATS, Metadata, RejectedError, load_runner
+from mobileone.export.compress.coreml import correct_biases, palettize, write_palettes
+from mobileone.export.compress.methods import compress_model, methods
+from mobileone.export.formats import coreml
 from mobileone.export.preprocess import normalize
 from mobileone.export.verify.mlprogram import MLProgram
 from mobileone.export.verify.mlprogram_ops import KERNELS
@@ -44,16 +45,14 @@ def wide():
     return randomize_bn(model).eval()
 
 
-@pytest.mark.parametrize(
-    "name", ["coreml_int8_corrected", "coreml_palette6", "coreml_palette4_corrected"]
-)
-def test_compressed_packages_are_read_as_coremltools_reads_them(wide, tmp_path, name):
+@pytest.mark.parametrize("bits", [6, 4])
+def test_compressed_packages_are_read_as_coremltools_reads_them(wide, tmp_path, bits):
     ct = pytest.importorskip("coremltools")
     from coremltools.optimize.coreml import decompress_weights
 
     source, small, large = (tmp_path / f"{n}.mlpackage" for n in ("source", "small", "large"))
     coreml.write(mobileone.reparameterize(wide), tiny_spec(), source, Metadata())
-    METHODS[name].compress(source, small, torch.zeros(1))
+    palettize(source, small, bits)
     with quiet():
         decompress_weights(ct.models.MLModel(str(small), skip_model_load=True)).save(str(large))
     images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
@@ -64,36 +63,43 @@ def test_compressed_packages_are_read_as_coremltools_reads_them(wide, tmp_path, 
 
 
 def test_a_folder_of_files_and_their_table(wide, tmp_path):
-    pytest.importorskip("coremltools")
-    pytest.importorskip("onnxruntime")
+    """Of every method: also the formats of integers, each executed in its runtime."""
     spec = tiny_spec()
     images = torch.randint(0, 256, (12, 3, 32, 48), dtype=torch.uint8)
     with torch.no_grad():
         targets = wide(normalize(images, spec)).argmax(1)
-    rows = compress_model(wide, spec, tmp_path / "small", images, images, targets)
-    methods = [
-        "coreml_palette6",
-        "coreml_palette4_corrected",
-        "coreml_int8_corrected",
-        "onnx_int8_corrected",
-    ]
-    assert [row.method for row in rows] == ["float32", *methods]
+    rows = compress_model(wide, spec, tmp_path / "small", images, images, targets, methods())
+    assert [row.method for row in rows] == ["float32", *methods()]
+    assert {"onnx_int8", "coreml_int8", "executorch_int8", "litert_int8"} < set(methods())
     assert rows[0].accuracy == rows[0].agreement == 1
     for row in rows[1:]:
         assert row.agreement >= 0.75
         assert 0 < row.worst_error < 0.5
     table = json.loads((tmp_path / "small" / "compression.json").read_text())
-    assert [row["method"] for row in table["rows"]] == ["float32", *methods]
-    files = {p.name for p in (tmp_path / "small").iterdir()}
-    suffixes = {"coreml": ".mlpackage", "onnx": ".onnx"}
-    expected = {f"{name}{suffixes[METHODS[name].format]}" for name in methods}
-    assert files == expected | {"compression.json"}
-    for file in files - {"compression.json"}:
+    assert [row["method"] for row in table["rows"]] == ["float32", *methods()]
+    files = {p.name for p in (tmp_path / "small").iterdir()} - {"compression.json"}
+    assert {file.partition(".")[0] for file in files} == set(methods())
+    for file in files:
         assert load_runner(tmp_path / "small" / file).spec == spec  # each runs by itself
     with pytest.raises(FileExistsError, match="exists"):
         compress_model(wide, spec, tmp_path / "small", images, images, targets)
-    with pytest.raises(ValueError, match=r"\['int3'\]: choose from"):
+    with pytest.raises(ValueError, match=r"\['int3'\]: choose from.*onnx_int8"):
         compress_model(wide, spec, tmp_path / "x", images, images, targets, ["int3"])
+
+
+def test_an_integer_file_that_is_another_network_is_refused(wide, tmp_path, monkeypatch):
+    spec, row = tiny_spec(), FORMATS["onnx_int8"]
+    images = torch.randint(0, 256, (4, 3, 32, 48), dtype=torch.uint8)
+
+    def write(network, *arguments):
+        changed = deepcopy(network)
+        changed[1].reparam_conv.bias += 3
+        return row.write(changed, *arguments)
+
+    monkeypatch.setitem(FORMATS, "onnx_int8", replace(row, write=write))
+    with pytest.raises(RejectedError, match=r"onnx_int8: .*parity"):
+        compress_model(wide, spec, tmp_path / "x", images, images, torch.zeros(4), ["onnx_int8"])
+    assert not (tmp_path / "x").exists()
 
 
 def rounded(weight):
@@ -139,23 +145,17 @@ def test_weights_of_another_network_are_refused(wide):
         correct_biases(fused, weights[1:], images)
 
 
-@pytest.mark.parametrize("name", ["coreml_palette4_corrected", "onnx_int8_corrected"])
-def test_corrected_files_have_the_right_mean(wide, tmp_path, monkeypatch, name):
-    """The last layer's mean is that of the logits, whatever reads the file."""
-    pytest.importorskip({"coreml": "coremltools", "onnx": "onnxruntime"}[METHODS[name].format])
-    spec = tiny_spec()
+def test_corrected_files_have_the_right_mean(wide, tmp_path):
+    """The last layer's mean is that of the logits."""
+    spec, fused = tiny_spec(), mobileone.reparameterize(wide)
     images = torch.randint(0, 256, (8, 3, 32, 48), dtype=torch.uint8)
     with torch.no_grad():
         mean = wide(normalize(images, spec)).mean(0)
     shifts = []
-    for method in (replace(METHODS[name], correct=None), METHODS[name]):
-        monkeypatch.setitem(METHODS, name, method)
-        folder = tmp_path / str(bool(method.correct))
-        compress_model(wide, spec, folder, images, images, torch.zeros(8), [name])
-        (file,) = [p for p in folder.iterdir() if p.suffix != ".json"]
-        if file.suffix == ".onnx":
-            logits = onnx.runner(file, spec)(images)
-        else:
-            logits = MLProgram(file).predict(images).logits
+    for given in (None, normalize(images, spec)):
+        file = tmp_path / f"{given is None}.mlpackage"
+        with torch.no_grad():
+            write_palettes(fused, spec, file, given, bits=4)
+        logits = MLProgram(file).predict(images).logits
         shifts.append(float((logits.mean(0) - mean).abs().max()))
     assert shifts[1] < shifts[0] / 4

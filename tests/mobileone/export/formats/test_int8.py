@@ -18,10 +18,9 @@ from mobileone.export.inspect import describe_artifact
 from mobileone.export.preprocess import normalize
 from mobileone.export.verify import integers
 from mobileone.export.verify.parity import Reference, fixed_images
-from mobileone.quantization.deployed import QuantizedConv2d, QuantizedLinear
+from mobileone.quantization.deployed import QuantizedConv2d, QuantizedLinear, round_bias
 from mobileone.quantization.deployed import QuantizeDequantize as GRID
-from mobileone.quantization.post_training import quantize_fused
-from mobileone.reparameterize import reparameterize
+from mobileone.quantization.network import quantize_trained
 from tests.helpers.tiny import tiny_network, tiny_spec
 from tests.helpers.variants import slow
 
@@ -32,7 +31,7 @@ IMAGES = fixed_images(SPEC, 64)
 
 @pytest.fixture(scope="module")
 def quantized():
-    return quantize_fused(reparameterize(tiny_network()), normalize(IMAGES, SPEC))
+    return quantize_trained(tiny_network(), [normalize(IMAGES, SPEC)])
 
 
 def export(network, name, folder, change=None):
@@ -132,6 +131,20 @@ def in_floats(network):
 def test_a_convolution_that_is_not_of_integers_is_caught(name, quantized, tmp_path):
     with pytest.raises(RejectedError, match="1 convolutions where the fused network has 2"):
         export(quantized, name, tmp_path / "artifact", in_floats)
+
+
+@pytest.mark.parametrize("name", ["executorch_int8", "litert_int8"])  # which count biases
+def test_a_bias_of_more_bits_than_float32_has_is_found(name, quantized, tmp_path):
+    network = deepcopy(quantized)
+    layer = convolution(network)
+    layer.weight_scale *= torch.logspace(0, -5, len(layer.weight_scale))
+    bias = round_bias(torch.linspace(0.3, 1.7, 8), layer.input.scale, layer.weight_scale)
+    layer.bias.copy_(bias)
+    counts = bias.double() / (layer.input.scale * layer.weight_scale.double())
+    assert 2**26 < counts.max() < 2**31
+    path = tmp_path / FORMATS[name].filename
+    FORMATS[name].write(network, SPEC, path, Metadata())
+    assert integers.missing_weights(path, network) == []
 
 
 class MultipliedInFloats(nn.Module):
