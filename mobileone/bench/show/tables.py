@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from mobileone.bench.results import Result, Row, compare_machines
@@ -49,13 +50,14 @@ def make_table(
     title: str, columns: Sequence[Column], rows: Sequence[Row], notes: Sequence[str] = ()
 ) -> Table:
     """A table for a terminal, with notes below, a line each."""
-    table = Table(title=title, caption="\n".join(notes) or None, caption_justify="left")
+    below = escape("\n".join(notes)) or None  # not markup: a package's [extra] has brackets, too
+    table = Table(title=escape(title), caption=below, caption_justify="left")
     for column in columns:
         table.add_column(
             column.heading, justify="right" if column.right else "left", overflow="fold"
         )
     for row in rows:
-        table.add_row(*(column.text(row) for column in columns))
+        table.add_row(*(escape(column.text(row)) for column in columns))
     return table
 
 

@@ -246,11 +246,11 @@ def check_packages(names: Iterable[str], table: Mapping[str, Format] | None = No
     """Make sure, without importing them, that the packages to write these formats are here.
 
     Raises:
-        ImportError: one is missing, or of a version that does not fit; names the pip command.
+        ImportError: one is missing, or of a version that does not fit; names all of them and the
+            pip command.
     """
     known = FORMATS if table is None else table
-    for name in names:
-        require(known[name].needs, f"the `{name}` format")
+    require({name: known[name].needs for name in names}, "formats")
 
 
 def check_integers(

@@ -474,7 +474,7 @@ def test_a_package_that_a_format_needs_is_named_before_training(tmp_path, folder
     saved = saver(folder, formats=["torchscript", "executorch"])  # naming it takes no package
     module = ScoredClassifier([0.1])
     with pytest.raises(
-        ImportError, match=r"here is torch 2\.13\.1: `pip install 'executorch>="
+        ImportError, match=r"here is torch 2\.13\.1\): `pip install 'executorch>="
     ) as e:
         fit(module, saved, tmp_path)
     assert message_for_user(e.value) == str(e.value) and "\n" not in str(e.value)

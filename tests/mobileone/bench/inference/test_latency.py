@@ -13,10 +13,18 @@ from mobileone.bench.inference.case import build_form
 from mobileone.bench.inference.latency import measure_latency, measure_throughput
 from mobileone.bench.inference.memory import measure_memory
 from mobileone.bench.runtimes import RUNTIMES, check_runtimes, missing_runtimes, runtimes_for
-from mobileone.bench.show.tables import change_table, latency_table, memory_table, throughput_table
+from mobileone.bench.show.tables import (
+    change_table,
+    latency_table,
+    make_table,
+    memory_table,
+    throughput_table,
+    words,
+)
 from mobileone.bench.suites import SUITES, get_suite
 from mobileone.bench.timing import check_device
 from tests.helpers.tables import text_of
+from tests.helpers.variants import slow
 
 PRESENT = [
     name
@@ -55,6 +63,15 @@ def test_every_case_is_fused_right_and_timed(result):
     assert result.kind == "latency" and result.protocol["statistic"] == "min_ms"
     shown = text_of(latency_table(result))
     assert "mobileone_mu0" in shown and "the min of 4" in shown
+
+
+@pytest.mark.parametrize("name", [slow("executorch"), slow("litert"), "coreai"])
+def test_a_named_network_is_measured_as_the_file_for_devices(name):
+    if lack := RUNTIMES[name].lack():
+        pytest.skip(lack)
+    (row,) = measure_latency(["mobileone_mu0"], [name], runs=1, image_size=32).rows
+    assert row["failure"] is None and row["relative_error"] < 1e-3  # of probabilities
+    assert row["min_ms"] > 0 and row["norms_left"] == 0
 
 
 def test_a_case_that_takes_longer_is_told_from_a_shorter_one():
@@ -116,6 +133,11 @@ def test_results_of_other_machines_and_settings_are_not_compared(result):
     with pytest.raises(ValueError, match="no row in common"):
         change_table(dataclasses.replace(result, rows=result.rows[:1]),
                      dataclasses.replace(result, rows=result.rows[1:]))  # fmt: skip
+
+
+def test_brackets_in_a_table_are_text():
+    shown = text_of(make_table("t [a]", [words("w", "w")], [{"w": "[b]"}], ["pip install 'x[c]'"]))
+    assert "t [a]" in shown and "[b]" in shown and "'x[c]'" in shown
 
 
 def test_runtimes_that_are_missing_are_named_with_the_remedy(monkeypatch):

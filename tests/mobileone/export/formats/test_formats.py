@@ -13,7 +13,7 @@ import torch
 
 from mobileone.export import FORMATS, export_model, load_runner
 from mobileone.export.formats.table import check_packages
-from mobileone.export.inspect import describe_artifact
+from mobileone.export.inspect import ChecksumMismatchError, describe_artifact
 from mobileone.export.preprocess import normalize
 from mobileone.export.verify.parity import NotVerifiedError
 from mobileone.export.verify.structure import count_kinds
@@ -64,6 +64,26 @@ def test_one_convolution_a_layer_and_no_trace_of_the_branches(written):
     counted = FORMATS[name].operations(folder / manifest.formats[name]["path"])
     assert dict(counted) == manifest.formats[name]["operations"]
     assert count_kinds(counted) == {"convolutions": 2, "norms": 0, "additions": 0}
+
+
+def test_a_label_that_was_changed_is_seen(written, tmp_path):
+    """In the file, and in the manifest, which has other names then than the file has."""
+    name, _, _, folder, _ = written
+    files, manifest = (shutil.copytree(folder, tmp_path / copy) for copy in ("file", "manifest"))
+    label = re.compile(rb'(class_names\\?": \[\\?")a(\\?", \\?"b\\?", \\?"c)')
+    holders = []
+    for file in (p for p in files.rglob("*") if p.is_file() and p.name != "manifest.json"):
+        changed, times = label.subn(rb"\1z\2", file.read_bytes())
+        file.write_bytes(changed)
+        holders += [file] * times
+    assert len(holders) == 1
+    text = (manifest / "manifest.json").read_text()
+    (manifest / "manifest.json").write_text(re.sub(r'"a",(\s+"b",\s+"c")', r'"z",\1', text))
+    for changed, said in ((files, "does not match its manifest"), (manifest, "says `class_names`")):
+        with pytest.raises(ValueError, match=said):
+            load_runner(changed, name)
+        with pytest.raises(ChecksumMismatchError, match=said):
+            describe_artifact(changed)
 
 
 def test_the_file_names_differ():
@@ -159,14 +179,37 @@ def test_packages_are_looked_for_before_anything_is_written(tmp_path, monkeypatc
         return {"executorch": "1.5.1", "torch": "2.13.0+cu130"}[package]
 
     monkeypatch.setattr(optional_import, "version", found)
-    fix = r"needs 'executorch>=1.5,<1.6' 'torch>=2.14,<2.15', and here is torch 2.13.0\+cu130: `pip"
-    with pytest.raises(ImportError, match=fix):
-        check_packages(["torchscript", "executorch"])
-    with pytest.raises(ImportError, match="here is no litert-torch: `pip install 'litert-torch>=0"):
+    both = (
+        "formats without their packages: `executorch` (here is torch 2.13.0+cu130), `litert` (here "
+        "is no litert-torch): `pip install 'executorch>=1.5,<1.6' 'torch>=2.14,<2.15' "
+        "'litert-torch>=0.10,<0.11'`, or leave them out of `formats`"
+    )
+    with pytest.raises(ImportError, match=f"^{re.escape(both)}$"):
+        check_packages(["torchscript", "executorch", "litert"])
+    with pytest.raises(
+        ImportError, match=r"^formats without their packages: `litert` \(here is no"
+    ):
         export_model(tiny_network(), tiny_spec(), tmp_path / "a", ["torchscript", "litert"])
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ImportError, match='needs python_version < "3", and this is Python 3'):
-        optional_import.require(["x>=1; python_version < '3'"], "it")
+    old = r'`it` \(needs python_version < "3", and this is Python 3[\d.]+\): leave them out of'
+    with pytest.raises(ImportError, match=old):
+        optional_import.require({"it": ["x>=1; python_version < '3'"]}, "formats")
+
+
+def test_a_package_of_another_pytorch_is_named_with_it(monkeypatch):
+    """As a runtime's library says it, which is linked against one version."""
+
+    def cannot(package):
+        raise ImportError("libtorch_python.so: undefined symbol: _ZN5torch\nand more")
+
+    monkeypatch.setattr(optional_import, "import_module", cannot)
+    monkeypatch.setattr(optional_import, "version", lambda name: {"torch": "2.13.0"}.get(name, "9"))
+    said = (
+        "a file needs packages that fit each other, and `runtime` 9 and PyTorch 2.13.0 do not "
+        "(libtorch_python.so: undefined symbol: _ZN5torch): `pip install 'runtime'`"
+    )
+    with pytest.raises(ImportError, match=f"^{re.escape(said)}$"):
+        import_optional("runtime.inner", "a file", "runtime")
 
 
 def test_the_extras_are_what_the_formats_need():

@@ -35,7 +35,7 @@ def faults(name, network, path, spec=SPEC):
     """The names of the checks that a file fails, which was written of this network and spec."""
     row = FORMATS[name]
     try:
-        require(row.needs, name)
+        require({name: row.needs}, "formats")
     except ImportError as error:
         pytest.skip(str(error))
     path = path / row.filename
