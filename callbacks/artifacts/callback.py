@@ -35,13 +35,22 @@ from mobileone.export.formats.table import (
     check_integers,
     check_packages,
 )
-from mobileone.export.worker import ExportResult
+from mobileone.export.worker import ExportResult, Status
 from mobileone.quantization import scheme_of
 
 __all__ = ["ReparameterizeOnSave"]
 
-_CONTINUES = "Training continues; the next validation tries again."
-_STOPS = "The checkpoint is complete; the run tries again when it is continued."
+_CONTINUES: Mapping[Status, str] = {
+    "published": "Training continues.",
+    "rejected": "Training continues; the next validation exports its own checkpoint.",
+    "failed": "Training continues; the next validation exports again.",
+}
+_AGAIN = "mobileone export CHECKPOINT FOLDER writes other formats of it."
+_STOPS: Mapping[Status, str] = {
+    "published": f"The checkpoint is complete: {_AGAIN}",
+    "rejected": f"The checkpoint is complete: {_AGAIN}",
+    "failed": "The checkpoint is complete; the run exports again when it is continued.",
+}
 
 
 class ReparameterizeOnSave(AtomicCheckpoint):
@@ -70,9 +79,10 @@ class ReparameterizeOnSave(AtomicCheckpoint):
 
     Every format is compared with the network on the first validation images, 8 or, of integers, up
     to 128 of the first batch, which are kept in the checkpoint for later exports (unless
-    `save_weights_only`). An artifact above a format's tolerance is not published: it is a failed
-    export, and its files stay in `<name>.rejected/` for a look. Errors and sizes go to the loggers
-    as `export/<format>/...`.
+    `save_weights_only`). A file above its format's tolerance, or that cannot be written, is left
+    out: the manifest says why, and the file stays in `<name>.rejected/` for a look. If that is so
+    of all files, the export has failed. Errors and sizes go to the loggers as
+    `export/<format>/...`.
 
     Args:
         monitor: metric that ranks the checkpoints.
@@ -85,14 +95,15 @@ class ReparameterizeOnSave(AtomicCheckpoint):
         pixels: TorchScript, `.pt2` and ONNX files take pixel values 0..255 and return
             probabilities, as files for devices do, instead of normalized images and logits.
         metadata: author, license, description and version for the artifact.
-        strict: raise when an export fails. Otherwise training continues with a warning, the error
-            is kept in `last_error` and next to the checkpoint, and the next validation tries again.
+        strict: raise when a file cannot be published. Otherwise training continues with a warning,
+            the error is kept in `last_error` and in the manifest, or next to the checkpoint if
+            there is no file at all, and the next validation exports again.
         background: export in a worker process while training continues.
         timeout: seconds after which a worker is stopped.
         save_weights_only: leave optimizers, schedulers and callbacks out of the checkpoints.
 
     Attributes:
-        last_error: why the last export failed, or None.
+        last_error: why the last export has no file in a format, or None.
         listeners: called on rank 0 with the folder and the manifest of each published artifact,
             after the links have moved.
 
@@ -429,19 +440,21 @@ class ReparameterizeOnSave(AtomicCheckpoint):
         result = _attempt(work) if trainer.is_global_zero else None
         return trainer.strategy.broadcast(result)
 
-    def _conclude(self, result: ExportResult | None, then: str = _CONTINUES) -> None:
+    def _conclude(
+        self, result: ExportResult | None, then: Mapping[Status, str] = _CONTINUES
+    ) -> None:
         """Every rank agrees on the result: stop here if it is meant to."""
         if result and result.reason and self.strict:
             self.last_error = result.reason
             raise RuntimeError(result.reason)
         self._report(result, then)
 
-    def _report(self, result: ExportResult | None, then: str = _CONTINUES) -> None:
+    def _report(self, result: ExportResult | None, then: Mapping[Status, str] = _CONTINUES) -> None:
         if result is None:
             return
         self.last_error = result.reason
         if result.reason:
-            rank_zero_warn(f"{result.reason}\n{then}")
+            rank_zero_warn(f"{result.reason}\n{then[result.status]}")
 
 
 def _attempt(work: Callable[[], ExportResult | None]) -> ExportResult | None:

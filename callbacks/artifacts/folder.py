@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mobileone.export.artifact import REJECTED
+from mobileone.export.artifact import REJECTED, RejectedError
 from mobileone.export.manifest import MANIFEST_NAME
 from mobileone.io.atomic import atomic_write, discard, flush, point_link
 
@@ -88,6 +88,12 @@ class CheckpointFolder:
         """The metrics of a checkpoint whose export failed; None if it did not."""
         record = self._error_record(checkpoint)
         return dict(record["training"]["metrics"]) if record else None
+
+    def why_missing(self, checkpoint: str | Path) -> str:
+        """Why a checkpoint has no artifact, in a line."""
+        said = str(self._error_record(checkpoint).get("error", "it was not exported")).strip()
+        # of a traceback the error itself
+        return said.splitlines()[-1].rpartition(f"{RejectedError.__name__}: ")[2]
 
     def is_rejected(self, checkpoint: str | Path) -> bool:
         """Whether its last export failed the checks, as it would again."""

@@ -118,8 +118,8 @@ class ExportQueue:
 class Publisher:
     """Holds a folder of checkpoints for one fit.
 
-    Methods that end exports return the newest result, a failure before a success; None if no
-    export has ended.
+    Methods that end exports return the newest result, one with a reason before one without; None
+    if no export has ended.
 
     Args:
         trainer: the Trainer of the fit; its loggers get the measurements.
@@ -229,7 +229,7 @@ class Publisher:
                 folder.remove(old)
         for result in results:
             self._notify(result)
-        failed = [result for result in results if result.status != "published"]
+        failed = [result for result in results if result.reason]
         return [None, *results, *failed][-1]
 
     def _notify(self, result: ExportResult) -> None:

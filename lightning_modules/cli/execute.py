@@ -40,7 +40,7 @@ def run_command(name: str, command: Command, argv: list[str]) -> None:
     Raises:
         SystemExit: With code 2 after a message on arguments that cannot be used, where the function
             raises a ValueError, OSError, ImportError or RejectedError; with 1 where an artifact's
-            files are not those that were written.
+            files are not those that were written, or some of those asked for were left out.
     """
     silence_known_messages()
     function = load(command.function)
@@ -110,12 +110,17 @@ def _measures(function: Callable[..., Any]) -> bool:
 def _call(
     name: str, command: Command, function: Callable[..., Any], options: dict[str, Any]
 ) -> None:
+    from mobileone.export import Manifest
+
     import_user_modules(options.pop("imports"))
     options.pop(command.first.removeprefix("--"), None)
     if not _measures(function):
-        print_result(load(command.show)(function(**options)))
+        result = function(**options)
+        print_result(load(command.show)(result))
         if "directory" in options:
             print(f"-> {Path(options['directory'])}")
+        if isinstance(result, Manifest) and result.rejected:
+            sys.exit(1)
         return
     kind = name.split()[-1].removeprefix("--")
     against, output = options.pop("against"), options["output"]

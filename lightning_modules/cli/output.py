@@ -38,8 +38,10 @@ def show_predictions(summary: "PredictionSummary") -> str:
 
 
 def show_formats(manifest: "Manifest") -> str:
-    """The formats of an artifact."""
-    return ", ".join(manifest.formats)
+    """A line for each format of an artifact, written or left out."""
+    rows = manifest.described()
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
 
 
 def show_paths(paths: Sequence[Path]) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from rich.table import Table
 
 from callbacks.artifacts.callback import ReparameterizeOnSave
+from callbacks.artifacts.folder import CheckpointFolder
 from mobileone.export.manifest import Manifest
 
 __all__ = ["fit_summary"]
@@ -28,22 +29,18 @@ def fit_summary(saver: ReparameterizeOnSave, run: Path) -> Table:
     table.add_row("run folder", _short(run))
     best = saver.best_model_path
     table.add_row("checkpoint", _within(run, Path(best)) if best else "none")
-    artifact = saver.best_artifact_path
-    if artifact is None:
-        table.add_row("artifact", f"none: {saver.last_error or 'nothing was exported'}")
+    if not best:
         return table
-    table.add_row("artifact", _within(run, artifact))
-    for name, entry in Manifest.load(artifact).formats.items():
-        size = f"{entry['bytes'] / 1e6:.1f} MB"
-        table.add_row(f"  {name}", f"{entry['path']}, {size}, {_parity(entry['parity'])}")
+    folder, artifact = CheckpointFolder(Path(best).parent), CheckpointFolder.artifact_of(best)
+    if folder.has_artifact(best):
+        table.add_row("artifact", _within(run, artifact))
+        for name, text in Manifest.load(artifact).described().items():
+            table.add_row(f"  {name}", text)
+        return table
+    table.add_row("artifact", f"none of this checkpoint: {folder.why_missing(best)}")
+    if (older := saver.best_artifact_path) is not None:
+        table.add_row("best/", f"still the artifact of {older.name}.ckpt, another checkpoint")
     return table
-
-
-def _parity(parity: dict[str, object]) -> str:
-    error = parity.get("max_relative_error")
-    if isinstance(error, float | int):
-        return f"parity error {error:.1e}"
-    return f"parity {parity['status']}: {parity.get('reason', 'no reason given')}"
 
 
 def _short(path: Path) -> str:

@@ -258,7 +258,9 @@ def _write(model: nn.Module, spec: ExportSpec, format: str, folder: Path, images
     """The file of a format, also one that is refused."""
     try:
         export_model(model, spec, folder, [format], images=images, overwrite=True)
-    except RejectedError:
+    except RejectedError as error:
+        if not error.final:  # there is no file
+            raise
         folder = folder.with_name(folder.name + REJECTED)
     return folder / FORMATS[format].filename
 

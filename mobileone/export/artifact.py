@@ -1,11 +1,13 @@
 """From a trained model to a published folder of fused files."""
 
+import contextlib
 import copy
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +43,24 @@ REJECTED = ".rejected"  # what a folder that failed its checks is called, after 
 
 
 class RejectedError(RuntimeError):
-    """An artifact failed its checks, so that it was not published under its name."""
+    """No file of an artifact could be published.
+
+    Args:
+        message: the reasons, in a line.
+        final: whether all of them are checks that failed, as they would again.
+    """
+
+    def __init__(self, message: str, final: bool = True) -> None:
+        super().__init__(message)
+        self.final = final
+
+
+class _File(NamedTuple):
+    """One format of an artifact: written and checked, or the reason why not."""
+
+    entry: dict[str, Any] | None
+    problems: list[str]
+    error: Exception | None = None
 
 
 def export_model(
@@ -60,8 +79,9 @@ def export_model(
 ) -> Manifest:
     """Fuse `model` and publish the folder `directory` with one file a format and a manifest.
 
-    The folder appears complete and checked, or not at all. `model`, the random states and
-    PyTorch's modes are left as they were.
+    The folder appears complete and checked, or not at all. A format whose file could not be
+    written, or failed a check, is left out: the manifest's `rejected` says why, and the file is in
+    `<directory>.rejected`. `model`, the random states and PyTorch's modes are left as they were.
 
     Args:
         model: network in any mode, dtype and device; (N, C, H, W) normalized -> (N, classes).
@@ -80,12 +100,13 @@ def export_model(
         synthetic: number of synthetic images.
 
     Returns:
-        The manifest that was written, parity included.
+        The manifest that was written, with how far each file is from the model, and `rejected`.
 
     Raises:
         FileExistsError: `directory` exists and `overwrite` is false.
-        RejectedError: a file computes something else than the model, beyond its format's tolerance,
-            or has operations that the fused model has not. It is in `<directory>.rejected`.
+        RejectedError: no file could be published: each computes something else than the model,
+            beyond its format's tolerance, has operations that the fused model has not, or could not
+            be written.
         ImportError: a format needs a package that is not installed.
         ValueError: an unknown format, one for floats where the network is quantized or the reverse,
             or a model whose outputs do not have the shapes of `outputs`.
@@ -109,20 +130,19 @@ def export_model(
         check_integers(chosen, is_quantized(fused), rows)
         checked = Reference(fused, expected_outputs, images)
         expected = fused_kinds(fused, normalize(images[:1], spec))
-        problems = unfused_layers(fused)
-        staged = folder / "artifact"
-        staged.mkdir()
-        entries = {}
+        unfused = unfused_layers(fused)
+        good, bad = folder / "artifact", folder / "rejected"
+        good.mkdir()
+        bad.mkdir()
+        files: dict[str, _File] = {}
         for name in chosen:
-            row, path = rows[name], staged / rows[name].filename
-            interface = row.write(fused, spec, path, metadata) or _UNDESCRIBED
-            checks = row.compare(path, spec, checked)
-            written = row.count_operations(path)
-            problems += _problems(name, checks)
-            if row.operations is not None:
-                found = structure_problems(count_kinds(written), expected)
-                problems += [f"{name}: {problem}" for problem in found]
-            entries[name] = describe_format(path, interface, written, checks)
+            place = folder / name  # a writer that fails leaves nothing among the others
+            place.mkdir()
+            path = place / rows[name].filename
+            files[name] = _write(name, rows[name], path, spec, metadata, checked, expected)
+            if files[name].entry is not None:
+                path.rename((bad if unfused or files[name].problems else good) / path.name)
+            shutil.rmtree(place)
         manifest = Manifest(
             spec=spec,
             training=run,
@@ -131,29 +151,62 @@ def export_model(
             channel_order={1: "L", 3: "RGB"}.get(spec.input_size[0], "unspecified"),
             images="given" if given else "synthetic",
             condition=max(conditions(fused).values(), default=None),
-            problems=tuple(problems),
-            formats=entries,
+            formats={n: f.entry for n, f in files.items() if f.entry and not f.problems},
+            rejected={n: "; ".join(f.problems) for n, f in files.items() if f.problems},
         )
-        manifest.save(staged)
+        problems = [*unfused, *(f"{n}: {p}" for n, f in files.items() for p in f.problems)]
+        if manifest.formats and not unfused:
+            manifest.save(good)
+            publish_folder(good, directory)
         rejected = directory.with_name(f"{directory.name}{REJECTED}")
-        publish_folder(staged, rejected if problems else directory)
-        if problems:
-            raise RejectedError(
-                f"{directory.name} is not published, its files are in {rejected}: "
-                + "; ".join(problems)
-            )
-        discard(rejected)
+        entries = {n: f.entry for n, f in files.items() if f.entry and (f.problems or unfused)}
+        if not entries:
+            discard(rejected)
+        else:
+            with contextlib.suppress(OSError):  # for a look: a full disk must not take the others
+                replace(manifest, formats=entries, problems=tuple(problems)).save(bad)
+                publish_folder(bad, rejected)
+    if not manifest.formats or unfused:
+        where = f", its files are in {rejected}" if entries else ""
+        errors = [file.error for file in files.values() if file.error]
+        raise RejectedError(
+            f"{directory.name} is not published{where}: {'; '.join(problems)}", final=not errors
+        ) from next(iter(errors), None)
     return manifest
+
+
+def _write(
+    name: str,
+    row: Format,
+    path: Path,
+    spec: ExportSpec,
+    metadata: Metadata,
+    checked: Reference,
+    expected: Mapping[str, int],
+) -> _File:
+    """Write one format and check it; whatever its writer or its reader raises is a reason."""
+    try:
+        interface = row.write(checked.model, spec, path, metadata) or _UNDESCRIBED
+        checks = row.compare(path, spec, checked)
+        written = row.count_operations(path)
+        problems = _problems(row, checks)
+        if row.operations is not None:
+            problems += structure_problems(count_kinds(written), expected)
+        return _File(describe_format(path, interface, written, checks), problems)
+    except Exception as error:
+        said = str(error).strip().partition("\n")[0]
+        return _File(None, [f"{type(error).__name__}: {said}"], error)
 
 
 def _is_empty(directory: Path) -> bool:
     return directory.is_dir() and not any(directory.iterdir())
 
 
-def _problems(name: str, checks: Mapping[str, Parity]) -> list[str]:
-    """Why a file must not ship."""
+def _problems(row: Format, checks: Mapping[str, Parity]) -> list[str]:
+    """Why a file must not ship, and what helps."""
     return [
-        f"{name}: {check.replace('_', ' ')}: {problem}"
+        f"{check.replace('_', ' ')}: {problem}"
+        + (f" ({row.advice})" if row.advice and check == "parity" else "")
         for check, parity in checks.items()
         if (problem := parity.problem())
     ]

@@ -105,6 +105,8 @@ def _header(manifest: Manifest) -> list[str]:
         rows["condition"] = f"one step of an input changes an output by {manifest.condition:.3g}"
     if manifest.problems:
         rows["REJECTED"] = "; ".join(manifest.problems)
+    else:
+        rows |= {f"no {name}": reason for name, reason in manifest.rejected.items()}
     return [_row(name, text) for name, text in rows.items()]
 
 

@@ -78,7 +78,8 @@ class Manifest:
             validation) or `synthetic`.
         condition: largest change of an output of a layer by one step of one of its inputs, in a
             network of integers; None in one of floats.
-        problems: why the artifact was not published; none in one that was.
+        rejected: why formats that were asked for are not among the files, by name.
+        problems: why the files of a folder `<name>.rejected` were not published.
         versions: of Python and the packages that wrote the files.
         created: time of writing, UTC, ISO 8601.
         schema_version: version of this layout.
@@ -92,6 +93,7 @@ class Manifest:
     formats: dict[str, dict[str, Any]]
     images: str = "synthetic"
     condition: float | None = None
+    rejected: Mapping[str, str] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=lambda: _versions())
     created: str = field(
@@ -154,6 +156,14 @@ class Manifest:
             if key in ("bytes", "max_relative_error", "top1_agreement") and value is not None
         }
 
+    def described(self) -> dict[str, str]:
+        """Each format in words: file, size and faithfulness, or why it was left out."""
+        written = {
+            name: f"{entry['path']}, {entry['bytes'] / 1e6:.1f} MB, {_in_words(entry['parity'])}"
+            for name, entry in self.formats.items()
+        }
+        return written | {name: f"left out: {reason}" for name, reason in self.rejected.items()}
+
     def name_of(self, file: Path) -> str | None:
         """The format that a file of the artifact has, by its name; None if it is not of it."""
         return next((n for n, entry in self.formats.items() if entry["path"] == file.name), None)
@@ -183,6 +193,17 @@ class Manifest:
             ]
         if problems:
             raise ValueError(f"{directory} does not match its manifest: {'; '.join(problems)}")
+
+
+def _in_words(parity: Mapping[str, Any]) -> str:
+    """A comparison in words; of integers, whose errors are steps, the classes alone."""
+    if (error := parity.get("max_relative_error")) is None:
+        return f"parity {parity['status']}: {parity.get('reason', 'no reason given')}"
+    said = [] if "min_agreement" in parity else [f"parity error {error:.1e}"]
+    if (agreement := parity.get("top1_agreement")) is not None:
+        images = parity["images"]
+        said.append(f"same class {round(agreement * images)}/{images}")
+    return ", ".join(said)
 
 
 def _check_inside(path: str, files: Iterable[str]) -> None:

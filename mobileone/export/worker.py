@@ -32,7 +32,7 @@ from mobileone.export.manifest import Manifest
 from mobileone.io.atomic import clean_stale, replace_text
 from mobileone.io.user_modules import import_user_modules, imported_user_modules
 
-__all__ = ["ExportResult", "ExportWorker", "can_travel", "modules_to_import", "run_job"]
+__all__ = ["ExportResult", "ExportWorker", "Status", "can_travel", "modules_to_import", "run_job"]
 
 _JOB, _RESULT, _LOG = "job.pt", "result.json", "log.txt"
 # of torchrun and Lightning, which a process outside the group must not take for its own
@@ -48,9 +48,10 @@ class ExportResult:
 
     Attributes:
         checkpoint: the file that was exported.
-        status: `published`; `rejected`, if a file failed its checks, as it would again; `failed`.
+        status: `published`, if there is a file; `rejected`, if all failed their checks, as they
+            would again; `failed`.
         manifest: that of the published or the rejected folder; None if the export failed.
-        reason: why nothing was published, in a line; None if it was.
+        reason: why a file is missing, in a line; None if none is.
         details: the traceback, or more of the same.
     """
 
@@ -68,11 +69,14 @@ class ExportResult:
         checkpoint = str(job.checkpoint)
         folder = job.directory
         if status == "published":
-            return cls(checkpoint, status, Manifest.load(folder))
+            manifest = Manifest.load(folder)
+            missing = "; ".join(f"{name}: {why}" for name, why in manifest.rejected.items())
+            said = f"{folder.name} has files for {', '.join(manifest.formats)}, and not for"
+            return cls(checkpoint, status, manifest, f"{said} {missing}" if missing else None)
         reason = f"Exporting {folder.name} failed: {reason}"
         rejected = folder.with_name(folder.name + REJECTED)
-        manifest = Manifest.load(rejected) if status == "rejected" else None
-        return cls(checkpoint, status, manifest, reason, details or reason)
+        found = Manifest.load(rejected) if status == "rejected" else None
+        return cls(checkpoint, status, found, reason, details or reason)
 
 
 def run_job(job: ExportJob) -> ExportResult:
@@ -86,7 +90,7 @@ def _run(job: ExportJob) -> tuple[Status, str, str]:
         job.run()
         return "published", "", ""
     except RejectedError as error:
-        return "rejected", str(error), traceback.format_exc()
+        return "rejected" if error.final else "failed", str(error), traceback.format_exc()
     except Exception as error:
         return "failed", f"{type(error).__name__}: {error}", traceback.format_exc()
 

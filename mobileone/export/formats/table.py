@@ -61,6 +61,11 @@ __all__ = [
 FLOAT32_TOLERANCE, FLOAT16_TOLERANCE = 1e-3, 5e-2
 PROGRAM_TOLERANCE = 1e-4  # nothing but the order of the sums differs
 CLASSIFIER_TOLERANCE = 1e-5  # the same, of a classifier in float32: 1e-6 was measured
+_FLOAT16_ADVICE = (
+    "float16 keeps 11 bits and ends at 65504, which the statistics of few training steps exceed: "
+    "train longer, or choose float32, --formats '[torchscript,coreml_fp32]' (of fit: "
+    "--checkpoint.formats)"
+)
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ class Format:
         program_tolerance: the same as `tolerance`, against the fused network, from which nothing
             but the order of the sums differs; None leaves that comparison out.
         needs: the packages to write it, as `pip` takes them.
+        advice: what helps where a file errs too much.
     """
 
     filename: str
@@ -103,6 +109,7 @@ class Format:
     optional_pixels: bool = False
     program_tolerance: float | None = None
     needs: tuple[str, ...] = ()
+    advice: str = ""
 
     def returns(self, spec: ExportSpec) -> str:
         """What the runner returns for a file with this spec: `logits` or `probabilities`."""
@@ -166,7 +173,9 @@ def tensor_formats(outputs: Sequence[str] | None = None) -> dict[str, Format]:
     return rows
 
 
-def _coreml(filename: str, precision: coreml.Precision, tolerance: float) -> Format:
+def _coreml(
+    filename: str, precision: coreml.Precision, tolerance: float, advice: str = ""
+) -> Format:
     """A row for an `.mlpackage` with weights and arithmetic in `precision`."""
     return Format(
         filename,
@@ -182,6 +191,7 @@ def _coreml(filename: str, precision: coreml.Precision, tolerance: float) -> For
             tolerance=tolerance,
             program_tolerance=PROGRAM_TOLERANCE,
         ),
+        advice=advice,
     )
 
 
@@ -204,7 +214,7 @@ def _int8(name: str, row: Format) -> Format:
 
 FORMATS = {
     **tensor_formats(),
-    "coreml": _coreml("model.mlpackage", "float16", FLOAT16_TOLERANCE),
+    "coreml": _coreml("model.mlpackage", "float16", FLOAT16_TOLERANCE, _FLOAT16_ADVICE),
     "coreml_fp32": _coreml("model.fp32.mlpackage", "float32", FLOAT32_TOLERANCE),
 }
 FORMATS |= {f"{name}_int8": _int8(name, FORMATS[name]) for name in int8.ROADS}

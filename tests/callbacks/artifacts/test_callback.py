@@ -1,6 +1,7 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from callbacks.artifacts.callback import ReparameterizeOnSave
 from callbacks.artifacts.folder import CheckpointFolder
 from callbacks.ema import EMA
 from lightning_modules.errors import message_for_user
-from mobileone.export import ExportSpec, Manifest, Metadata, load_torchscript_artifact
+from mobileone.export import FORMATS, ExportSpec, Manifest, Metadata, load_torchscript_artifact
 from mobileone.export import checkpoint as exports
 from mobileone.export.artifact import RejectedError
 from mobileone.io import optional_import
@@ -375,6 +376,26 @@ def test_only_an_artifact_that_failed_its_checks_is_not_tried_again(
     fit(ScoredClassifier([0.95, 0.2]), make(), tmp_path, max_epochs=4, resume=resume)
     assert targets(folder)["best.ckpt"] == f"{name(2)}.ckpt"
     assert not (folder / name(2)).exists()
+
+
+def no_converter(model, spec, path, metadata):
+    raise RuntimeError("no such operator\nat line 3")
+
+
+def test_a_format_that_cannot_be_written_does_not_take_the_others_with_it(
+    make, tmp_path, folder, monkeypatch
+):
+    monkeypatch.setitem(FORMATS, "onnx", replace(FORMATS["onnx"], write=no_converter))
+    callback = make(formats=["torchscript", "onnx"])
+    with pytest.warns(UserWarning, match="and not for onnx: RuntimeError: no such operator") as w:
+        fit(ScoredClassifier([0.1]), callback, tmp_path)
+    assert contents(folder) == expected(0)
+    assert "no such operator" in callback.last_error
+    assert not any("tries again" in str(said.message) for said in w)  # which it would not
+    resume = str(folder / "last.ckpt")
+    with pytest.raises(RuntimeError, match="no such operator"):
+        strict = make(formats=["torchscript", "onnx"], strict=True)
+        fit(ScoredClassifier([0.2]), strict, tmp_path, max_epochs=2, resume=resume)
 
 
 @pytest.mark.parametrize("rejected", [True, False])

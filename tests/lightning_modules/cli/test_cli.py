@@ -4,6 +4,7 @@ import csv
 import json
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from lightning_modules.cli.main import main
 from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.run.fit import run
 from lightning_modules.run.folder import RunFolder
+from mobileone.export import FORMATS
 from tests.helpers.command import FIT, error_of
 from tests.helpers.processes import run_python
 
@@ -253,6 +255,27 @@ def test_predict_takes_a_checkpoint_or_an_artifact(trained, cache, tmp_path):
     assert [r["path"] for r in tables[0]] == [r["path"] for r in tables[1]]
     for ours, shipped in zip(*tables, strict=True):
         assert float(ours["probability"]) == pytest.approx(float(shipped["probability"]), abs=1e-4)
+
+
+def test_an_export_that_leaves_a_format_out_keeps_the_others_and_exits_with_1(
+    trained, tmp_path, monkeypatch, capsys
+):
+    def no_converter(model, spec, path, metadata):
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setitem(FORMATS, "onnx", replace(FORMATS["onnx"], write=no_converter))
+    checkpoint = str(trained / "checkpoints" / "best.ckpt")
+    with pytest.raises(SystemExit) as caught:
+        main(["export", checkpoint, "some", "--formats", "[onnx,torchscript]"])
+    assert caught.value.code == 1
+    (written, left_out, folder) = capsys.readouterr().out.splitlines()
+    assert written.startswith("torchscript  model.torchscript.pt, ")
+    assert left_out == "onnx         left out: RuntimeError: no such operator"
+    assert folder == "-> some" and (tmp_path / "some/model.torchscript.pt").is_file()
+    main(["export", checkpoint, "all", "--formats", "[torchscript]"])
+    error = error_of(capsys, "export", checkpoint, "none", "--formats", "[onnx]")
+    assert "none is not published: onnx: RuntimeError: no such operator" in error
+    assert not Path("none").exists()
 
 
 def test_every_file_of_an_artifact_predicts_and_is_described(trained, cache, tmp_path, capsys):

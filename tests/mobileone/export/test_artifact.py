@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import random
+import re
 import sys
 import warnings
 
@@ -19,6 +20,7 @@ from mobileone.export import (
     load_torchscript_artifact,
 )
 from mobileone.export.formats import table as formats_module
+from mobileone.export.inspect import describe_artifact
 from mobileone.export.isolation import isolated
 from tests.helpers.processes import run_python
 from tests.helpers.tiny import tiny_network, tiny_spec
@@ -70,6 +72,44 @@ def test_a_wrong_file_is_not_published_under_its_name(tmp_path, monkeypatch):
     assert "relative error" in manifest.problems[0]
     export_model(tiny_network(), tiny_spec(), folder, FORMATS)
     assert [p.name for p in tmp_path.iterdir()] == ["artifact"]
+
+
+def test_a_wrong_file_does_not_take_the_good_one_with_it(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    folder, names = tmp_path / "artifact", ["torchscript", "onnx"]
+    with monkeypatch.context() as patched:
+        sabotage(patched)
+        manifest = export_model(tiny_network(), tiny_spec(), folder, names)
+    assert list(manifest.formats) == ["onnx"]
+    assert re.match("parity: relative error .* is above 0.001", manifest.rejected["torchscript"])
+    assert Manifest.load(folder) == manifest
+    manifest.verify(folder)
+    assert {p.name for p in folder.iterdir()} == {"model.onnx", "manifest.json"}
+    beside = Manifest.load(tmp_path / "artifact.rejected")  # for a look
+    beside.verify(tmp_path / "artifact.rejected")
+    assert list(beside.formats) == ["torchscript"]
+    assert "no torchscript" in describe_artifact(folder)
+    assert "REJECTED" in describe_artifact(tmp_path / "artifact.rejected")
+    assert list(manifest.described()) == ["onnx", "torchscript"]
+    assert manifest.described()["torchscript"].startswith("left out: parity: relative error")
+    whole = export_model(tiny_network(), tiny_spec(), folder, names, overwrite=True)
+    assert whole.rejected == {} and set(whole.formats) == {*names}
+    assert [p.name for p in tmp_path.iterdir()] == ["artifact"]
+
+
+def test_float16_that_overflows_is_left_out_with_what_helps(tmp_path):
+    """As of statistics of few steps: a variance that is far too small."""
+    pytest.importorskip("coremltools")
+    model = tiny_network()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var /= 1e9
+    manifest = export_model(model, tiny_spec(), tmp_path / "artifact")
+    assert list(manifest.formats) == ["torchscript"]
+    assert re.search(
+        r"not finite .*train longer.*--formats '\[torchscript,coreml_fp32\]'",
+        manifest.rejected["coreml"],
+    )
 
 
 def test_a_rejected_artifact_leaves_the_older_one(tmp_path, monkeypatch):

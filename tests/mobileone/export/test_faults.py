@@ -14,6 +14,7 @@ import torch
 from mobileone.export import (
     FORMATS,
     Manifest,
+    RejectedError,
     export_model,
     load_runner,
 )
@@ -76,17 +77,30 @@ def test_a_read_only_folder_is_said(tmp_path):
     assert list(locked.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", OF_FLOATS)
-def test_a_full_disk_while_a_file_is_written_leaves_nothing(name, tmp_path, monkeypatch):
-    row = FORMATS[name]
+def full(model, spec, path, metadata):
+    path.write_bytes(b"half a file")
+    path.with_name("more").write_bytes(b"of the writer's own")
+    raise OSError(28, "No space left on device")
 
-    def full(model, spec, path, metadata):
-        path.write_bytes(b"half a file")
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setitem(FORMATS, name, dataclasses.replace(row, write=full))
-    with pytest.raises(OSError, match="No space left"):
-        export_model(tiny_network(), tiny_spec(), tmp_path / "artifact", ["torchscript", name])
+def test_a_full_disk_while_a_file_is_written_leaves_the_other_files(tmp_path, monkeypatch):
+    monkeypatch.setitem(FORMATS, "onnx", dataclasses.replace(FORMATS["onnx"], write=full))
+    folder = tmp_path / "artifact"
+    manifest = export_model(tiny_network(), tiny_spec(), folder, ["onnx", "torchscript"])
+    assert manifest.rejected == {"onnx": "OSError: [Errno 28] No space left on device"}
+    assert manifest == Manifest.load(folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["artifact"]
+    assert {p.name for p in folder.iterdir()} == {"model.torchscript.pt", "manifest.json"}
+    load_runner(folder).run(torch.zeros(1, 3, 32, 48, dtype=torch.uint8))
+
+
+def test_a_full_disk_for_all_files_leaves_nothing_and_may_be_tried_again(tmp_path, monkeypatch):
+    for name in ("onnx", "torchscript"):
+        monkeypatch.setitem(FORMATS, name, dataclasses.replace(FORMATS[name], write=full))
+    with pytest.raises(RejectedError, match=r"onnx: OSError.*; torchscript: .*No space") as caught:
+        export_model(tiny_network(), tiny_spec(), tmp_path / "a", ["onnx", "torchscript"])
+    assert not caught.value.final
+    assert isinstance(caught.value.__cause__, OSError)
     assert list(tmp_path.iterdir()) == []
 
 
