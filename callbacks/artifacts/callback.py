@@ -19,9 +19,10 @@ from callbacks.artifacts.publisher import ExportQueue, Listener, Publisher
 from callbacks.artifacts.shipped import (
     Architecture,
     architecture,
-    first_images_uint8,
     get_network,
     get_spec,
+    images_due,
+    images_uint8,
     rebuilt,
 )
 from callbacks.checkpointing import AtomicCheckpoint, on_rank_zero
@@ -77,8 +78,8 @@ class ReparameterizeOnSave(AtomicCheckpoint):
     The next validation waits for it, and so does the end of the fit; a worker that dies or hangs is
     a failed export.
 
-    Every format is compared with the network on the first validation images, 8 or, of integers, up
-    to 128 of the first batch, which are kept in the checkpoint for later exports (unless
+    Every format is compared with the network on 64 validation images or, of integers, 128, evenly
+    from all batches, which are kept in the checkpoint for later exports (unless
     `save_weights_only`). A file above its format's tolerance, or that cannot be written, is left
     out: the manifest says why, and the file stays in `<name>.rejected/` for a look. If that is so
     of all files, the export has failed. Errors and sizes go to the loggers as
@@ -145,7 +146,8 @@ class ReparameterizeOnSave(AtomicCheckpoint):
         self.background, self.timeout = background, timeout
         self.last_error: str | None = None
         self._publisher: Publisher | None = None
-        self._images: Tensor | None = None
+        self._collected: list[Tensor] = []
+        self._enough = False
         self._rebuilt: Architecture | None = None
         self.listeners: list[Listener] = []
 
@@ -216,11 +218,16 @@ class ReparameterizeOnSave(AtomicCheckpoint):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the first images of the fit to compare the files on."""
-        if self._images is None and batch_idx == 0 and trainer.is_global_zero:
-            # integers may differ in a class of a hundred
-            count = 8 if scheme_of(get_network(pl_module)) is None else 128
-            self._images = first_images_uint8(batch, get_spec(pl_module), count)
+        """Keep images of all batches of the fit's first validation to compare the files on."""
+        if trainer.sanity_checking or not trainer.is_global_zero or self._enough:
+            return
+        # integers may differ in a class of a hundred
+        count = 64 if scheme_of(get_network(pl_module)) is None else 128
+        left = count - sum(map(len, self._collected))
+        due = min(left, images_due(batch_idx, sum(trainer.num_val_batches), count))
+        found = images_uint8(batch, get_spec(pl_module), due) if due else None
+        if found is not None:
+            self._collected.append(found)
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the monitored metric's name, before an epoch is spent.
@@ -238,8 +245,8 @@ class ReparameterizeOnSave(AtomicCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """So that a later export of the file alone is compared on the same images."""
-        if self._images is not None:
-            checkpoint[IMAGES_KEY] = self._images
+        if self._collected:
+            checkpoint[IMAGES_KEY] = torch.cat(self._collected)
 
     def on_train_batch_end(
         self,
@@ -249,8 +256,10 @@ class ReparameterizeOnSave(AtomicCheckpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Take in an export that has ended meanwhile."""
+        """Take in an export that has ended; validate if the fit ends without a result otherwise."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if not self.last_model_path and _ends_here(trainer):
+            trainer.check_val_every_n_epoch, trainer.should_stop = 1, True
         publisher = self._publisher
         if publisher is None or self.strict:  # strict: all ranks stop at the next validation
             return
@@ -281,6 +290,7 @@ class ReparameterizeOnSave(AtomicCheckpoint):
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if not fitting or is_dry_run(trainer):
             return
+        self._enough = bool(self._collected)
         metrics = self._monitor_candidates(trainer)
         path, score, self.best_k_models = trainer.strategy.broadcast(
             (self.format_checkpoint_name(metrics), self._score(metrics), self.best_k_models)
@@ -413,7 +423,7 @@ class ReparameterizeOnSave(AtomicCheckpoint):
             overwrite=True,
             metrics=known if metrics is None else metrics,
             spec=get_spec(pl_module),
-            images=self._images,
+            images=torch.cat(self._collected) if self._collected else None,
             network=None if architecture(network) == self._rebuilt else network,
             pixels=self.pixels,
         )
@@ -455,6 +465,13 @@ class ReparameterizeOnSave(AtomicCheckpoint):
         self.last_error = result.reason
         if result.reason:
             rank_zero_warn(f"{result.reason}\n{then[result.status]}")
+
+
+def _ends_here(trainer: Trainer) -> bool:
+    """Whether no training step follows this one."""
+    steps, epochs = trainer.max_steps, trainer.max_epochs or 0
+    ends = trainer.is_last_batch and trainer.current_epoch + 1 >= epochs > 0
+    return not is_dry_run(trainer) and (trainer.global_step >= steps > 0 or ends)
 
 
 def _attempt(work: Callable[[], ExportResult | None]) -> ExportResult | None:

@@ -18,7 +18,8 @@ class CheckpointFolder:
     """Checkpoints `<name>.ckpt`, artifacts `<name>/`, and links to the last and the best of each.
 
     A link to an artifact stays on the newest one that exists: after an export that failed, `last/`
-    is older than `last.ckpt`, and whatever a link points to is kept.
+    is older than `last.ckpt`, and whatever a link points to is kept. `best.ckpt` waits for the
+    export that moves `best/`.
     """
 
     def __init__(self, path: str | Path) -> None:

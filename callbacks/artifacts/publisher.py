@@ -53,6 +53,11 @@ class ExportQueue:
         """Whether a worker runs."""
         return self._worker is not None and self._worker.running()
 
+    def holds(self, checkpoint: str) -> bool:
+        """Whether the export of a checkpoint has yet to end."""
+        running = [self._worker.job] if self._worker else []
+        return any(str(job.checkpoint) == checkpoint for job in [*running, *self._queue])
+
     def submit(self, job: ExportJob) -> None:
         """Export a checkpoint, now or after those before it."""
         self._record(job, "failed", "the export has not ended")
@@ -222,7 +227,8 @@ class Publisher:
         folder, (last, best) = self.folder, self.ranking()
         before = {*earlier, *folder.linked_checkpoints()}
         folder.move_link("last", [last])
-        folder.move_link("best", best)
+        if not (best and self.exports.holds(best[0]) and folder.linked_artifact("best")):
+            folder.move_link("best", best)  # of checkpoint and artifact together
         keep = {*best, last} | folder.linked_checkpoints()
         for old in sorted(before - keep):
             if self.removable(old, last):

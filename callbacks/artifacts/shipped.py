@@ -1,5 +1,6 @@
 """What a LightningModule ships: its network, its spec, and images to compare the files on."""
 
+import math
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from mobileone.export.preprocess import denormalize
 __all__ = [
     "Architecture",
     "architecture",
-    "first_images_uint8",
     "get_network",
     "get_spec",
+    "images_due",
+    "images_uint8",
     "rebuilt",
 ]
 
@@ -64,9 +66,19 @@ def rebuilt(pl_module: LightningModule) -> Architecture | None:
         return None
 
 
-def first_images_uint8(batch: Any, spec: ExportSpec, count: int = 8) -> Tensor | None:
-    """The first 8-bit images of a batch (images, ...); None if they are not of the spec's size."""
+def images_uint8(batch: Any, spec: ExportSpec, count: int) -> Tensor | None:
+    """8-bit images of a batch (images, ...), evenly; None if they are not of the spec's size."""
     images = batch[0] if isinstance(batch, (list, tuple)) and batch else None
     if not isinstance(images, Tensor) or tuple(images.shape[1:]) != spec.input_size:
         return None
-    return denormalize(images[:count], spec)
+    return denormalize(images[:: max(1, len(images) // count)][:count], spec)
+
+
+def images_due(batch_idx: int, batches: float, count: int) -> int:
+    """How many images a batch gives so that all give `count`, evenly, the last one the rest.
+
+    Validation sets are sorted by class. A stream of unknown length gives all of each batch.
+    """
+    if math.isinf(batches) or batch_idx >= (full := max(1, batches - 1)):  # the last may be short
+        return count
+    return int(count * (batch_idx + 1) // full - count * batch_idx // full)

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import timm
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -290,6 +290,11 @@ class ImageClassifier(TrainingModule):
         # a development run of a few batches ends before any warm-up would
         warmup_epochs = 0 if is_dry_run(self.trainer) else h["warmup_epochs"]
         warmup = round(warmup_epochs * steps_per_epoch(self.trainer)) if warmup_epochs else 0
+        if warmup >= total_steps:  # of a try of a few steps
+            rank_zero_warn(
+                f"warm-up is cut to {total_steps - 1} of {warmup} steps: the run has {total_steps}"
+            )
+            warmup = total_steps - 1
         shape, end = h["schedule"], _STEP_LR_END if h["schedule"] == "step" else 0.0
         schedules: list[LRScheduler] = [Schedule(optimizer, "lr", total_steps, shape, end, warmup)]
         if h["weight_decay"]:

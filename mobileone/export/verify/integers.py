@@ -79,7 +79,8 @@ def check(
         return outputs
 
     def classes() -> Parity:
-        return replace(compare(expected, found(), output), min_agreement=MIN_AGREEMENT)
+        parity = compare(expected, found(), output)
+        return replace(parity, min_agreement=MIN_AGREEMENT, max_clear_changed=None)
 
     def typical() -> Parity:
         pairs = zip(expected.split(1), found().split(1), strict=True)

@@ -1,5 +1,6 @@
 """How far an exported file's outputs are from those of the trained network."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -22,6 +23,9 @@ __all__ = [
     "measure",
     "recovered_logits",
 ]
+
+# An image whose two largest probabilities are at least this far apart has a clear class
+CLEAR_MARGIN = 0.1
 
 # A file as a function: 8-bit images (N, C, H, W) -> the output, or several in the network's order
 Runner = Callable[[Tensor], Any]
@@ -50,6 +54,12 @@ class Reference:
         """A classifier's output, (N, classes)."""
         return self.outputs["logits"]
 
+    def at_most(self, count: int | None) -> "Reference":
+        """The same with fewer images, taken evenly from all of them; None keeps all."""
+        step = 1 if count is None else math.ceil(len(self.images) / count)
+        outputs = {name: output[::step] for name, output in self.outputs.items()}
+        return replace(self, outputs=outputs, images=self.images[::step])
+
     @torch.no_grad()
     def fused_outputs(self, spec: ExportSpec) -> dict[str, Tensor]:
         """The same of the fused network."""
@@ -72,6 +82,10 @@ class Parity:
         top1_agreement: share of the images given the same class, 0..1; of classifiers only.
         tolerance: largest `max_relative_error` that is accepted.
         min_agreement: least `top1_agreement` that is accepted.
+        clear_images: how many have a clear class: the network's two largest probabilities are at
+            least 0.1 apart.
+        clear_changed: how many of these the file gives another class.
+        max_clear_changed: largest `clear_changed` that is accepted.
     """
 
     status: str
@@ -82,20 +96,31 @@ class Parity:
     top1_agreement: float | None = None
     tolerance: float | None = None
     min_agreement: float | None = None
+    clear_images: int | None = None
+    clear_changed: int | None = None
+    max_clear_changed: int | None = None
 
     @property
     def accepted(self) -> bool:
         """False if the outputs are not finite, err too much, or agree too seldom."""
-        if self.status == "not finite" or self._disagrees:
+        if self.status == "not finite" or self._disagrees or self._changes:
             return False
-        if self.max_relative_error is None or self.tolerance is None:
-            return True
-        return self.max_relative_error <= self.tolerance
+        return not self._too_far
 
     @property
     def _disagrees(self) -> bool:
         given = self.top1_agreement is not None and self.min_agreement is not None
         return given and self.top1_agreement < self.min_agreement  # type: ignore[operator]
+
+    @property
+    def _too_far(self) -> bool:
+        given = self.max_relative_error is not None and self.tolerance is not None
+        return given and not self.max_relative_error <= self.tolerance  # type: ignore[operator]
+
+    @property
+    def _changes(self) -> bool:
+        given = self.clear_changed is not None and self.max_clear_changed is not None
+        return given and self.clear_changed > self.max_clear_changed  # type: ignore[operator]
 
     def problem(self) -> str | None:
         """The reason why it is not accepted; None if it is."""
@@ -108,9 +133,14 @@ class Parity:
             )
         if self.max_relative_error is None:
             return self.reason
+        if self._too_far:
+            return (
+                f"relative error {self.max_relative_error:.2g} of the {self.kind} is above "
+                f"{self.tolerance:g}"
+            )
         return (
-            f"relative error {self.max_relative_error:.2g} of the {self.kind} is above "
-            f"{self.tolerance:g}"
+            f"another class than the network's for {self.clear_changed} of the {self.clear_images} "
+            "images whose class is clear"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -174,15 +204,34 @@ def compare(
     if not ranked:  # an image may have no large value in its map
         scale = scale.max()
     scale = scale.clamp_min(torch.finfo(torch.float64).tiny)
-    agree = (reference.argmax(dim=1) == candidate.argmax(dim=1)).double().mean()
-    return Parity(
+    parity = Parity(
         "measured",
         kind=kind,
         images=len(reference),
         max_relative_error=float((difference / scale).max()),
-        top1_agreement=float(agree) if ranked else None,
         tolerance=tolerance,
     )
+    if not ranked:
+        return parity
+    changed = reference.argmax(dim=1) != candidate.argmax(dim=1)  # (N,)
+    parity = replace(parity, top1_agreement=1 - float(changed.double().mean()))
+    if kind not in ("logits", "probabilities"):
+        return parity
+    clear = _is_clear(reference.softmax(dim=1) if kind == "logits" else reference)
+    return replace(
+        parity,
+        clear_images=int(clear.sum()),
+        clear_changed=int((clear & changed).sum()),
+        max_clear_changed=0,
+    )
+
+
+def _is_clear(probabilities: Tensor) -> Tensor:
+    """Whether the class of each image is clear, (N,)."""
+    if probabilities.shape[1] < 2:
+        return torch.zeros(len(probabilities), dtype=torch.bool)
+    first, second = probabilities.topk(2, dim=1).values.unbind(dim=1)
+    return first - second >= CLEAR_MARGIN
 
 
 def compare_outputs(

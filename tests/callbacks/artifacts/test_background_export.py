@@ -224,6 +224,24 @@ def test_training_goes_on_while_the_worker_works(make, tmp_path, folder, started
     assert seen == [False] * STEPS + [True]
 
 
+def test_best_checkpoint_and_best_artifact_are_one_network_while_the_worker_works(
+    make, tmp_path, folder, started
+):
+    """Its link waits for the export that moves the artifact's."""
+    seen = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.current_epoch == 2 and batch_idx == 0:
+                found = targets(folder)
+                seen.append((found["best"], found["best.ckpt"], found["last.ckpt"]))
+
+    fit(ScoredClassifier([0.1, 0.5, 0.2]), make(), tmp_path, max_epochs=3, callbacks=[Look()])
+    assert seen == [(name(0), f"{name(0)}.ckpt", f"{name(1)}.ckpt")]
+    assert targets(folder)["best"] == name(1)
+    assert targets(folder)["best.ckpt"] == f"{name(1)}.ckpt"
+
+
 def test_two_runs_do_not_write_to_one_folder(make, tmp_path, folder):
     def second(trainer, pl_module):
         with pytest.raises(RuntimeError, match="another run writes to"):

@@ -144,6 +144,20 @@ def test_the_sanity_check_and_a_dry_run_save_nothing(make, tmp_path, folder):
     assert not (tmp_path / "dry").exists()
 
 
+@pytest.mark.parametrize("end", [{"max_steps": 2}, {"max_steps": 6}, {"max_epochs": 2}])
+def test_a_fit_that_would_end_without_a_validation_validates_at_its_end(
+    make, tmp_path, folder, end
+):
+    trainer = fit(
+        ScoredClassifier([0.5]), make(), tmp_path, check_val_every_n_epoch=3,
+        **{"max_epochs": -1, **end},
+    )  # fmt: skip
+    steps = trainer.global_step
+    assert steps == end.get("max_steps", 2 * STEPS)
+    assert targets(folder)["best"] == f"epoch={(steps - 1) // STEPS:03d}-step={steps:06d}"
+    assert Manifest.load(folder / "best").training.metrics["val/acc1"] == pytest.approx(0.5)
+
+
 def test_a_separate_validation_saves_nothing(make, tmp_path, folder):
     trainer = fit(ScoredClassifier([0.5]), make(), tmp_path)
     before = contents(folder)

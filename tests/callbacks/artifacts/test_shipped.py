@@ -1,11 +1,18 @@
 """Whether a checkpoint alone rebuilds the network that ships."""
 
+import pytest
 import timm
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from callbacks.artifacts.shipped import architecture, get_network, rebuilt
+from callbacks.artifacts.shipped import (
+    architecture,
+    get_network,
+    images_due,
+    images_uint8,
+    rebuilt,
+)
 from mobileone.export import ExportSpec
 
 
@@ -38,6 +45,24 @@ def test_a_network_that_was_changed_is_not_that_of_its_name():
     assert architecture(get_network(module)) != rebuilt(module)
     module.model = nn.Linear(2, 2)
     assert architecture(get_network(module)) != rebuilt(module)
+
+
+@pytest.mark.parametrize(
+    "sizes", [[32] * 11 + [8], [128], [64, 2], [32, 32, 8], [10, 10], [1] * 200, [256] * 9]
+)
+def test_64_images_are_kept_if_there_are_as_many_from_all_over_the_set(sizes):
+    kept = 0
+    spec = Module("test_byobnet").export_spec
+    per_batch = []
+    for index, size in enumerate(sizes):
+        due = min(64 - kept, images_due(index, len(sizes), 64))
+        found = images_uint8((torch.zeros(size, 3, 32, 32),), spec, due) if due else []
+        kept += len(found)
+        per_batch.append(len(found))
+    assert kept == min(64, sum(sizes))
+    if len(sizes) > 3:
+        full = per_batch[:-1]
+        assert max(full) - min(full) <= 1
 
 
 def test_a_module_without_a_name_that_timm_knows_has_nothing_to_rebuild():

@@ -4,6 +4,7 @@ import csv
 import json
 import shlex
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from lightning_modules.cli.main import main
 from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.run.fit import run
 from lightning_modules.run.folder import RunFolder
-from mobileone.export import FORMATS
+from mobileone.export import FORMATS, Manifest
 from tests.helpers.command import FIT, error_of
 from tests.helpers.processes import run_python
 
@@ -255,6 +256,26 @@ def test_predict_takes_a_checkpoint_or_an_artifact(trained, cache, tmp_path):
     assert [r["path"] for r in tables[0]] == [r["path"] for r in tables[1]]
     for ours, shipped in zip(*tables, strict=True):
         assert float(ours["probability"]) == pytest.approx(float(shipped["probability"]), abs=1e-4)
+
+
+def test_a_first_try_of_three_steps_ends_with_files_that_work(cache, tmp_path, capsys):
+    """With the quickstart as it is: float16 may overflow, the other file is there."""
+    pytest.importorskip("coremltools")
+    fast = "--data.num_workers 0 --checkpoint.background false --trainer.limit_val_batches 3 "
+    fast += "--wandb.mode disabled --trainer.accelerator cpu"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        main(f"fit --config quickstart --trainer.max_steps 3 {fast}".split())
+    said = [str(warning.message) for warning in caught]
+    assert any("warm-up is cut to 2 of" in text for text in said)
+    best = tmp_path / "runs/quickstart/latest/checkpoints/best"
+    manifest = Manifest.load(best)
+    assert "torchscript" in manifest.formats
+    assert {*manifest.formats, *manifest.rejected} == {"torchscript", "coreml"}
+    assert manifest.formats["torchscript"]["parity"]["images"] == 64
+    assert any("train longer" in text for text in said) == bool(manifest.rejected)
+    main(["predict", str(best), str(next(cache.rglob("val")) / "3"), "3.csv"])
+    assert len(read_table(tmp_path / "3.csv")) > 10
 
 
 def test_an_export_that_leaves_a_format_out_keeps_the_others_and_exits_with_1(

@@ -5,6 +5,7 @@ import torch
 
 from mobileone.export.verify.parity import (
     NotVerifiedError,
+    Reference,
     compare,
     fixed_images,
     measure,
@@ -39,6 +40,42 @@ def test_answers_that_are_not_finite_are_neither_measured_nor_accepted(whose, va
     assert not parity.accepted
     assert parity.max_relative_error is None and parity.top1_agreement is None
     assert parity.problem() == f"the {whose} gives 2 of 3 images logits that are not finite"
+
+
+def test_a_clear_class_must_stay_and_a_tie_may_change():
+    """Within the error that is accepted, so that the classes alone decide."""
+    reference = torch.tensor([[2.0, 0.0, -9.0], [0.05, 0.0, -9.0], [5.0, 4.9, -9.0]])
+    tied, clear = reference.clone(), reference.clone()
+    tied[1:, 0] -= 0.2
+    clear[0, 1] = 2.1
+    accepted = compare(reference, tied, "logits", tolerance=0.5)
+    assert accepted.accepted and accepted.problem() is None
+    assert (accepted.clear_images, accepted.clear_changed) == (1, 0)
+    assert accepted.top1_agreement == pytest.approx(1 / 3)
+    rejected = compare(reference, clear, "logits", tolerance=0.5)
+    assert not rejected.accepted
+    assert rejected.problem() == (
+        "another class than the network's for 1 of the 1 images whose class is clear"
+    )
+    as_table = compare(reference.softmax(1), clear.softmax(1), "probabilities", tolerance=2)
+    assert (as_table.clear_images, as_table.clear_changed) == (1, 1)
+    assert not as_table.accepted
+
+
+def test_a_margin_of_a_tenth_is_clear():
+    for margin, clear in ((0.09, 0), (0.11, 1)):
+        table = torch.tensor([[(1 + margin) / 2, (1 - margin) / 2]])
+        assert compare(table.log(), table.log(), "logits").clear_images == clear
+    assert compare(torch.ones(2, 1), torch.ones(2, 1), "logits").clear_images == 0
+
+
+def test_fewer_images_are_taken_evenly_with_their_outputs():
+    images = torch.arange(64)
+    whole = Reference(torch.nn.Identity(), {"logits": images[:, None]}, images)
+    few = whole.at_most(8)
+    assert few.images.tolist() == [0, 8, 16, 24, 32, 40, 48, 56]
+    assert few.logits[:, 0].tolist() == few.images.tolist()
+    assert len(whole.at_most(60).images) == 32 and len(whole.at_most(None).images) == 64
 
 
 def test_shapes_must_agree():
