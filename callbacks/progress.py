@@ -4,12 +4,18 @@ import time
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-__all__ = ["EpochLines"]
+__all__ = ["EpochLines", "four_digits"]
+
+
+def four_digits(value: float) -> str:
+    """A metric for people: 0.9722, 12.3457, 9.751e+04."""
+    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e3 else f"{value:.4g}"
 
 
 class EpochLines(Callback):
     """Print epoch, step, metrics and seconds at the end of every training epoch.
 
+    Epochs count from 0, as in Lightning's progress bar, names of files and logs.
     In a terminal the lines are above the progress bar; in a log file they are the progress.
     """
 
@@ -41,10 +47,12 @@ class EpochLines(Callback):
         }
         if not shown:  # resumed at the end of the epoch
             return
-        metrics = "  ".join(f"{name} {float(value):.4g}" for name, value in sorted(shown.items()))
-        epochs = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
+        metrics = "  ".join(
+            f"{name} {four_digits(float(value))}" for name, value in sorted(shown.items())
+        )
+        epochs = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs - 1}"
         line = (
-            f"epoch {trainer.current_epoch + 1}{epochs}  step {trainer.global_step}  {metrics}  "
+            f"epoch {trainer.current_epoch}{epochs}  step {trainer.global_step}  {metrics}  "
             f"{time.monotonic() - self._started:.0f} s"
         )
         bar = trainer.progress_bar_callback

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from callbacks.progress import four_digits
 from lightning_modules.data.protocol import num_classes
 from lightning_modules.dense.data import DetectionData, SegmentationData
 from lightning_modules.dense.models import Detector, Segmenter
@@ -65,7 +66,8 @@ class _DenseCLI(training.TrainingCLI):
         """Print how good the best model is, and where it is."""
         saver = self.trainer.checkpoint_callback
         if isinstance(saver, ModelCheckpoint) and saver.best_model_score is not None:
-            print(f"{saver.monitor} {float(saver.best_model_score):.4f}: {saver.best_model_path}")
+            score = four_digits(float(saver.best_model_score))
+            print(f"{saver.monitor} {score}: {saver.best_model_path}")
             print(f"to ship it: {self.program} export {saver.best_model_path} shipped/")
 
 

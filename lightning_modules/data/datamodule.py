@@ -174,6 +174,11 @@ class ImageDataModule(ResumableData):
         index = self._splits.class_index
         return sorted(index, key=index.__getitem__)
 
+    @property
+    def tests_validation(self) -> bool:
+        """Whether a test sees the validation images, because the data have no others."""
+        return self._splits.tests_validation
+
     def set_curriculum(self, phases: Sequence[tuple[int, int, float]]) -> None:
         """Let image size and augmentation strength of the training change with the epoch.
 

@@ -87,7 +87,7 @@ class DatasetSplits:
             FileNotFoundError: no root or no such split; the message lists what is there.
             ValueError: no images, an empty class, or other classes than `class_index` has.
         """
-        if split == "test" and self._tests_validation:
+        if split == "test" and self.tests_validation:
             split = "val"  # with the checks of validation
         if split not in self._opened:
             if self._folders:
@@ -107,7 +107,7 @@ class DatasetSplits:
         return dataset if names == self.class_index else self._open(split, self.class_index)
 
     @property
-    def _tests_validation(self) -> bool:
+    def tests_validation(self) -> bool:
         """Whether the test is named like validation, or not named and not there."""
         if self._test_is_named:
             place = self._path if self._folders else self._names.get

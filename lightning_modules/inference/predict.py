@@ -74,6 +74,7 @@ def predict_folder(
     num_workers: int = 0,
     device: str = "auto",
     progress: bool = True,
+    overwrite: bool = False,
 ) -> PredictionSummary:
     """Classify images and write one CSV row an image, in the order of their paths.
 
@@ -96,15 +97,21 @@ def predict_folder(
         num_workers: processes that read images.
         device: for torch, or "auto" for the GPU if there is one.
         progress: show a bar.
+        overwrite: replace ``output`` if it exists.
 
     Raises:
         FileNotFoundError: no such source, no such images.
+        FileExistsError: ``output`` exists.
         ValueError: a source or device that cannot be used, an argument out of its range.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
     if Path(output).is_dir():
         raise ValueError(f"output={str(output)!r} is a folder: give the CSV file to write.")
+    if Path(output).exists() and not overwrite:
+        raise FileExistsError(
+            f"output={str(output)!r} exists: give another file, or --overwrite true."
+        )
     place = _device(device)
     paths = find_images(images)
     classify, spec = load_classifier(source, format, place)

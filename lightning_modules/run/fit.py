@@ -4,6 +4,7 @@ import copy
 import shlex
 import signal
 import sys
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import yaml
@@ -44,7 +45,7 @@ from lightning_modules.run.folder import RunFolder, SaveRunConfig
 from lightning_modules.run.option_words import spell_out
 from lightning_modules.run.parser import Parser, class_parser, class_path, is_class
 from lightning_modules.run.resume import Continuation, find_continuation, newest_usable
-from lightning_modules.run.summary import fit_summary
+from lightning_modules.run.summary import evaluation_summary, fit_summary
 from lightning_modules.run.trainer import IntLimitTrainer, TimmSyncBatchNorm, wait_for_rank_zero
 from lightning_modules.run.wandb_logger import (
     WandbOptions,
@@ -400,6 +401,27 @@ class TrainingCLI(LightningCLI):
         saver = self.trainer.checkpoint_callback
         if self.run is not None and isinstance(saver, ReparameterizeOnSave):
             Console().print(fit_summary(saver, self.run.path))
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """As LightningCLI does; the scores are printed below."""
+        kwargs: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
+        return {**kwargs, "verbose": False} if "verbose" in kwargs else kwargs
+
+    def after_validate(self) -> None:
+        """Print the scores."""
+        self._print_scores()
+
+    def after_test(self) -> None:
+        """Print the scores."""
+        self._print_scores()
+
+    @rank_zero_only
+    def _print_scores(self) -> None:
+        if self.config[self.subcommand].verbose:
+            Console().print(evaluation_summary(self.trainer, str(self.subcommand)))
+        pictures = Path(self.trainer.default_root_dir) / "report"
+        if self.subcommand == "test" and (pictures / "confusion_matrix.csv").is_file():
+            print(f"confusion matrix, as .csv and .png: {pictures}/confusion_matrix.*")
 
     @rank_zero_only
     def _say_how_to_continue(self) -> None:

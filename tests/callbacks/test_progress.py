@@ -26,7 +26,7 @@ def test_every_epoch_has_a_line_and_only_fresh_validation_metrics(tmp_path, caps
     said = capsys.readouterr().out.splitlines()
     lines = [re.sub(r"  \d+ s$", "", line) for line in said if line.startswith("epoch")]
     assert lines == [
-        "epoch 1/3  step 2  train/loss_epoch 2",
-        "epoch 2/3  step 4  train/loss_epoch 2  val/acc1 1",
-        "epoch 3/3  step 6  train/loss_epoch 2",
+        "epoch 0/2  step 2  train/loss_epoch 2.0000",
+        "epoch 1/2  step 4  train/loss_epoch 2.0000  val/acc1 1.0000",
+        "epoch 2/2  step 6  train/loss_epoch 2.0000",
     ]

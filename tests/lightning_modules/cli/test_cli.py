@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shlex
 import shutil
 import warnings
@@ -87,7 +88,8 @@ def trained(finished, tmp_path):
 def test_fit_leaves_everything_a_user_wants(tmp_path, capsys):
     fit()
     said = capsys.readouterr().out
-    assert "epoch 1/1  step 4  train/loss_epoch" in said
+    assert "epoch 0/0  step 4  train/loss_epoch" in said
+    assert "checkpoints/epoch=000-step=000004.ckpt" in said
     assert "parity error" in said
     run = tmp_path / "runs/quickstart/latest"
     for name in ("best", "last"):
@@ -221,7 +223,10 @@ def test_validate_and_test_need_nothing_but_the_checkpoint(trained, capsys):
     assert "val/acc1" in capsys.readouterr().out
     for more, count in (["--trainer.limit_test_batches", "2"], 64), ([], 360):
         main(["test", *checkpoint, *more])
-        assert "test/acc1" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert re.search(r"test/acc1 +│ [01]\.\d{4} +│", said)
+        assert "those of the validation: there is no test split" in said
+        assert f".png: {trained}/report/confusion_matrix.*" in said
         assert (trained / "report/confusion_matrix.png").is_file()
         rows = read_table(trained / "report/confusion_matrix.csv")
         assert len(rows) == 10

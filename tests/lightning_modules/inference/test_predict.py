@@ -113,7 +113,9 @@ def test_unreadable_images_get_a_row_with_the_reason(checkpoint, pets, tmp_path,
     (pets / "val" / "cat" / "1.png").write_bytes(b"")  # a whole batch of them, with batch_size 2
     (pets / "val" / "dog" / "0.png").write_bytes(b"hello")
     options = {"batch_size": 2, "num_workers": workers, "progress": False}
-    summary = predict_folder(checkpoint, pets / "val", tmp_path / "out.csv", **options)
+    summary = predict_folder(
+        checkpoint, pets / "val", tmp_path / "out.csv", overwrite=True, **options
+    )
     table = rows(tmp_path / "out.csv")
     assert [bool(row["error"]) for row in table] == [True, True, True, False]
     assert [row["label"] == "" for row in table] == [True, True, True, False]
@@ -124,7 +126,9 @@ def test_unreadable_images_get_a_row_with_the_reason(checkpoint, pets, tmp_path,
     assert [path for path, _ in summary.unreadable] == [row["path"] for row in table[:3]]
 
     options["skip_unreadable"] = True
-    summary = predict_folder(checkpoint, pets / "val", tmp_path / "out.csv", **options)
+    summary = predict_folder(
+        checkpoint, pets / "val", tmp_path / "out.csv", overwrite=True, **options
+    )
     assert [row["path"] for row in rows(tmp_path / "out.csv")] == [table[3]["path"]]
     assert len(summary.unreadable) == 3
 
@@ -147,11 +151,14 @@ def test_interruption_keeps_the_old_file_and_the_new_rows(checkpoint, pets, tmp_
 
     monkeypatch.setattr(predict, "load_classifier", failing)
     with pytest.raises(KeyboardInterrupt):
-        predict_folder(checkpoint, pets, output, batch_size=2, progress=False)
+        predict_folder(checkpoint, pets, output, batch_size=2, progress=False, overwrite=True)
     assert output.read_text() == "old"
     assert len(rows(tmp_path / "out.csv.partial")) == 4
     monkeypatch.setattr(predict, "load_classifier", real)
-    predict_folder(checkpoint, pets, output, batch_size=2, progress=False)
+    with pytest.raises(FileExistsError, match="overwrite true"):
+        predict_folder(checkpoint, pets, output, progress=False)
+    assert output.read_text() == "old"
+    predict_folder(checkpoint, pets, output, batch_size=2, progress=False, overwrite=True)
     assert len(rows(output)) == 14
     assert not (tmp_path / "out.csv.partial").exists()
 
@@ -235,8 +242,8 @@ def test_a_file_of_an_artifact_is_enough(checkpoint, model, spec, pets, tmp_path
     assert load_classifier(alone)[1] == load_classifier(file)[1] == spec
     tables = []
     for source in (checkpoint, file, alone, tmp_path / "artifact" / "manifest.json"):
-        predict_folder(source, pets / "val", tmp_path / "out.csv", progress=False)
-        tables.append(rows(tmp_path / "out.csv"))
+        predict_folder(source, pets / "val", tmp_path / f"{source.name}.csv", progress=False)
+        tables.append(rows(tmp_path / f"{source.name}.csv"))
     for table in tables[1:]:
         for row, reference in zip(table, tables[0], strict=True):
             assert row["label"] == reference["label"]
