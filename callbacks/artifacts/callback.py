@@ -296,7 +296,7 @@ class ReparameterizeOnSave(AtomicCheckpoint):
             (self.format_checkpoint_name(metrics), self._score(metrics), self.best_k_models)
         )
         before = {**super().state_dict()}
-        earlier = {*self.best_k_models, self.last_model_path} - {""}
+        earlier = [path for path in (*self.best_k_models, self.last_model_path) if path]
         self._rank(path, score)
         try:
             self._save_checkpoint(trainer, path)

@@ -5,7 +5,7 @@ Exports run one after the other, in this process or in a worker's.
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from pickle import PicklingError
 
@@ -172,14 +172,14 @@ class Publisher:
         self._hold.close()
 
     def publish(
-        self, path: str, metrics: Mapping[str, float], earlier: Collection[str]
+        self, path: str, metrics: Mapping[str, float], earlier: Sequence[str]
     ) -> ExportResult | None:
         """Export a checkpoint that is complete, and those that were missed before.
 
         Args:
             path: the checkpoint, which the ranking has already.
             metrics: what its validation logged.
-            earlier: checkpoints that were kept before it came.
+            earlier: checkpoints that were kept before it came, from the best on, then the last.
         """
         results = self.exports.drain()  # those of the validation before
         self.exports.submit(self.make_job(path, metrics))
@@ -221,14 +221,16 @@ class Publisher:
                 yield path, metrics
 
     def _update_links_and_prune(
-        self, results: Sequence[ExportResult], earlier: Collection[str] = ()
+        self, results: Sequence[ExportResult], earlier: Sequence[str] = ()
     ) -> ExportResult | None:
         """Move the links, remove what is neither last nor best, notify loggers and listeners."""
         folder, (last, best) = self.folder, self.ranking()
         before = {*earlier, *folder.linked_checkpoints()}
-        folder.move_link("last", [last])
-        if not (best and self.exports.holds(best[0]) and folder.linked_artifact("best")):
-            folder.move_link("best", best)  # of checkpoint and artifact together
+        folder.move_link("last", [last, *earlier[-1:]])
+        if not (best and self.exports.holds(best[0])):
+            folder.move_link("best", best)
+        elif folder.linked_artifact("best") is None:  # else both wait, to move together
+            folder.move_link("best", [c for c in earlier[:1] if folder.has_artifact(c)] or best)
         keep = {*best, last} | folder.linked_checkpoints()
         for old in sorted(before - keep):
             if self.removable(old, last):
