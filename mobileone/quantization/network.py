@@ -66,7 +66,8 @@ def quantize(
         raise ValueError(f"`kappa` (={kappa}) must be at least 0 and finite")
     holder = nn.ModuleList([model])
     found, others = _replaceable(holder)
-    for name, block in others:
+    if others:
+        name, block = others[0]
         raise ValueError(
             f"{name[2:]} ({type(block).__module__}.{type(block).__name__}) folds in a way that "
             f"quantization does not know: it knows {_known()}"

@@ -1,1 +1,1 @@
-"""Smaller files: `methods` is the table, a file a format has what it does to weights and biases."""
+"""Smaller files without training: `methods` writes and measures them, `coreml` has palettes."""

@@ -20,7 +20,7 @@ from mobileone.export.preprocess import normalize
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Reference
 from mobileone.io.atomic import publish_folder, replace_text, staging
-from mobileone.quantization import quantize_trained
+from mobileone.quantization import quantize_trained, scheme_of
 from mobileone.reparameterize import reparameterize
 
 __all__ = ["PALETTES", "Row", "compress_model", "methods"]
@@ -28,7 +28,7 @@ __all__ = ["PALETTES", "Row", "compress_model", "methods"]
 PALETTES = {"coreml_palette6": (6, False), "coreml_palette4_corrected": (4, True)}
 """Bits of an index, and whether biases are corrected."""
 
-_COMPARED = 128  # images, with the network that a file is written from
+_COMPARED = 128  # images at most, with the network that a file is written from
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,18 @@ def compress_model(
 
     Raises:
         FileExistsError: `directory` exists.
-        ValueError: an unknown method.
+        ValueError: an unknown method, or a network of integers.
         ImportError: a package is missing; names the pip command.
         RejectedError: an integer file is not the network that it was written from.
     """
     chosen = list((*PALETTES, *DEFAULT_INTEGER_FORMATS) if names is None else names)
     if unknown := sorted(set(chosen) - set(methods())):
         raise ValueError(f"unknown methods {unknown}: choose from {methods()}")
+    if scheme_of(model) is not None:
+        raise ValueError(
+            "the network was trained as integers, which its files have already: write them by "
+            "`mobileone export`, or compress the checkpoint of the float network"
+        )
     check_packages("coreml" if name in PALETTES else name for name in chosen)
     if directory.exists():
         raise FileExistsError(f"{directory} exists: choose another folder")
@@ -107,7 +112,8 @@ def compress_model(
                     model, inputs.split(32), mean=spec.mean, std=spec.std
                 )
                 row.write(integers, spec, path, Metadata())
-                _check(name, path, spec, integers, images[:_COMPARED])
+                some = images[:: -(-len(images) // _COMPARED)]  # they are sorted by class
+                _check(name, path, spec, integers, some)
             output = row.runner(path, spec)(images)
             probabilities = output.softmax(dim=1) if row.output == "logits" else output
             written = sum(file["bytes"] for file in describe_files(path).values())

@@ -18,6 +18,7 @@ from mobileone.export.preprocess import normalize
 from mobileone.export.verify.mlprogram import MLProgram
 from mobileone.export.verify.mlprogram_ops import KERNELS
 from mobileone.io.coremltools_noise import quiet
+from mobileone.quantization import quantize
 from tests.helpers.norms import randomize_bn
 from tests.helpers.tiny import tiny_spec
 
@@ -85,6 +86,12 @@ def test_a_folder_of_files_and_their_table(wide, tmp_path):
         compress_model(wide, spec, tmp_path / "small", images, images, targets)
     with pytest.raises(ValueError, match=r"\['int3'\]: choose from.*onnx_int8"):
         compress_model(wide, spec, tmp_path / "x", images, images, targets, ["int3"])
+
+
+def test_a_network_that_was_trained_as_integers_is_sent_to_export(wide, tmp_path):
+    network, images = quantize(deepcopy(wide)), torch.zeros(1, 3, 32, 48, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"trained as integers.*`mobileone export`"):
+        compress_model(network, tiny_spec(), tmp_path / "x", images, images, torch.zeros(1))
 
 
 def test_an_integer_file_that_is_another_network_is_refused(wide, tmp_path, monkeypatch):
