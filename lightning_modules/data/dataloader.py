@@ -52,16 +52,21 @@ class DeferredStartDataLoader(DataLoader):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
         unreadable: dict[str, str] = {}
         first, last = self._seek(), _length(self) - 1
+        iterator = super().__iter__()
         try:
-            for position, (images, targets, skipped) in enumerate(super().__iter__(), first):
+            for position, (images, targets, skipped) in enumerate(iterator, first):
                 unreadable.update(skipped)
                 if position == last:  # a consumer that counts batches never asks for one more
                     _report(unreadable)
                 yield images, targets
-        except RuntimeError as error:
-            if not is_of_a_dead_worker(error):  # others come from the dataset
-                raise
-            raise DataWorkerError(WORKER_DIED) from error
+        except Exception as error:
+            if self.num_workers:
+                # left to the garbage collector, each worker would be waited for, seconds long
+                iterator._shutdown_workers()  # type: ignore[attr-defined]
+                self._iterator = None  # where workers persist: the next pass starts others
+            if isinstance(error, RuntimeError) and is_of_a_dead_worker(error):
+                raise DataWorkerError(WORKER_DIED) from error
+            raise  # it comes from the dataset
         finally:
             _report(unreadable)
 

@@ -3,7 +3,6 @@
 import csv
 import json
 import struct
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +22,7 @@ from lightning_modules.run.wandb_logger import WandbOptions, make_loggers
 from mobileone.export.manifest import Manifest
 from mobileone.export.spec import ExportSpec
 from tests.helpers import checkpoints
+from tests.helpers.processes import wait_for
 from tests.helpers.trainer import make_trainer
 from tests.helpers.variants import slow
 
@@ -214,12 +214,8 @@ def wandb_records(path):
 
 def finished_records(path):
     """All records, once wandb's own process has written the last one."""
-    for _ in range(100):
-        records = list(wandb_records(path))
-        if any(record.HasField("exit") for record in records):
-            return records
-        time.sleep(0.2)
-    raise AssertionError("wandb did not finish its file")
+    wait_for(lambda: any(record.HasField("exit") for record in wandb_records(path)))
+    return list(wandb_records(path))
 
 
 @pytest.mark.parametrize("mode", ["best", slow("every"), slow("none")])

@@ -274,10 +274,12 @@ def broken(pets):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_unreadable_image_is_named(broken, workers):
     loader = ready(broken, num_workers=workers, batch_size=10).train_dataloader()
+    before = set(multiprocessing.active_children())
     with pytest.raises(
         UnreadableImageError, match=r"train/(cat|dog)/0\.png.*--data\.skip_unreadable true"
     ):
         list(loader)
+    assert set(multiprocessing.active_children()) <= before  # nothing is left to wait for
 
 
 def test_a_signal_to_all_processes_does_not_end_the_workers(pets):
