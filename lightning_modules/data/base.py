@@ -9,13 +9,10 @@ from lightning.fabric.utilities.data import suggested_max_num_workers
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_modules.data.dataloader import (
-    DeferredStartDataLoader,
-    ResumableDataLoader,
-    leave_signals_to_the_run,
-)
+from lightning_modules.data.dataloader import DeferredStartDataLoader, ResumableDataLoader
 from lightning_modules.data.dataset import collate
 from lightning_modules.data.samplers import EvaluationSampler
+from lightning_modules.data.workers import worker_options
 from lightning_modules.randomness import derive_seed, resolve_seed
 
 __all__ = ["ResumableData"]
@@ -120,10 +117,9 @@ class ResumableData(LightningDataModule):
         options = {
             "dataset": dataset,
             "batch_size": self._batch_size,
-            "num_workers": workers,
+            **worker_options(workers),
             "persistent_workers": self._persistent_workers and workers > 0,
             "collate_fn": collate,
-            "worker_init_fn": leave_signals_to_the_run,
             # of the workers' base seed, which would otherwise be drawn from torch's generator
             "generator": torch.Generator().manual_seed(derive_seed(self.seed)),
             "pin_memory": self.trainer is not None

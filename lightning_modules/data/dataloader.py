@@ -1,22 +1,20 @@
 """A DataLoader that starts when the first batch is asked for, and reports unreadable files."""
 
-import signal
 import warnings
 from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_modules.data.dataset import SkippedImage
 from lightning_modules.data.samplers import EpochSampler
-from lightning_modules.errors import WORKER_DIED, is_of_a_dead_worker
+from lightning_modules.errors import WORKER_DIED, UsageError, is_of_a_dead_worker
 
 __all__ = [
     "DataWorkerError",
     "DeferredStartDataLoader",
     "ResumableDataLoader",
-    "leave_signals_to_the_run",
 ]
 
 _NAMES_SHOWN = 5
@@ -24,20 +22,6 @@ _NAMES_SHOWN = 5
 
 class DataWorkerError(RuntimeError):
     """A worker process of the loader has ended without an exception of its own."""
-
-
-def leave_signals_to_the_run(worker: int) -> None:
-    """Let a worker live when a signal reaches the whole process group; the run ends its workers.
-
-    PyTorch ends a worker with a second SIGTERM, where it does not end by itself.
-    """
-
-    def first(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
-
-    signal.signal(signal.SIGTERM, first)
-    if hasattr(signal, "SIGUSR1"):
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 class DeferredStartDataLoader(DataLoader):
@@ -52,7 +36,7 @@ class DeferredStartDataLoader(DataLoader):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
         unreadable: dict[str, str] = {}
         first, last = self._seek(), _length(self) - 1
-        iterator = super().__iter__()
+        iterator = self._start()
         try:
             for position, (images, targets, skipped) in enumerate(iterator, first):
                 unreadable.update(skipped)
@@ -69,6 +53,25 @@ class DeferredStartDataLoader(DataLoader):
             raise  # it comes from the dataset
         finally:
             _report(unreadable)
+
+    def _start(self) -> Iterator[tuple[Tensor, Tensor, list[SkippedImage]]]:
+        """PyTorch's iterator.
+
+        Raises:
+            UsageError: the workers cannot be sent the data set.
+        """
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Got pickle error")  # it advises to fork
+                return super().__iter__()
+        except Exception as error:  # their kinds are Python's affair
+            if "pickle" not in str(error):
+                raise
+            raise UsageError(
+                f"the data set cannot be sent to the data workers ({error}): define its classes "
+                "and functions at the top of a module and open files in __getitem__, or set "
+                "--data.num_workers 0"
+            ) from error
 
     def _seek(self) -> int:
         """The number of the batch that the pass begins with."""

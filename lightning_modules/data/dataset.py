@@ -1,5 +1,6 @@
 """The datasets of the loaders: samples are a pure function of (seed, epoch, index)."""
 
+import copyreg
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from timm.data import ImageDataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.shared_count import SharedCount
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
@@ -160,6 +162,10 @@ def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[SkippedImage]]:
     return images, targets, [file for sample in samples for file in sample.skipped]
 
 
+# timm's has a lock that only forked processes can share: a worker gets a count of its own
+copyreg.pickle(SharedCount, lambda count: (SharedCount, (count.value,)))
+
+
 class IterableImageDataset(IterableDataset[Sample]):
     """Transforms the images of a timm `IterableImageDataset`.
 
@@ -197,6 +203,7 @@ class IterableImageDataset(IterableDataset[Sample]):
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
         worker_id, epoch = (worker.id if worker else 0), int(self._epoch)
+        self.source.set_epoch(epoch)  # of this process's reader
         for position, (image, target) in enumerate(self.source):
             if fault := label_fault(target, self.num_classes):
                 raise UnreadableImageError(f"image {position} of worker {worker_id} {fault}")

@@ -21,6 +21,7 @@ from lightning_modules.data.image_io import (
     why_unreadable,
 )
 from lightning_modules.data.transforms import Transform, eval_transform
+from lightning_modules.data.workers import worker_options
 from mobileone.export import FORMATS, ExportSpec, load_runner
 from mobileone.export.checkpoint import load_model, read_checkpoint
 from mobileone.export.formats import torchscript
@@ -120,9 +121,8 @@ def predict_folder(
             f"top_k={top_k} must be from 1 to the {spec.num_classes} classes of the model, or null "
             "for the probabilities of all classes."
         )
-    loader = DataLoader(
-        _Files(paths, spec), batch_size, num_workers=num_workers, collate_fn=_collate
-    )
+    reading = worker_options(num_workers)
+    loader = DataLoader(_Files(paths, spec), batch_size, collate_fn=_collate, **reading)
     unreadable: list[tuple[str, str]] = []
     with PredictionCsvWriter(Path(output), spec.class_names, top_k) as table:
         for batch in _with_progress(loader, progress):

@@ -216,6 +216,7 @@ class ImageClassifier(TrainingModule):
         self.num_classes = num_classes
         self._mixing = make_mixing(mixup, cutmix, num_classes)
         self.loss = self.make_loss()
+        self._finite_images: list[Tensor] = []
         self._try_loss()
         self.train_loss = mean_metric()
         self.val_metrics = collect(basic_metrics(num_classes), "val/")
@@ -404,12 +405,20 @@ class ImageClassifier(TrainingModule):
         loss = self.log_step(losses.mean(), len(images))
         if self._guard.loss_is_finite:
             self.train_loss.update(losses.detach())
+        else:
+            self._guard.check_images(images)
         self.log("train/loss_epoch", self.train_loss, on_step=False, on_epoch=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Add a batch to `val/loss`, `val/acc1` and `val/acc5`; return the logits."""
-        return self._evaluate(batch, batch_idx, self.val_metrics, self.further_val_metrics)
+        logits = self._evaluate(batch, batch_idx, self.val_metrics, self.further_val_metrics)
+        self._finite_images.append(batch[0].isfinite().flatten(1).all(dim=1))  # (N,)
+        return logits
+
+    def on_validation_epoch_start(self) -> None:
+        """Note from here on which images are finite."""
+        self._finite_images = []
 
     def on_validation_epoch_end(self) -> None:
         """Stop a training whose weights give no finite loss, before they are saved.
@@ -418,7 +427,8 @@ class ImageClassifier(TrainingModule):
             FloatingPointError: they do not; on all ranks.
         """
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
-            check_validation_loss(self, float(self.val_metrics["loss"].compute()))
+            loss = float(self.val_metrics["loss"].compute())
+            check_validation_loss(self, loss, self._finite_images)
 
     def on_test_epoch_start(self) -> None:
         """Start a confusion matrix; it takes num_classes² numbers, so it exists in tests only."""

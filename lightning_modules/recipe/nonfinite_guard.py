@@ -1,6 +1,7 @@
 """What happens when a loss or a gradient is not a number: stop, or leave the step out."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from lightning.pytorch import LightningModule
@@ -14,6 +15,10 @@ __all__ = ["NonFiniteGuard", "check_validation_loss"]
 _LOWER = (
     "lower `lr`, warm it up (`warmup_epochs`; `warmup_steps` of segment and detect), or train with "
     "precision bf16-mixed in place of 16-mixed"
+)
+_OF_IMAGES = (
+    "some of its images hold NaN or infinity, so that neither weights nor learning rate are at "
+    "fault: correct what the data module returns"
 )
 _ADVICE = (
     f"{_LOWER}, or leave a few such steps out with `skip_nonfinite`; then continue from the last "
@@ -45,12 +50,13 @@ class NonFiniteGuard:
         self.limit = limit
         self.loss_is_finite = True
         self._lost: float | None = None  # a loss of this step, of this rank
+        self._images_finite = True
         self._in_a_row = 0
         self._kept: list[tuple[Tensor, Tensor]] = []
 
     def save_buffers(self, model: nn.Module) -> None:
         """Keep the buffers as they are before a step: its forward passes update statistics."""
-        self._lost = None
+        self._lost, self._images_finite = None, True
         if not self.limit:
             return
         buffers = list(model.buffers())
@@ -69,6 +75,10 @@ class NonFiniteGuard:
             return loss
         self._lost = float(loss.detach())
         return loss * torch.nan
+
+    def check_images(self, images: Tensor) -> None:
+        """Note whether the images of a loss that is not finite are at fault."""
+        self._images_finite &= bool(images.isfinite().all())
 
     def check_gradients(self, module: LightningModule, optimizer: Optimizer) -> None:
         """Look at the gradients of a step, and drop them if one is not finite.
@@ -101,7 +111,8 @@ class NonFiniteGuard:
             lr = max(float(group["lr"]) for group in optimizer.param_groups)
             raise FloatingPointError(
                 f"{found[0]} at step {module.global_step} (epoch {module.current_epoch}, learning "
-                f"rate {lr:g}): {_ADVICE}"
+                f"rate {lr:g}): "
+                + (_ADVICE if self._images_finite else f"{_OF_IMAGES}, or set `skip_nonfinite`")
             )
         optimizer.zero_grad(set_to_none=True)
         for buffer, copy in self._kept:
@@ -120,14 +131,30 @@ class NonFiniteGuard:
         return "the loss is finite, but its gradients are not", "its gradients are"
 
 
-def check_validation_loss(module: LightningModule, loss: float) -> None:
-    """Raise FloatingPointError if the loss of a validation during training is not finite."""
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"the validation's loss is {loss} after step {module.global_step} (epoch "
-            f"{module.current_epoch}): the weights have diverged, and are not saved; {_LOWER}, and "
-            "continue from the last checkpoint"
-        )
+def check_validation_loss(module: LightningModule, loss: float, finite: Sequence[Tensor]) -> None:
+    """Stop a training whose validation has a loss that is not finite.
+
+    Args:
+        module: under training; all ranks must call this.
+        loss: of the validation, the same on all ranks.
+        finite: which images of each batch of this rank are finite, (N,).
+
+    Raises:
+        FloatingPointError: it is not.
+    """
+    if math.isfinite(loss):
+        return
+    bad = next((i for i, images in enumerate(finite) if not bool(images.all())), None)
+    what = f"the validation's loss is {loss} after step {module.global_step}"
+    if module.trainer.strategy.reduce_boolean_decision(bad is not None, all=False):
+        place = "on another rank"
+        if bad is not None:
+            place = f"image {int(finite[bad].int().argmin())} of batch {bad}, counted from 0"
+        raise FloatingPointError(f"{what}, for {_OF_IMAGES} (the first: {place})")
+    raise FloatingPointError(
+        f"{what} (epoch {module.current_epoch}): the weights have diverged, and are not saved; "
+        f"{_LOWER}, and continue from the last checkpoint"
+    )
 
 
 def _finite(optimizer: Optimizer) -> bool:

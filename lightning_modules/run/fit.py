@@ -46,7 +46,12 @@ from lightning_modules.run.option_words import spell_out
 from lightning_modules.run.parser import Parser, class_parser, class_path, is_class
 from lightning_modules.run.resume import Continuation, find_continuation, newest_usable
 from lightning_modules.run.summary import evaluation_summary, fit_summary
-from lightning_modules.run.trainer import IntLimitTrainer, TimmSyncBatchNorm, wait_for_rank_zero
+from lightning_modules.run.trainer import (
+    IntLimitTrainer,
+    TimmSyncBatchNorm,
+    end_with_rank_zero,
+    wait_for_rank_zero,
+)
 from lightning_modules.run.wandb_logger import (
     WandbOptions,
     check_tracking,
@@ -316,6 +321,7 @@ class TrainingCLI(LightningCLI):
             if self.run is not None and self.run != self.continued.run:
                 self.run.discard()
             raise
+        end_with_rank_zero(trainer)
         if self.subcommand == "fit":
             cast(Any, trainer).callbacks.insert(0, EpochLines())
         return trainer

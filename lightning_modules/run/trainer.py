@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import sys
+import threading
 import time
 from datetime import timedelta
 from typing import Any
@@ -9,10 +11,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import LayerSync
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
-__all__ = ["IntLimitTrainer", "TimmSyncBatchNorm", "wait_for_rank_zero"]
+__all__ = ["IntLimitTrainer", "TimmSyncBatchNorm", "end_with_rank_zero", "wait_for_rank_zero"]
 
 
 class IntLimitTrainer(Trainer):
@@ -72,7 +75,30 @@ class TimmSyncBatchNorm(LayerSync):
 
 _SECONDS = 1020.0  # an export's time limit, and wandb's
 _KEY = "mobileone/rank-0-has-ended"
-_PARENT = os.getppid()  # now, while it surely lives
+_LAUNCHER = "MOBILEONE_RANK_ZERO"  # a variable: process id of the one that has started this one
+_PATIENCE = 10.0  # seconds in which a rank ends by itself, or with an error that says more
+
+
+def end_with_rank_zero(trainer: Trainer) -> None:
+    """On ranks that Lightning starts, end when rank 0 was killed: they would wait to connect.
+
+    That takes half an hour. Other launchers end the ranks themselves.
+    """
+    environment = trainer._accelerator_connector.cluster_environment
+    if not isinstance(environment, LightningEnvironment):
+        return
+    if not environment.creates_processes_externally:  # this process will
+        os.environ[_LAUNCHER] = str(os.getpid())
+    elif _LAUNCHER in os.environ:
+        threading.Thread(target=_watch_rank_zero, daemon=True).start()
+
+
+def _watch_rank_zero() -> None:
+    while os.getppid() == int(os.environ[_LAUNCHER]):
+        time.sleep(0.5)
+    time.sleep(_PATIENCE)
+    print("rank 0 has ended, and so does this rank", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def wait_for_rank_zero(trainer: Trainer, seconds: float = _SECONDS) -> None:
@@ -86,12 +112,6 @@ def wait_for_rank_zero(trainer: Trainer, seconds: float = _SECONDS) -> None:
         seconds: after which a rank goes without.
     """
     if trainer.world_size == 1:
-        return
-    environment = trainer._accelerator_connector.cluster_environment
-    if not environment.creates_processes_externally:  # Lightning has: rank 0 is the parent
-        end = time.monotonic() + seconds
-        while trainer.local_rank and os.getppid() == _PARENT and time.monotonic() < end:
-            time.sleep(0.05)
         return
     with contextlib.suppress(Exception):  # it may be rank 0 that kept the store
         store = torch.distributed.distributed_c10d._get_default_store()

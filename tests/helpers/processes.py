@@ -51,15 +51,7 @@ def run_program(name, *arguments, **options):
 def run_on_two_ranks(name, *arguments):
     """Run a file of tests/programs as both ranks of a torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    # rarely (three of some eighty) a forked loader worker never leaves fork: once more, then
-    for attempt in (1, 2):
-        try:
-            return run_python(*torchrun, PROGRAMS / name, *arguments, timeout=200)
-        except subprocess.TimeoutExpired as error:
-            where = (error.stderr or b"")[-10_000:].decode(errors="replace")
-            print(f"attempt {attempt} hangs:\n{where}", file=sys.stderr)
-            if attempt == 2:
-                raise
+    return run_python(*torchrun, PROGRAMS / name, *arguments, timeout=200)
 
 
 def wait_for(condition, seconds=200):

@@ -1,5 +1,7 @@
 """Datasets as a user would write them, named by `--data.dataset tests.helpers.user_data:NAME`."""
 
+import sys
+import threading
 from pathlib import Path
 
 from PIL import Image
@@ -78,3 +80,35 @@ def make_late_error(root, split):
     data = make_paths(root, split)
     data.samples[-1] = (data.samples[-1][0], 2)
     return data
+
+
+LOCK = threading.Lock()
+
+
+class _Locked(Paths):
+    def __getitem__(self, index):
+        with LOCK:
+            return super().__getitem__(index)
+
+
+def make_locked(root, split):
+    return _Locked(root, split)
+
+
+def make_local(root, split):
+    class Local(Paths):
+        pass
+
+    return Local(root, split)
+
+
+class _OfImports(Paths):
+    """Images that only a module that `--imports` names can read."""
+
+    def __getitem__(self, index):
+        assert "tests.programs.my_networks" in sys.modules
+        return super().__getitem__(index)
+
+
+def make_of_imports(root, split):
+    return _OfImports(root, split)

@@ -18,6 +18,7 @@ import torch
 from docstring_parser import parse
 from PIL import EpsImagePlugin, Image
 from timm.data.readers.reader import Reader
+from timm.data.readers.shared_count import SharedCount
 
 from lightning_modules.data import splits as splits_module
 from lightning_modules.data.datamodule import ImageDataModule
@@ -587,14 +588,14 @@ class _Numbers(Reader):
     def __init__(self, labels=2):
         super().__init__()
         self.labels = labels
-        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
+        self.epoch = SharedCount()  # as timm's have it
 
     def set_epoch(self, epoch):
-        self.epoch.fill_(epoch)
+        self.epoch.value = epoch
 
     def __iter__(self):
         for number in range(10):
-            yield Image.new("RGB", (20, 20), (int(self.epoch), 0, 0)), number % self.labels
+            yield Image.new("RGB", (20, 20), (self.epoch.value, 0, 0)), number % self.labels
 
     def __len__(self):
         return 10

@@ -7,8 +7,10 @@ import torch
 
 from lightning_modules.cli.main import main
 from lightning_modules.data.datamodule import ImageDataModule
-from lightning_modules.errors import UnreadableImageError
+from lightning_modules.errors import UnreadableImageError, UsageError
+from mobileone.io.user_modules import import_user_modules
 from tests.helpers.ranks import on_rank
+from tests.helpers.user_data import LOCK
 
 
 def module(root, function, stage="fit", **options):
@@ -49,6 +51,26 @@ def test_a_resumed_epoch_continues_where_it_stopped(pets):
     complete = batches(module(pets, "make_paths"))
     resumed = on_rank(module(pets, "make_paths"), batches_done=2)
     assert same(batches(resumed), complete[2:])
+
+
+def test_a_lock_that_another_thread_holds_does_not_stop_the_workers(pets):
+    """As one of the C library's, in a worker that was forked from this process, for ever."""
+    data = module(pets, "make_locked", num_workers=1)
+    batches_of_it = iter(data.train_dataloader())
+    with LOCK:
+        images, _ = next(batches_of_it)
+    assert len(images) == 2
+
+
+def test_workers_have_the_modules_of_imports(pets):
+    import_user_modules(["tests.programs.my_networks"])
+    assert batches(module(pets, "make_of_imports", num_workers=1))
+
+
+def test_a_data_set_that_no_worker_can_be_sent_is_refused(pets):
+    data = module(pets, "make_local", num_workers=1)
+    with pytest.raises(UsageError, match=r"Local.*top of a module.*--data\.num_workers 0"):
+        batches(data)
 
 
 def test_splits_must_have_the_same_classes(make_folder):

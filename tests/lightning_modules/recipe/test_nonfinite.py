@@ -109,6 +109,37 @@ def test_an_infinite_loss_spoils_its_gradients_for_the_other_ranks_to_see():
     assert weight.grad.isnan().all() and not guard.loss_is_finite
 
 
+class PoisonedImage(ImageClassifier):
+    """One image of a validation, or of the training, holds a NaN."""
+
+    def __init__(self, *args, split, **options):
+        super().__init__(*args, **options)
+
+    def validation_step(self, batch, batch_idx):
+        return super().validation_step(self._poisoned(batch, batch_idx, "val"), batch_idx)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(self._poisoned(batch, batch_idx, "train"), batch_idx)
+
+    def _poisoned(self, batch, batch_idx, split):
+        if split == self.hparams["split"] and batch_idx == 1:
+            batch[0][1, 0, 3, 3] = torch.nan
+        return batch
+
+
+@pytest.mark.parametrize(
+    ("split", "said"),
+    [
+        ("val", r"validation's loss is nan.*images hold NaN.*\(the first: image 1 of batch 1,"),
+        ("train", r"loss is nan at step 1 .*images hold NaN.*neither weights nor learning rate"),
+    ],
+)
+def test_an_image_that_is_no_number_is_not_blamed_on_the_weights(train, split, said):
+    model = PoisonedImage("test_byobnet", num_classes=2, lr=0.01, split=split)
+    with pytest.raises(FloatingPointError, match=said):
+        train(model, batch_size=2, epochs=1, num_sanity_val_steps=0)
+
+
 @pytest.mark.slow
 def test_of_two_processes_both_leave_a_step_out_or_both_stop(pets, tmp_path):
     """One has the bad batch; the other's loss is finite."""
@@ -169,20 +200,20 @@ def test_of_an_animation_the_first_picture_counts(tmp_path, suffix):
         assert read_image(file, "RGB").getpixel((4, 4)) == (255, 0, 0)
 
 
+class KillsItself(torch.utils.data.Dataset):
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, key):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_a_killed_data_worker_is_explained(pets):
     """As the system's out-of-memory killer does it."""
     data = ImageDataModule(str(pets), batch_size=2, input_size=16, num_workers=1)
     data.setup("fit")
     loader = data.train_dataloader()
 
-    class KillsItself(torch.utils.data.Dataset):
-        def __len__(self):
-            return len(source)
-
-        def __getitem__(self, key):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    source = loader.dataset
     object.__setattr__(loader, "dataset", KillsItself())
     with pytest.raises(DataWorkerError, match=r"worker has died.*memory.*--data\.num_workers"):
         next(iter(loader))

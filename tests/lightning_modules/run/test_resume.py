@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -344,6 +345,23 @@ def test_of_two_processes_rank_0_ends_last(tmp_path, number):
     assert said.count("stopping after this step") == (number == signal.SIGINT)
     assert list(tmp_path.glob("runs/r/*/checkpoints/last/manifest.json"))
     assert not list(tmp_path.glob("runs/r/*/checkpoints/*error*"))
+
+
+@pytest.mark.slow
+def test_a_rank_does_not_wait_to_connect_to_a_rank_0_that_was_killed(tmp_path):
+    """It would for half an hour."""
+    two = "--trainer.devices 2 --trainer.strategy ddp".split()
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = start_python("-m", "mobileone", *FIT, *two, **pipe)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    wait_for(lambda: any(_is_rank_1(pid) for pid in children.read_text().split()))
+    process.kill()
+    said, _ = process.communicate(timeout=120)  # the pipe's end: rank 1 has ended, too
+    assert said.endswith("rank 0 has ended, and so does this rank\n")
+
+
+def _is_rank_1(pid):
+    return b"\0LOCAL_RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()
 
 
 @pytest.mark.slow
