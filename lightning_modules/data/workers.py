@@ -22,7 +22,7 @@ def worker_options(count: int) -> dict[str, Any]:
 
     This process has threads, and what they hold when it is forked (a lock of the C library, of
     OpenMP, of gloo) is held in the child for ever: such a worker may hang before its first batch.
-    They are forked from a process of one thread, which has imported what they need.
+    They are forked from a process that only imports what they need, and in which nothing runs.
     """
     if count == 0:
         return {"num_workers": 0}
@@ -50,7 +50,7 @@ def _start_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-_TO_THE_GROUP = {getattr(signal, n) for n in ("SIGTERM", "SIGUSR1") if hasattr(signal, n)}
+_TO_THE_GROUP = {getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, n)}
 
 
 def _begin(modules: Sequence[str], worker: int) -> None:
@@ -77,6 +77,7 @@ def _leave_signals_to_the_run() -> None:
         signal.signal(number, signal.SIG_DFL)
 
     signal.signal(signal.SIGTERM, first)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "win32":
         return
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
