@@ -124,7 +124,8 @@ def _step(checkpoint: Path) -> float:
     if (named := step_in_name(checkpoint)) >= 0:
         return named
     try:
-        return float(torch.load(checkpoint, weights_only=True, mmap=True)["global_step"])
+        # "meta": without reading the tensors
+        return float(torch.load(checkpoint, weights_only=True, map_location="meta")["global_step"])
     except Exception:  # `why_unusable` says why
         return math.inf
 

@@ -124,7 +124,9 @@ def export_checkpoint(
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a Lightning checkpoint without running code from it; tensors stay on the disk.
+    """Read a Lightning checkpoint without running code from it.
+
+    All of it: of a file that is mapped into memory and then cut short, a read kills the process.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -136,7 +138,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         hint = next((f"; did you mean {file}?" for file in likely if file.is_file()), "")
         raise FileNotFoundError(f"no checkpoint at {path}{hint}")
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise explain_refusal(path, str(path), error) from None
     if not isinstance(contents, dict) or not isinstance(contents.get("state_dict"), Mapping):

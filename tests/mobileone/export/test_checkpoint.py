@@ -10,6 +10,7 @@ from mobileone.export.spec import ExportSpec
 from mobileone.io.safe_pickle import UnsafeFileError
 from tests.helpers.fetching import fetching
 from tests.helpers.norms import randomize_bn
+from tests.helpers.processes import run_python
 from tests.helpers.tiny import tiny_spec
 
 FORMATS = ["torchscript"]
@@ -52,6 +53,23 @@ def test_a_checkpoint_alone_is_enough(model, contents, tmp_path, compiled):
     with torch.no_grad():
         expected = model(images)
         assert (module(images) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+_READ_AND_CUT = """
+import os, sys
+from pathlib import Path
+from mobileone.export.checkpoint import read_checkpoint
+read = read_checkpoint(Path(sys.argv[1]))["state_dict"]
+os.truncate(sys.argv[1], 1000)
+print(sum(float(value.double().sum()) for value in read.values()))
+"""
+
+
+def test_a_checkpoint_that_is_cut_while_it_is_read_kills_no_process(contents, tmp_path):
+    """Of a file that is mapped into memory, the next look at a tensor would: SIGBUS."""
+    path = save(contents, tmp_path / "x.ckpt")
+    expected = sum(float(value.double().sum()) for value in contents["state_dict"].values())
+    assert float(run_python("-c", _READ_AND_CUT, path).stdout) == expected
 
 
 def test_images_in_the_checkpoint_are_compared_on(contents, tmp_path):
