@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from functools import partial
-from multiprocessing import forkserver, get_all_start_methods, parent_process
+from multiprocessing import forkserver, get_all_start_methods, parent_process, resource_tracker
 from types import FrameType
 from typing import Any
 
@@ -45,6 +45,8 @@ def _start_server() -> None:
     forkserver.set_forkserver_preload(_PRELOADED)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _TO_THE_GROUP)
     try:
+        resource_tracker.ensure_running()  # which lets SIGINT and SIGTERM through again
+        signal.pthread_sigmask(signal.SIG_BLOCK, _TO_THE_GROUP)
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

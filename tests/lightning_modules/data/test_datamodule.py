@@ -285,14 +285,19 @@ def test_unreadable_image_is_named(broken, workers):
 
 def test_a_signal_to_all_processes_does_not_end_the_workers(pets):
     """`timeout` and systemd send it to the process group: the run decides where it stops."""
-    loader = ready(pets, num_workers=1, batch_size=1).train_dataloader()
+    data = ready(pets, num_workers=1, batch_size=1)
+    loader = data.train_dataloader()
     before = set(multiprocessing.active_children())
     batches = iter(loader)
     next(batches)
     (worker,) = set(multiprocessing.active_children()) - before
-    for number in (signal.SIGUSR1, signal.SIGTERM):
+    server = Path(f"/proc/{worker.pid}/stat").read_text().split()[3]  # its parent
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
         os.kill(worker.pid, number)
+        os.kill(int(server), number)
     assert len(list(batches)) == len(loader) - 1
+    assert int(server) != os.getpid()
+    assert list(data.val_dataloader())  # the server still starts workers
 
 
 @pytest.mark.parametrize("dataset", ["", "tests.helpers.user_data:make_paths"])
