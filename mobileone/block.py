@@ -147,23 +147,18 @@ class MobileOneBlock(nn.Module):
             y = self._sum_branches(x) if self.training else self._folded_conv(x)
         elif self._is_affine():
             y = self._folded_conv(x)
-        elif torch.compiler.is_compiling() and self._stays_in_graph():
-            y = self._sum_branches(x)
         else:
             return self._forward_training(x)
         return self.act(self.attn(y))
 
     @torch.jit.unused
-    @torch.compiler.disable(
-        reason="a MobileOne block trains in collapsed form, outside of the compiler's graph; "
-        "mobileone.set_collapse(model, 'never') keeps its branches inside"
-    )
     def _forward_training(self, x: Tensor) -> Tensor:
         """Train in the cheapest exact form; running statistics stay while checkpointing recomputes.
 
         The collapsed forms rectify as well where a ReLU follows, so that it keeps no copy.
         """
-        recomputing = torch._C._current_graph_task_id() != -1
+        # what a compiler records, it recomputes itself
+        recomputing = not torch.compiler.is_compiling() and _is_in_backward_pass()
         plan = plan_collapsed(self, x)
         if plan is None:
             with _shadowed_buffers(self.norms()) if recomputing else nullcontext():
@@ -173,16 +168,6 @@ class MobileOneBlock(nn.Module):
         relu = relu and not plan.to_channels_last
         y = run_collapsed(self, plan, x, relu=relu, update_statistics=not recomputing)
         return y if relu else self.act(self.attn(y))
-
-    @torch.jit.unused
-    def _stays_in_graph(self) -> bool:
-        """Whether a compiler gets the branches: it takes no break, or they would run anyway."""
-        return (
-            self.collapse == "never"
-            or torch.compiler.is_exporting()
-            or type(self.drop_path) is not nn.Identity
-            or isinstance(self.conv_kxk[0].bn, nn.SyncBatchNorm)
-        )
 
     def _folded_conv(self, x: Tensor) -> Tensor:
         conv = self.conv_kxk[0].conv
@@ -302,6 +287,10 @@ class MobileOneBlock(nn.Module):
         # not fused.train(): that would reset the flags of a frozen attention
         fused.training = plain.training = self.training
         return fused
+
+
+def _is_in_backward_pass() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 @contextmanager

@@ -5,19 +5,17 @@ y = a z + c x + b from the statistics of z (and of x, where there is a skip), an
 output is ever written; the backward pass has BatchNorm's gradient in closed form.
 """
 
-from __future__ import annotations
-
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mobileone.collapsed import cpu_kernels as native
 from mobileone.collapsed.branches import Geometry
 
-__all__ = ["AffineConvolution"]
+__all__ = ["backward", "empty_outputs", "forward"]
 
 
 class _Norm(NamedTuple):
@@ -29,61 +27,70 @@ class _Norm(NamedTuple):
     scale: Tensor  # a
 
 
-class AffineConvolution(torch.autograd.Function):
-    """y = a (W x) + c x + b, rectified on demand; keeps x, z = W x and y (the next block's x).
-
-    Called as `apply(x, geometry, relu, *parameters)`; returns what `GramConvolution` does.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, geometry: Geometry, relu: bool, *tensors: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        kernel, gamma, beta = _split(tensors)
-        kernel = _in_rows(kernel)
-        x = x.contiguous()
-        z = F.conv2d(x, kernel)
-        norms = [_normalize(z, gamma[0], geometry.eps[0])]
-        if geometry.skip:
-            norms.append(_normalize(x, gamma[1], geometry.eps[1]))
-        bias = torch.stack(
-            [b - norm.scale * norm.mean for b, norm in zip(beta, norms, strict=True)]
-        ).sum(0)
-        skip, skip_scale = (x, norms[1].scale.to(z.dtype)) if geometry.skip else (None, None)
-        y = _affine(z, skip, norms[0].scale.to(z.dtype), skip_scale, bias.to(z.dtype), relu)
-        ctx.geometry = geometry
-        ctx.save_for_backward(x, z, y if relu else None, kernel, *gamma, *_flatten(norms))
-        mean = torch.stack([norm.mean for norm in norms])
-        var = torch.stack([norm.var for norm in norms])
-        ctx.mark_non_differentiable(mean, var)
-        return y, mean, var
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        geometry, g = ctx.geometry, g.contiguous()
-        count = 1 + geometry.skip
-        x, z, y, kernel, *rest = ctx.saved_tensors
-        norms = [_Norm(*rest[count + 4 * i : count + 4 * i + 4]) for i in range(count)]
-        skip, skip_mean = (x, norms[1].mean.to(z.dtype)) if geometry.skip else (None, None)
-        sums = _gradient_sums(g, y, z, skip, norms[0].mean.to(z.dtype), skip_mean)
-        n = z.numel() // z.shape[1]
-
-        to_product = _coefficients(norms[0], sums[0], sums[1], n, z.dtype)
-        dz = _affine_grad(g, y, z, *to_product, None)
-        wanted = [ctx.needs_input_grad[0], True, False]
-        dx, dkernel, _ = torch.ops.aten.convolution_backward(
-            dz, x, kernel, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, wanted
-        )
-        if dx is not None and geometry.skip:
-            to_skip = _coefficients(norms[1], sums[0], sums[2], n, x.dtype)
-            dx = _affine_grad(g, y, x, *to_skip, dx)
-        dbeta = sums[0].to(kernel.dtype)
-        dgamma = [(sums[1 + i] * norms[i].inverse).to(kernel.dtype) for i in range(count)]
-        return dx, None, None, dkernel, *dgamma, *([dbeta] * count)
+def forward(
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    geometry: Geometry,
+    relu: bool,
+    dtype: torch.dtype,
+    inward: bool,
+) -> list[Tensor]:
+    """As `functions.Form`; keeps z = W x and the BatchNorms' statistics."""
+    kernel, gamma, beta = _split(tensors)
+    x = x.contiguous()
+    z = F.conv2d(x, _in_rows(kernel))
+    norms = [_normalize(z, gamma[0], geometry.eps[0])]
+    if geometry.skip:
+        norms.append(_normalize(x, gamma[1], geometry.eps[1]))
+    bias = torch.stack([b - norm.scale * norm.mean for b, norm in zip(beta, norms, strict=True)])
+    skip, skip_scale = (x, norms[1].scale.to(z.dtype)) if geometry.skip else (None, None)
+    y = _affine(z, skip, norms[0].scale.to(z.dtype), skip_scale, bias.sum(0).to(z.dtype), relu)
+    columns = [torch.stack(column)[:, None] for column in zip(*norms, strict=True)]
+    return [y, columns[0], columns[1], z, *columns[2:]]
 
 
-def _split(tensors: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+def empty_outputs(x: Tensor, geometry: Geometry, dtype: torch.dtype) -> list[Tensor]:
+    """What `forward` returns, without the values."""
+    image = x.new_empty((len(x), geometry.out_chs, *x.shape[2:]))
+    norms = (geometry.norms, 1, geometry.out_chs)
+    statistics = [image.new_empty(norms, dtype=torch.float64) for _ in range(4)]
+    return [image, *statistics[:2], torch.empty_like(image), *statistics[2:]]
+
+
+def backward(
+    g: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    kept: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    geometry: Geometry,
+    inward: bool,
+) -> list[Tensor]:
+    """As `functions.Form`."""
+    mean, var, z, inverse, scale = kept
+    norms = [
+        _Norm(*row) for row in zip(*(c[:, 0] for c in (mean, var, inverse, scale)), strict=True)
+    ]
+    x, g, kernel = x.contiguous(), g.contiguous(), _in_rows(tensors[0])
+    skip, skip_mean = (x, norms[1].mean.to(z.dtype)) if geometry.skip else (None, None)
+    sums = _gradient_sums(g, y, z, skip, norms[0].mean.to(z.dtype), skip_mean)
+    n = z.numel() // z.shape[1]
+
+    to_product = _coefficients(norms[0], sums[0], sums[1], n, z.dtype)
+    dz = _affine_grad(g, y, z, *to_product, None)
+    dx, dkernel, _ = torch.ops.aten.convolution_backward(
+        dz, x, kernel, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [inward, True, False]
+    )
+    if dx is not None and geometry.skip:
+        to_skip = _coefficients(norms[1], sums[0], sums[2], n, x.dtype)
+        dx = _affine_grad(g, y, x, *to_skip, dx)
+    dbeta = sums[0].to(kernel.dtype)
+    dgamma = [(sums[1 + i] * norm.inverse).to(kernel.dtype) for i, norm in enumerate(norms)]
+    dbetas = [dbeta.clone() for _ in norms]
+    return [x.new_empty(0) if dx is None else dx, dkernel, *dgamma, *dbetas]
+
+
+def _split(tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
     norms = len(tensors) // 2
     return tensors[0], tensors[1 : 1 + norms], tensors[1 + norms :]
 
@@ -98,10 +105,6 @@ def _normalize(z: Tensor, gamma: Tensor, eps: float) -> _Norm:
     var.clamp_(min=0.0)
     inverse = (var + eps).rsqrt()
     return _Norm(mean, var, inverse, gamma * inverse)
-
-
-def _flatten(norms: list[_Norm]) -> list[Tensor]:
-    return [tensor for norm in norms for tensor in norm]
 
 
 def _coefficients(

@@ -1,7 +1,7 @@
 """What collapsed training reads from a block, and the running statistics it writes back."""
 
 # torch types every attribute of an nn.Module as `Tensor | Module`
-# mypy: disable-error-code="arg-type,union-attr,index,operator,misc,list-item"
+# mypy: disable-error-code="arg-type,union-attr,index,operator,misc,list-item,call-overload"
 
 from __future__ import annotations
 
@@ -101,6 +101,21 @@ class Geometry:
     def depthwise(self) -> bool:
         """Whether every channel is convolved alone, to one output."""
         return self.groups == self.in_chs == self.out_chs
+
+    @property
+    def norms(self) -> int:
+        """BatchNorms: one a branch, the skip included."""
+        return self.branches + self.skip
+
+    @property
+    def walk(self) -> tuple[int, int, int]:
+        """Stride, padding and dilation, as `F.conv2d` takes them."""
+        return self.stride, self.padding, self.dilation
+
+    def patches(self, x: Tensor) -> int:
+        """n, the number of patches of an input (N, C_in, H, W): N · H' · W'."""
+        height, width = self.output_size(*x.shape[2:])
+        return x.shape[0] * height * width
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """H', W' for an input of H, W."""
@@ -213,15 +228,18 @@ def update_running_statistics(block: BranchedBlock, mean: Tensor, var: Tensor, c
         count: n, the number of values a channel; the running variance takes the unbiased one.
     """
     norms = block.norms()
+    running = [n.running_mean for n in norms] + [n.running_var for n in norms]
     unbiased = var * (count / (count - 1))
-    for norm, new_mean, new_var in zip(norms, mean.unbind(), unbiased.unbind(), strict=True):
-        norm.num_batches_tracked.add_(1)
-        momentum = norm.momentum
-        if momentum is None:  # a cumulative average
-            momentum = 1.0 / float(norm.num_batches_tracked)
-        running = norm.running_mean
-        running.lerp_(new_mean.to(running.dtype), momentum)
-        norm.running_var.lerp_(new_var.to(running.dtype), momentum)
+    new = [*mean.to(running[0].dtype).unbind(), *unbiased.to(running[0].dtype).unbind()]
+    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+    momenta = [norm.momentum for norm in norms]
+    if None not in momenta and len(set(momenta)) == 1:
+        torch._foreach_lerp_(running, new, momenta[0])
+        return
+    for old, value, norm in zip(running, new, norms * 2, strict=True):
+        tracked = norm.num_batches_tracked  # a cumulative average where there is no momentum
+        momentum = 1 / tracked.to(old.dtype) if norm.momentum is None else norm.momentum
+        old.lerp_(value, momentum)
 
 
 def _conv_branches(block: BranchedBlock) -> list[nn.Module]:

@@ -22,6 +22,7 @@ _ENTRY = 60  # an element of the branches' kernels in the small algebra
 _CALL = {"norm": 7e6, "affine": 9e7, "statistics": 1.2e8}  # overhead of a branch, and of our forms
 _LANES = 16  # of a vector in our kernels
 _TURN = 100  # an element from channels-last to planes, or back
+_STACK = 4  # BatchNorms from which one convolution of all branches launches fewer kernels
 _CASTS = 1.3  # times the Gram form's cost in bfloat16, where statistics and gradients are float32
 
 
@@ -55,6 +56,7 @@ class Path(Enum):
     GRAM = "one convolution, statistics from the Gram matrix of its patches"
     DEPTHWISE = "one depthwise convolution, statistics from the moments of its patches"
     AFFINE = "one convolution and one affine pass, statistics from the convolution's output"
+    STACKED = "one convolution and one BatchNorm for all branches, computed again backwards"
 
 
 class Setting(NamedTuple):
@@ -125,16 +127,22 @@ def choose(
     """Pick a block's form.
 
     On CUDA `auto` takes the branches: no form was measured there, and the table's constants are a
-    CPU's. `always` collapses there too.
+    CPU's. `always` stacks the branches there, where that launches fewer kernels than they do.
     """
     if mode == "never" or patches < 2:
         return Path.BRANCHES  # one value a channel has no variance: BatchNorm raises
-    if mode == "auto" and setting.device == "cuda":
-        return Path.BRANCHES
+    if setting.device == "cuda":
+        alike = len(set(geometry.eps)) == 1  # as one BatchNorm has one ε
+        stacks = mode == "always" and alike and geometry.norms >= _STACK
+        return Path.STACKED if stacks else Path.BRANCHES
     table = costs(geometry, patches, width, setting)
     if mode == "always":
         return Path.DEPTHWISE if Path.DEPTHWISE in table else Path.GRAM
-    return min(table, key=table.__getitem__)
+    best = Path.BRANCHES
+    for path, cost in table.items():  # under a compiler costs are symbols, which `min` cannot order
+        if cost < table[best]:
+            best = path
+    return best
 
 
 def _rates(channels_last: bool, narrow: bool) -> _Rates:
@@ -143,7 +151,7 @@ def _rates(channels_last: bool, narrow: bool) -> _Rates:
     return _CHANNELS_LAST if channels_last else _PLANES
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _multiplies_bf16() -> bool:
     """Whether this processor multiplies bfloat16 at all; others take float32 for it, slower."""
     asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)

@@ -16,6 +16,7 @@ from mobileone.collapsed.cpu_build import load
 __all__ = [
     "affine",
     "affine_grad",
+    "available",
     "channel_moments",
     "depthwise_careful_moments",
     "depthwise_forward",
@@ -60,10 +61,16 @@ def library() -> ctypes.CDLL | None:
     return kernels
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def available() -> bool:
+    """Whether there are kernels on this machine."""
+    return library() is not None
+
+
 def fits(x: Tensor) -> bool:
     """Whether there are kernels for a tensor of this device, dtype and layout."""
     ordinary = x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
-    return ordinary and library() is not None
+    return ordinary and available()
 
 
 def depthwise_moments(x: Tensor, stride: int) -> tuple[Tensor, Tensor]:

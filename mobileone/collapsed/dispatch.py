@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from mobileone.collapsed.affine import AffineConvolution
 from mobileone.collapsed.branches import (
     BranchedBlock,
     CollapseMode,
@@ -24,19 +23,14 @@ from mobileone.collapsed.branches import (
     update_running_statistics,
 )
 from mobileone.collapsed.cost_model import Path, Setting, choose
-from mobileone.collapsed.depthwise import DepthwiseConvolution, has_kernels
-from mobileone.collapsed.gram import GramConvolution
+from mobileone.collapsed.depthwise import has_kernels
+from mobileone.collapsed.functions import CollapsedConvolution
 
 __all__ = ["Plan", "log_path_once", "path_of", "plan_collapsed", "run_collapsed"]
 
 log = logging.getLogger(__name__)
 
 _STRANGE = "an input that is recorded, transformed, or not plain data of four dimensions"
-
-_KERNEL_FORMS = {
-    Path.DEPTHWISE: DepthwiseConvolution,
-    Path.AFFINE: AffineConvolution,
-}
 
 
 class Plan(NamedTuple):
@@ -60,7 +54,7 @@ class Plan(NamedTuple):
 def plan_collapsed(block: BranchedBlock, x: Tensor) -> Plan | None:
     """How the block is to train on x now; None: in its branches. Logged once a shape."""
     plan = _plan(block, x)
-    if log.isEnabledFor(logging.INFO):
+    if not torch.compiler.is_compiling() and log.isEnabledFor(logging.INFO):
         _log_path(block, x, plan)
     return plan if isinstance(plan, Plan) else None
 
@@ -95,7 +89,10 @@ def _plan(block: BranchedBlock, x: Tensor) -> Plan | str:
     geometry = describe(block)
     height, width = geometry.output_size(*x.shape[2:])
     setting = Setting(kind, dtype, has_kernels(x, own, dtype), _is_channels_last(x))
-    path = choose(geometry, x.shape[0] * height * width, width, setting, block.collapse)
+    pick = (
+        choose.__wrapped__ if torch.compiler.is_compiling() else choose
+    )  # sizes are symbols there
+    path = pick(geometry, x.shape[0] * height * width, width, setting, block.collapse)
     if path is Path.BRANCHES:
         return "the cheapest"
     # with kernels all of a network collapses, and stays in planes; else its depthwise blocks do not
@@ -136,11 +133,9 @@ def run_collapsed(
         Output (N, C_out, H', W').
     """
     with torch.autocast(x.device.type, enabled=False):  # statistics and algebra stay in float32
-        if plan.path is Path.GRAM:
-            y, mean, var = GramConvolution.apply(x, plan.geometry, relu, plan.dtype, *plan.tensors)
-        else:
-            function = _KERNEL_FORMS[plan.path]
-            y, mean, var = function.apply(x, plan.geometry, relu, *plan.tensors)
+        y, mean, var = CollapsedConvolution.apply(
+            x, plan.path, plan.geometry, relu, plan.dtype, *plan.tensors
+        )
     if update_statistics:
         with torch.no_grad():
             update_running_statistics(block, mean, var, y.numel() // y.shape[1])
@@ -148,19 +143,23 @@ def run_collapsed(
 
 
 def _is_ordinary(x: Tensor) -> bool:
-    """Whether x is data in memory, and nothing records or transforms what is done to it."""
+    """Whether x is data in memory, and nothing but a compiler records what is done to it."""
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting() and _is_image(x)
     return (
         _is_plain_data(x)
-        and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
-        and x.ndim == 4
-        and x.numel() > 0
-        and x.device.type in ("cpu", "cuda")  # the algebra needs float64
-        and x.dtype.is_floating_point
+        and _is_image(x)
         and forward_ad._current_level < 0  # forward-mode derivatives know the branches only
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
     )
+
+
+def _is_image(x: Tensor) -> bool:
+    """Whether x is a batch of images that the forms can train on."""
+    on_device = x.device.type in ("cpu", "cuda")  # the algebra needs float64
+    return x.ndim == 4 and x.numel() > 0 and on_device and x.dtype.is_floating_point
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -172,4 +171,6 @@ def _is_channels_last(x: Tensor) -> bool:
 
 def _is_plain_data(tensor: Tensor) -> bool:
     """Whether memory has the values: not a subclass with data elsewhere, no lazy negation."""
-    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_neg()
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return False
+    return torch.compiler.is_compiling() or not tensor.is_neg()  # operators resolve it

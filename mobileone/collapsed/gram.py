@@ -1,12 +1,9 @@
 """Collapsed training of any block on the Gram matrix of its patches, in tensor operations."""
 
-from __future__ import annotations
-
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mobileone.collapsed.algebra import (
     Branches,
@@ -31,87 +28,103 @@ from mobileone.collapsed.moments import (
     rows,
 )
 
-__all__ = ["GramConvolution"]
+__all__ = ["backward", "empty_outputs", "forward"]
 
 
-class GramConvolution(torch.autograd.Function):
-    """y = Ŵ ∗ x + b̂, rectified on demand; keeps x, y (which the next block keeps anyway), m and C.
-
-    Called as `apply(x, geometry, relu, dtype, *parameters)`, the convolution running in `dtype`
-    and the rest in float32 or better. Returns y (N, C_out, H', W') and, for the running averages,
-    the batch means and biased variances of the branches, (branches, C_out).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, geometry: Geometry, relu: bool, dtype: torch.dtype, *tensors: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        patches = im2col(x, geometry)
-        stats, shift = patch_statistics(patches)
-        algebra = algebra_dtype(geometry, x.dtype)
-        branches, cov, product = _products(geometry, tensors, stats, algebra)
+def forward(
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    geometry: Geometry,
+    relu: bool,
+    dtype: torch.dtype,
+    inward: bool,
+) -> list[Tensor]:
+    """As `functions.Form`; keeps what ran in float64, the shift, m, C and the map, all float64."""
+    patches = im2col(x, geometry)
+    stats, shift = patch_statistics(patches)
+    algebra = algebra_dtype(geometry, x.dtype)
+    branches, cov, product = _products(geometry, tensors, stats, algebra)
+    var = branch_variances(branches, cov, product)
+    level = required_precision(stats, branches.kernels, product, var[: geometry.branches], inward)
+    if level is Float64Level.SUMS:
+        stats, _ = patch_statistics(patches.double())
+    if level:
+        branches, cov, product = _products(geometry, tensors, stats, torch.float64)
         var = branch_variances(branches, cov, product)
-        conv_var, inward = var[: geometry.branches], ctx.needs_input_grad[0]
-        level = required_precision(stats, branches.kernels, product, conv_var, inward)
-        if level is Float64Level.SUMS:
-            stats, _ = patch_statistics(patches.double())
-        if level:
-            branches, cov, product = _products(geometry, tensors, stats, torch.float64)
-            var = branch_variances(branches, cov, product)
-        far = level is Float64Level.SUMS or mean_dominates(stats)
-        folded = collapse(branches, stats.mean - shift if far else stats.mean, var)
-        # under autocast the product is as narrow as the branches' own, whatever precision is needed
-        careful = level >= Float64Level.PRODUCT and dtype == tensors[0].dtype
-        y = _product(folded, patches, shift if far else None, torch.float64 if careful else dtype)
-        y = y.to(dtype)
-        if relu:
-            y.relu_()
-        size = geometry.output_size(*x.shape[2:])
-        y = image(y, torch.Size((x.shape[0], geometry.out_chs, *size)))
-        ctx.geometry, ctx.number, ctx.level, ctx.far = geometry, stats.number, level, far
-        ctx.save_for_backward(x, y if relu else None, shift, stats.mean, cov, *folded, *tensors)
-        mean = branch_means(branches, stats.mean).flatten(1)
-        var = var.flatten(1)
-        ctx.mark_non_differentiable(mean, var)
-        return y, mean, var
+    far = level is Float64Level.SUMS or mean_dominates(stats)
+    folded = collapse(branches, stats.mean - shift if far else stats.mean, var)
+    # under autocast the product is as narrow as the branches' own, whatever precision is needed
+    careful = level >= Float64Level.PRODUCT and dtype == tensors[0].dtype
+    y = _product(folded, patches, shift if far else None, torch.float64 if careful else dtype)
+    y = y.to(dtype)
+    if relu:
+        y.relu_()
+    size = geometry.output_size(*x.shape[2:])
+    y = image(y, torch.Size((x.shape[0], geometry.out_chs, *size)))
+    mean = branch_means(branches, stats.mean)
+    kept = [stats.mean, cov, folded.weight, folded.bias, folded.scale]
+    how = torch.tensor([level, far], device="cpu")
+    return [y, mean, var.double(), how, shift, *(tensor.double() for tensor in kept)]
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(g.device.type, enabled=False):
-            return GramConvolution._backward(ctx, g)
 
-    @staticmethod
-    def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, shift, m, cov, *others = ctx.saved_tensors
-        folded, tensors = Collapsed(*others[:4]), others[4:]
-        geometry = ctx.geometry
-        if y is not None:
-            g = torch.ops.aten.threshold_backward(g, y, 0)
-        # narrow gradients would lose P in cancellation, and S, of order 1/n, underflows in float16
-        wide = g.to(torch.promote_types(g.dtype, torch.float32))
-        g, total, rest = _center(wide, in_place=y is not None or wide is not g)
-        patches, g, rest = im2col(x, geometry), rows(g, geometry), rest.view(len(m), -1)
-        patches = patches.to(torch.promote_types(x.dtype, torch.float32))
-        left, right = (
-            (g.double(), patches.double()) if ctx.level is Float64Level.SUMS else (g, patches)
-        )
-        weight_grad = row_products(left, right, shift.to(right.dtype))
-        weight_grad -= rest[..., None] * (m - shift)[:, None, :]  # about the mean, (G, O, J)
-        branches = gather_branches(geometry, tensors, cov.dtype)
-        if ctx.far:
-            right, m = right - shift[..., None], m - shift
-        stats = PatchStatistics(m, cov, ctx.number)
-        grads = branch_backward(weight_grad.to(cov.dtype), rest, branches, stats, folded)
-        grads = grads._replace(beta=total.view_as(rest))
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dtype = left.dtype
-            dpatches = torch.matmul(folded.weight.to(dtype).mT, left)
-            _add_product(dpatches, grads.slope.to(dtype), right.to(dtype))
-            dpatches += grads.offset.to(dtype)[..., None]
-            dx = col2im(dpatches, geometry, x.shape).to(x.dtype)
-        return dx, None, None, None, *branch_gradients(geometry, grads, tensors)
+def empty_outputs(x: Tensor, geometry: Geometry, dtype: torch.dtype) -> list[Tensor]:
+    """What `forward` returns, without the values."""
+    groups, outputs, patch = geometry.groups, geometry.out_chs // geometry.groups, geometry.patch
+    size = geometry.output_size(*x.shape[2:])
+    wide = x.new_empty((), dtype=torch.float64)
+    norms = (geometry.norms, groups, outputs)
+    return [
+        x.new_empty((len(x), geometry.out_chs, *size), dtype=dtype),
+        *(wide.new_empty(norms) for _ in range(2)),
+        torch.empty(2, dtype=torch.int64, device="cpu"),
+        x.new_empty((groups, patch), dtype=torch.promote_types(x.dtype, torch.float32)),
+        wide.new_empty((groups, patch)),
+        wide.new_empty((groups, patch, patch)),
+        wide.new_empty((groups, outputs, patch)),
+        wide.new_empty((groups, outputs)),
+        wide.new_empty(norms),
+    ]
+
+
+def backward(
+    g: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    kept: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    geometry: Geometry,
+    inward: bool,
+) -> list[Tensor]:
+    """As `functions.Form`."""
+    _, var, how, shift, m, *rest = kept
+    level, far = how.tolist()
+    algebra = torch.float64 if level else algebra_dtype(geometry, x.dtype)
+    cov, weight, bias, scale = (tensor.to(algebra) for tensor in rest)
+    folded = Collapsed(weight, bias, var.to(algebra), scale)
+    if y is not None:
+        g = torch.ops.aten.threshold_backward(g, y, 0)
+    # narrow gradients would lose P in cancellation, and S, of order 1/n, underflows in float16
+    wide = g.to(torch.promote_types(g.dtype, torch.float32))
+    g, total, rest_of_sum = _center(wide, in_place=y is not None or wide is not g)
+    patches, g, rest_of_sum = im2col(x, geometry), rows(g, geometry), rest_of_sum.view(len(m), -1)
+    patches = patches.to(torch.promote_types(x.dtype, torch.float32))
+    left, right = (g.double(), patches.double()) if level == Float64Level.SUMS else (g, patches)
+    weight_grad = row_products(left, right, shift.to(right.dtype))
+    weight_grad -= rest_of_sum[..., None] * (m - shift)[:, None, :]  # about the mean, (G, O, J)
+    branches = gather_branches(geometry, tensors, cov.dtype)
+    if far:
+        right, m = right - shift[..., None], m - shift
+    stats = PatchStatistics(m, cov, geometry.patches(x))
+    grads = branch_backward(weight_grad.to(cov.dtype), rest_of_sum, branches, stats, folded)
+    grads = grads._replace(beta=total.view_as(rest_of_sum))
+    dx = x.new_empty(0)
+    if inward:
+        dtype = left.dtype
+        dpatches = torch.matmul(folded.weight.to(dtype).mT, left)
+        _add_product(dpatches, grads.slope.to(dtype), right.to(dtype))
+        dpatches += grads.offset.to(dtype)[..., None]
+        dx = col2im(dpatches, geometry, x.shape).to(x.dtype)
+    return [dx, *branch_gradients(geometry, grads, tensors)]
 
 
 def _product(
@@ -127,7 +140,7 @@ def _product(
 
 def _products(
     geometry: Geometry,
-    tensors: tuple[Tensor, ...],
+    tensors: Sequence[Tensor],
     stats: PatchStatistics,
     dtype: torch.dtype,
 ) -> tuple[Branches, Tensor, Tensor]:

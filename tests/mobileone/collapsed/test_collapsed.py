@@ -8,9 +8,8 @@ from torch import nn
 
 from mobileone import MobileOneBlock, set_collapse
 from mobileone.collapsed import Path, path_of
-from mobileone.collapsed.affine import AffineConvolution
 from mobileone.collapsed.branches import describe, parameters
-from mobileone.collapsed.gram import GramConvolution
+from mobileone.collapsed.functions import CollapsedConvolution
 from tests.helpers import twin
 from tests.helpers.norms import randomize_bn
 from tests.helpers.variants import middle_is_slow
@@ -107,24 +106,24 @@ def test_stochastic_depth_runs_the_branches():
 
 
 @pytest.mark.parametrize(
-    ("function", "shape"),
+    ("path", "shape"),
     [
-        *((GramConvolution, shape) for shape in SHAPES),
-        *((AffineConvolution, shape) for shape in SHAPES[5:7]),  # one pointwise branch
+        *((Path.GRAM, shape) for shape in SHAPES),
+        *((Path.STACKED, shape) for shape in SHAPES),
+        *((Path.AFFINE, shape) for shape in SHAPES[5:7]),  # one pointwise branch
     ],
     ids=str,
 )
 @pytest.mark.parametrize("relu", [False, True])
-def test_gradcheck(function, shape, relu):
+def test_gradcheck(path, shape, relu):
     few = {key: min(value, 4) if "chs" in key else value for key, value in shape.items()}
     few["groups"] = min(few.get("groups", 1), 4)
     block = randomize_bn(MobileOneBlock(**few, dtype=torch.float64))
     geometry = describe(block)
     x = twin.feature_map(2, few["in_chs"], 4, 3).requires_grad_()
 
-    def output(*tensors):
-        dtype = [torch.float64] if function is GramConvolution else []
-        return function.apply(tensors[0], geometry, relu, *dtype, *tensors[1:])[0]
+    def output(x, *tensors):
+        return CollapsedConvolution.apply(x, path, geometry, relu, torch.float64, *tensors)[0]
 
     assert torch.autograd.gradcheck(output, (x, *parameters(block)))
 

@@ -83,7 +83,7 @@ def test_on_cuda_blocks_collapse_only_where_they_are_asked_to(block):
         policy.Setting("cuda", torch.float16, False),
     )
     assert policy.choose(geometry, 50_000, 56, setting, "auto") is Path.BRANCHES
-    assert policy.choose(geometry, 50_000, 56, setting, "always") is Path.GRAM
+    assert policy.choose(geometry, 50_000, 56, setting, "always") is Path.STACKED
 
 
 @needs_kernels
