@@ -1,7 +1,7 @@
 """Accuracy against latency: the paper's Figure 1, own measurements on top."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -73,9 +73,11 @@ def draw_pareto(
     _draw_set(axes, paper, f"paper: {paper_table(9).columns['mobile_ms']}", own=False)
     if loaded:
         _draw_set(axes, measured, _legend(loaded[0], runtime), own=True)
+    unknown = unknown_latencies(loaded, runtime)
+    _draw_unknown(axes, unknown)
     axes.set_xscale("log")
     plain_ticks(axes.xaxis)
-    latencies = [point.latency for point in [*paper, *measured]]
+    latencies = [*(point.latency for point in [*paper, *measured]), *unknown.values()]
     axes.set_xlim(0.85 * min(latencies), 1.3 * max(latencies))
     axes.set_xlabel("latency (ms, logarithmic)")
     axes.set_ylabel("ImageNet top-1 (%)")
@@ -126,6 +128,18 @@ def measured_points(results: Sequence[Result], runtime: str) -> list[Point]:
     return list(points.values())
 
 
+def unknown_latencies(results: Sequence[Result], runtime: str) -> dict[str, float]:
+    """Measured networks whose accuracy is not recorded: name -> latency; a later result wins."""
+    return {
+        row["model"]: row[result.protocol["statistic"]]
+        for result in results
+        for row in result.rows
+        if row["runtime"] == runtime
+        and row.get(result.protocol["statistic"]) is not None
+        and _point(row["model"], 1.0) is None
+    }
+
+
 def pareto_front(points: Sequence[Point]) -> list[Point]:
     """The points that no other beats in both latency and accuracy, by latency."""
     front: list[Point] = []
@@ -159,11 +173,29 @@ def _draw_set(axes: Axes, points: Sequence[Point], name: str, own: bool) -> None
     )  # fmt: skip
     for family, marker in ((True, "s"), (False, "o")):
         chosen = [p for p in points if p.family == family]
+        if not chosen:  # or the legend would name what is not there
+            continue
         edge = (_OURS if family else _OTHERS) if own else _PAPER
         axes.scatter(
             [p.latency for p in chosen], [p.top1 for p in chosen], s=34 if own else 22,
             marker=marker, facecolors=edge if own else "white", edgecolors=edge, zorder=3,
             label=f"{'MobileOne' if family else 'others'}, {name}",
+        )  # fmt: skip
+
+
+def _draw_unknown(axes: Axes, latencies: Mapping[str, float]) -> None:
+    """Mark networks without a known accuracy on the axis of latency."""
+    if not latencies:
+        return
+    on_axis = axes.get_xaxis_transform()  # x in ms, y from 0 to 1
+    axes.scatter(
+        list(latencies.values()), [0.01] * len(latencies), marker="^", s=30, color="black",
+        transform=on_axis, clip_on=False, label="here, accuracy not recorded",
+    )  # fmt: skip
+    for name, latency in latencies.items():
+        axes.annotate(
+            name, (latency, 0.01), xycoords=on_axis, xytext=(0, 6), textcoords="offset points",
+            rotation=90, fontsize=6.5, ha="center", va="bottom",
         )  # fmt: skip
 
 

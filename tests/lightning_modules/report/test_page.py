@@ -112,6 +112,11 @@ def test_the_page_has_it_all_and_needs_nothing(results, run):
     path = write_report(results, run)
     assert path == results / "report.html"
     page = Page(path.read_text(encoding="utf-8"))
+    assert (
+        page.texts.index("Training")
+        < page.texts.index("Artifacts")
+        < page.texts.index("The family")
+    )
     for words in (
         "mobileone_mu0", "top-1 (%), paper", "12.35",  # family, and what was measured
         "75.0 %", "2.08 M", "4.00\u00a0MB", "2e-07", "validation images",  # head and artifact

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from mobileone.bench.results import Result
+from mobileone.bench.studies import pareto
 from mobileone.bench.studies.pareto import (
     Point,
     draw_pareto,
@@ -63,3 +64,22 @@ def test_what_cannot_be_compared_is_refused(result):
         measured_points([result, threads], "eager")
     with pytest.raises(ValueError, match=r"`runtime` \(='openvino'\).*eager, other"):
         measured_points([result], "openvino")
+
+
+def test_every_measured_network_is_drawn_and_the_legend_names_no_other(
+    result, tmp_path, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(pareto, "save_figure", lambda figure, stem: drawn.append(figure))
+    statistic = result.protocol["statistic"]
+    mine = {"model": "my_network", "runtime": "eager", statistic: 300.0}
+    family = [row for row in result.rows if "mobileone" in row["model"]]
+    for rows in ([*result.rows, mine], family):
+        saved = dataclasses.replace(result, rows=rows).save(tmp_path / "latency.json")
+        draw_pareto([str(saved)], "eager")
+    first, second = (figure.axes[0] for figure in drawn)
+    assert "my_network" in [text.get_text() for text in first.texts]
+    assert first.get_xlim()[1] > 300
+    legend = [str(name) for name in second.get_legend_handles_labels()[1]]
+    assert any(name.startswith("MobileOne, here") for name in legend)
+    assert not any(name.startswith("others, here") or "not recorded" in name for name in legend)
