@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from tests.helpers.checkpoints import (
     saver,
     targets,
 )
+from tests.helpers.formats import skip_without_packages
 from tests.helpers.modules import ScoredClassifier
 from tests.helpers.paths import PROGRAMS
 from tests.helpers.processes import run_program, start_python
@@ -240,6 +242,25 @@ def test_best_checkpoint_and_best_artifact_are_one_network_while_the_worker_work
     assert seen == [(name(0), f"{name(0)}.ckpt", f"{name(1)}.ckpt")]
     assert targets(folder)["best"] == name(1)
     assert targets(folder)["best.ckpt"] == f"{name(1)}.ckpt"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["executorch", "litert", "coreai"])
+def test_converters_print_nothing_to_the_terminal_of_a_training(name, tmp_path):
+    """In processes of their own, where the packages are imported for the first time."""
+    skip_without_packages(name)
+    said = [
+        run_program("train_with_formats.py", tmp_path / str(number), *arguments)
+        for number, arguments in enumerate(
+            [("false", "torchscript"), ("false", name), ("true", name)]
+        )
+    ]
+    assert [run.stdout for run in said] == [said[0].stdout] * 3
+    assert [_without_paths(run.stderr) for run in said] == [_without_paths(said[0].stderr)] * 3
+
+
+def _without_paths(text):
+    return re.sub(r"/\S+", "PATH", text)
 
 
 def test_two_runs_do_not_write_to_one_folder(make, tmp_path, folder):
