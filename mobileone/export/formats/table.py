@@ -62,6 +62,9 @@ __all__ = [
 FLOAT32_TOLERANCE, FLOAT16_TOLERANCE = 1e-3, 5e-2
 PROGRAM_TOLERANCE = 1e-4  # nothing but the order of the sums differs
 CLASSIFIER_TOLERANCE = 1e-5  # the same, of a classifier in float32: 1e-6 was measured
+_ORDERS_OF_SUMS = (
+    4  # times the network's own rounding; a converter's sums have an order of their own
+)
 _FLOAT16_ADVICE = (
     "float16 keeps 11 bits and ends at 65504, which the statistics of few training steps exceed: "
     "train longer, or choose float32, --formats '[torchscript,coreml_fp32]' (of fit: "
@@ -93,7 +96,8 @@ class Format:
         optional_pixels: the file takes pixels and returns probabilities where its spec has
             `pixels`, and returns `output` otherwise.
         program_tolerance: the same as `tolerance`, against the fused network, from which nothing
-            but the order of the sums differs; None leaves that comparison out.
+            but the order of the sums differs; None leaves that comparison out. Four times the
+            network's own rounding is accepted where that is more.
         needs: the packages to write it, as `pip` takes them.
         most_images: on how many images it is compared at most, where running it here is slow.
         advice: what helps where a file errs too much.
@@ -129,7 +133,8 @@ class Format:
             return {"parity": Parity("not verified", reason=str(error))}
         checks = {"parity": (reference.outputs, self.tolerance)}
         if self.program_tolerance is not None:
-            checks["program_parity"] = reference.fused_outputs(spec), self.program_tolerance
+            limit = max(self.program_tolerance, _ORDERS_OF_SUMS * reference.rounding(spec))
+            checks["program_parity"] = reference.fused_outputs(spec), limit
         hidden = self.returns(spec) == "probabilities"
         return {
             name: compare_outputs(

@@ -1,5 +1,6 @@
 """How far an exported file's outputs are from those of the trained network."""
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +27,7 @@ __all__ = [
 
 # An image whose two largest probabilities are at least this far apart has a clear class
 CLEAR_MARGIN = 0.1
+_ROUNDING_IMAGES = 8  # on which the rounding of float32 is measured
 
 # A file as a function: 8-bit images (N, C, H, W) -> the output, or several in the network's order
 Runner = Callable[[Tensor], Any]
@@ -63,8 +65,27 @@ class Reference:
     @torch.no_grad()
     def fused_outputs(self, spec: ExportSpec) -> dict[str, Tensor]:
         """The same of the fused network."""
-        found = as_tuple(self.model(normalize(self.images, spec)))
-        return dict(zip(self.outputs, found, strict=True))
+        return self._outputs_of(self.model, normalize(self.images, spec))
+
+    @torch.no_grad()
+    def rounding(self, spec: ExportSpec) -> float:
+        """How far float32 itself takes the fused network from float64, as `max_relative_error`.
+
+        Logits of a network that has hardly been trained are small differences of large numbers:
+        each order of the sums gives others. 0 for a network that does not run in float64.
+        """
+        few = self.at_most(_ROUNDING_IMAGES)
+        found = tuple(few.fused_outputs(spec).values())
+        try:
+            exact = few._outputs_of(
+                copy.deepcopy(self.model).double(), normalize(few.images, spec).double()
+            )
+        except RuntimeError:
+            return 0.0
+        return compare_outputs(exact, found).max_relative_error or 0.0
+
+    def _outputs_of(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.outputs, as_tuple(model(images)), strict=True))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,11 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+from mobileone.export.formats.table import Format
+from mobileone.export.preprocess import normalize
 from mobileone.export.verify.parity import (
     NotVerifiedError,
     Reference,
@@ -120,3 +123,32 @@ def test_probabilities_show_the_logits_that_they_were_made_of():
         probabilities[0, column] = wrong
         parity = compare(logits, recovered_logits(probabilities, logits), "logits", 1e-3)
         assert not parity.accepted
+
+
+@pytest.mark.parametrize(("weight_error", "accepted"), [(0.0, True), (1e-5, False)])
+def test_a_file_may_err_as_far_as_float32_does(weight_error, accepted):
+    """A network whose logits are small differences of large numbers, against its exact values."""
+    torch.manual_seed(0)
+    spec = tiny_spec()
+    size = math.prod(spec.input_size)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(size, 3, bias=False)).eval()
+    with torch.no_grad():
+        weight = model[1].weight.copy_(1e3 * torch.randn(3, size))
+        weight[:, -1] = 0  # its pixel is constant
+    images = fixed_images(spec)
+    pixels = normalize(images, spec).flatten(1)
+
+    with torch.no_grad():  # what remains of the logits is small
+        solved = torch.linalg.lstsq(pixels.double(), pixels.double() @ weight.double().T - 1e-2)
+        weight -= solved.solution.T.float()
+
+    def runner(path, spec):
+        wrong = weight.detach().double() * (1 + weight_error)
+        wrong[0] += weight_error * 1e3
+        return lambda images: (normalize(images, spec).flatten(1).double() @ wrong.T).float()
+
+    logits = model(normalize(images, spec)).detach()
+    row = Format("x", lambda *_: None, runner, program_tolerance=1e-5)
+    parity = row.compare(Path(), spec, Reference(model, {"logits": logits}, images))
+    assert parity["program_parity"].max_relative_error > 1e-5
+    assert parity["program_parity"].accepted == accepted, parity
