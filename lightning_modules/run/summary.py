@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import Trainer
+from rich.markup import escape
 from rich.table import Table
 
 from callbacks.artifacts.callback import ReparameterizeOnSave
@@ -29,18 +30,18 @@ def fit_summary(saver: ReparameterizeOnSave, run: Path) -> Table:
     table.add_column(overflow="fold")
     if saver.best_model_score is not None:
         table.add_row(str(saver.monitor), four_digits(float(saver.best_model_score)))
-    table.add_row("run folder", _short(run))
+    table.add_row("run folder", escape(_short(run)))
     best = saver.best_model_path
-    table.add_row("checkpoint", _within(run, Path(best)) if best else "none")
+    table.add_row("checkpoint", escape(_within(run, Path(best))) if best else "none")
     if not best:
         return table
     folder, artifact = CheckpointFolder(Path(best).parent), CheckpointFolder.artifact_of(best)
     if folder.has_artifact(best):
-        table.add_row("artifact", _within(run, artifact))
+        table.add_row("artifact", escape(_within(run, artifact)))
         for name, text in Manifest.load(artifact).described().items():
-            table.add_row(f"  {name}", text)
+            table.add_row(f"  {name}", escape(text))
         return table
-    table.add_row("artifact", f"none of this checkpoint: {folder.why_missing(best)}")
+    table.add_row("artifact", escape(f"none of this checkpoint: {folder.why_missing(best)}"))
     if (older := saver.best_artifact_path) is not None:
         table.add_row("best/", f"still the artifact of {older.name}.ckpt, another checkpoint")
     return table

@@ -19,7 +19,7 @@ pytestmark = [
 
 
 def no_converter(model, spec, path, metadata):
-    raise RuntimeError("no such operator")
+    raise RuntimeError("no such operator, choose '[onnx,coreml]'")
 
 
 def shown(callback, run):
@@ -57,7 +57,7 @@ def test_what_was_written_and_what_was_left_out(tmp_path, monkeypatch):
     assert rows["artifact"] == f"checkpoints/{name(0)}"
     assert rows["torchscript"].startswith("model.torchscript.pt, 0.0 MB, parity error ")
     assert rows["torchscript"].endswith(", same class 4/4")
-    assert rows["onnx"] == "left out: RuntimeError: no such operator"
+    assert rows["onnx"] == "left out: RuntimeError: no such operator, choose '[onnx,coreml]'"
 
 
 def test_files_of_another_checkpoint_are_not_shown_as_the_best_ones(tmp_path, monkeypatch):
