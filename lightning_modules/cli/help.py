@@ -58,7 +58,10 @@ def options_of(text: str) -> dict[str, list[str]]:
 
 
 def _folder() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:  # a user without a home: below a file nothing is kept
+        return Path(os.devnull)
     # each installation has its own
     return cache / "mobileone" / f"help-{_hash(sys.prefix, _ROOT)}"
 

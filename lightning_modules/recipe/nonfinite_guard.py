@@ -102,6 +102,7 @@ class NonFiniteGuard:
             self._in_a_row = 0
             return
         lost = strategy.reduce_boolean_decision(self._lost is not None, all=False)
+        images_finite = strategy.reduce_boolean_decision(self._images_finite, all=True)
         scaler = getattr(module.trainer.precision_plugin, "scaler", None)
         if not lost and scaler is not None and scaler.get_scale() > 1:
             return
@@ -112,7 +113,7 @@ class NonFiniteGuard:
             raise FloatingPointError(
                 f"{found[0]} at step {module.global_step} (epoch {module.current_epoch}, learning "
                 f"rate {lr:g}): "
-                + (_ADVICE if self._images_finite else f"{_OF_IMAGES}, or set `skip_nonfinite`")
+                + (_ADVICE if images_finite else f"{_OF_IMAGES}, or set `skip_nonfinite`")
             )
         optimizer.zero_grad(set_to_none=True)
         for buffer, copy in self._kept:

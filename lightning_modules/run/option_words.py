@@ -1,6 +1,8 @@
 """Words of a command line as the parser wants them: known names, and lists in brackets."""
 
+import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -8,7 +10,8 @@ from jsonargparse import ArgumentParser
 
 __all__ = ["known_name", "spell_out"]
 
-# the first is used in all commands; the others were, or are in classes that have kept them
+_LISTS = (Sequence, Iterable, Collection)
+# the first name is used in all commands; the others were, or are in classes that have kept them
 _NAMES = (("input_size", "image_size", "size"), ("num_workers", "workers"))
 
 
@@ -63,9 +66,16 @@ def _bracketed(argv: Sequence[str], lists: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _in_brackets(value: str, hint: Any) -> str:
-    if not value or value[0] in "[{-" or value in ("null", "None"):
+    option = value.startswith("-") and not value[1:2].isdigit()  # the next one
+    if not value or option or value[0] in "[{" or value in ("null", "None"):
         return value
-    return f"[{value}]" if "," in value or all(map(_is_iterable, _kinds(hint))) else value
+    lists = list(filter(_is_iterable, _kinds(hint)))
+    others = [kind for kind in _kinds(hint) if kind not in lists and not _is_mapping(kind)]
+    if "," not in value and others:
+        return value
+    words = {item for kind in lists for item in get_args(kind)} <= {str, Path, ...}
+    # YAML would read `no` as a truth value, and `photo[1].jpg` as the end of a list
+    return json.dumps(value.split(",")) if words and '"' not in value else f"[{value}]"
 
 
 def _is_list(hint: Any) -> bool:
@@ -76,7 +86,11 @@ def _is_list(hint: Any) -> bool:
 
 def _is_iterable(kind: Any) -> bool:
     origin = get_origin(kind) or kind
-    return isinstance(origin, type) and issubclass(origin, Iterable) and origin is not str
+    return isinstance(origin, type) and (origin in _LISTS or issubclass(origin, (list, tuple, set)))
+
+
+def _is_mapping(kind: Any) -> bool:
+    return (get_origin(kind) or kind) in (dict, Mapping)
 
 
 def _kinds(hint: Any) -> list[Any]:

@@ -136,3 +136,12 @@ def test_tab_completion(line, expected, tmp_path, capsys):
     }
     run_python("-c", f"{_MAIN}; main()", variables=environment, cwd=tmp_path)
     assert {word.strip() for word in answer.read_text().splitlines()} == expected
+
+
+def test_a_user_without_a_home_gets_help(monkeypatch):
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.expanduser", no_home)
+    assert help_of("fit", lambda: print("text")) == "text\n"
