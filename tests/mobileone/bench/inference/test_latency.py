@@ -69,7 +69,7 @@ def test_every_case_is_fused_right_and_timed(result):
 def test_a_named_network_is_measured_as_the_file_for_devices(name):
     if lack := RUNTIMES[name].lack():
         pytest.skip(lack)
-    (row,) = measure_latency(["mobileone_mu0"], [name], runs=1, image_size=32).rows
+    (row,) = measure_latency(["mobileone_mu0"], [name], runs=1, input_size=32).rows
     assert row["failure"] is None and row["relative_error"] < 1e-3  # of probabilities
     assert row["min_ms"] > 0 and row["norms_left"] == 0
 
