@@ -33,7 +33,10 @@ __all__ = [
 
 
 CollapseMode = Literal["auto", "always", "never"]
-"""`auto`: the cheapest form (on CUDA branches); `always`: least memory; `never`: the branches."""
+"""`auto`: the cheapest form; `always`: a collapsed one; `never`: the branches.
+
+On CUDA `auto` means the branches, `always` the stacked form from four BatchNorms on, else branches.
+"""
 
 
 class BranchedBlock(Protocol):

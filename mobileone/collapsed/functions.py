@@ -25,8 +25,8 @@ class Form(NamedTuple):
         backward: Called as (∂L/∂y, x, y where there is a rectifier, means, variances and what else
             was kept, parameters, geometry, inward). Returns ∂L/∂x, empty where it is not wanted,
             and the gradient of every parameter.
-        empty_outputs: Called as (x, geometry, dtype): what `forward` returns, without the values.
-            None: the compiler traces the form as it traces any operations.
+        empty_outputs: Called as (x, geometry, dtype): what `forward` returns, without the values,
+            in the dtypes that a compiler gets. None: it traces the form as any operations.
     """
 
     forward: Callable[..., list[Tensor]]
@@ -101,7 +101,9 @@ def _opaque_forward(
     inward: bool,
 ) -> list[Tensor]:
     geometry = _unpack(shape, eps)
-    return _apart(_FORMS[Path[path]].forward(x, tensors, geometry, relu, dtype, inward))
+    outputs = _FORMS[Path[path]].forward(x, tensors, geometry, relu, dtype, inward)
+    declared = _empty_outputs(x.to("meta"), tensors, path, shape, eps, relu, dtype, inward)
+    return _apart([y.to(like.dtype) for y, like in zip(outputs, declared, strict=True)])
 
 
 @_opaque_forward.register_fake

@@ -39,7 +39,11 @@ def forward(
     dtype: torch.dtype,
     inward: bool,
 ) -> list[Tensor]:
-    """As `functions.Form`; keeps what ran in float64, the shift, m, C and the map, all float64."""
+    """As `functions.Form`; keeps what ran in float64, the shift, m, C and the map.
+
+    C and the map, of J² and O · J numbers a group, stay in the dtype of the algebra: as float64
+    they would outweigh x where channels are many.
+    """
     patches = im2col(x, geometry)
     stats, shift = patch_statistics(patches)
     algebra = algebra_dtype(geometry, x.dtype)
@@ -62,13 +66,13 @@ def forward(
     size = geometry.output_size(*x.shape[2:])
     y = image(y, torch.Size((x.shape[0], geometry.out_chs, *size)))
     mean = branch_means(branches, stats.mean)
-    kept = [stats.mean, cov, folded.weight, folded.bias, folded.scale]
     how = torch.tensor([level, far], device="cpu")
-    return [y, mean, var.double(), how, shift, *(tensor.double() for tensor in kept)]
+    kept = [stats.mean, cov, folded.weight, folded.bias, folded.scale]
+    return [y, mean, var.double(), how, shift, *kept]
 
 
 def empty_outputs(x: Tensor, geometry: Geometry, dtype: torch.dtype) -> list[Tensor]:
-    """What `forward` returns, without the values."""
+    """What `forward` returns, without the values, as float64 where the dtype depends on them."""
     groups, outputs, patch = geometry.groups, geometry.out_chs // geometry.groups, geometry.patch
     size = geometry.output_size(*x.shape[2:])
     wide = x.new_empty((), dtype=torch.float64)

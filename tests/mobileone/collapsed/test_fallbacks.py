@@ -1,9 +1,12 @@
 """Everything that runs a block in another way: it works collapsed, or the branches run."""
 
 import copy
+import logging
+import pickle
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from timm.layers import convert_sync_batchnorm
 from torch import nn
@@ -12,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mobileone import MobileOneBlock, set_collapse
 from mobileone.bench.training_step.worker import kept_bytes
-from mobileone.collapsed import Path, path_of
+from mobileone.collapsed import Path, functions, path_of
+from mobileone.collapsed.branches import describe, parameters
 from tests.helpers import twin
 
 BLOCKS = [
@@ -437,3 +441,94 @@ def test_the_compiler_gets_the_network_without_a_break(mode):
     branches = sum("batch_norm" in name for name in operators)
     functions = sum("autograd_function_apply" in name for name in operators)
     assert (functions == 0 and branches > 0) if mode == "never" else functions > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("alike", [False, True])
+@pytest.mark.parametrize("channels", [8, 136])
+def test_a_compiler_gets_the_dtypes_it_was_told(channels, alike, dtype):
+    block = collapsed(channels, channels, 1, num_conv_branches=4, dtype=dtype)
+    x = torch.randn(16, channels, 9, 8, dtype=dtype)
+    x = x[:, :1] + 0.1 * x if alike else x
+    operator = torch.ops.mobileone.collapsed_forward.default
+    form = (path_of(block, x).name, *functions._pack(describe(block)), True, dtype, True)
+    call = (x, parameters(block), *form)
+    assert (operator(*call)[3][0] > 0) == alike  # the algebra ran in float64 whatever the size
+    torch.library.opcheck(operator, call, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_block_of_many_channels_keeps_its_statistics_in_its_own_dtype(dtype):
+    block = collapsed(256, 256, 1, num_conv_branches=4, dtype=dtype)
+    x = torch.randn(16, 256, 7, 7, dtype=dtype, requires_grad=True)
+    assert path_of(block, x) is Path.GRAM
+    numbers = 2 * x.numel() + 2 * 256**2  # x, y, C and the folded kernel
+    assert kept_bytes(block, x) <= 1.05 * numbers * x.element_size()
+
+
+def test_blocks_with_stochastic_depth_stay_in_the_graph():
+    torch.compiler.reset()
+    block = MobileOneBlock(8, 8, drop_path_rate=0.5)
+    whole = torch.compile(block, backend="eager", fullgraph=True)
+    assert whole(torch.randn(2, 8, 6, 6)).shape == (2, 8, 6, 6)
+
+
+def test_the_mode_is_of_the_run_and_not_of_the_checkpoint():
+    model = timm.create_model("mobileone_s0", num_classes=2)
+    keys = list(model.state_dict())
+    set_collapse(model, "never")
+    assert list(model.state_dict()) == keys
+    blocks = [module for module in model.modules() if isinstance(module, MobileOneBlock)]
+    assert {block.collapse for block in blocks} == {"never"}
+    assert {
+        block.collapse for block in copy.deepcopy(model).modules() if hasattr(block, "collapse")
+    } == {"never"}
+    assert path_of(blocks[0], torch.randn(2, 3, 32, 32)) is Path.BRANCHES
+
+
+def test_the_log_says_once_what_runs_and_why(caplog):
+    block, x = MobileOneBlock(10, 14, 1, num_conv_branches=3), torch.randn(2, 10, 23, 21)
+    block(x)  # before anybody listens
+    set_collapse(block, "always")
+
+    def heard():
+        caplog.clear()
+        for _ in range(2):
+            block(x)
+        return [record.getMessage() for record in caplog.records]
+
+    with caplog.at_level(logging.INFO, "mobileone.collapsed"):
+        (line,) = heard()
+        assert "3 × Conv2d(10, 14," in line and "2×10×23×21, cpu, float32" in line
+        assert Path.GRAM.value in line
+        assert heard() == []
+        hook = block.conv_kxk[0].register_forward_hook(lambda *called: None)
+        (line,) = heard()
+        assert f"{Path.BRANCHES.value} (a layer with a hook" in line
+        hook.remove()
+        assert heard() == []
+        set_collapse(block, "never")
+        (line,) = heard()
+        assert "collapse=never" in line and f"{Path.BRANCHES.value} (as set)" in line
+        set_collapse(block, "never")  # of another run in this process
+        assert len(heard()) == 1
+        convert_sync_batchnorm(block)
+        assert path_of(block, x) is Path.BRANCHES
+
+
+def test_blocks_pickled_by_versions_without_a_mode_train():
+    block = MobileOneBlock(6, 6, groups=6)
+    assert "collapse" not in vars(block)  # a default of the class
+    set_collapse(block, "always")
+    assert "collapse" in vars(pickle.loads(pickle.dumps(block)))
+    torch.jit.script(block)
+
+
+def test_channels_last_inputs_are_taken():
+    for shape in BLOCKS:
+        block = collapsed(**shape)
+        x = image(shape["in_chs"])
+        expected = branches_of(block)(x)
+        torch.testing.assert_close(
+            block(x.to(memory_format=torch.channels_last)), expected, rtol=1e-4, atol=1e-4
+        )
