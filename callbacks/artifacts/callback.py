@@ -1,5 +1,6 @@
 """After each validation: a checkpoint, and from its weights the fused files that ship."""
 
+import contextlib
 import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -146,6 +147,7 @@ class ReparameterizeOnSave(AtomicCheckpoint):
         self.background, self.timeout = background, timeout
         self.last_error: str | None = None
         self._publisher: Publisher | None = None
+        self._at_leaving = contextlib.ExitStack()
         self._collected: list[Tensor] = []
         self._enough = False
         self._rebuilt: Architecture | None = None
@@ -259,6 +261,8 @@ class ReparameterizeOnSave(AtomicCheckpoint):
         """Take in an export that has ended; validate if the fit ends without a result otherwise."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if not self.last_model_path and _ends_here(trainer):
+            every = trainer.check_val_every_n_epoch
+            self._at_leaving.callback(setattr, trainer, "check_val_every_n_epoch", every)
             trainer.check_val_every_n_epoch, trainer.should_stop = 1, True
         publisher = self._publisher
         if publisher is None or self.strict:  # strict: all ranks stop at the next validation
@@ -404,6 +408,7 @@ class ReparameterizeOnSave(AtomicCheckpoint):
         return None
 
     def _leave(self) -> None:
+        self._at_leaving.close()
         if self._publisher is not None:
             self._publisher.close()
             self._publisher = None
@@ -469,9 +474,11 @@ class ReparameterizeOnSave(AtomicCheckpoint):
 
 def _ends_here(trainer: Trainer) -> bool:
     """Whether no training step follows this one."""
-    steps, epochs = trainer.max_steps, trainer.max_epochs or 0
-    ends = trainer.is_last_batch and trainer.current_epoch + 1 >= epochs > 0
-    return not is_dry_run(trainer) and (trainer.global_step >= steps > 0 or ends)
+    step, epochs = trainer.global_step, trainer.current_epoch + trainer.is_last_batch  # complete
+    ends = step >= trainer.max_steps > 0 or epochs >= (trainer.max_epochs or 0) > 0
+    least = step >= (trainer.min_steps or 0) and epochs >= (trainer.min_epochs or 0)
+    stops = trainer.should_stop and least  # by `max_time`, or by another callback
+    return not is_dry_run(trainer) and (ends or stops)
 
 
 def _attempt(work: Callable[[], ExportResult | None]) -> ExportResult | None:

@@ -19,7 +19,7 @@ class CheckpointFolder:
 
     A link to an artifact stays on the newest one that exists: after an export that failed, `last/`
     is older than `last.ckpt`, and whatever a link points to is kept. `best.ckpt` waits for the
-    export that moves `best/`.
+    end of the export that moves `best/`, on the best one before it.
     """
 
     def __init__(self, path: str | Path) -> None:

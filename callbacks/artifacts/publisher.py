@@ -90,10 +90,8 @@ class ExportQueue:
         """Begin what can begin."""
         while self._queue and not self._worker:
             job = self._queue.popleft()
-            try:
+            with self._failing(job):  # the disk is full, or no process can be started
                 self._begin(job)
-            except Exception as error:  # the disk is full, or no process can be started
-                self._end(job, ExportResult.of(job, "failed", f"{type(error).__name__}: {error}"))
 
     def _begin(self, job: ExportJob) -> None:
         if self.background and can_travel(job):
@@ -106,7 +104,16 @@ class ExportQueue:
     def _finish(self) -> None:
         assert self._worker is not None
         worker, self._worker = self._worker, None
-        self._end(worker.job, worker.wait())
+        with self._failing(worker.job):  # what it has written cannot be read
+            self._end(worker.job, worker.wait())
+
+    @contextlib.contextmanager
+    def _failing(self, job: ExportJob) -> Iterator[None]:
+        """Whatever is raised here is a failed export; the next one begins."""
+        try:
+            yield
+        except Exception as error:
+            self._end(job, ExportResult.of(job, "failed", f"{type(error).__name__}: {error}"))
 
     def _end(self, job: ExportJob, result: ExportResult) -> None:
         if result.status == "published":
@@ -227,10 +234,11 @@ class Publisher:
         folder, (last, best) = self.folder, self.ranking()
         before = {*earlier, *folder.linked_checkpoints()}
         folder.move_link("last", [last, *earlier[-1:]])
-        if not (best and self.exports.holds(best[0])):
-            folder.move_link("best", best)
-        elif folder.linked_artifact("best") is None:  # else both wait, to move together
-            folder.move_link("best", [c for c in earlier[:1] if folder.has_artifact(c)] or best)
+        # until the newest one's export has ended, both links stay on the best one before it
+        waits = last if self.exports.holds(last) else None
+        ended = [c for c in (*best, *earlier[:-1]) if c != waits] if best else []
+        if ended or not best or folder.linked_artifact("best") is None:
+            folder.move_link("best", ended or best)
         keep = {*best, last} | folder.linked_checkpoints()
         for old in sorted(before - keep):
             if self.removable(old, last):

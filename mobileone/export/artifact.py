@@ -160,14 +160,14 @@ def export_model(
             publish_folder(good, directory)
         rejected = directory.with_name(f"{directory.name}{REJECTED}")
         entries = {n: f.entry for n, f in files.items() if f.entry and (f.problems or unfused)}
-        if not entries:
-            discard(rejected)
-        else:
-            with contextlib.suppress(OSError):  # for a look: a full disk must not take the others
+        where = ""
+        with contextlib.suppress(OSError):  # for a look: a full disk must not take the others
+            discard(rejected)  # an older one must not be taken for this one
+            if entries:
                 replace(manifest, formats=entries, problems=tuple(problems)).save(bad)
                 publish_folder(bad, rejected)
+                where = f", its files are in {rejected}"
     if not manifest.formats or unfused:
-        where = f", its files are in {rejected}" if entries else ""
         errors = [file.error for file in files.values() if file.error]
         raise RejectedError(
             f"{directory.name} is not published{where}: {'; '.join(problems)}", final=not errors

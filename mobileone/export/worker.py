@@ -28,7 +28,7 @@ import torch
 from mobileone.export.artifact import REJECTED, RejectedError
 from mobileone.export.checkpoint import ExportJob
 from mobileone.export.formats.table import FORMATS
-from mobileone.export.manifest import Manifest
+from mobileone.export.manifest import MANIFEST_NAME, Manifest
 from mobileone.io.atomic import clean_stale, replace_text
 from mobileone.io.user_modules import import_user_modules, imported_user_modules
 
@@ -50,7 +50,7 @@ class ExportResult:
         checkpoint: the file that was exported.
         status: `published`, if there is a file; `rejected`, if all failed their checks, as they
             would again; `failed`.
-        manifest: that of the published or the rejected folder; None if the export failed.
+        manifest: that of the published or the rejected folder; None if there is neither.
         reason: why a file is missing, in a line; None if none is.
         details: the traceback, or more of the same.
     """
@@ -75,7 +75,8 @@ class ExportResult:
             return cls(checkpoint, status, manifest, f"{said} {missing}" if missing else None)
         reason = f"Exporting {folder.name} failed: {reason}"
         rejected = folder.with_name(folder.name + REJECTED)
-        found = Manifest.load(rejected) if status == "rejected" else None
+        written = status == "rejected" and (rejected / MANIFEST_NAME).is_file()
+        found = Manifest.load(rejected) if written else None
         return cls(checkpoint, status, found, reason, details or reason)
 
 

@@ -16,9 +16,10 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LambdaCallback
 
+from callbacks.artifacts import publisher
 from callbacks.artifacts.folder import CheckpointFolder
 from callbacks.signals import ForceQuit, Interrupted
-from mobileone.export import Manifest, load_torchscript_artifact, worker
+from mobileone.export import ExportJob, Manifest, load_torchscript_artifact, worker
 from tests.helpers.checkpoints import (
     STEPS,
     assert_artifact_is_of,
@@ -242,6 +243,82 @@ def test_best_checkpoint_and_best_artifact_are_one_network_while_the_worker_work
     assert seen == [(name(0), f"{name(0)}.ckpt", f"{name(1)}.ckpt")]
     assert targets(folder)["best"] == name(1)
     assert targets(folder)["best.ckpt"] == f"{name(1)}.ckpt"
+
+
+class SlowWorker:
+    """Takes longer than an epoch: it exports when it is waited for."""
+
+    def __init__(self, job, place, timeout):
+        place.rmdir()
+        self.job = job
+
+    def running(self):
+        return True
+
+    def wait(self):
+        return worker.run_job(self.job)
+
+    def stop(self):
+        pass
+
+
+@pytest.mark.filterwarnings("ignore:Exporting")
+@pytest.mark.parametrize(
+    ("options", "scores", "failing", "checkpoints", "artifacts"),
+    [
+        ({}, [0.1, 0.2, 0.3, 0.4], [], [0, 0, 1, 3], [None, 0, 1, 3]),
+        ({"strict": True}, [0.1, 0.2, 0.3, 0.4], [], [0, 0, 1, 3], [None, 0, 1, 3]),
+        ({"save_top_k": 3}, [0.1, 0.2, 0.3, 0.4], [], [0, 0, 1, 3], [None, 0, 1, 3]),
+        # a failed one is left behind, as where exports are fast
+        ({}, [0.1, 0.2, 0.3, 0.4], [1, 2], [0, 0, 1, 3], [None, 0, 0, 3]),
+        # one that is tried again stays the best
+        ({"save_top_k": 2}, [0.9, 0.1, 0.2, 0.1], [0], [0, 0, 0, 0], [None, None, 0, 0]),
+    ],
+)
+def test_the_best_follows_where_each_export_ends_after_the_next_validation(
+    make, tmp_path, folder, monkeypatch, options, scores, failing, checkpoints, artifacts
+):
+    """A kill in a later epoch must not leave the best of the first one."""
+    left, real, seen = [name(epoch) for epoch in failing], worker.run_job, []
+
+    def run(job):
+        if job.directory.name in left:
+            left.remove(job.directory.name)
+            return worker.ExportResult.of(job, "failed", "no such operator")
+        return real(job)
+
+    def look():
+        assert all(path.exists() for path in folder.iterdir())  # no link to what was removed
+        seen.append(targets(folder))
+
+    class Look(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch:
+                look()
+
+    monkeypatch.setattr(worker, "run_job", run)
+    monkeypatch.setattr(publisher, "ExportWorker", SlowWorker)
+    fit(ScoredClassifier(scores), make(**options), tmp_path, max_epochs=4, callbacks=[Look()])
+    look()
+    assert [found["best.ckpt"] for found in seen] == [f"{name(e)}.ckpt" for e in checkpoints]
+    assert [found.get("best") for found in seen] == [e if e is None else name(e) for e in artifacts]
+
+
+def test_a_result_that_cannot_be_read_does_not_hold_up_the_next_export(folder, monkeypatch):
+    class Unreadable(SlowWorker):
+        def wait(self):
+            if self.job.checkpoint.name == "a.ckpt":
+                raise FileNotFoundError("no manifest.json")
+            return worker.ExportResult(str(self.job.checkpoint), "published")
+
+    monkeypatch.setattr(publisher, "ExportWorker", Unreadable)
+    exports = publisher.ExportQueue(CheckpointFolder(folder), True, 9)
+    for stem in ("a", "b"):
+        exports.submit(ExportJob(folder / f"{stem}.ckpt", folder / stem, ("torchscript",)))
+    ended = exports.drain()
+    assert [result.status for result in ended] == ["failed", "published"]
+    assert "FileNotFoundError: no manifest.json" in ended[0].reason
+    assert contents(folder) == {"a.export-error.json"}
 
 
 @pytest.mark.slow

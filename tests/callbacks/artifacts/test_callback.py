@@ -156,6 +156,23 @@ def test_a_fit_that_would_end_without_a_validation_validates_at_its_end(
     assert steps == end.get("max_steps", 2 * STEPS)
     assert targets(folder)["best"] == f"epoch={(steps - 1) // STEPS:03d}-step={steps:06d}"
     assert Manifest.load(folder / "best").training.metrics["val/acc1"] == pytest.approx(0.5)
+    assert trainer.check_val_every_n_epoch == 3  # as the caller has set it
+
+
+@pytest.mark.parametrize(("least", "steps"), [({}, 2), ({"min_epochs": 2}, 2 * STEPS)])
+def test_a_fit_that_another_callback_stops_before_a_validation_validates_at_its_end(
+    make, tmp_path, folder, least, steps
+):
+    def stop(trainer, *_):
+        trainer.should_stop = trainer.should_stop or trainer.global_step >= 2
+
+    stops = LambdaCallback(on_train_batch_end=stop)
+    module = ScoredClassifier([0.5, 0.6])
+    options = {"check_val_every_n_epoch": 5, "max_epochs": 4, **least}
+    trainer = fit(module, make(), tmp_path, callbacks=[stops], **options)
+    assert trainer.global_step >= steps
+    assert module.scores == [0.6]  # validated once
+    assert Manifest.load(folder / "last").training.step == trainer.global_step
 
 
 def test_a_separate_validation_saves_nothing(make, tmp_path, folder):

@@ -12,16 +12,19 @@ from torch import nn
 
 from mobileone import MobileOneBlock
 from mobileone.export import (
+    ExportJob,
     Manifest,
     Metadata,
     RejectedError,
     TrainingState,
+    artifact,
     export_model,
     load_torchscript_artifact,
 )
 from mobileone.export.formats import table as formats_module
 from mobileone.export.inspect import describe_artifact
 from mobileone.export.isolation import isolated
+from mobileone.export.worker import run_job
 from tests.helpers.processes import run_python
 from tests.helpers.tiny import tiny_network, tiny_spec
 
@@ -119,6 +122,29 @@ def test_a_rejected_artifact_leaves_the_older_one(tmp_path, monkeypatch):
     with pytest.raises(RejectedError):
         export_model(tiny_network(), tiny_spec(), folder, FORMATS, overwrite=True)
     assert Manifest.load(folder) == first
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_a_full_disk_leaves_no_rejected_folder_and_no_word_of_one(tmp_path, monkeypatch, older):
+    sabotage(monkeypatch)
+    if older:
+        with pytest.raises(RejectedError, match=r"its files are in .*artifact\.rejected"):
+            export_model(tiny_network(), tiny_spec(), tmp_path / "artifact", FORMATS)
+
+    def full(staged, final):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(artifact, "publish_folder", full)
+    job = ExportJob(tmp_path / "a.ckpt", tmp_path / "artifact")
+    monkeypatch.setattr(
+        ExportJob,
+        "run",
+        lambda job: export_model(tiny_network(), tiny_spec(), job.directory, FORMATS),
+    )
+    result = run_job(job)
+    assert (result.status, result.manifest) == ("rejected", None)
+    assert "artifact is not published: torchscript: parity" in result.reason
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_leaves_no_trace_and_the_older_artifact(tmp_path, monkeypatch):
