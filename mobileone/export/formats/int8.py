@@ -217,7 +217,7 @@ def _restore(schema: Any, tensor: Any, buffer: Any, layers: Sequence[QuantizedLi
 
 def _builder() -> Any:
     """A writer that keeps equal vectors once: zero points are a tenth of so small a file."""
-    flatbuffers = import_optional("flatbuffers", _USE, "flatbuffers")
+    flatbuffers = import_optional("flatbuffers", _USE, litert.EXTRA)
 
     class Builder(flatbuffers.Builder):  # type: ignore[name-defined]
         kept: dict[tuple[str, bytes], int]
@@ -234,7 +234,7 @@ def _builder() -> Any:
 
 
 def _litert_model(path: Path) -> tuple[Any, Any]:
-    schema = import_optional("ai_edge_litert.schema_py_generated", _USE, "litert")
+    schema = import_optional("ai_edge_litert.schema_py_generated", _USE, litert.EXTRA)
     return schema, schema.ModelT.InitFromPackedBuf(path.read_bytes(), 0)
 
 

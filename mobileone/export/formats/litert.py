@@ -21,11 +21,21 @@ from mobileone.export.verify.parity import Runner
 from mobileone.io.noise import TORCHAO_LINES, without_noise
 from mobileone.io.optional_import import import_optional
 
-__all__ = ["NEEDS", "finished", "interpreter", "operations", "quiet", "runner", "spec", "write"]
+__all__ = [
+    "EXTRA",
+    "NEEDS",
+    "finished",
+    "interpreter",
+    "operations",
+    "quiet",
+    "runner",
+    "spec",
+    "write",
+]
 
 NEEDS = ("litert-torch>=0.10,<0.11",)
+EXTRA = "mobileone-lightning[litert]"
 _USE = "the `litert` format"
-_INSTALL = "mobileone-lightning[litert]"
 _SPEC = "spec.json"
 
 
@@ -57,10 +67,10 @@ def write(
     plain, given, names, interface = for_device(model, spec, outputs)
     network = _Named(plain, names).eval()
     with quiet():
-        litert = import_optional("litert_torch", _USE, _INSTALL)
+        litert = import_optional("litert_torch", _USE, EXTRA)
         litert.progress.config.show_progress = False
         # JAX, which the converter uses, would warn each time that a loader starts its workers
-        bridge: Any = import_optional("jax._src.xla_bridge", _USE, _INSTALL)
+        bridge: Any = import_optional("jax._src.xla_bridge", _USE, EXTRA)
         bridge._at_fork_handler_installed = True
         config = _static() if quantized else None
         converted = litert.convert(network, sample_kwargs=given, quant_config=config)
@@ -71,8 +81,8 @@ def write(
 
 def _static() -> Any:
     """What tells the converter to make integers of rounded numbers; it estimates no scale."""
-    quantizers = import_optional("litert_torch.quantize.pt2e_quantizer", _USE, _INSTALL)
-    configs = import_optional("litert_torch.quantize.quant_config", _USE, _INSTALL)
+    quantizers = import_optional("litert_torch.quantize.pt2e_quantizer", _USE, EXTRA)
+    configs = import_optional("litert_torch.quantize.quant_config", _USE, EXTRA)
     chosen = quantizers.get_symmetric_quantization_config(is_per_channel=True, is_dynamic=False)
     return configs.QuantConfig(pt2e_quantizer=quantizers.PT2EQuantizer().set_global(chosen))
 
@@ -114,7 +124,7 @@ def interpreter(path: Path, threads: int | None = None) -> Any:
     Raises:
         ImportError: the extra is not installed.
     """
-    runtime = import_optional("ai_edge_litert.interpreter", _USE, _INSTALL)
+    runtime = import_optional("ai_edge_litert.interpreter", _USE, EXTRA)
     opened = runtime.Interpreter(str(path), num_threads=threads or torch.get_num_threads())
     opened.allocate_tensors()
     return opened
@@ -136,7 +146,7 @@ def operations(path: Path) -> Counter[str]:
     Raises:
         ImportError: the extra, which has the operations' names, is not installed.
     """
-    schema = import_optional("ai_edge_litert.schema_py_generated", _USE, _INSTALL)
+    schema = import_optional("ai_edge_litert.schema_py_generated", _USE, EXTRA)
     names = {number: name for name, number in vars(schema.BuiltinOperator).items()}
     model = Table(path.read_bytes())
     kinds = [max(code.number(0, "b"), code.number(3, "i")) for code in model.tables(1)]

@@ -1,5 +1,6 @@
 """Integer files: published if they are the quantized network, and only then."""
 
+import sys
 from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
@@ -235,3 +236,9 @@ def test_formats_are_checked_without_a_network():
     check_integers(["onnx_int8", "coreml_int8"], quantized=True)
     with pytest.raises(ValueError, match="hold floats"):
         check_integers(["onnx_int8", "onnx"], quantized=True)
+
+
+def test_a_missing_runtime_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ai_edge_litert.schema_py_generated", None)
+    with pytest.raises(ImportError, match=r"pip install 'mobileone-lightning\[litert\]'"):
+        int8.ROADS["litert"].read(tmp_path / "model.tflite")
