@@ -6,15 +6,14 @@ import sys
 import threading
 from collections.abc import Sequence
 from functools import partial
-from multiprocessing import forkserver, get_all_start_methods, parent_process, resource_tracker
+from multiprocessing import get_all_start_methods, parent_process
+from multiprocessing.context import BaseContext
 from types import FrameType
 from typing import Any
 
 from mobileone.io.user_modules import import_user_modules, imported_user_modules
 
 __all__ = ["worker_options"]
-
-_PRELOADED = ["lightning_modules.data.dataset", "lightning_modules.data.dataloader"]
 
 
 def worker_options(count: int) -> dict[str, Any]:
@@ -26,33 +25,21 @@ def worker_options(count: int) -> dict[str, Any]:
     """
     if count == 0:
         return {"num_workers": 0}
-    method = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
-    if method == "forkserver":
-        _start_server()
     return {
         "num_workers": count,
-        "multiprocessing_context": method,
+        "multiprocessing_context": _context(),
         "worker_init_fn": partial(_begin, imported_user_modules()),
     }
 
 
-def _start_server() -> None:
-    """Start it already: it imports while this process does other things.
+def _context() -> BaseContext | str:
+    """What starts workers; a server starts already: it imports while this process goes on."""
+    if "forkserver" not in get_all_start_methods():  # Windows
+        return "spawn"
+    from lightning_modules.data.fork_server import DATA_WORKERS, start_server
 
-    A signal to the whole process group must not end it, nor a worker that has just begun: they
-    inherit which signals are blocked.
-    """
-    forkserver.set_forkserver_preload(_PRELOADED)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _TO_THE_GROUP)
-    try:
-        resource_tracker.ensure_running()  # which lets SIGINT and SIGTERM through again
-        signal.pthread_sigmask(signal.SIG_BLOCK, _TO_THE_GROUP)
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-_TO_THE_GROUP = {getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, n)}
+    start_server()
+    return DATA_WORKERS
 
 
 def _begin(modules: Sequence[str], worker: int) -> None:
@@ -82,5 +69,7 @@ def _leave_signals_to_the_run() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "win32":
         return
+    from lightning_modules.data.fork_server import TO_THE_GROUP
+
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _TO_THE_GROUP)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, TO_THE_GROUP)

@@ -9,6 +9,8 @@ import os
 import signal
 import subprocess
 import tarfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -298,6 +300,17 @@ def test_a_signal_to_all_processes_does_not_end_the_workers(pets):
     assert len(list(batches)) == len(loader) - 1
     assert int(server) != os.getpid()
     assert list(data.val_dataloader())  # the server still starts workers
+
+
+def test_processes_of_the_user_s_own_get_the_signals_and_no_import_of_ours(pets):
+    """They come from the one fork server of `multiprocessing`, whichever is started first."""
+    loader = ready(pets, num_workers=1, batch_size=1).train_dataloader()
+    assert next(iter(loader))
+    with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as pool:
+        mask = pool.submit(signal.pthread_sigmask, signal.SIG_BLOCK, []).result()
+        names = pool.submit(eval, "list(__import__('sys').modules)").result()
+    assert mask == signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert "lightning_modules.data.dataset" not in names
 
 
 @pytest.mark.parametrize("dataset", ["", "tests.helpers.user_data:make_paths"])
