@@ -145,17 +145,25 @@ def check_validation_loss(module: LightningModule, loss: float, finite: Sequence
     """
     if math.isfinite(loss):
         return
-    bad = next((i for i, images in enumerate(finite) if not bool(images.all())), None)
     what = f"the validation's loss is {loss} after step {module.global_step}"
-    if module.trainer.strategy.reduce_boolean_decision(bad is not None, all=False):
-        place = "on another rank"
-        if bad is not None:
-            place = f"image {int(finite[bad].int().argmin())} of batch {bad}, counted from 0"
+    if place := _first_bad_image(module, finite):
         raise FloatingPointError(f"{what}, for {_OF_IMAGES} (the first: {place})")
     raise FloatingPointError(
         f"{what} (epoch {module.current_epoch}): the weights have diverged, and are not saved; "
         f"{_LOWER}, and continue from the last checkpoint"
     )
+
+
+def _first_bad_image(module: LightningModule, finite: Sequence[Tensor]) -> str | None:
+    """Where the first image is that is not finite, of the lowest rank that has met one."""
+    bad = ((i, int(images.int().argmin())) for i, images in enumerate(finite) if not images.all())
+    mine = torch.tensor(next(bad, (-1, -1)), device=module.device)
+    places = module.trainer.strategy.all_gather(mine).reshape(-1, 2).tolist()  # of each rank
+    for rank, (batch, image) in enumerate(places):
+        if batch >= 0:
+            of_rank = f" of rank {rank}" if len(places) > 1 else ""
+            return f"image {image} of batch {batch}{of_rank}, counted from 0"
+    return None
 
 
 def _finite(optimizer: Optimizer) -> bool:

@@ -1,4 +1,4 @@
-"""Train on two ranks, one with images of NaN in two batches: nan_on_one_rank.py IMAGES FOLDER."""
+"""Train on two ranks, one with images of NaN: nan_on_one_rank.py IMAGES FOLDER."""
 
 import sys
 
@@ -18,10 +18,18 @@ class OneRank(ImageClassifier):
         return super().training_step((images, targets), batch_idx)
 
 
+class Validation(ImageClassifier):
+    def validation_step(self, batch, batch_idx):
+        if self.global_rank == 1 and batch_idx == 1:
+            batch[0][1, 0, 3, 3] = torch.nan
+        return super().validation_step(batch, batch_idx)
+
+
 root, out = sys.argv[1:]
-for limit in (2, 0):
+for name, kind in (("2", OneRank), ("0", OneRank), ("val", Validation)):
     torch.manual_seed(1)
-    model, ema = OneRank("test_byobnet", num_classes=2, lr=0.01, skip_nonfinite=limit), EMA(0.5)
+    limit = 0 if name == "val" else int(name)
+    model, ema = kind("test_byobnet", num_classes=2, lr=0.01, skip_nonfinite=limit), EMA(0.5)
     data = ImageDataModule(root, batch_size=2, input_size=32, num_workers=0, seed=0)
     trainer = make_trainer(out, ema, devices=2, strategy="ddp", max_epochs=2)
     try:
@@ -30,4 +38,4 @@ for limit in (2, 0):
     except FloatingPointError as error:
         said, average = str(error), {}
     state = {"weights": dict(model.named_parameters()), "average": average, "said": said}
-    torch.save({**state, "step": trainer.global_step}, f"{out}/{limit}-{trainer.global_rank}.pt")
+    torch.save({**state, "step": trainer.global_step}, f"{out}/{name}-{trainer.global_rank}.pt")

@@ -141,9 +141,10 @@ def test_an_image_that_is_no_number_is_not_blamed_on_the_weights(train, split, s
 
 
 @pytest.mark.slow
-def test_of_two_processes_both_leave_a_step_out_or_both_stop(pets, tmp_path):
+def test_of_two_processes_both_leave_a_step_out_or_both_stop(make_folder, tmp_path):
     """One has the bad batch; the other's loss is finite."""
-    run_on_two_ranks("nan_on_one_rank.py", pets, tmp_path)
+    images = make_folder({"train": {"cat": 6, "dog": 4}, "val": {"cat": 4, "dog": 4}})
+    run_on_two_ranks("nan_on_one_rank.py", images, tmp_path)
     ends = {p.stem: torch.load(p, weights_only=False) for p in tmp_path.glob("*.pt")}
     for part in ("weights", "average"):
         assert finite(ends["2-0"][part]) and len(ends["2-0"][part])
@@ -151,6 +152,9 @@ def test_of_two_processes_both_leave_a_step_out_or_both_stop(pets, tmp_path):
     assert [ends[end]["step"] for end in ("2-0", "2-1", "0-0", "0-1")] == [4, 4, 0, 0]
     assert "loss of another rank is not finite at step 0" in ends["0-0"]["said"]
     assert "loss is nan at step 0" in ends["0-1"]["said"]
+    for rank in (0, 1):  # who reads one of them knows where to look
+        said = ends[f"val-{rank}"]["said"]
+        assert "images hold NaN" in said and "(the first: image 1 of batch 1 of rank 1, " in said
 
 
 def test_without_bad_steps_the_option_changes_nothing(fit):
