@@ -35,12 +35,9 @@ _EXPORT = "lightning_modules.dense.export:export_"
 _OUTPUT = "lightning_modules.cli.output:"
 _SHARDS = "lightning_modules.data.shards"
 _INFERENCE = "mobileone.bench.inference"
-_ARTIFACT = f"{_INFERENCE}.artifact:"
-_TABLES = "mobileone.bench.show.tables:"
-_STEP = "mobileone.bench.training_step.measure:"
+_TABLE = "mobileone.bench.show.tables:result_table"
+_BARS = "mobileone.bench.show.charts:bar_figure"
 _STUDIES = "mobileone.bench.studies"
-_ABLATION = "lightning_modules.studies.ablation:"
-_QUANTIZATION = "lightning_modules.studies.quantization:"
 _BEST = "runs/quickstart/latest/checkpoints/best"
 
 COMMANDS = {
@@ -75,45 +72,45 @@ COMMANDS = {
     "profile": Command(
         "count parameters, multiply-adds and memory traffic, next to the paper's",
         f"{_INFERENCE}.profile:profile_models",
-        f"{_TABLES}profile_table",
+        _TABLE,
         "mobileone_s1 repvit_m1_0 --level stage",
     ),
     "benchmark latency": Command(
         "time fused networks in every runtime that is present",
         f"{_INFERENCE}.latency:measure_latency",
-        f"{_TABLES}latency_table",
+        _TABLE,
         "--suite 2026 --runtimes [onnxruntime]",
     ),
     "benchmark latency --artifact": Command(
         "time the files that ship, in every runtime that reads them",
-        f"{_ARTIFACT}measure_artifacts",
-        f"{_ARTIFACT}artifact_table",
+        f"{_INFERENCE}.artifact:measure_artifacts",
+        _TABLE,
         f"{_BEST} --output results",
-        f"{_ARTIFACT}artifact_figure",
+        _BARS,
     ),
     "benchmark throughput": Command(
         "count images a second of fused networks, by batch size",
         f"{_INFERENCE}.latency:measure_throughput",
-        f"{_TABLES}throughput_table",
+        _TABLE,
         "mobileone_s1 --batch_sizes [1,16,64]",
     ),
     "benchmark memory": Command(
         "measure the peak memory of inference, each network in a process of its own",
         f"{_INFERENCE}.memory:measure_memory",
-        f"{_TABLES}memory_table",
+        _TABLE,
         "mobileone_s0 mobileone_s1",
     ),
     "benchmark training": Command(
         "measure a training step against timm's block and the plain network",
-        f"{_STEP}measure_training",
-        f"{_STEP}training_table",
+        "mobileone.bench.training_step.measure:measure_training",
+        _TABLE,
         "mobileone_s0 --output results",
-        f"{_STEP}training_figure",
+        _BARS,
     ),
     "benchmark data": Command(
         "count images a second by number of workers; report what limits a run",
         "lightning_modules.data.benchmark:benchmark_data",
-        "lightning_modules.data.benchmark:data_table",
+        _TABLE,
         "--root /data/imagenet --num_workers 0,2,8 --model mobileone_s0",
     ),
     "benchmark pareto": Command(
@@ -125,30 +122,30 @@ COMMANDS = {
     "study bottlenecks": Command(
         "time activations, skips and SE in 30 layers (Tables 2 and 3)",
         f"{_STUDIES}.bottlenecks:study_bottlenecks",
-        f"{_STUDIES}.bottlenecks:bottlenecks_table",
+        _TABLE,
         "--output results",
-        f"{_STUDIES}.bottlenecks:bottlenecks_figure",
+        _BARS,
     ),
     "study correlation": Command(
         "correlate latency with multiply-adds and parameters (Table 1)",
         f"{_STUDIES}.correlation:study_correlation",
-        f"{_STUDIES}.correlation:correlation_table",
+        _TABLE,
         "--suite paper --output results",
         f"{_STUDIES}.correlation:correlation_figure",
     ),
     "study ablation": Command(
         "compare short trainings over k, branches and recipe (Tables 5, 6 and 8)",
-        f"{_ABLATION}study_ablation",
-        f"{_ABLATION}ablation_table",
+        "lightning_modules.studies.ablation:study_ablation",
+        _TABLE,
         "--output results/ablation",
-        f"{_ABLATION}ablation_figure",
+        _BARS,
     ),
     "study quantization": Command(
         "compare integer networks, trained and not, in every integer runtime",
-        f"{_QUANTIZATION}study_quantization",
-        f"{_QUANTIZATION}quantization_table",
+        "lightning_modules.studies.quantization:study_quantization",
+        _TABLE,
         "--weights [runs/quickstart/latest/checkpoints/best.ckpt] --output results/quantization",
-        f"{_QUANTIZATION}quantization_figure",
+        _BARS,
     ),
     "report": Command(
         "gather results and a run into one HTML page to send",

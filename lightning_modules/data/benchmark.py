@@ -10,16 +10,14 @@ from typing import Any
 
 import timm
 import torch
-from rich.table import Table
 from torch.utils.data import DataLoader
 
 from lightning_modules.data.datamodule import ImageDataModule
-from mobileone.bench.results import Result
-from mobileone.bench.show.tables import make_table, number, words
+from mobileone.bench.results import Result, Row
 from mobileone.bench.timing import check_device
 from mobileone.bench.training_step.worker import training_step
 
-__all__ = ["benchmark_data", "data_table", "data_verdict"]
+__all__ = ["benchmark_data"]
 
 
 def benchmark_data(
@@ -105,12 +103,13 @@ def benchmark_data(
 
         speeds = _images_a_second(step, batch_size, rounds)
         how["model_images_per_s"] = statistics.median(speeds)
+    how["note"] = _verdict(how, rows)
     return Result.new("data", how, rows, device)
 
 
-def data_verdict(result: Result) -> str:
+def _verdict(how: Row, rows: Sequence[Row]) -> str:
     """Whether data or computation limits a run, in a sentence."""
-    how, best = result.protocol, max(result.rows, key=lambda row: row["images_per_s"])
+    best = max(rows, key=lambda row: row["images_per_s"])
     speed, step = best["images_per_s"], how["model_images_per_s"]
     data = f"{best['workers']} workers give {speed:.0f} images/s"
     if step is None:
@@ -119,24 +118,6 @@ def data_verdict(result: Result) -> str:
         f"bound by {'data' if speed < step else 'compute'}: {data}, and a training step of "
         f"{how['model']} on {how['device']} takes {step:.0f} images/s"
     )
-
-
-def data_table(result: Result) -> Table:
-    """The rows for a terminal, with their speed relative to the first row's, and the verdict."""
-    how, first = result.protocol, result.rows[0]["images_per_s"]
-    columns = (
-        words("data set", "reader"),
-        words("workers", "workers"),
-        number("images/s", "images_per_s", ".0f"),
-        number("slowest", "slowest_images_per_s", ".0f"),
-        number("fastest", "fastest_images_per_s", ".0f"),
-        number("× first row", "images_per_s", ".2f", first),
-    )
-    title = (
-        f"Training images in crops of {how['image_size']} px, batches of {how['batch_size']}, "
-        f"{result.machine['cpu']}, torch {result.versions['torch']}"
-    )
-    return make_table(title, columns, result.rows, [data_verdict(result)])
 
 
 def _endless(loader: DataLoader) -> Iterator[Any]:

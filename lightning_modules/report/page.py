@@ -12,8 +12,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lightning_modules.report.run_sections import ARTIFACT_COLUMNS, format_rows, read_run
-from mobileone.bench.paper import UNVERIFIED, paper_table
+from mobileone.bench.paper import paper_table
 from mobileone.bench.results import Result, Row
+from mobileone.bench.show.tables import cell, heading, notes, shown
 from mobileone.bench.studies.pareto import draw_pareto
 from mobileone.io.atomic import replace_text
 
@@ -86,23 +87,12 @@ def _environment() -> Environment:
     )
     environment.filters |= {
         "base64": lambda png: base64.b64encode(png).decode("ascii"),
-        "cell": _cell,
+        "cell": cell,
         "formats": format_rows,
         "is_numeric": lambda rows, key: all(_is_number(row.get(key)) for row in rows),
         "metrics": lambda metrics: "; ".join(f"{k} {v:.4g}" for k, v in metrics.items()) or "none",
     }
     return environment
-
-
-def _cell(value: object) -> str:
-    """A value for people: few digits, a dash for nothing."""
-    if value is None or value == "":
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int | float) and abs(value) >= 10_000:
-        return f"{value:,.0f}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _is_number(value: object) -> bool:
@@ -233,11 +223,9 @@ def _when(result: Result) -> datetime:
 def _shown(path: Path, result: Result, folder: Path) -> dict[str, Any]:
     """A result: columns without a value are left out, those of one value are shown once."""
     machine, picture = result.machine, path.with_suffix(".png")
-    rows = [row for row in result.rows if row.get("level", "model") == "model"][:_ROWS]
-    left_out = len(result.rows) - len(rows)
-    rows = [_marked(row) for row in rows]
+    rows = shown(result)[:_ROWS]
     values = {key: {repr(row.get(key)) for row in rows} for row in rows for key in row}
-    kept = {key: _heading(key) for key, found in values.items() if found != {"None"}}
+    kept = {key: heading(key) for key, found in values.items() if found != {"None"}}
     same = [key for key in kept if len(rows) > 3 and len(values[key]) == 1]
     about = {"protocol": result.protocol, "machine": machine, "versions": result.versions}
     where = f"{machine.get('cpu')}, {machine.get('cores')} cores, {machine.get('os')}"
@@ -250,21 +238,7 @@ def _shown(path: Path, result: Result, folder: Path) -> dict[str, Any]:
         "rows": rows,
         "columns": {key: heading for key, heading in kept.items() if key not in same},
         "constant": {kept[key]: rows[0].get(key) for key in same},
-        "left_out": left_out,
+        "left_out": len(result.rows) - len(rows),
+        "notes": notes(result),
         "about": json.dumps(about, indent=2),
     }
-
-
-def _marked(row: Row) -> Row:
-    """The row with the paper's numbers marked where they are unverified, instead of a column."""
-    kept = {key: value for key, value in row.items() if key != "paper_verified"}
-    if not row.get("paper_verified", True):
-        for key, value in kept.items():
-            if key.startswith("paper_") and isinstance(value, float):
-                kept[key] = f"{_cell(value)}{UNVERIFIED}"
-    return kept
-
-
-def _heading(key: str) -> str:
-    words = key.replace("_", " ")
-    return f"{words.removesuffix(' ms')} (ms)" if words.endswith(" ms") else words

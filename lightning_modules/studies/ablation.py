@@ -9,20 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from rich.table import Table
 
 from lightning_modules.data.transforms import resolve_config
 from lightning_modules.run.config_files import packaged_configs
 from lightning_modules.studies.cells import Cells, identity, parse, train
-from mobileone.bench.paper import UNVERIFIED, paper_table
+from mobileone.bench.paper import paper_table
 from mobileone.bench.results import Result, Row
-from mobileone.bench.show.charts import draw_bars
-from mobileone.bench.show.tables import Column, make_table, number, words
 from mobileone.variants import VARIANTS
 
-__all__ = ["ablation_figure", "ablation_table", "study_ablation"]
+__all__ = ["study_ablation"]
 
 Part = Literal["k", "branches", "recipe"]
 PARTS: tuple[Part, ...] = ("k", "branches", "recipe")
@@ -150,6 +145,7 @@ def study_ablation(
             cells.write(setting.key(), seed, _train(base, parsed, setting, seed, cells))
     how = {"config": config, "options": list(options), "epochs": epochs, "seeds": seeds}
     how |= {"model": model, "image_size": size, "statistic": "after the last epoch"}
+    how["note"] = "The paper's numbers are of ImageNet and 300 epochs: compare differences at most."
     found = [
         [cells.read(setting.key(), seed) or {} for seed in range(seeds)] for setting in settings
     ]
@@ -223,78 +219,3 @@ def _paper(setting: Setting, model: str) -> Row:
         elif column := {"all branches": "top1", "no branches": "top1_without"}.get(setting.name):
             top1 = rows[0][column]
     return {"paper_model": name, "paper_top1": top1, "paper_verified": table.verified}
-
-
-_TITLES = {
-    "k": "over-parameterization factor k (paper's Table 6)",
-    "branches": "branches in training (paper's Table 5)",
-    "recipe": "recipe, one part added after the other (paper's Table 8)",
-}
-
-
-def ablation_table(result: Result) -> Table:
-    """The rows for a terminal."""
-    how = result.protocol
-    columns = (
-        words("part", "part"),
-        words("setting", "setting"),
-        number("seeds", "n", "g"),
-        Column("top-1 (%)", _accuracy),
-        number("loss", "loss_mean", ".4f"),
-        number("training loss", "train_loss_mean", ".4f"),
-        number("s", "seconds_mean", ".0f"),
-        Column("paper, top-1 (%)", _paper_cell),
-    )
-    title = (
-        f"{how['model']} on {how['config']}, {how['image_size']} px, {how['epochs']} epochs: "
-        "accuracy on the validation images after the last epoch, mean ± deviation over seeds"
-    )
-    note = "The paper's numbers are of ImageNet and 300 epochs: compare differences at most."
-    return make_table(title, columns, result.rows, [note])
-
-
-def ablation_figure(result: Result) -> Figure:
-    """Bars of each setting's mean accuracy, and of the paper's on an axis of its own."""
-    parts = list(dict.fromkeys(row["part"] for row in result.rows))
-    groups = [[row for row in result.rows if row["part"] == part] for part in parts]
-    height = 1.1 + sum(0.75 + 0.34 * len(rows) for rows in groups)
-    figure = Figure(figsize=(8, height), layout="constrained")
-    axes = figure.subplots(
-        len(parts), 2, squeeze=False, sharey="row", height_ratios=[len(g) for g in groups]
-    )
-    for (here, there), part, rows in zip(axes, parts, groups, strict=True):
-        names = [row["setting"] for row in rows]
-        _draw(here, names, [(row["acc1_mean"], _accuracy(row)) for row in rows])
-        here.set_title(_TITLES[part], fontsize=9, loc="left")
-        _draw(there, names, [(row["paper_top1"], f"{row['paper_top1'] or '–'}") for row in rows])
-        mark = "" if all(row["paper_verified"] for row in rows) else UNVERIFIED
-        there.set_title(f"paper, {rows[0]['paper_model']}{mark}", fontsize=9, loc="right")
-    axes[-1][0].set_xlabel("top-1 here (%), not from 0", fontsize=9)
-    axes[-1][1].set_xlabel("top-1 on ImageNet (%), not from 0", fontsize=9)
-    how = result.protocol
-    seeds = f"{how['seeds']} seed" + ("s: mean ± deviation" if how["seeds"] > 1 else "")
-    figure.suptitle(
-        f"{how['model']}, {how['config']}, {how['image_size']} px, {how['epochs']} epochs, {seeds}",
-        fontsize=10,
-    )
-    return figure
-
-
-def _draw(axes: Axes, names: Sequence[str], bars: Sequence[tuple[float | None, str]]) -> None:
-    """Bars that begin a little below the least, or small differences could not be seen."""
-    known = [value for value, _ in bars if value is not None]
-    margin = 0.25 * (max(known) - min(known)) or 1.0
-    draw_bars(axes, names, {"": bars}, start=min(known) - margin)
-    axes.margins(x=0.2)
-
-
-def _accuracy(row: Row) -> str:
-    spread = "" if row["acc1_std"] is None else f" ± {row['acc1_std']:.2f}"
-    return f"{row['acc1_mean']:.2f}{spread}"
-
-
-def _paper_cell(row: Row) -> str:
-    if row["paper_top1"] is None:
-        return "–"
-    mark = "" if row["paper_verified"] else UNVERIFIED
-    return f"{row['paper_top1']:.1f} {row['paper_model']}{mark}"

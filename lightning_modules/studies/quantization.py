@@ -10,15 +10,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from matplotlib.figure import Figure
-from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_modules.recipe.finetuning import first_training_images
 from lightning_modules.studies.cells import Cells, build, identity, parse, train
 from mobileone.bench.results import Result, Row
-from mobileone.bench.show.charts import draw_bars
-from mobileone.bench.show.tables import make_table, number, words
 from mobileone.bench.timing import get_protocol, pinned, time_in_turn, torch_threads
 from mobileone.export import ExportSpec, RejectedError, export_model
 from mobileone.export.artifact import REJECTED
@@ -30,7 +26,7 @@ from mobileone.io.atomic import atomic_write
 from mobileone.io.checksum import file_sha256
 from mobileone.quantization import calibrate_quantization
 
-__all__ = ["quantization_figure", "quantization_table", "study_quantization"]
+__all__ = ["study_quantization"]
 
 _TIMES = ("latency_ms", "float_latency_ms")
 _SIMULATION = "simulation"  # PyTorch, which the files are made from
@@ -333,50 +329,3 @@ def _rows(model: str, setting: str, cells: Sequence[Row]) -> list[Row]:
             }
         )
     return rows
-
-
-def quantization_table(result: Result) -> Table:
-    """The rows for a terminal."""
-    columns = (
-        words("model", "model"),
-        words("setting", "setting"),
-        words("runtime", "runtime"),
-        number("networks", "n", "g"),
-        number("top-1 (%)", "acc1_mean"),
-        number("±", "acc1_std"),
-        number("as simulated (%)", "agreement_mean"),
-        number("MB", "megabytes"),
-        number("refused", "refused", "g"),
-        number("ms", "latency_ms"),
-        number("float: ms", "float_latency_ms"),
-    )
-    how = result.protocol
-    title = (
-        f"integer networks on {how['config']}, {how['epochs']} epochs where trained: accuracy on "
-        "the validation images, mean and deviation over networks"
-    )
-    return make_table(title, columns, result.rows)
-
-
-def quantization_figure(result: Result) -> Figure:
-    """Bars of each setting's accuracy: a panel a model, and in a group a bar a runtime."""
-    models, settings, runtimes = (
-        list(dict.fromkeys(row[key] for row in result.rows))
-        for key in ("model", "setting", "runtime")
-    )
-    found = {(r["model"], r["setting"], r["runtime"]): r["acc1_mean"] for r in result.rows}
-    size = (4 * len(models) + 2, 1 + 0.2 * len(settings) * len(runtimes))
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
-    for axes, model in zip(panels, models, strict=True):
-        lengths = {r: [found.get((model, setting, r)) for setting in settings] for r in runtimes}
-        series = {
-            r: [(value, "" if value is None else f"{value:.1f}") for value in values]
-            for r, values in lengths.items()
-        }
-        draw_bars(axes, settings, series)
-        axes.set_title(model, fontsize=9)
-        axes.set_xlabel("top-1 (%)", fontsize=9)
-        axes.margins(x=0.15)
-    panels[-1].legend(fontsize=7)
-    return figure

@@ -22,21 +22,77 @@ __all__ = ["Result", "Row", "compare_machines"]
 Row = dict[str, Any]
 """One line of a table: a string, number, bool or None by column name."""
 
-KINDS: dict[str, tuple[tuple[str, ...], str]] = {
-    "profile": (("model", "level", "name"), "macs"),
-    "latency": (("model", "runtime"), ""),
-    "artifact": (("file", "runtime"), ""),
-    "throughput": (("model", "runtime", "device", "batch_size"), "images_per_s"),
-    "memory": (("model", "runtime", "batch_size"), "peak_mib"),
-    "training": (("model", "contender"), "seconds"),
-    "data": (("reader", "workers"), "images_per_s"),
-    "bottlenecks": (("paper_table", "name", "runtime"), ""),
-    "correlation": (("source", "device", "quantity"), "rho"),
-    "ablation": (("part", "setting"), "acc1_mean"),
-    "quantization": (("model", "setting", "runtime"), "acc1_mean"),
-}
-"""What a result can be of: the columns that name a row, and the number to compare; "" is the one
-that the protocol names as its `statistic`."""
+
+@dataclass(frozen=True)
+class Kind:
+    """What a result can be of, and what of it is shown.
+
+    Attributes:
+        keys: The columns that name a row. In a chart the first is the panel, the second a bar's
+            name, and a third its color.
+        columns: Of the printed table, next to `keys`; the files and the report have all.
+        bars: Columns that the chart draws, side by side, "" for the statistic; none: no such chart.
+        statistic: The number to compare; empty: the protocol names it.
+    """
+
+    keys: tuple[str, ...]
+    columns: tuple[str, ...]
+    bars: tuple[str, ...] = ()
+    statistic: str = ""
+
+
+_TIMES = ("min_ms", "median_ms", "p90_ms", "mean_ms")
+_COUNTS = ("parameters_train", "parameters", "macs", "activations", "traffic_bytes")
+_TO_PAPER = ("paper_params_m", "params_difference", "paper_mmacs", "macs_difference")
+
+KINDS = {
+    "profile": Kind(("model", "level", "name"), (*_COUNTS, *_TO_PAPER), statistic="macs"),
+    "latency": Kind(("model", "runtime"), (*_TIMES, "precision")),
+    "artifact": Kind(
+        ("folder", "file", "runtime"), (*_TIMES, "bytes", "relative_error", "speed"), bars=("",)
+    ),
+    "throughput": Kind(
+        ("model", "runtime", "device", "batch_size"),
+        ("images_per_s", "best_images_per_s", "median_ms"),
+        statistic="images_per_s",
+    ),
+    "memory": Kind(
+        ("model", "runtime", "batch_size"),
+        ("weights_mib", "peak_mib", "running_mib", "tensors_mib"),
+        statistic="peak_mib",
+    ),
+    "training": Kind(
+        ("model", "contender"),
+        ("seconds", "spread_seconds", "to_plain", "timm_to", "cpu_seconds", "kept_mib", "peak_mib"),
+        bars=("seconds", "kept_mib"),
+        statistic="seconds",
+    ),
+    "data": Kind(
+        ("reader", "workers"),
+        ("images_per_s", "slowest_images_per_s", "fastest_images_per_s"),
+        statistic="images_per_s",
+    ),
+    "bottlenecks": Kind(
+        ("paper_table", "name", "runtime"),
+        ("min_ms", "ratio", "median_ms", "ratio_median", "paper_ms", "paper_ratio"),
+        bars=("ratio", "paper_ratio"),
+    ),
+    "correlation": Kind(("source", "device", "quantity"), ("rho", "p", "n"), statistic="rho"),
+    "ablation": Kind(
+        ("part", "setting"),
+        ("n", "acc1_mean", "acc1_std", "loss_mean", "train_loss_mean", "seconds_mean", "paper_top1",
+         "paper_model"),
+        bars=("acc1_mean", "paper_top1"),
+        statistic="acc1_mean",
+    ),
+    "quantization": Kind(
+        ("model", "setting", "runtime"),
+        ("n", "acc1_mean", "acc1_std", "agreement_mean", "megabytes", "refused", "latency_ms",
+         "float_latency_ms"),
+        bars=("acc1_mean",),
+        statistic="acc1_mean",
+    ),
+}  # fmt: skip
 
 _FORMAT = "mobileone-result-1"
 _DATE = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+(Z|[+-]\d\d:\d\d)")
@@ -119,12 +175,12 @@ class Result:
     @property
     def keys(self) -> tuple[str, ...]:
         """The columns that name a row."""
-        return KINDS[self.kind][0]
+        return KINDS[self.kind].keys
 
     @property
     def statistic(self) -> str:
         """The column to quote and to compare."""
-        return KINDS[self.kind][1] or str(self.protocol.get("statistic", "min_ms"))
+        return KINDS[self.kind].statistic or str(self.protocol.get("statistic", "min_ms"))
 
     def save_all(self, folder: str | Path) -> list[Path]:
         """Write `<kind>.json` and `<kind>.csv` into a folder, which is made if it is missing.

@@ -6,15 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from rich.console import Group
 from torch import Tensor
 
 from mobileone.bench.inference.case import as_tensor, relative_error
 from mobileone.bench.results import Result, Row
 from mobileone.bench.runtimes import RUNTIMES, Runtime, check_runtimes
-from mobileone.bench.show.charts import COLORS
-from mobileone.bench.show.tables import make_table, number, words
 from mobileone.bench.timing import (
     PROTOCOLS,
     check_threads,
@@ -30,7 +26,7 @@ from mobileone.export.manifest import Manifest, describe_files
 from mobileone.export.preprocess import normalize
 from mobileone.export.verify.parity import fixed_images
 
-__all__ = ["artifact_figure", "artifact_table", "measure_artifacts"]
+__all__ = ["measure_artifacts"]
 
 
 def measure_artifacts(
@@ -82,6 +78,8 @@ def measure_artifacts(
     ]
     how = asdict(chosen) | {"threads": threads, "batch_size": 1, "processors": processors}
     how |= {"order": "in turns, shuffled", "form": "the files, as they are"}
+    if any(row.get("speed") is False for row in rows):
+        how["note"] = "Interpreters for checks (speed: no) are no measure of a device's speed."
     return Result.new("artifact", how, rows)
 
 
@@ -150,71 +148,3 @@ def _case(row: Row, runtime: Runtime, loaded: Loaded, images: Tensor, expected: 
         reason = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
         return _Case(row | {"failure": reason})
     return _Case(row | {"relative_error": error, "failure": None}, load)
-
-
-# -- Shown -----------------------------------------------------------------------------------------
-
-
-def artifact_table(result: Result) -> Group:
-    """A table an artifact folder, the fastest first."""
-    return Group(*(_table(result, folder, rows) for folder, rows in _folders(result).items()))
-
-
-def _folders(result: Result) -> dict[str, list[Row]]:
-    """The rows by folder, the fastest first, those without a time last."""
-    folders: dict[str, list[Row]] = {}
-    for row in result.rows:
-        folders.setdefault(row["folder"], []).append(row)
-
-    def time_of(row: Row) -> float:
-        return row.get(result.statistic) or float("inf")
-
-    return {folder: sorted(rows, key=time_of) for folder, rows in folders.items()}
-
-
-def _table(result: Result, folder: str, rows: Sequence[Row]) -> Any:
-    how, machine = result.protocol, result.machine
-    columns = (
-        words("format", "format"), words("runtime", "runtime"),
-        *(number(f"{key} (ms)", f"{key}_ms") for key in ("min", "median", "p90")),
-        number("MB", "bytes", unit=1e6), number("error", "relative_error", ".1g"),
-    )  # fmt: skip
-    notes = [
-        f"{Path(row['file']).name} in {row['runtime'] or 'no runtime'}: {row['failure']}"
-        for row in rows
-        if row["failure"]
-    ]
-    notes += [
-        f"{row['runtime']}: an interpreter for checks, no measure of a device's speed"
-        for row in rows
-        if row.get("speed") is False
-    ]
-    title = (
-        f"{folder}: quote the {result.statistic.removesuffix('_ms')} of {how['runs']} "
-        f"(protocol {how['name']!r}); {how['threads']} of {machine['cores']} threads, "
-        f"{machine['device_name']}, {result.date[:16]}"
-    )
-    return make_table(title, columns, [row for row in rows if not row["failure"]], notes)
-
-
-def artifact_figure(result: Result) -> Figure:
-    """A chart an artifact folder: the number to quote of each file in each runtime."""
-    folders = {
-        folder: [row for row in rows if row.get("speed") and not row["failure"]]
-        for folder, rows in _folders(result).items()
-    }
-    heights = [1 + len(rows) for rows in folders.values()]
-    figure = Figure(figsize=(8, 0.4 * sum(heights) + 0.8), layout="constrained")
-    panels = figure.subplots(len(folders), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, (folder, rows) in zip(panels, folders.items(), strict=True):
-        names = [f"{Path(row['file']).name} in {row['runtime']}" for row in rows]
-        bars = axes.barh(names, [row[result.statistic] for row in rows], color=COLORS[0])
-        axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
-        axes.invert_yaxis()
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(folder, fontsize=10)
-        axes.set_xlabel(
-            f"{result.statistic.removesuffix('_ms')} (ms), "
-            f"{result.protocol['threads']} thread(s), {result.machine['device_name']}"
-        )
-    return figure

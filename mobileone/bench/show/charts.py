@@ -1,18 +1,24 @@
 """How charts of results look, and how they are written: PNG and SVG, atomically."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from mobileone.bench.paper import UNVERIFIED
+from mobileone.bench.results import KINDS, Result, Row
+from mobileone.bench.show.tables import cell, heading, title
 from mobileone.io.atomic import atomic_write
 
-__all__ = ["COLORS", "HATCHES", "MARKERS", "draw_bars", "plain_ticks", "save_figure"]
+__all__ = ["COLORS", "MARKERS", "bar_figure", "plain_ticks", "save_figure"]
 
 # Okabe and Ito, 2008: distinct for the color-blind; the order alternates dark and light, so
 # that neighbors differ in a gray print as well. Markers and hatches repeat the distinction.
@@ -28,42 +34,90 @@ def plain_ticks(axis: Axis) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def draw_bars(
-    axes: Axes,
-    names: Sequence[str],
-    series: Mapping[str, Sequence[tuple[float | None, str]]],
-    start: float = 0.0,
-) -> None:
-    """Horizontal bars: a group for each name, from top to bottom, and in it a bar a series.
+def bar_figure(result: Result) -> Figure:
+    """Bars of the columns that `Kind.bars` names, side by side; a panel a value of the first key.
 
-    Args:
-        axes: Where.
-        names: What the groups are called.
-        series: Label -> length and text of each group's bar; a length of None has the text alone.
-        start: Where the bars begin.
+    Means have their deviations. Accuracies do not begin at 0, or differences could not be seen.
     """
-    thickness = 0.84 / len(series)
-    for i, (label, bars) in enumerate(series.items()):
-        places = [group + (i - (len(series) - 1) / 2) * thickness for group in range(len(names))]
-        drawn = [(y, value) for y, (value, _) in zip(places, bars, strict=True) if value]
-        axes.barh(
-            [y for y, _ in drawn],
-            [value - start for _, value in drawn],
-            thickness,
-            left=start,
-            color=COLORS[i % len(COLORS)],
-            hatch=HATCHES[i % len(HATCHES)],
-            edgecolor="white",
-            label=label,
-        )
-        for y, (value, text) in zip(places, bars, strict=True):
-            axes.annotate(
-                text, (max(value or start, start), y), (4, 0), textcoords="offset points",
-                va="center", fontsize=8, annotation_clip=False,
-            )  # fmt: skip
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.45, -0.55)
-    axes.spines[["top", "right"]].set_visible(False)
+    panel, name, *more = result.keys
+    color = more[0] if more else panel
+    panels, colors = _grouped(result.rows, panel), list(_grouped(result.rows, color))
+    columns = [column or result.statistic for column in KINDS[result.kind].bars]
+    heights = [0.5 + 0.25 * len(rows) for rows in panels.values()]
+    figure = Figure(figsize=(5 + 3 * len(columns), 1 + sum(heights)), layout="constrained")
+    grid = figure.subplots(
+        len(panels), len(columns), squeeze=False, sharey="row", height_ratios=heights
+    )
+    for line, (value, rows) in zip(grid, panels.items(), strict=True):
+        names = list(_grouped(rows, name))
+        series = {label: _grouped(own, name) for label, own in _grouped(rows, color).items()}
+        for axes, column in zip(line, columns, strict=True):
+            start = _start(column, rows)
+            for i, (label, own) in enumerate(series.items()):
+                middle = (i - (len(series) - 1) / 2) / len(series)
+                places = [names.index(key) + 0.84 * middle for key in own]
+                bars = [found for (found,) in own.values()]
+                style = colors.index(label) % len(COLORS)
+                _draw_bars(axes, bars, column, places, 0.84 / len(series), start, style)
+            doubtful = column.startswith("paper_") and not all(r["paper_verified"] for r in rows)
+            axes.set_xlabel(heading(column) + UNVERIFIED * doubtful, fontsize=9)
+            axes.set_yticks(range(len(names)), [Path(str(key)).name for key in names])
+            axes.set_ylim(len(names) - 0.45, -0.55)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.margins(x=0.2)
+        line[0].set_title(f"{heading(panel)} {value}", fontsize=9, loc="left")
+    if more:
+        drawn = [Patch(facecolor=COLORS[i % 7], hatch=HATCHES[i % 7]) for i in range(len(colors))]
+        figure.legend(drawn, colors, loc="outside lower center", ncols=4, fontsize=8)
+    figure.suptitle("\n".join(wrap(title(result), 100)), fontsize=8)
+    return figure
+
+
+def _grouped(rows: Sequence[Row], key: str) -> dict[Any, list[Row]]:
+    """The rows by their value of a column, in the order of the first of each."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row[key], []).append(row)
+    return groups
+
+
+def _start(column: str, rows: Sequence[Row]) -> float:
+    """Where bars begin: at 0, and those of accuracies a little below the least."""
+    known = [row[column] for row in rows if row.get(column) is not None]
+    if not known or column not in ("acc1_mean", "paper_top1"):
+        return 0.0
+    return float(min(known) - (0.25 * (max(known) - min(known)) or 1.0))
+
+
+def _draw_bars(
+    axes: Axes,
+    rows: Sequence[Row],
+    column: str,
+    places: Sequence[float],
+    thickness: float,
+    start: float,
+    style: int,
+) -> None:
+    """The bars of one color, each with its value; of what failed the word alone."""
+    values = [row.get(column) for row in rows]
+    has_spread = column.endswith("_mean")
+    spread = [row.get(column.replace("mean", "std")) or 0.0 if has_spread else 0.0 for row in rows]
+    axes.barh(
+        places,
+        [(value or start) - start for value in values],
+        thickness,
+        left=start,
+        xerr=spread if any(spread) else None,
+        color=COLORS[style],
+        hatch=HATCHES[style],
+        edgecolor="white",
+    )
+    for y, value, wide, row in zip(places, values, spread, rows, strict=True):
+        text = "failed" if row.get("failure") else cell(value)
+        axes.annotate(
+            text, ((value or start) + wide, y), (4, 0), textcoords="offset points",
+            va="center", fontsize=8, annotation_clip=False,
+        )  # fmt: skip
 
 
 def save_figure(figure: Figure, stem: str | Path) -> tuple[Path, Path]:

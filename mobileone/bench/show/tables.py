@@ -1,79 +1,47 @@
-"""Results as tables for a terminal."""
+"""Results as tables for a terminal, of the columns that `results.KINDS` lists."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
+from matplotlib.ticker import EngFormatter
 from rich.markup import escape
 from rich.table import Table
 
-from mobileone.bench.results import Result, Row, compare_machines
+from mobileone.bench.paper import UNVERIFIED
+from mobileone.bench.results import KINDS, Result, Row, compare_machines
 
 __all__ = [
-    "Column",
+    "cell",
     "change_table",
-    "latency_table",
+    "heading",
     "make_table",
-    "memory_table",
-    "number",
-    "profile_table",
-    "throughput_table",
-    "words",
+    "notes",
+    "result_table",
+    "shown",
+    "title",
 ]
 
-
-@dataclass(frozen=True)
-class Column:
-    """A heading, and a row's text under it."""
-
-    heading: str
-    text: Callable[[Row], str]
-    right: bool = True
-
-
-def number(heading: str, key: str, form: str = ".2f", unit: float = 1.0) -> Column:
-    """A column of numbers, in a unit; a dash where a row has none."""
-
-    def text(row: Row) -> str:
-        value = row.get(key)
-        return "–" if value is None else format(value / unit, form)
-
-    return Column(heading, text)
-
-
-def words(heading: str, key: str) -> Column:
-    """A column of texts."""
-    return Column(heading, lambda row: str(row.get(key, "")), right=False)
-
-
-def make_table(
-    title: str, columns: Sequence[Column], rows: Sequence[Row], notes: Sequence[str] = ()
-) -> Table:
-    """A table for a terminal, with notes below, a line each."""
-    below = escape("\n".join(notes)) or None  # not markup: a package's [extra] has brackets, too
-    table = Table(title=escape(title), caption=below, caption_justify="left")
-    for column in columns:
-        table.add_column(
-            column.heading, justify="right" if column.right else "left", overflow="fold"
-        )
-    for row in rows:
-        table.add_row(*(escape(column.text(row)) for column in columns))
-    return table
-
-
-_COUNTS = (
-    number("params (M)", "parameters", ".3f", 1e6),
-    number("MACs (M)", "macs", ".1f", 1e6),
-    number("activations (M)", "activations", ".2f", 1e6),
-    number("traffic (MiB)", "traffic_bytes", ".1f", 2.0**20),
-)
-_TIMES = (
-    number("min (ms)", "min_ms"),
-    number("median", "median_ms"),
-    number("p90", "p90_ms"),
-    number("mean", "mean_ms"),
-)
-
+_HEADINGS = {
+    "acc1_mean": "top-1 (%)",
+    "acc1_std": "± (%)",
+    "agreement_mean": "as simulated (%)",
+    "latency_ms": "ms",
+    "float_latency_ms": "float: ms",
+    "megabytes": "MB",
+    "mmacs": "MACs (M)",
+    "params_m": "parameters (M)",
+    "params_difference": "parameters: difference (%)",
+    "macs_difference": "MACs: difference (%)",
+    "paper_table": "paper's table",
+    "paper_top1": "paper: top-1 (%)",
+    "paper_mmacs": "paper: MACs (M)",
+    "paper_params_m": "paper: parameters (M)",
+    "ratio": "× ReLU",
+    "ratio_median": "× ReLU, median",
+    "timm_to": "timm ÷",
+    "to_plain": "× plain",
+}
+_UNITS = {"_ms": " (ms)", "_mib": " (MiB)", "_per_s": "/s"}
+_LARGE = EngFormatter(places=2)  # 2078504 -> 2.08 M
 
 # what must agree where two results are compared; a protocol has some of these
 _SETTINGS = (
@@ -82,58 +50,91 @@ _SETTINGS = (
 )
 
 
-def profile_table(result: Result) -> Table:
-    """What networks, their stages or their layers have and do, by the protocol's `shown`."""
-    train = number("trained (M)", "parameters_train", ".3f", 1e6)
+def heading(column: str) -> str:
+    """What a column is called, with its unit."""
+    if column in _HEADINGS:
+        return _HEADINGS[column]
+    ending = next((end for end in _UNITS if column.endswith(end)), "")
+    words = column.removesuffix(ending) + _UNITS.get(ending, "")
+    return words.replace("paper_", "paper: ").replace("_", " ")
+
+
+def cell(value: object) -> str:
+    """A value for people: few digits, a dash for nothing."""
+    if value is None or value == "":
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float) and abs(value) >= 10_000:
+        return _LARGE(value)
+    return f"{value:.4g}" if isinstance(value, float) else _HEADINGS.get(str(value), str(value))
+
+
+def shown(result: Result) -> list[Row]:
+    """The rows that are shown: of one level, and the paper's numbers marked where unverified."""
     level = result.protocol.get("shown", "model")
-    columns = {
-        "model": (
-            words("model", "model"), train, *_COUNTS,
-            number("paper: params", "paper_params_m", "g"),
-            number("%", "params_difference", "+.1f"),
-            number("paper: MACs", "paper_mmacs", "g"),
-            number("%", "macs_difference", "+.1f"),
-        ),
-        "stage": (words("model", "model"), words("stage", "name"), train, *_COUNTS),
-        "layer": (words("model", "model"), words("layer", "name"), *_COUNTS),
-    }[level]  # fmt: skip
-    rows = [row for row in result.rows if row["level"] == level]
-    notes = [
-        f"{row['model']}: not in the MACs: {row['uncounted']}"
+    return [_marked(row) for row in result.rows if row.get("level", level) == level]
+
+
+def _marked(row: Row) -> Row:
+    kept = {key: value for key, value in row.items() if key not in ("paper_verified", "level")}
+    if not row.get("paper_verified", True):
+        for key, value in kept.items():
+            if key.startswith("paper_") and isinstance(value, float):
+                kept[key] = f"{cell(value)}{UNVERIFIED}"
+    return kept
+
+
+def title(result: Result) -> str:
+    """What was measured, how, where and when, in a line."""
+    how, machine = result.protocol, result.machine
+    given = [key for key in (*_SETTINGS, "runs") if how.get(key) not in (None, [], False)]
+    settings = ", ".join(f"{key} {how[key]}" for key in given)
+    return (
+        f"{result.kind.capitalize()}: {settings}; {machine['device_name']}, "
+        f"{machine['cores']} cores, torch {result.versions['torch']}, {result.date[:16]}"
+    )
+
+
+def notes(result: Result) -> list[str]:
+    """What a reader must know in addition: what failed, what is missing, what was left."""
+    how = result.protocol
+    found = [
+        f"{', '.join(str(row[key]) for key in result.keys if row.get(key))}: {row[column]}"
+        for column in ("failure", "change", "uncounted")
         for row in result.rows
-        if row.get("uncounted")
+        if row.get(column)
     ]
-    title = "One image, fused, BatchNorm folded; MACs by fvcore"
-    return make_table(title, columns, rows, [*notes, *_left(result)])
+    found += [f"runtime {name!r} {lack}" for name, lack in how.get("runtimes_missing", {}).items()]
+    found += [f"{name}: neither timm nor torchvision has it" for name in how.get("missing", [])]
+    left = {
+        f"{row['model']}: not folded: {row['branches_left']} layers, {row['norms_left']} BatchNorms"
+        for row in result.rows
+        if row.get("branches_left") or row.get("norms_left")
+    }
+    return [*found, *sorted(left), *filter(None, [how.get("note")])]
 
 
-def latency_table(result: Result) -> Table:
-    """Times of each network in each runtime, the one to quote first, fastest first."""
-    rows = sorted(result.rows, key=lambda row: row.get(result.statistic) or 1e9)
-    columns = (words("model", "model"), words("runtime", "runtime"), *_TIMES,
-               words("precision", "precision"))  # fmt: skip
-    return _timed(result, columns, rows, f"quote {_quoted(result)}")
+def result_table(result: Result) -> Table:
+    """What was measured, without what failed, which is in the notes."""
+    rows = [row for row in shown(result) if row.get("failure") is None]
+    columns = [*result.keys, *KINDS[result.kind].columns]
+    return make_table(title(result), columns, rows, notes(result))
 
 
-def throughput_table(result: Result) -> Table:
-    """Images a second of each network, by runtime, device and batch size."""
-    columns = (
-        words("model", "model"), words("runtime", "runtime"), words("device", "device"),
-        number("batch", "batch_size", "g"), number("images/s", "images_per_s", ".1f"),
-        number("best", "best_images_per_s", ".1f"), number("median (ms)", "median_ms"),
-    )  # fmt: skip
-    return _timed(result, columns, result.rows, "images/s from the median")
-
-
-def memory_table(result: Result) -> Table:
-    """Peak memory of each network, by runtime and batch size."""
-    columns = (
-        words("model", "model"), words("runtime", "runtime"),
-        number("batch", "batch_size", "g"), number("weights (MiB)", "weights_mib", ".1f"),
-        number("peak", "peak_mib", ".1f"), number("running", "running_mib", ".1f"),
-        number("tensors", "tensors_mib", ".1f"),
-    )  # fmt: skip
-    return _timed(result, columns, result.rows, "growth of a fresh process")
+def make_table(
+    title: str, columns: Sequence[str], rows: Sequence[Row], notes: Sequence[str] = ()
+) -> Table:
+    """A table for a terminal, without the columns that are empty, and notes below, a line each."""
+    below = escape("\n".join(notes)) or None  # not markup: a package's [extra] has brackets, too
+    table = Table(title=escape(title), caption=below, caption_justify="left")
+    kept = [key for key in columns if any(row.get(key) not in (None, "") for row in rows)]
+    for key in kept:
+        numbers = all(not isinstance(row.get(key), str) for row in rows)
+        table.add_column(heading(key), justify="right" if numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell(row.get(key))) for key in kept))
+    return table
 
 
 def change_table(before: Result, after: Result) -> Table:
@@ -153,47 +154,8 @@ def change_table(before: Result, after: Result) -> Table:
     for row in after.rows:
         earlier, now = old.get(tuple(row.get(key) for key in after.keys)), row.get(statistic)
         if earlier and now:
-            rows.append(row | {"before": earlier, "ratio": now / earlier})
+            rows.append(row | {"before": earlier, "now": now, "now / before": now / earlier})
     if not rows:
         raise ValueError("the two results have no row in common")
-    columns = (
-        *(words(key, key) for key in after.keys),
-        number(f"before ({before.date[:16]})", "before", ".4g"), number("now", statistic, ".4g"),
-        number("now / before", "ratio", ".3f"),
-    )  # fmt: skip
-    return make_table(f"{after.kind.capitalize()}, {statistic}: change", columns, rows)
-
-
-def _timed(result: Result, columns: Sequence[Column], rows: Sequence[Row], what: str) -> Table:
-    protocol, machine = result.protocol, result.machine
-    title = (
-        f"{result.kind.capitalize()}, {what}; {protocol['threads']} of {machine['cores']} threads, "
-        f"{machine['device_name']} ({machine['device']}), torch {result.versions['torch']}, "
-        f"{result.date[:16]}"
-    )
-    notes = [
-        f"{row['model']} in {row['runtime']}: {row['failure']}" for row in rows if row["failure"]
-    ]
-    missing: Mapping[str, Any] = protocol.get("runtimes_missing", {})
-    notes += [f"runtime {name!r} {lack}" for name, lack in missing.items()]
-    notes += [
-        f"{name}: neither timm nor torchvision has it" for name in protocol.get("missing", [])
-    ]
-    timed = [row for row in rows if row["failure"] is None]
-    return make_table(title, columns, timed, [*notes, *_left(result)])
-
-
-def _left(result: Result) -> list[str]:
-    left = {
-        row["model"]: f"{row['model']}: not folded: {row['branches_left']} layers, "
-        f"{row['norms_left']} BatchNorms"
-        for row in result.rows
-        if row.get("branches_left") or row.get("norms_left")
-    }
-    return list(left.values())
-
-
-def _quoted(result: Result) -> str:
-    protocol = result.protocol
-    word = protocol["statistic"].removesuffix("_ms")
-    return f"the {word} of {protocol['runs']} (protocol {protocol['name']!r})"
+    caption = f"{after.kind.capitalize()}, {statistic}: change since {before.date[:16]}"
+    return make_table(caption, [*after.keys, "before", "now", "now / before"], rows)

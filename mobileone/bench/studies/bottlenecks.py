@@ -7,18 +7,14 @@ from functools import partial
 from typing import Literal
 
 import torch
-from matplotlib.figure import Figure
-from rich.table import Table
 from timm.layers import SqueezeExcite
 from torch import Tensor, nn
 
 from mobileone.bench.inference.latency import measure_latency
 from mobileone.bench.paper import paper_table
 from mobileone.bench.results import Result, Row
-from mobileone.bench.show.charts import draw_bars, plain_ticks
-from mobileone.bench.show.tables import Column, make_table, number, words
 
-__all__ = ["bottlenecks_figure", "bottlenecks_table", "study_bottlenecks"]
+__all__ = ["study_bottlenecks"]
 
 
 def _hyper_function(channels: int, coefficients: int, reduction: int) -> nn.Sequential:
@@ -217,65 +213,9 @@ def study_bottlenecks(
     }
     modules["skip connections"] = partial(ThirtyLayers, ACTIVATIONS[_BASELINE], skip=True)
     latency = measure_latency(modules, runtimes, protocol, runs, threads, 1, input_size)
-    how = latency.protocol | {"layout": LAYOUT}
-    return replace(latency, kind="bottlenecks", protocol=how, rows=_rows(latency))
-
-
-def bottlenecks_table(result: Result) -> Table:
-    """The rows for a terminal, the paper's numbers next to them."""
-    statistic = result.statistic
-    shown = number(statistic, statistic)
-    paper = number("paper (ms)", "paper_ms")
-    columns = (
-        *(words("table", "paper_table"), words("network", "name"), words("runtime", "runtime")),
-        Column(statistic, lambda row: row["failure"] or shown.text(row)),
-        number("× ReLU", "ratio"),
-        number("median_ms", "median_ms"),
-        number("× ReLU", "ratio_median"),
-        Column(paper.heading, lambda row: paper_table(row["paper_table"]).mark(paper.text(row))),
-        number("paper, × ReLU", "paper_ratio"),
-    )
-    title = f"30-layer network, {result.machine['cpu']}, {result.protocol['threads']} thread(s)"
-    notes = [str(result.protocol["layout"]), *filter(None, [_busy(result)])]
-    return make_table(title, columns, result.rows, notes)
-
-
-def bottlenecks_figure(result: Result) -> Figure:
-    """Bars of how many times slower than the plain network, here and in the paper."""
-    panels: dict[int, dict[str, dict[str, Row]]] = {}  # table -> network -> runtime -> row
-    for row in result.rows:
-        networks = panels.setdefault(row["paper_table"], {})
-        networks.setdefault(row["name"], {})[row["runtime"]] = row
-    runtimes = list(dict.fromkeys(row["runtime"] for row in result.rows))
-    bars = sum(map(len, panels.values())) * (len(runtimes) + 1)
-    figure = Figure(figsize=(8, 1.6 + 0.24 * bars), layout="constrained")
-    shares = [len(networks) for networks in panels.values()]
-    axes = figure.subplots(len(panels), 1, sharex=True, height_ratios=shares)
-    for axis, (table, networks) in zip(axes, panels.items(), strict=True):
-        series = {
-            f"{runtime}, here": [
-                _bar(rows[runtime], "ratio", result.statistic) for rows in networks.values()
-            ]
-            for runtime in runtimes
-        }
-        series[paper_table(table).mark("paper, iPhone 12")] = [
-            _bar(rows[runtimes[0]], "paper_ratio", "paper_ms") for rows in networks.values()
-        ]
-        draw_bars(axis, list(networks), series, start=1)
-        axis.axvline(1, color="black", linewidth=0.8)
-        axis.set_xscale("log")
-        axis.set_title(f"as in the paper's Table {table}", fontsize=10)
-        axis.legend(loc="upper right", fontsize=8)
-    ratios = [r[k] for r in result.rows for k in ("ratio", "paper_ratio") if r[k] is not None]
-    axes[-1].set_xlim(min(0.8, 0.9 * min(ratios)), 4 * max(ratios))
-    plain_ticks(axes[-1].xaxis)
-    axes[-1].set_xlabel("latency, times that of the plain network with ReLU (log scale)")
-    title = (
-        f"30 layers on {result.machine['cpu']}, {result.protocol['threads']} thread(s); "
-        "paper: iPhone 12, another layout"
-    )
-    figure.suptitle("\n".join(filter(None, [title, _busy(result)])), fontsize=10)
-    return figure
+    rows = _rows(latency)
+    how = latency.protocol | {"note": "\n".join(filter(None, [LAYOUT, _busy(rows)]))}
+    return replace(latency, kind="bottlenecks", protocol=how, rows=rows)
 
 
 def _squeeze_excite(channels: int) -> nn.Module:
@@ -305,9 +245,9 @@ def _rows(latency: Result) -> list[Row]:
     return rows
 
 
-def _busy(result: Result) -> str:
+def _busy(rows: Sequence[Row]) -> str:
     """A warning where times vary so much that their minima are a matter of luck."""
-    spread = [r["median_ms"] / r["min_ms"] for r in result.rows if r["failure"] is None]
+    spread = [row["median_ms"] / row["min_ms"] for row in rows if row["failure"] is None]
     middle = statistics.median(spread or [1.0])
     busy = f"The machine was busy: medians are {middle:.1f} times the minima."
     return "" if middle < _STEADY else f"{busy} Measure again when it is idle."
@@ -316,9 +256,3 @@ def _busy(result: Result) -> str:
 def _ratio(row: Row, base: Row, statistic: str) -> float | None:
     own, other = row.get(statistic), base.get(statistic)
     return own / other if own and other else None
-
-
-def _bar(row: Row, ratio: str, time: str) -> tuple[float | None, str]:
-    if row[ratio] is None:
-        return None, "failed"
-    return row[ratio], f"×{row[ratio]:.2f}  ({row[time]:.2f} ms)"

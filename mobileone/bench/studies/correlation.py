@@ -5,21 +5,23 @@ from dataclasses import replace
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.table import Table
 
 from mobileone.bench.inference.latency import measure_latency
 from mobileone.bench.inference.profile import profile_models
 from mobileone.bench.paper import paper_table
 from mobileone.bench.results import Result, Row
 from mobileone.bench.show.charts import COLORS, MARKERS, plain_ticks
-from mobileone.bench.show.tables import Column, make_table, number, words
 from mobileone.bench.suites import choose_models
 
-__all__ = ["correlation_figure", "correlation_table", "study_correlation"]
+__all__ = ["correlation_figure", "study_correlation"]
 
 QUANTITIES = {"mmacs": "multiply-adds (M)", "params_m": "parameters (M)"}
 
 _FEW = 7  # of them all 5040 permutations are tried
+_NOTE = (
+    "Table 9 has all of the paper's models. Which of them Table 1 is of is not printed; its p fit "
+    "to about 21."
+)
 _LEAST = 4  # points; of three, every order has a |ρ| of at least 0.5
 
 
@@ -59,7 +61,7 @@ def study_correlation(
     counted = {r["model"]: r for r in profile_models(names).rows if r["level"] == "model"}
     points = [row | _counts(counted[row["model"]]) for row in latency.rows]
     rows = [*_measured(points, latency.statistic), *_printed(), *_recomputed(), *points]
-    how = latency.protocol | choice
+    how = latency.protocol | choice | {"note": _NOTE}
     return replace(latency, kind="correlation", protocol=how, rows=rows)
 
 
@@ -84,30 +86,6 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, flo
             (x,), lambda x: spearmanr(x, y).statistic, permutation_type="pairings"
         ).pvalue
     return rho, float(p)
-
-
-def correlation_table(result: Result) -> Table:
-    """The correlations for a terminal."""
-    how = result.protocol
-    notes = [
-        "Table 9 has all of the paper's models. Which of them Table 1 is of is not printed; its p "
-        "fit to about 21."
-    ]
-    if how.get("missing"):
-        notes.append(f"Not available here: {', '.join(how['missing'])}.")
-    columns = (
-        words("source", "source"),
-        words("device", "device"),
-        Column("against", lambda row: QUANTITIES[row["quantity"]], right=False),
-        number("rho", "rho"),
-        number("p", "p", ".2g"),
-        number("n", "n", "g"),
-    )
-    title = (
-        f"Spearman's rank correlation with latency, {result.machine['cpu']}, "
-        f"{how['threads']} thread(s)"
-    )
-    return make_table(title, columns, _split(result)[0], notes)
 
 
 def correlation_figure(result: Result) -> Figure:

@@ -9,12 +9,8 @@ from dataclasses import asdict
 from typing import get_args
 
 import torch
-from matplotlib.figure import Figure
-from rich.table import Table
 
 from mobileone.bench.results import Result, Row
-from mobileone.bench.show.charts import draw_bars
-from mobileone.bench.show.tables import Column, make_table, number, words
 from mobileone.bench.timing import check_device, check_threads
 from mobileone.bench.training_step.implementations import (
     IMPLEMENTATIONS,
@@ -29,7 +25,7 @@ from mobileone.bench.training_step.worker import (
     TrainingSetting,
 )
 
-__all__ = ["measure_training", "training_figure", "training_table"]
+__all__ = ["measure_training"]
 
 _log = logging.getLogger(__name__)
 
@@ -179,62 +175,3 @@ def _quartile_distance(values: list[float]) -> float:
         return 0.0
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
     return third - first
-
-
-_PANELS = (("seconds", "s a step"), ("kept_mib", "MiB kept for backward, an image"))
-
-
-def training_table(result: Result) -> Table:
-    """The rows for a terminal, with times relative to timm's and to the plain net's."""
-    columns = (
-        words("model", "model"),
-        words("contender", "contender"),
-        Column("step (s)", lambda row: f"{row['seconds']:.3f} ± {row['spread_seconds'] / 2:.3f}"),
-        number("× plain", "to_plain"),
-        number("timm ÷", "timm_to"),
-        number("CPU (s)", "cpu_seconds", ".3f"),
-        number("kept (MiB/image)", "kept_mib", ".1f"),
-        number("peak", "peak_mib", ".1f"),
-    )
-    notes = [
-        f"{row['model']}, {row['contender']}: {row[column]}"
-        for column in ("failure", "change")
-        for row in result.rows
-        if row.get(column) is not None
-    ]
-    measured = [row for row in result.rows if row["failure"] is None]
-    title = f"Training step, {_setting(result)}, torch {result.versions['torch']}"
-    return make_table(title, columns, measured, notes)
-
-
-def training_figure(result: Result) -> Figure:
-    """Bars of time and of kept memory, by model and implementation."""
-    models = list(dict.fromkeys(row["model"] for row in result.rows))
-    names = list(dict.fromkeys(row["contender"] for row in result.rows))
-    rows = {(row["model"], row["contender"]): row for row in result.rows}
-    height = 1.6 + 0.24 * len(models) * len(names)
-    figure = Figure(figsize=(10, height), layout="constrained")
-    for axes, (column, label) in zip(figure.subplots(1, 2, sharey=True), _PANELS, strict=True):
-        series = {}
-        for name in names:
-            values = [rows[model, name].get(column) for model in models]
-            series[name] = [(v, "failed" if v is None else f"{v:.3g}") for v in values]
-        draw_bars(axes, models, series)
-        axes.set_xlabel(label)
-        axes.margins(x=0.16)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
-    figure.suptitle(f"Training step: {_setting(result)}", fontsize=10)
-    return figure
-
-
-def _setting(result: Result) -> str:
-    how, machine = result.protocol, result.machine
-    autocast = ", autocast to bfloat16" if how["amp"] else ""
-    layout = ", channels-last" if how["channels_last"] else ""
-    kind = "photographs" if how.get("images") == "photos" else "noise images"  # as older results
-    return (
-        f"{how['batch_size']} {kind} of {how['image_size']} px{layout}{autocast}, "
-        f"{machine['device_name']} ({machine['device']}), "
-        f"{how['threads']} of {machine['cores']} threads"
-    )

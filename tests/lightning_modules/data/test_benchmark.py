@@ -1,12 +1,10 @@
 """The benchmark of the data measures each number of workers and says what binds a run."""
 
-from dataclasses import replace
-
 import pytest
 from PIL import Image
 
 from lightning_modules.cli.main import main
-from lightning_modules.data.benchmark import benchmark_data, data_table
+from lightning_modules.data.benchmark import _verdict, benchmark_data
 from lightning_modules.report.page import write_report
 from mobileone.bench.results import Result
 
@@ -34,8 +32,8 @@ def test_every_number_of_workers_is_measured_and_the_verdict_compares_the_best(i
     assert result.protocol["model_images_per_s"] > 0
     speed = max(row["images_per_s"] for row in result.rows)
     for step, bound in ((speed * 2, "data"), (speed / 2, "compute")):
-        other = replace(result, protocol=result.protocol | {"model_images_per_s": step})
-        assert data_table(other).caption.startswith(f"bound by {bound}:")
+        how = result.protocol | {"model_images_per_s": step}
+        assert _verdict(how, result.rows).startswith(f"bound by {bound}:")
 
 
 def test_command_line(images, tmp_path, capsys):

@@ -8,11 +8,11 @@ from rich.console import Console
 from lightning_modules.studies import ablation
 from lightning_modules.studies.ablation import (
     PARTS,
-    ablation_figure,
     ablation_settings,
-    ablation_table,
     study_ablation,
 )
+from mobileone.bench.show.charts import bar_figure
+from mobileone.bench.show.tables import result_table
 
 TINY = [
     *("--model.model", "mobileone_mu0", "--model.warmup_epochs", "0"),
@@ -98,11 +98,11 @@ def test_the_papers_lines_stand_beside(tmp_path, trained, capsys):
     assert {r["paper_model"] for r in result.rows if r["part"] == "recipe"} == {"MobileOne-S2"}
     assert rows["k", "k = 1"]["acc1_std"] is None
     capsys.readouterr()
-    Console(width=200).print(ablation_table(result))
+    Console(width=200).print(result_table(result))
     lines = capsys.readouterr().out.splitlines()
     assert "unverified" in next(line for line in lines if "+ EMA" in line)
     assert "unverified" not in next(line for line in lines if "k = 5" in line)
-    texts = [text.get_text() for axes in ablation_figure(result).axes for text in axes.texts]
+    texts = [text.get_text() for axes in bar_figure(result).axes for text in axes.texts]
     assert "75.2" in texts and texts.count("–") == 2  # a scale or skip branch alone
 
 

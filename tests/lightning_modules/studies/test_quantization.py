@@ -7,11 +7,11 @@ from rich.console import Console
 
 from lightning_modules.studies import quantization
 from lightning_modules.studies.quantization import (
-    quantization_figure,
-    quantization_table,
     study_quantization,
 )
 from mobileone.bench.results import Result
+from mobileone.bench.show.charts import bar_figure
+from mobileone.bench.show.tables import result_table
 from mobileone.export import ExportSpec
 
 OPTIONS = [
@@ -83,9 +83,9 @@ def test_networks_are_measured_in_integers_and_the_study_goes_on(
 
     Result.load(result.save(tmp_path / "quantization.json"), "quantization")
     capsys.readouterr()
-    Console(width=200).print(quantization_table(result))
+    Console(width=200).print(result_table(result))
     assert "noise-aware fold" in capsys.readouterr().out
-    (panel,) = quantization_figure(result).axes
+    (panel,) = bar_figure(result).axes
     assert [text.get_text() for text in panel.get_yticklabels()] == WANTED
     assert len(panel.patches) == len(result.rows)
 

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from lightning_modules.cli.main import main
-from mobileone.bench.inference.artifact import artifact_figure, artifact_table, measure_artifacts
+from mobileone.bench.inference.artifact import measure_artifacts
 from mobileone.bench.results import Result
 from mobileone.bench.runtimes import RUNTIMES
+from mobileone.bench.show.charts import bar_figure
+from mobileone.bench.show.tables import result_table
 from mobileone.export import FORMATS, export_model
 from tests.helpers.command import error_of
 from tests.helpers.tables import text_of
@@ -66,16 +68,15 @@ def test_what_cannot_run_here_is_named(result):
     pytest.importorskip("coremltools")
     (row,) = (row for row in result.rows if row["format"] == "coreml")
     assert row["failure"] == f"needs darwin; this is {sys.platform}"
-    assert "model.mlpackage in no runtime: needs darwin" in text_of(artifact_table(result))
+    assert "model.mlpackage: needs darwin" in " ".join(text_of(result_table(result)).split())
 
 
-def test_a_table_and_a_chart_a_folder(folder, tmp_path):
+def test_a_table_and_a_panel_a_folder(folder, tmp_path):
     second = shutil.copytree(folder, tmp_path / "second")
     both = measure_artifacts([str(folder), str(second)], ["torchscript"], runs=1)
-    shown = " ".join(text_of(artifact_table(both)).split())  # a long path breaks the line
-    assert f"{folder}: quote the min of 1" in shown and f"{second}: quote" in shown
-    panels = artifact_figure(both).axes
-    assert [axes.get_title() for axes in panels] == [str(folder), str(second)]
+    assert "statistic min_ms, threads 1" in " ".join(text_of(result_table(both)).split())
+    panels = bar_figure(both).axes
+    assert [axes.get_title("left") for axes in panels] == [f"folder {folder}", f"folder {second}"]
     (bar,) = panels[1].patches
     assert bar.get_width() == both.rows[1]["min_ms"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mobileone.bench.inference.profile import memory_traffic, profile_models, profile_module
-from mobileone.bench.show.tables import profile_table
+from mobileone.bench.show.tables import result_table
 
 
 class Small(nn.Module):
@@ -73,7 +73,7 @@ def test_the_family_has_the_papers_counts():
         assert rows[name]["parameters_train"] == sum(p.numel() for p in train.parameters())
     for level in ("model", "stage", "layer"):
         shown = replace(result, protocol=result.protocol | {"shown": level})
-        assert profile_table(shown).row_count == sum(row["level"] == level for row in result.rows)
+        assert result_table(shown).row_count == sum(row["level"] == level for row in result.rows)
     with pytest.raises(ValueError, match=r"`level` \(='block'\)"):
         profile_models(["mobileone_mu0"], level="block")
 

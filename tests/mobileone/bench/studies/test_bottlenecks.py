@@ -9,14 +9,15 @@ from torch import nn
 
 from mobileone.bench.paper import paper_table
 from mobileone.bench.results import Result
+from mobileone.bench.show.charts import bar_figure
+from mobileone.bench.show.tables import result_table
+from mobileone.bench.studies import bottlenecks
 from mobileone.bench.studies.bottlenecks import (
     ACTIVATIONS,
     BLOCKS,
     DynamicReLU,
     DynamicShiftMax,
     ThirtyLayers,
-    bottlenecks_figure,
-    bottlenecks_table,
     study_bottlenecks,
 )
 
@@ -65,7 +66,7 @@ def result():
 
 def test_the_study(result):
     assert len(result.rows) == 10
-    assert "thirty 3×3 convolutions" in result.protocol["layout"]
+    assert "thirty 3×3 convolutions" in result.protocol["note"]
     rows = {(row["paper_table"], row["name"]): row for row in result.rows}
     base = rows[2, "ReLU"]["min_ms"]
     for row in result.rows:
@@ -78,20 +79,18 @@ def test_the_study(result):
 
 
 def test_unverified_numbers_are_marked(result, capsys):
-    Console(width=200).print(bottlenecks_table(result))
+    Console(width=200).print(result_table(result))
     lines = capsys.readouterr().out.splitlines()
     assert "unverified" in next(line for line in lines if "skip connections" in line)
     assert "unverified" not in next(line for line in lines if "GELU" in line)
-    texts = [t.get_text() for a in bottlenecks_figure(result).axes for t in a.get_legend().texts]
-    assert texts.count("paper, iPhone 12") == texts.count("paper, iPhone 12 (unverified)") == 1
+    labels = [axes.get_xlabel() for axes in bar_figure(result).axes]
+    assert labels == ["× ReLU", "paper: ratio", "× ReLU", "paper: ratio (unverified)"]
 
 
 @pytest.mark.parametrize(("median", "said"), [(1.1, False), (1.6, True)])
 def test_a_busy_machine_is_said(result, median, said):
     rows = [row | {"median_ms": median * row["min_ms"]} for row in result.rows]
-    other = Result(**{**vars(result), "rows": rows})
-    assert ("The machine was busy" in bottlenecks_table(other).caption) == said
-    assert ("The machine was busy" in bottlenecks_figure(other).get_suptitle()) == said
+    assert ("The machine was busy" in bottlenecks._busy(rows)) == said
 
 
 def test_a_runtime_that_fails_is_said(result):
@@ -105,9 +104,9 @@ def test_a_runtime_that_fails_is_said(result):
     failed = Result(**{**vars(result), "rows": rows})
     console = Console(width=200, record=True, quiet=False)
     with console.capture() as output:
-        console.print(bottlenecks_table(failed))
+        console.print(result_table(failed))
     assert "no such operator" in output.get()
-    assert "failed" in [t.get_text() for a in bottlenecks_figure(failed).axes for t in a.texts]
+    assert "failed" in [t.get_text() for a in bar_figure(failed).axes for t in a.texts]
 
 
 def coefficients(layer: nn.Sequential, image: torch.Tensor) -> list[float]:

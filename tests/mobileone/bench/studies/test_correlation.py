@@ -7,11 +7,8 @@ import pytest
 from lightning_modules.cli.main import main
 from mobileone.bench.paper import paper_table
 from mobileone.bench.results import Result
-from mobileone.bench.studies.correlation import (
-    correlation_table,
-    rank_correlation,
-    study_correlation,
-)
+from mobileone.bench.show.tables import result_table
+from mobileone.bench.studies.correlation import rank_correlation, study_correlation
 
 
 def ranks(values: list[float]) -> list[float]:
@@ -66,7 +63,7 @@ def test_the_study(tmp_path):
     assert [row["rho"] for row in printed] == [0.47, 0.30, 0.06, 0.07]
     assert (tmp_path / "correlation.png").stat().st_size > 5_000
     assert (tmp_path / "correlation.svg").read_text().startswith("<?xml")
-    assert correlation_table(result).row_count == 2 + 4 + 4
+    assert result_table(result).row_count == 2 + 4 + 4
 
 
 def test_table_9_is_correlated_without_its_gaps():

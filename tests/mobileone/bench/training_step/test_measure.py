@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from mobileone import MobileOneBlock
+from mobileone.bench.show.charts import bar_figure
+from mobileone.bench.show.tables import result_table
 from mobileone.bench.training_step import worker as worker_module
 from mobileone.bench.training_step.implementations import (
     IMPLEMENTATIONS,
@@ -17,7 +19,7 @@ from mobileone.bench.training_step.implementations import (
     plain_network,
     sample_images,
 )
-from mobileone.bench.training_step.measure import measure_training, training_figure, training_table
+from mobileone.bench.training_step.measure import measure_training
 from mobileone.bench.training_step.worker import (
     StepWorker,
     StepWorkerError,
@@ -118,11 +120,11 @@ def test_the_result_holds_every_implementation_and_names_the_one_that_died(monke
     model = build_implementation("plain", "mobileone_s0", "cpu", channels_last=True)
     images = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
     assert rows["plain"]["kept_mib"] == pytest.approx(kept_bytes(model, images) / 2 / 2**20)
-    table = training_table(result)
+    table = result_table(result)
     assert table.row_count == 2
     assert "mobileone_s0, ours: its process ended by SIGSEGV" in table.caption
-    assert "2 noise images of 32 px, channels-last, " in table.title
-    texts = [text.get_text() for axes in training_figure(result).axes for text in axes.texts]
+    assert "image_size 32" in table.title and "channels_last True" in table.title
+    texts = [text.get_text() for axes in bar_figure(result).axes for text in axes.texts]
     assert texts.count("failed") == 2
 
 
