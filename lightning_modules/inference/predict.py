@@ -2,9 +2,10 @@
 
 import csv
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from lightning_modules.data.image_io import (
 )
 from lightning_modules.data.transforms import Transform, eval_transform
 from lightning_modules.data.workers import worker_options
+from mobileone.bench.timing import check_device
 from mobileone.export import FORMATS, ExportSpec, load_runner
 from mobileone.export.checkpoint import load_model, read_checkpoint
 from mobileone.export.formats import torchscript
@@ -31,7 +33,6 @@ from mobileone.export.preprocess import normalize
 from mobileone.io.safe_pickle import UnsafeFileError
 
 __all__ = [
-    "PredictionCsvWriter",
     "PredictionSummary",
     "load_classifier",
     "predict_folder",
@@ -113,9 +114,11 @@ def predict_folder(
         raise FileExistsError(
             f"output={str(output)!r} exists: give another file, or --overwrite true."
         )
-    place = _device(device)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(device)
     paths = find_images(images)
-    classify, spec = load_classifier(source, format, place)
+    classify, spec = load_classifier(source, format, torch.device(device))
     if top_k is not None and not 1 <= top_k <= spec.num_classes:
         raise ValueError(
             f"top_k={top_k} must be from 1 to the {spec.num_classes} classes of the model, or null "
@@ -123,18 +126,51 @@ def predict_folder(
         )
     reading = worker_options(num_workers)
     loader = DataLoader(_Files(paths, spec), batch_size, collate_fn=_collate, **reading)
+    console = Console(stderr=True)
     unreadable: list[tuple[str, str]] = []
-    with PredictionCsvWriter(Path(output), spec.class_names, top_k) as table:
-        for batch in _with_progress(loader, progress):
+    as_row = partial(_row, names=spec.class_names, top_k=top_k)
+    with _csv_file(Path(output), [*as_row("", torch.zeros(spec.num_classes)), "error"]) as table:
+        for batch in track(loader, "Classifying", disable=not progress, console=console):
             rows = iter(() if batch.images is None else classify(batch.images))
             for path, error in zip(batch.paths, batch.errors, strict=True):
                 if error is None:
-                    table.write(path, next(rows))
+                    table.writerow(as_row(path, next(rows)))
                     continue
                 unreadable.append((path, error))
                 if not skip_unreadable:
-                    table.write_error(path, error)
+                    table.writerow({"path": path, "error": error})
     return PredictionSummary(Path(output), len(paths) - len(unreadable), tuple(unreadable))
+
+
+@contextmanager
+def _csv_file(path: Path, columns: Sequence[str]) -> Iterator["csv.DictWriter[str]"]:
+    """Write rows to ``<path>.partial``, which is renamed to ``path`` at a regular end.
+
+    The file is UTF-8; bytes of file names that are not UTF-8 are kept.
+    """
+    unfinished = path.with_name(f"{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with unfinished.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        yield writer
+    unfinished.replace(path)
+
+
+def _row(
+    path: str, probabilities: Tensor, names: Sequence[str], top_k: int | None
+) -> dict[str, str]:
+    """One classified image: its best classes, or the best one and all ``probabilities``."""
+    row = {"path": path}
+    best = probabilities.topk(top_k or 1)
+    found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    for rank, (index, value) in enumerate(found, 1):
+        end = "" if rank == 1 else f"_{rank}"
+        row |= {f"label{end}": names[index], f"probability{end}": f"{value:.6g}"}
+    if top_k is None:
+        pairs = zip(names, probabilities.tolist(), strict=True)
+        row |= {f"p({name})": f"{value:.6g}" for name, value in pairs}
+    return row
 
 
 def load_classifier(
@@ -261,91 +297,3 @@ def _collate(items: list[tuple[str, Tensor | None, str | None]]) -> _Batch:
     paths, images, errors = zip(*items, strict=True)
     readable = [image for image in images if image is not None]
     return _Batch(list(paths), list(errors), torch.stack(readable) if readable else None)
-
-
-def _device(name: str) -> torch.device:
-    """The device, tried out; "auto" is a GPU if there is one.
-
-    Raises:
-        ValueError: there is no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).cpu()
-    except Exception as error:  # each kind of device has its own
-        gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-        gpus += ["mps"] if torch.backends.mps.is_available() else []
-        raise ValueError(
-            f"--device {name} cannot be used: PyTorch finds {', '.join(['cpu', *gpus])} on this "
-            "machine. Choose one of these, or leave out --device."
-        ) from error
-    return device
-
-
-def _with_progress(loader: DataLoader, progress: bool) -> Iterator[_Batch]:
-    return iter(
-        track(loader, description="Classifying", disable=not progress, console=Console(stderr=True))
-    )
-
-
-class PredictionCsvWriter:
-    """Writes rows to ``<path>.partial`` and renames it to ``path`` at a regular exit.
-
-    Args:
-        path: the CSV file; UTF-8, bytes of file names that are not UTF-8 are kept.
-        class_names: in the order of the probabilities.
-        top_k: how many classes a row names; None for one column of probabilities a class.
-    """
-
-    def __init__(self, path: Path, class_names: Sequence[str], top_k: int | None) -> None:
-        self._path = path
-        self._partial = path.with_name(path.name + ".partial")
-        self._names = class_names
-        self._top_k = top_k
-
-    def __enter__(self) -> "PredictionCsvWriter":
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._partial.open("w", newline="", encoding="utf-8", errors="surrogateescape")
-        self._writer = csv.writer(self._file)
-        columns = ["path", "label", "probability", *self._more_columns(), "error"]
-        self._width = len(columns)
-        self._writer.writerow(columns)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._file.close()
-        if kind is None:
-            self._partial.replace(self._path)
-
-    def write(self, path: str, probabilities: Tensor) -> None:
-        """One classified image; ``probabilities`` (classes,)."""
-        best = probabilities.topk(self._top_k or 1)
-        cells = [
-            cell
-            for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-            for cell in (self._names[index], _number(value))
-        ]
-        if self._top_k is None:
-            cells += [_number(value) for value in probabilities.tolist()]
-        self._writer.writerow([path, *cells, ""])
-
-    def write_error(self, path: str, error: str) -> None:
-        """One image that could not be read."""
-        self._writer.writerow([path, *[""] * (self._width - 2), error])
-
-    def _more_columns(self) -> list[str]:
-        if self._top_k is None:
-            return [f"p({name})" for name in self._names]
-        ranks = range(2, self._top_k + 1)
-        return [f"{column}_{rank}" for rank in ranks for column in ("label", "probability")]
-
-
-def _number(probability: float) -> str:
-    return f"{probability:.6g}"

@@ -294,7 +294,9 @@ def test_checkpoint_of_another_module(tmp_path):
 
 @pytest.mark.parametrize("device", ["cuda:99", "warp"])
 def test_device_that_is_not_there(checkpoint, pets, tmp_path, device):
-    with pytest.raises(ValueError, match=f"--device {device} cannot be used: PyTorch finds cpu"):
+    with pytest.raises(
+        ValueError, match=f"`device` .*{device}.* is not on this machine; there is cpu"
+    ):
         predict_folder(checkpoint, pets, tmp_path / "out.csv", device=device, progress=False)
 
 
