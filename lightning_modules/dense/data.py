@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -16,14 +15,7 @@ from lightning_modules.data.base import ResumableData
 from lightning_modules.data.samplers import EpochSampler, SampleKey
 from lightning_modules.data.transforms import resolve_config
 from lightning_modules.dense.shapes import CLASSES, Picture, Shapes
-from lightning_modules.dense.sources import (
-    VOC_CLASSES,
-    Boxed,
-    CocoBoxes,
-    Masked,
-    VocMasks,
-    coco_classes,
-)
+from lightning_modules.dense.sources import VOC_CLASSES, CocoBoxes, VocMasks, coco_classes
 from lightning_modules.randomness import derive_seed, isolated_rng
 from mobileone.io.atomic import directory_lock
 
@@ -56,10 +48,10 @@ class _DenseData(ResumableData):
     real: str
     stacked: bool  # whether all images of a batch have one size
     class_names: tuple[str, ...]
-    # of a subclass: names of the classes below a root; a split there; what changes a sample
+    # of a subclass: names of the classes below a root; a split there; what makes a sample of it
     _real_classes: Callable[[str], tuple[str, ...]]
-    _read: Callable[[str, bool], Dataset]
-    _transform: Callable[[bool], Callable[[Any], Any]]
+    _read: Callable[[str, bool], Dataset[Picture]]
+    _transform: Callable[[bool], Callable[[Picture], Any]]
 
     def __init__(
         self,
@@ -159,8 +151,12 @@ class SegmentationData(_DenseData):
     def _read(self, root: str, train: bool) -> Dataset:
         return VocMasks(root, "train" if train else "val")
 
-    def _transform(self, augment: bool) -> "_MaskTransform":
-        return _MaskTransform(self._config["mean"], self._config["std"], self.size, augment)
+    def _transform(self, augment: bool) -> v2.Compose:
+        square = (self.size, self.size)
+        random = [v2.RandomResizedCrop(square, scale=(0.25, 1.0)), v2.RandomHorizontalFlip()]
+        normalize = v2.Normalize(list(self._config["mean"]), list(self._config["std"]))
+        place = random if augment else [v2.Resize(square)]
+        return v2.Compose([*place, *_FLOAT, normalize, v2.ToPureTensor(), _image_and_mask])
 
 
 class DetectionData(_DenseData):
@@ -190,8 +186,15 @@ class DetectionData(_DenseData):
             )
         return source
 
-    def _transform(self, augment: bool) -> "_BoxTransform":
-        return _BoxTransform(augment)
+    def _transform(self, augment: bool) -> v2.Compose:
+        random = [
+            v2.RandomIoUCrop(),  # around objects, as SSD does
+            v2.RandomHorizontalFlip(),
+            v2.ClampBoundingBoxes(),
+            v2.SanitizeBoundingBoxes(labels_getter=_beside_boxes),  # those of which nothing remains
+        ]
+        place = random if augment else []
+        return v2.Compose([*place, *_FLOAT, v2.ToPureTensor(), _image_and_boxes])
 
 
 class _Samples(Dataset):
@@ -219,66 +222,18 @@ def _collate(stacked: bool, samples: list[Any]) -> tuple[Any, Any, list[Any]]:
     return list(images), list(targets), []
 
 
-class _MaskTransform:
-    """A picture with its mask -> image (3, S, S), normalized, and mask (S, S).
-
-    Args:
-        mean: subtracted from images scaled to 0..1, one a channel.
-        std: that the difference is divided by.
-        size: side in pixels.
-        augment: crop and mirror at random; else resize.
-    """
-
-    def __init__(
-        self, mean: tuple[float, ...], std: tuple[float, ...], size: int, augment: bool
-    ) -> None:
-        square = (size, size)
-        place = (
-            [v2.RandomResizedCrop(square, scale=(0.25, 1.0)), v2.RandomHorizontalFlip()]
-            if augment
-            else [v2.Resize(square)]
-        )
-        self._change = v2.Compose([*place, *_FLOAT, v2.Normalize(list(mean), list(std))])
-
-    def __call__(self, sample: Picture | Masked) -> tuple[Tensor, Tensor]:
-        image, mask = self._change(
-            tv_tensors.Image(sample.image), tv_tensors.Mask(sample.mask[None])
-        )
-        return image.as_subclass(Tensor), mask[0].as_subclass(Tensor).long()
-
-
-class _BoxTransform:
-    """A picture with its boxes -> image (3, H, W) in 0..1 and target.
-
-    The target has `boxes` (B, 4) as x1, y1, x2, y2, `labels` (B,) and `iscrowd` (B,).
-
-    Args:
-        augment: crop around objects, as SSD does, mirror at random, and leave out boxes of which
-            nothing remains; else change nothing.
-    """
-
-    def __init__(self, augment: bool) -> None:
-        place = [
-            v2.RandomIoUCrop(),
-            v2.RandomHorizontalFlip(),
-            v2.ClampBoundingBoxes(),
-            v2.SanitizeBoundingBoxes(labels_getter=_beside_boxes),
-        ]
-        self._change = v2.Compose([*(place if augment else []), *_FLOAT])
-
-    def __call__(self, sample: Picture | Boxed) -> tuple[Tensor, dict[str, Tensor]]:
-        crowds = sample.iscrowd if isinstance(sample, Boxed) else torch.zeros_like(sample.labels)
-        boxes = tv_tensors.BoundingBoxes(
-            sample.boxes, format="XYXY", canvas_size=tuple(sample.image.shape[-2:])
-        )
-        target = {"boxes": boxes, "labels": sample.labels, "iscrowd": crowds}
-        image, target = self._change(tv_tensors.Image(sample.image), target)
-        return image.as_subclass(Tensor), {k: v.as_subclass(Tensor) for k, v in target.items()}
-
-
-def _beside_boxes(sample: Any) -> tuple[Tensor, Tensor]:
+def _beside_boxes(picture: Picture) -> tuple[Any, Any]:
     """What goes with a box when it is left out."""
-    return sample[1]["labels"], sample[1]["iscrowd"]
+    return picture.labels, picture.iscrowd
+
+
+def _image_and_mask(picture: Picture) -> tuple[Any, Any]:
+    return picture.image, picture.mask
+
+
+def _image_and_boxes(picture: Picture) -> tuple[Any, dict[str, Any]]:
+    parts = picture._asdict()
+    return picture.image, {key: parts[key] for key in ("boxes", "labels", "iscrowd")}
 
 
 _FLOAT = (v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),)

@@ -7,19 +7,29 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision import tv_tensors
 
-__all__ = ["CLASSES", "Picture", "Shapes", "draw_shapes"]
+__all__ = ["CLASSES", "Picture", "Shapes", "corner_boxes"]
 
 CLASSES = ("background", "circle", "square", "triangle")
 
 
 class Picture(NamedTuple):
-    """One picture: image uint8 (3, S, S), mask (S, S), boxes (B, 4) in pixels, labels (B,)."""
+    """One picture and what is known of it; torchvision's transforms change all of it alike.
 
-    image: Tensor
-    mask: Tensor
-    boxes: Tensor
-    labels: Tensor
+    Attributes:
+        image: uint8 (3, H, W).
+        mask: The class of each pixel, (H, W).
+        boxes: Corners x1, y1, x2, y2 in pixels, (B, 4).
+        labels: Classes of the boxes, (B,).
+        iscrowd: Whether a box is of a crowd, (B,).
+    """
+
+    image: tv_tensors.Image
+    mask: tv_tensors.Mask | None = None
+    boxes: tv_tensors.BoundingBoxes | None = None
+    labels: Tensor | None = None
+    iscrowd: Tensor | None = None
 
 
 class Shapes(Dataset[Picture]):
@@ -71,10 +81,18 @@ def draw_shapes(generator: np.random.Generator, size: int) -> Picture:
         boxes.append(box)
         labels.append(label)
     return Picture(
-        torch.from_numpy(np.array(image)).permute(2, 0, 1),  # (S, S, 3) -> (3, S, S)
-        torch.from_numpy(np.array(mask)).long(),
-        torch.tensor(boxes, dtype=torch.float32),
+        tv_tensors.Image(image),
+        tv_tensors.Mask(mask, dtype=torch.int64)[0],
+        corner_boxes(torch.tensor(boxes), size, size),
         torch.tensor(labels),
+        torch.zeros(len(labels), dtype=torch.int64),
+    )
+
+
+def corner_boxes(corners: Tensor, height: int, width: int) -> tv_tensors.BoundingBoxes:
+    """Boxes (B, 4) of an image of that size."""
+    return tv_tensors.BoundingBoxes(
+        corners, format="XYXY", canvas_size=(height, width), dtype=torch.float32
     )
 
 

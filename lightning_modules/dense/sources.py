@@ -5,16 +5,17 @@ import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision import tv_tensors
 from torchvision.datasets import CocoDetection, VOCSegmentation
-from torchvision.transforms.v2.functional import pil_to_tensor
 
-__all__ = ["IGNORED", "VOC_CLASSES", "Boxed", "CocoBoxes", "Masked", "VocMasks", "coco_classes"]
+from lightning_modules.dense.shapes import Picture, corner_boxes
+
+__all__ = ["IGNORED", "VOC_CLASSES", "CocoBoxes", "VocMasks", "coco_classes"]
 
 IGNORED = 255
 """Label of pixels that count neither for the loss nor for the score, as in VOC's masks."""
@@ -27,23 +28,7 @@ VOC_CLASSES = (
 """Names of the classes, in the order of the masks' values."""
 
 
-class Masked(NamedTuple):
-    """One image, uint8 (3, H, W), and the class of each pixel (H, W)."""
-
-    image: Tensor
-    mask: Tensor
-
-
-class Boxed(NamedTuple):
-    """One image, uint8 (3, H, W), boxes (B, 4) as x1, y1, x2, y2, labels (B,), crowds (B,)."""
-
-    image: Tensor
-    boxes: Tensor
-    labels: Tensor
-    iscrowd: Tensor
-
-
-class VocMasks(Dataset[Masked]):
+class VocMasks(Dataset[Picture]):
     """Images of Pascal VOC 2012 with their segmentation.
 
     Args:
@@ -70,7 +55,7 @@ class VocMasks(Dataset[Masked]):
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index: int) -> Masked:
+    def __getitem__(self, index: int) -> Picture:
         """Read an image and its mask.
 
         Raises:
@@ -91,10 +76,10 @@ class VocMasks(Dataset[Masked]):
                 f"{name} has the class {largest}: VOC's are 0 to {len(VOC_CLASSES) - 1}, "
                 f"and {IGNORED}"
             )
-        return Masked(pil_to_tensor(image), classes)
+        return Picture(tv_tensors.Image(image), mask=tv_tensors.Mask(classes))
 
 
-class CocoBoxes(Dataset[Boxed]):
+class CocoBoxes(Dataset[Picture]):
     """Images of a data set in COCO's layout with their boxes; labels count from 1.
 
     Args:
@@ -140,17 +125,17 @@ class CocoBoxes(Dataset[Boxed]):
     def __len__(self) -> int:
         return len(self._kept)
 
-    def __getitem__(self, index: int) -> Boxed:
+    def __getitem__(self, index: int) -> Picture:
         """Read an image and its boxes."""
         image, notes = self._source[self._kept[index]]
         kept = [note for note in notes if not (self._train and note.get("iscrowd"))]
         boxes = torch.tensor([note["bbox"] for note in kept], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]  # x, y, width, height -> x1, y1, x2, y2
-        return Boxed(
-            pil_to_tensor(image),
-            boxes,
-            torch.tensor([self._labels[note["category_id"]] for note in kept], dtype=torch.int64),
-            torch.tensor([int(note.get("iscrowd", 0)) for note in kept], dtype=torch.int64),
+        return Picture(
+            tv_tensors.Image(image),
+            boxes=corner_boxes(boxes, image.height, image.width),
+            labels=torch.tensor([self._labels[n["category_id"]] for n in kept], dtype=torch.int64),
+            iscrowd=torch.tensor([int(n.get("iscrowd", 0)) for n in kept], dtype=torch.int64),
         )
 
 
