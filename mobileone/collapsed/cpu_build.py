@@ -24,7 +24,7 @@ __all__ = ["load"]
 log = logging.getLogger(__name__)
 
 _SOURCES = ("depthwise.cpp", "gram.cpp", "pointwise.cpp")
-_HEADERS = ("planes.h", "moments.h", "input_gradient.h")
+_HEADERS = ("planes.h", "patches.h", "branches.h", "moments.h", "input_gradient.h")
 # sums may be reordered to use vectors; NaN and infinity keep their meaning
 _FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=c++17"),

@@ -7,10 +7,13 @@ is None and the paths that want it are not chosen.
 import ctypes
 import functools
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mobileone.collapsed.branches import Geometry
 from mobileone.collapsed.cpu_build import load
 
 __all__ = [
@@ -18,33 +21,36 @@ __all__ = [
     "affine_grad",
     "available",
     "channel_moments",
-    "depthwise_careful_moments",
+    "depthwise_backward",
     "depthwise_forward",
     "depthwise_input_grad",
     "depthwise_moments",
-    "depthwise_weight_grad",
     "fits",
     "gradient_sums",
-    "gram",
+    "gram_forward",
+    "gram_input_grad",
+    "gram_moments",
+    "gram_weight_grad",
     "library",
-    "row_products",
 ]
 
-# What the kernels take after the number of threads: integers, and tensors of the types below, which
-# may be absent where the letter is large
+# What the kernels take after the number of threads: integers, lists of float32 tensors (p), and
+# tensors of the types below, which may be absent where the letter is large
 _SIGNATURES = {
+    "depthwise_forward": "iiiiifiiidpifddddb",
+    "depthwise_backward": "iiiiifFfiiidpdddbFp",
     "depthwise_moments": "iiiiifdd",
-    "depthwise_careful_moments": "iiiiifildd",
-    "depthwise_forward": "iiiiiffddif",
-    "depthwise_weight_grad": "iiiiifFfdbdd",
     "depthwise_input_grad": "iiiiifFffdddf",
-    "row_products": "iiiiiFffdD",
+    "gram_moments": "iiiiiiiiiffdd",
+    "gram_forward": "iiiiiiiiiifFffif",
+    "gram_weight_grad": "iiiiiiiiiifFfffdd",
+    "gram_input_grad": "iiiiiiiiiifFffFffff",
     "channel_moments": "iiifdd",
     "affine": "iiifFfFfif",
     "gradient_sums": "iiifFfFfFd",
     "affine_grad": "iiifFffffif",
 }
-_DTYPES = {"f": torch.float32, "d": torch.float64, "l": torch.int64, "b": torch.bool}
+_DTYPES = {"f": torch.float32, "d": torch.float64, "b": torch.bool}
 
 
 @functools.cache
@@ -73,6 +79,54 @@ def fits(x: Tensor) -> bool:
     return ordinary and available()
 
 
+def depthwise_forward(
+    x: Tensor, geometry: Geometry, tensors: Sequence[Tensor], relu: bool
+) -> list[Tensor]:
+    """A depthwise 3×3 block in training.
+
+    Args:
+        x: Input (N, C, H, W).
+        geometry: The block.
+        tensors: Its `parameters`.
+        relu: Rectify the output as well.
+
+    Returns:
+        Output (N, C, H', W'); in float64 the branches' means and biased variances (norms, C, 1),
+        and m (C, 9) and C (C, 9, 9) of the patches; and which channels took float64 sums, (C,).
+    """
+    channels, empty = geometry.out_chs, functools.partial(torch.empty, device=x.device)
+    y = x.new_empty(len(x), channels, *geometry.output_size(*x.shape[2:]))
+    mean, var = (empty(geometry.norms, channels, 1, dtype=torch.float64) for _ in range(2))
+    m, cov = (empty(channels, *shape, dtype=torch.float64) for shape in ((9,), (9, 9)))
+    careful = empty(channels, dtype=torch.bool)
+    block = _block(geometry, tensors)
+    results = [y, mean, var, m, cov, careful]
+    _call("depthwise_forward", *x.shape, geometry.stride, x, *block, int(relu), *results)
+    return results
+
+
+def depthwise_backward(
+    g: Tensor,
+    y: Tensor | None,
+    x: Tensor,
+    geometry: Geometry,
+    tensors: Sequence[Tensor],
+    statistics: Sequence[Tensor],
+    inward: bool,
+) -> list[Tensor]:
+    """∂L/∂x, empty unless `inward`, and the gradient of every parameter.
+
+    g counts where the rectifier let it through, y > 0; y is None where there is no rectifier.
+    `statistics` are the last four results of the forward pass.
+    """
+    dx = torch.empty_like(x) if inward else None
+    grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
+    block = _block(geometry, tensors)
+    shape = *x.shape, geometry.stride
+    _call("depthwise_backward", *shape, g, y, x, *block, *statistics, dx, grads)
+    return [x.new_empty(0) if dx is None else dx, *grads]
+
+
 def depthwise_moments(x: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     """Mean (C, 9) and biased covariance (C, 9, 9), float64, of the 3×3 patches of x."""
     channels = x.shape[1]
@@ -80,41 +134,6 @@ def depthwise_moments(x: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     cov = torch.empty(channels, 9, 9, dtype=torch.float64, device=x.device)
     _call("depthwise_moments", *x.shape, stride, x, mean, cov)
     return mean, cov
-
-
-def depthwise_careful_moments(
-    x: Tensor, stride: int, which: Tensor, mean: Tensor, cov: Tensor
-) -> None:
-    """Write the same, summed in float64, for the channels of indices `which` (int64)."""
-    _call("depthwise_careful_moments", *x.shape, stride, x, len(which), which, mean, cov)
-
-
-def depthwise_forward(
-    x: Tensor, stride: int, shift: Tensor, weight: Tensor, bias: Tensor, relu: bool
-) -> Tensor:
-    """Convolve x − shift with weight (C, 9) and bias (C), float64, and rectify on demand.
-
-    The padding is 0 − shift; shift is (C,), float32.
-    """
-    batch, channels, height, width = x.shape
-    y = x.new_empty(batch, channels, (height - 1) // stride + 1, (width - 1) // stride + 1)
-    _call("depthwise_forward", *x.shape, stride, x, shift, weight, bias, int(relu), y)
-    return y
-
-
-def depthwise_weight_grad(
-    g: Tensor, y: Tensor | None, x: Tensor, stride: int, mean: Tensor, ill_conditioned: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Σ g (x − m) (C, 9) and Σ g (C), float64, over the patches; m is (C, 9), float64.
-
-    g counts where the rectifier let it through, y > 0; y is None where there is no rectifier.
-    Ill-conditioned channels, (C,) booleans, are summed in float64.
-    """
-    weight_grad = torch.empty(x.shape[1], 9, dtype=torch.float64, device=x.device)
-    bias_grad = torch.empty(x.shape[1], dtype=torch.float64, device=x.device)
-    sums = weight_grad, bias_grad
-    _call("depthwise_weight_grad", *x.shape, stride, g, y, x, mean, ill_conditioned, *sums)
-    return sums
 
 
 def depthwise_input_grad(
@@ -136,21 +155,77 @@ def depthwise_input_grad(
     return dx
 
 
-def row_products(a: Tensor, b: Tensor, shift: Tensor) -> Tensor:
-    """Σ a (b − shift)ᵀ, (G, A, J) in float64, of a (M, G, A, L), b (M, G, J, L), shift (G, J)."""
-    batch, groups, rows, length = b.shape
-    products = torch.empty(groups, a.shape[2], rows, dtype=torch.float64, device=b.device)
-    _call("row_products", batch, groups, a.shape[2], rows, length, a, b, shift, products, None)
-    return products
+def gram_moments(x: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+    """A shift near the mean of the patches of x, and their moments about it.
+
+    Returns:
+        Shift (G, J), in float32; Σ X Xᵀ (G, J, J) and Σ X (G, J), in float64, of patches X less it.
+    """
+    groups, patch = geometry.groups, geometry.patch
+    shift = torch.empty(groups, patch, device=x.device)
+    products = torch.empty(groups, patch, patch, dtype=torch.float64, device=x.device)
+    sums = torch.empty(groups, patch, dtype=torch.float64, device=x.device)
+    _call("gram_moments", *_patches(x, geometry), x, shift, products, sums)
+    return shift, products, sums
 
 
-def gram(b: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ (b − shift) (b − shift)ᵀ, (G, J, J), and Σ (b − shift), (G, J), likewise."""
-    batch, groups, rows, length = b.shape
-    products = torch.empty(groups, rows, rows, dtype=torch.float64, device=b.device)
-    sums = torch.empty(groups, rows, dtype=torch.float64, device=b.device)
-    _call("row_products", batch, groups, rows, rows, length, None, b, shift, products, sums)
-    return products, sums
+def gram_forward(
+    x: Tensor,
+    geometry: Geometry,
+    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    relu: bool,
+) -> Tensor:
+    """Convolve the patches of x less a shift (G, J), and rectify on demand: (N, C_out, H', W').
+
+    Weight (G, O, J) and bias (G, O) are in float32.
+    """
+    y = x.new_empty(len(x), geometry.out_chs, *geometry.output_size(*x.shape[2:]))
+    shape = *_patches(x, geometry), weight.shape[1]
+    _call("gram_forward", *shape, x, shift, weight, bias, int(relu), y)
+    return y
+
+
+def gram_weight_grad(
+    g: Tensor, y: Tensor | None, x: Tensor, geometry: Geometry, shift: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A center near the mean of g (G, O), in float32, and the sums about it and a shift (G, J).
+
+    g counts where the rectifier let it through, y > 0; y is None where there is no rectifier.
+
+    Returns:
+        Center; Σ (g − center)(x − shift)ᵀ (G, O, J) and Σ (g − center) (G, O), in float64.
+    """
+    groups, outputs = geometry.groups, geometry.out_chs // geometry.groups
+    center = torch.empty(groups, outputs, device=x.device)
+    products = torch.empty(groups, outputs, geometry.patch, dtype=torch.float64, device=x.device)
+    sums = torch.empty(groups, outputs, dtype=torch.float64, device=x.device)
+    shape = *_patches(x, geometry), outputs
+    _call("gram_weight_grad", *shape, g, y, x, shift, center, products, sums)
+    return center, products, sums
+
+
+def gram_input_grad(
+    g: Tensor,
+    y: Tensor | None,
+    center: Tensor,
+    x: Tensor,
+    geometry: Geometry,
+    shift: Tensor | None,
+    weight: Tensor,
+    slope: Tensor,
+    offset: Tensor,
+) -> Tensor:
+    """What the patches of x receive: Ŵᵀ(g − center) + slope · (x − shift) + offset, (N, G, J, L).
+
+    All in float32: weight (G, O, J), slope (G, J, J), offset and shift (G, J); g as above.
+    """
+    length = g.shape[2] * g.shape[3]
+    to = torch.empty(len(x), geometry.groups, geometry.patch, length, device=x.device)
+    shape = *_patches(x, geometry), weight.shape[1]
+    _call("gram_input_grad", *shape, g, y, center, x, shift, weight, slope, offset, to)
+    return to
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,11 +266,26 @@ def affine_grad(
     _call("affine_grad", *_planes(z), g, y, z, a, s, r, int(accumulate), to)
 
 
+def _patches(x: Tensor, geometry: Geometry) -> tuple[int, ...]:
+    shape = len(x), geometry.groups, x.shape[1] // geometry.groups, *x.shape[2:]
+    return *shape, geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation
+
+
 def _planes(x: Tensor) -> tuple[int, int, int]:
     return x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
 
 
-def _call(name: str, *arguments: Tensor | int | None) -> None:
+def _block(
+    geometry: Geometry, tensors: Sequence[Tensor]
+) -> tuple[int, int, int, Tensor, list[Tensor]]:
+    """Convolutions, BatchNorms, taps of the last kernel, each ε, and the parameters."""
+    count = geometry.branches
+    eps = torch.tensor(geometry.eps, dtype=torch.float64, device="cpu")
+    rows = [tensor.contiguous() for tensor in tensors]  # kernels may be in channels-last
+    return count, geometry.norms, tensors[count - 1][0].numel(), eps, rows
+
+
+def _call(name: str, *arguments: Tensor | list[Tensor] | int | None) -> None:
     """Call a kernel, with PyTorch's number of threads.
 
     Raises:
@@ -204,10 +294,18 @@ def _call(name: str, *arguments: Tensor | int | None) -> None:
     kernels = library()
     assert kernels is not None
     converted = [
-        argument if isinstance(argument, int) else _address(name, argument, kind)
+        _converted(name, argument, kind)
         for argument, kind in zip(arguments, _SIGNATURES[name], strict=True)
     ]
     getattr(kernels, name)(torch.get_num_threads(), *converted)
+
+
+def _converted(name: str, argument: Tensor | list[Tensor] | int | None, kind: str) -> Any:
+    if isinstance(argument, int):
+        return argument
+    if isinstance(argument, list):
+        return (ctypes.c_void_p * len(argument))(*(_address(name, t, "f") for t in argument))
+    return _address(name, argument, kind)
 
 
 def _address(name: str, tensor: Tensor | None, kind: str) -> int | None:

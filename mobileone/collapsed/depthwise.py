@@ -6,16 +6,7 @@ import torch
 from torch import Tensor
 
 from mobileone.collapsed import cpu_kernels as native
-from mobileone.collapsed.algebra import (
-    Collapsed,
-    PatchStatistics,
-    branch_backward,
-    branch_means,
-    branch_variances,
-    collapse,
-)
-from mobileone.collapsed.branches import Geometry, branch_gradients, gather_branches
-from mobileone.collapsed.moments import dominant_means, ill_conditioned_channels
+from mobileone.collapsed.branches import Geometry
 
 __all__ = ["backward", "empty_outputs", "forward", "has_kernels"]
 
@@ -35,20 +26,8 @@ def forward(
     dtype: torch.dtype,
     inward: bool,
 ) -> list[Tensor]:
-    """As `functions.Form`, on a CPU with a float32 input; keeps m, C and the map."""
-    x, stride = x.contiguous(), geometry.stride
-    mean, cov = native.depthwise_moments(x, stride)
-    branches = gather_branches(geometry, tensors, cov.dtype)
-    ill_conditioned = ill_conditioned_channels(mean, cov, branches.kernels)
-    which = ill_conditioned.nonzero().squeeze(-1)
-    if len(which):
-        native.depthwise_careful_moments(x, stride, which, mean, cov)
-    var = branch_variances(branches, cov, torch.matmul(branches.kernels, cov))
-    shift = dominant_means(mean[:, 4], cov[:, 4, 4])  # of the center tap, (C,)
-    folded = collapse(branches, mean - shift[:, None], var)
-    y = native.depthwise_forward(x, stride, shift, folded.weight, folded.bias, relu)
-    kept = [mean, cov, ill_conditioned, folded.weight, folded.bias, folded.scale]
-    return [y, branch_means(branches, mean), var, *kept]
+    """As `functions.Form`, on a CPU with a float32 input; keeps m, C and what ran in float64."""
+    return native.depthwise_forward(x.contiguous(), geometry, tensors, relu)
 
 
 def empty_outputs(x: Tensor, geometry: Geometry, dtype: torch.dtype) -> list[Tensor]:
@@ -61,9 +40,6 @@ def empty_outputs(x: Tensor, geometry: Geometry, dtype: torch.dtype) -> list[Ten
         wide.new_empty((channels, 9)),
         wide.new_empty((channels, 9, 9)),
         x.new_empty(channels, dtype=torch.bool),
-        wide.new_empty((channels, 1, 9)),
-        wide.new_empty((channels, 1)),
-        wide.new_empty(norms),
     ]
 
 
@@ -77,21 +53,6 @@ def backward(
     inward: bool,
 ) -> list[Tensor]:
     """As `functions.Form`."""
-    _, var, m, cov, ill_conditioned, weight, bias, scale = kept
-    folded = Collapsed(weight, bias, var, scale)
-    stride, x, g = geometry.stride, x.contiguous(), g.contiguous()
-    shift = dominant_means(m[:, 4], cov[:, 4, 4])
-    weight_grad, bias_grad = native.depthwise_weight_grad(g, y, x, stride, m, ill_conditioned)
-    grads = branch_backward(
-        weight_grad[:, None],
-        bias_grad[:, None],
-        gather_branches(geometry, tensors, cov.dtype),
-        PatchStatistics(m - shift[:, None], cov, geometry.patches(x)),
-        folded,
-    )
-    dx = x.new_empty(0)
-    if inward:
-        dx = native.depthwise_input_grad(
-            g, y, x, stride, folded.weight, grads.slope, grads.offset, shift
-        )
-    return [dx, *branch_gradients(geometry, grads, tensors)]
+    _, *statistics = kept
+    x, g = x.contiguous(), g.contiguous()
+    return native.depthwise_backward(g, y, x, geometry, tensors, statistics, inward)

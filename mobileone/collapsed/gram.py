@@ -1,12 +1,15 @@
-"""Collapsed training of any block on the Gram matrix of its patches, in tensor operations."""
+"""Collapsed training of any block on the Gram matrix of its patches."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mobileone.collapsed import cpu_kernels as native
 from mobileone.collapsed.algebra import (
     Branches,
+    BranchGrads,
     Collapsed,
     PatchStatistics,
     branch_backward,
@@ -24,7 +27,6 @@ from mobileone.collapsed.moments import (
     mean_dominates,
     patch_statistics,
     required_precision,
-    row_products,
     rows,
 )
 
@@ -44,14 +46,14 @@ def forward(
     C and the map, of J² and O · J numbers a group, stay in the dtype of the algebra: as float64
     they would outweigh x where channels are many.
     """
-    patches = im2col(x, geometry)
-    stats, shift = patch_statistics(patches)
+    x = x.contiguous()
+    stats, shift = patch_statistics(x, geometry)
     algebra = algebra_dtype(geometry, x.dtype)
     branches, cov, product = _products(geometry, tensors, stats, algebra)
     var = branch_variances(branches, cov, product)
     level = required_precision(stats, branches.kernels, product, var[: geometry.branches], inward)
     if level is Float64Level.SUMS:
-        stats, _ = patch_statistics(patches.double())
+        stats, _ = patch_statistics(x.double(), geometry)
     if level:
         branches, cov, product = _products(geometry, tensors, stats, torch.float64)
         var = branch_variances(branches, cov, product)
@@ -59,12 +61,8 @@ def forward(
     folded = collapse(branches, stats.mean - shift if far else stats.mean, var)
     # under autocast the product is as narrow as the branches' own, whatever precision is needed
     careful = level >= Float64Level.PRODUCT and dtype == tensors[0].dtype
-    y = _product(folded, patches, shift if far else None, torch.float64 if careful else dtype)
-    y = y.to(dtype)
-    if relu:
-        y.relu_()
-    size = geometry.output_size(*x.shape[2:])
-    y = image(y, torch.Size((x.shape[0], geometry.out_chs, *size)))
+    wide = torch.float64 if careful else dtype
+    y = _product(folded, x, geometry, shift if far else None, wide, relu).to(dtype)
     mean = branch_means(branches, stats.mean)
     how = torch.tensor([level, far], device="cpu")
     kept = [stats.mean, cov, folded.weight, folded.bias, folded.scale]
@@ -105,41 +103,106 @@ def backward(
     algebra = torch.float64 if level else algebra_dtype(geometry, x.dtype)
     cov, weight, bias, scale = (tensor.to(algebra) for tensor in rest)
     folded = Collapsed(weight, bias, var.to(algebra), scale)
-    if y is not None:
-        g = torch.ops.aten.threshold_backward(g, y, 0)
-    # narrow gradients would lose P in cancellation, and S, of order 1/n, underflows in float16
-    wide = g.to(torch.promote_types(g.dtype, torch.float32))
-    g, total, rest_of_sum = _center(wide, in_place=y is not None or wide is not g)
-    patches, g, rest_of_sum = im2col(x, geometry), rows(g, geometry), rest_of_sum.view(len(m), -1)
-    patches = patches.to(torch.promote_types(x.dtype, torch.float32))
-    left, right = (g.double(), patches.double()) if level == Float64Level.SUMS else (g, patches)
-    weight_grad = row_products(left, right, shift.to(right.dtype))
-    weight_grad -= rest_of_sum[..., None] * (m - shift)[:, None, :]  # about the mean, (G, O, J)
+    sums = _gradient_sums(g, y, x.contiguous(), geometry, shift, level)
+    weight_grad = sums.products - sums.rest[..., None] * (m - shift)[:, None, :]  # about the mean
     branches = gather_branches(geometry, tensors, cov.dtype)
-    if far:
-        right, m = right - shift[..., None], m - shift
-    stats = PatchStatistics(m, cov, geometry.patches(x))
-    grads = branch_backward(weight_grad.to(cov.dtype), rest_of_sum, branches, stats, folded)
-    grads = grads._replace(beta=total.view_as(rest_of_sum))
+    stats = PatchStatistics(m - shift if far else m, cov, geometry.patches(x))
+    grads = branch_backward(weight_grad.to(cov.dtype), sums.rest, branches, stats, folded)
+    grads = grads._replace(beta=sums.total)
     dx = x.new_empty(0)
     if inward:
-        dtype = left.dtype
-        dpatches = torch.matmul(folded.weight.to(dtype).mT, left)
-        _add_product(dpatches, grads.slope.to(dtype), right.to(dtype))
-        dpatches += grads.offset.to(dtype)[..., None]
+        dpatches = _patch_gradient(sums, geometry, shift if far else None, folded.weight, grads)
         dx = col2im(dpatches, geometry, x.shape).to(x.dtype)
     return [dx, *branch_gradients(geometry, grads, tensors)]
 
 
-def _product(
-    folded: Collapsed, patches: Tensor, shift: Tensor | None, dtype: torch.dtype
+class _GradientSums(NamedTuple):
+    """Sums of ∂L/∂y about a center, which is near its mean.
+
+    BatchNorm passes nothing of the mean on but to β, and products with it would only cancel.
+
+    Attributes:
+        products: Σ (g − center)(x − shift)ᵀ, (G, O, J), in float64.
+        rest: Σ (g − center), (G, O), in float64.
+        total: Σ g, likewise.
+        left: g, for the kernels in their layout (N, C_out, H', W'), else less the center as `rows`.
+        y: The output where g is still to be rectified; for the kernels.
+        center: (G, O); None where g is less it.
+        right: x, for the kernels, or its patches as matrices.
+    """
+
+    products: Tensor
+    rest: Tensor
+    total: Tensor
+    left: Tensor
+    y: Tensor | None
+    center: Tensor | None
+    right: Tensor
+
+
+def _gradient_sums(
+    g: Tensor, y: Tensor | None, x: Tensor, geometry: Geometry, shift: Tensor, level: Float64Level
+) -> _GradientSums:
+    number, groups = geometry.patches(x), geometry.groups
+    if level < Float64Level.SUMS and native.fits(x) and g.dtype == x.dtype:
+        g = g.contiguous()
+        center, products, rest = native.gram_weight_grad(g, y, x, geometry, shift)
+        total = rest + number * center.double()
+        return _GradientSums(products, rest, total, g, y, center, x)
+    if y is not None:
+        g = torch.ops.aten.threshold_backward(g, y, 0)
+    # narrow gradients would lose P in cancellation, and S, of order 1/n, underflows in float16
+    g = g.to(torch.promote_types(g.dtype, torch.float32))
+    total = g.sum((2, 3)).sum(0, dtype=torch.float64)
+    average = (total / number).to(g.dtype)
+    rest = (total - number * average.double()).view(groups, -1)  # since the average is rounded
+    left, right = rows(g - average[:, None, None], geometry), im2col(x, geometry)
+    right = right.to(torch.promote_types(x.dtype, torch.float32))
+    if level == Float64Level.SUMS:
+        left, right = left.double(), right.double()
+    products = torch.matmul(left, (right - shift[..., None]).mT).sum(0, dtype=torch.float64)
+    return _GradientSums(products, rest, total.view_as(rest), left, None, None, right)
+
+
+def _patch_gradient(
+    sums: _GradientSums,
+    geometry: Geometry,
+    shift: Tensor | None,
+    weight: Tensor,
+    grads: BranchGrads,
 ) -> Tensor:
-    """Ŵ x + b̂, (M, G, O, L), in the given dtype; of patches (M, G, J, L) less a shift (G, J)."""
+    """What the patches receive, (M, G, J, L): Ŵᵀg + S x + r, of x less a shift."""
+    dtype, right = sums.left.dtype, sums.right
+    weight, slope, offset = (t.to(dtype) for t in (weight, grads.slope, grads.offset))
+    if sums.center is not None:
+        matrices = shift, weight, slope, offset
+        return native.gram_input_grad(sums.left, sums.y, sums.center, right, geometry, *matrices)
+    if shift is not None:
+        right = right - shift[..., None]
+    total = torch.matmul(weight.mT, sums.left)
+    slopes = slope.expand(len(total), *slope.shape).flatten(0, 1)
+    total.flatten(0, 1).baddbmm_(slopes, right.to(dtype).flatten(0, 1))
+    return total.add_(offset[..., None])
+
+
+def _product(
+    folded: Collapsed,
+    x: Tensor,
+    geometry: Geometry,
+    shift: Tensor | None,
+    dtype: torch.dtype,
+    relu: bool,
+) -> Tensor:
+    """Ŵ x + b̂, (N, C_out, H', W'), in the given dtype, from x less a shift (G, J); rectified."""
+    weight, bias = folded.weight.to(dtype), folded.bias.to(dtype)
+    if native.fits(x) and dtype == x.dtype:
+        return native.gram_forward(x, geometry, shift, weight, bias, relu)
+    patches = im2col(x, geometry)
     if shift is not None:
         patches = patches.to(torch.promote_types(patches.dtype, dtype)) - shift[..., None]
-    y = torch.matmul(folded.weight.to(dtype), patches.to(dtype))
-    y += folded.bias.to(dtype)[..., None]
-    return y
+    y = torch.matmul(weight, patches.to(dtype)).add_(bias[..., None])
+    size = geometry.output_size(*x.shape[2:])
+    return image(y.relu_() if relu else y, torch.Size((len(x), geometry.out_chs, *size)))
 
 
 def _products(
@@ -151,24 +214,3 @@ def _products(
     """The branches, C and Wᵢ C in the dtype of the algebra."""
     branches, cov = gather_branches(geometry, tensors, dtype), stats.cov.to(dtype)
     return branches, cov, torch.matmul(branches.kernels, cov)
-
-
-def _center(g: Tensor, in_place: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """g − ḡ of g (N, C_out, H', W'), Σ g and Σ (g − ḡ), (C_out,) in float64.
-
-    BatchNorm passes nothing of ḡ on but to β, and products with it would only cancel. What is
-    left of the sum, since ḡ is rounded, is returned as well.
-    """
-    total = g.sum((2, 3)).sum(0, dtype=torch.float64)
-    number = g.numel() // g.shape[1]
-    average = (total / number).to(g.dtype)
-    rest = total - number * average.double()
-    difference = torch.sub(g, average[:, None, None], out=g if in_place else None)
-    return difference, total, rest
-
-
-def _add_product(total: Tensor, slope: Tensor, patches: Tensor) -> None:
-    """Add S X to (M, G, J, L) in place."""
-    batch = total.shape[0]
-    slopes = slope.expand(batch, *slope.shape).flatten(0, 1)
-    total.flatten(0, 1).baddbmm_(slopes, patches.flatten(0, 1))

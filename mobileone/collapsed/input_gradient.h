@@ -88,36 +88,46 @@ template <int STRIDE>
 class InputGradient {
  public:
   explicit InputGradient(const Shape& s)
-      : s_(s), x_(s.height, s.width, 2), g_(s.out_height, s.out_width, 1),
+      : x(s.height, s.width, 2), g(s.out_height, s.out_width, 1), s_(s),
         row_(s.width / STRIDE + 1 + LANES) {}
 
-  // The slope S (9×9), the offset r (9) and the weight Ŵ (9) of the channel whose planes follow; r is
-  // that of planes less the shift.
+  Padded<STRIDE> x;  // planes to work in
+  Padded<1> g;
+
+  // ∂L/∂x of a channel, from the slope S (9×9), the offset r (9) and the weight Ŵ (9); r is that of
+  // planes less the shift.
+  void channel(int64_t c, const float* slopes, const float* y, const float* images,
+               const double* weight, const double* slope, const double* offset, float shift,
+               float* dx) {
+    prepare(weight, slope, offset, shift);
+    for (int64_t n = 0; n < s_.batch; ++n) {
+      const int64_t in = (n * s_.channels + c) * s_.in_size();
+      const int64_t out = (n * s_.channels + c) * s_.out_size();
+      x.fill(images + in, shift);
+      g.fill_rectified(slopes + out, y ? y + out : nullptr);
+      for (int64_t r = 0; r < s_.height; ++r) row(r, dx + in + r * s_.width);
+    }
+  }
+
+ private:
   void prepare(const double* weight, const double* slope, const double* offset, float shift) {
-    known_ = 0, shift_ = shift;
+    known_ = 0;
     for (int64_t r : {int64_t(0), int64_t(1), s_.height - 2, s_.height - 1}) {
       if (r < 0 || r >= s_.height) continue;
       const int set = covering<STRIDE>(r, s_.out_height);
-      if (!(known_ >> set & 1)) by_set_[set] = {set, weight, slope, offset, shift, x_, g_};
+      if (!(known_ >> set & 1)) by_set_[set] = {set, weight, slope, offset, shift, x, g};
       known_ |= 1 << set;
     }
   }
 
-  void plane(const float* g, const float* y, const float* x, float* dx) {
-    x_.fill(x, shift_);
-    g_.fill_rectified(g, y);
-    for (int64_t r = 0; r < s_.height; ++r) row(r, dx + r * s_.width);
-  }
-
- private:
   void row(int64_t r, float* dx) {
     const RowGradient<STRIDE>& how = by_set_[covering<STRIDE>(r, s_.out_height)];
-    const float *x = x_.at(r, 0), *g = g_.at(r / STRIDE, 0);
+    const float *from = x.at(r, 0), *slopes = g.at(r / STRIDE, 0);
     for (int64_t first = 0; first < STRIDE && first < s_.width; ++first) {
       const auto& phase = how.phases[first];
       const int64_t n = (s_.width - first + STRIDE - 1) / STRIDE;
       float* to = STRIDE == 1 ? dx : row_.data();
-      combine_row(phase.x, x, phase.g, g, phase.constant, n,
+      combine_row(phase.x, from, phase.g, slopes, phase.constant, n,
                   [&](const V& v, int64_t i) { store_part(to, v, i, n); });
       if (STRIDE > 1)
         for (int64_t i = 0; i < n; ++i) dx[first + i * STRIDE] = to[i];
@@ -128,17 +138,14 @@ class InputGradient {
 
   float edge(const typename RowGradient<STRIDE>::Edge& edge, int64_t r, int64_t q) {
     double sum = edge.constant;
-    for (int d = 0; d < 5; ++d) sum += edge.kernel[d] * *x_.at(r + d - 2, q);
+    for (int d = 0; d < 5; ++d) sum += edge.kernel[d] * *x.at(r + d - 2, q);
     return float(sum);
   }
 
   Shape s_;
-  Padded<STRIDE> x_;
-  Padded<1> g_;
   std::vector<float> row_;
   RowGradient<STRIDE> by_set_[8];
   int known_ = 0;
-  float shift_ = 0.0f;
 };
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "planes.h"
@@ -175,33 +176,27 @@ void careful_moments(const Shape& s, const float* x, int64_t c, double* mean, do
   for (int u = 0; u < 9; ++u) mean[u] += shift;
 }
 
-template <int STRIDE, typename Sums>
-void moments(int threads, const Shape& s, const float* x, double* mean, double* cov) {
-  const double count = double(s.batch) * s.out_size();
-#pragma omp parallel num_threads(threads)
-  {
-    Padded<STRIDE> plane(s.height, s.width, 2);
-#pragma omp for schedule(static)
-    for (int64_t c = 0; c < s.channels; ++c) {
-      Sums sums;
-      for (int64_t n = 0; n < s.batch; ++n) {
-        plane.fill(x + (n * s.channels + c) * s.in_size());
-        sums.add(plane);
-      }
-      double *m = mean + 9 * c, *v = cov + 81 * c;
-      sums.write(m, v);
-      bool sound = true;
-      for (int u = 0; u < 9; ++u) m[u] /= count;
-      for (int u = 0; u < 9; ++u)
-        for (int w = 0; w < 9; ++w) {
-          double& entry = v[9 * u + w];
-          sound = sound && std::isfinite(entry);
-          entry = entry / count - m[u] * m[w];
-        }
-      for (int u = 0; u < 9; ++u) sound = sound && m[u] * m[u] <= FAR * v[10 * u];
-      if (!sound) careful_moments<STRIDE>(s, x, c, m, v);
-    }
+// The same from short sums in float32, or in float64 about the mean where these would round.
+template <int STRIDE>
+void moments(const Shape& s, const float* x, int64_t c, Padded<STRIDE>& plane, double* mean,
+             double* cov) {
+  std::conditional_t<STRIDE == 1, Correlations, Products> sums;
+  for (int64_t n = 0; n < s.batch; ++n) {
+    plane.fill(x + (n * s.channels + c) * s.in_size());
+    sums.add(plane);
   }
+  sums.write(mean, cov);
+  const double count = double(s.batch) * s.out_size();
+  bool sound = true;
+  for (int u = 0; u < 9; ++u) mean[u] /= count;
+  for (int u = 0; u < 9; ++u)
+    for (int w = 0; w < 9; ++w) {
+      double& entry = cov[9 * u + w];
+      sound = sound && std::isfinite(entry);
+      entry = entry / count - mean[u] * mean[w];
+    }
+  for (int u = 0; u < 9; ++u) sound = sound && mean[u] * mean[u] <= FAR * cov[10 * u];
+  if (!sound) careful_moments<STRIDE>(s, x, c, mean, cov);
 }
 
 }  // namespace

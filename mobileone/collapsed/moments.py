@@ -14,14 +14,11 @@ __all__ = [
     "Float64Level",
     "algebra_dtype",
     "col2im",
-    "dominant_means",
-    "ill_conditioned_channels",
     "im2col",
     "image",
     "mean_dominates",
     "patch_statistics",
     "required_precision",
-    "row_products",
     "rows",
 ]
 
@@ -120,31 +117,22 @@ def rows(y: Tensor, geometry: Geometry) -> Tensor:
     return y.reshape(batch, geometry.groups, channels // geometry.groups, -1)
 
 
-def patch_statistics(matrix: Tensor) -> tuple[PatchStatistics, Tensor]:
-    """Mean and covariance of the columns of (M, G, J, L), and the shift (G, J) of the sums.
+def patch_statistics(x: Tensor, geometry: Geometry) -> tuple[PatchStatistics, Tensor]:
+    """Mean and covariance of the patches of x (N, C_in, H, W), and the shift (G, J) of the sums.
 
-    Nothing depends on the shift but rounding, which would grow with mean² / variance. It is the
-    mean to ten bits, so that differences from it, and their products where a value is frequent,
-    are exact: low bits would be rounded away alike in all of them. Mean and covariance are in
-    float64, the shift is in the dtype of the sums, float32 or better.
+    Nothing depends on the shift but rounding, which would grow with mean² / variance. It is near
+    the mean and has ten bits, so that differences from it, and their products where a value is
+    frequent, are exact: low bits would be rounded away alike in all of them. Mean and covariance
+    are in float64, the shift is in the dtype of the sums, float32 or better.
     """
-    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    count = wide.shape[0] * wide.shape[3]
-    average = wide.sum(-1).sum(0, dtype=torch.float64) / count
-    fraction, exponent = torch.frexp(average)
-    shift = torch.ldexp(torch.round(fraction * 1024) / 1024, exponent)
-    shift = torch.nan_to_num(shift.to(wide.dtype))
-    gram, total = _gram(wide, shift)
+    if native.fits(x):
+        shift, gram, total = native.gram_moments(x, geometry)
+    else:
+        shift, gram, total = _gram(im2col(x, geometry))
+    count = geometry.patches(x)
     rest = total / count  # of the mean, (G, J)
     cov = gram.div_(count) - rest[..., :, None] * rest[..., None, :]
     return PatchStatistics(rest + shift, cov, count), shift
-
-
-def row_products(a: Tensor, b: Tensor, shift: Tensor) -> Tensor:
-    """Σ a (b − shift)ᵀ, (G, A, J) in float64, over M and L of a (M, G, A, L) and b (M, G, J, L)."""
-    if native.fits(b) and native.fits(a):
-        return native.row_products(a, b, shift)
-    return torch.matmul(a, (b - shift[..., None]).mT).sum(0, dtype=torch.float64)
 
 
 def required_precision(
@@ -184,34 +172,23 @@ def mean_dominates(stats: PatchStatistics) -> bool:
     return bool((stats.mean.square() > _FAR * variance).any())
 
 
-def dominant_means(mean: Tensor, var: Tensor) -> Tensor:
-    """The means that outweigh the spread, in float32, and 0 for the others: a shift is not free."""
-    return torch.where(mean.square() <= var, 0.0, mean).float()
+def _gram(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A shift (G, J), Σ X Xᵀ (G, J, J) and Σ X (G, J) of X, a matrix (M, G, J, L) less the shift.
 
-
-def ill_conditioned_channels(mean: Tensor, cov: Tensor, kernels: Tensor) -> Tensor:
-    """Channels of a depthwise block whose sums are to be taken in float64: (C,), booleans.
-
-    Those of which a branch's variance is a small part of the moments that it is made of, from
-    mean (C, 9), cov (C, 9, 9) and kernels (B, C, 1, 9).
+    The sums are in float64.
     """
-    var = torch.linalg.vecdot(torch.matmul(kernels, cov), kernels)
-    moments = mean.square() + cov.diagonal(dim1=-2, dim2=-1)
-    size = torch.matmul(kernels.square(), moments[..., None]).squeeze(-1)
-    return (var * _THINNEST < size).any(0).squeeze(-1)
-
-
-def _gram(matrix: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ X Xᵀ (G, J, J) and Σ X (G, J) in float64, X being a matrix (M, G, J, L) less its shift."""
-    if native.fits(matrix):
-        return native.gram(matrix, shift)
-    matrix = matrix - shift[..., None]
-    half = matrix.shape[2] // 2  # of two symmetric quarters one is computed
-    first, second = matrix[:, :, :half], matrix[:, :, half:]
-    upper = torch.matmul(first, matrix.mT).sum(0, dtype=torch.float64)
+    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    average = wide.sum(-1).sum(0, dtype=torch.float64) / (wide.shape[0] * wide.shape[3])
+    fraction, exponent = torch.frexp(average)
+    shift = torch.ldexp(torch.round(fraction * 1024) / 1024, exponent)
+    shift = torch.nan_to_num(shift.to(wide.dtype))
+    wide = wide - shift[..., None]
+    half = wide.shape[2] // 2  # of two symmetric quarters one is computed
+    first, second = wide[:, :, :half], wide[:, :, half:]
+    upper = torch.matmul(first, wide.mT).sum(0, dtype=torch.float64)
     corner = torch.matmul(second, second.mT).sum(0, dtype=torch.float64)
     lower = torch.cat((upper[..., half:].mT, corner), dim=-1)
-    return torch.cat((upper, lower), dim=-2), matrix.sum(-1).sum(0, dtype=torch.float64)
+    return shift, torch.cat((upper, lower), dim=-2), wide.sum(-1).sum(0, dtype=torch.float64)
 
 
 def _joined(pixels: int, batch: int) -> bool:

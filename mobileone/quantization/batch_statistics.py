@@ -92,7 +92,7 @@ class _Moments(torch.autograd.Function):
         if ctx.native:
             mean, cov = native.depthwise_moments(x, geometry.stride)
         else:
-            (mean, cov, _), _ = patch_statistics(im2col(x, geometry))
+            (mean, cov, _), _ = patch_statistics(x, geometry)
         ctx.geometry = geometry
         ctx.save_for_backward(x, mean)
         return mean, cov
