@@ -102,14 +102,18 @@ def _watch_rank_zero() -> None:
 
 
 def wait_for_rank_zero(trainer: Trainer, seconds: float = _SECONDS) -> None:
-    """Wait, on ranks above 0, until rank 0 has nothing left to do; on rank 0, let them go.
+    """Wait, on ranks above 0, until rank 0 has nothing left to do, and end; on rank 0, go on.
 
-    The launcher of the processes (Lightning's launcher, torchrun, SLURM) ends all of them as
-    soon as one has ended with an error. Only where all ranks are known to end may this be called.
+    The launcher of the processes (Lightning's launcher, torchrun, SLURM) kills all of them as soon
+    as one has ended with an error, and rank 0 may still be closing its files: how the run ended is
+    for its exit status alone to say. Only where all ranks are known to end may this be called.
 
     Args:
         trainer: of the run.
-        seconds: after which a rank goes without.
+        seconds: after which a rank goes on without.
+
+    Raises:
+        SystemExit: On ranks above 0, with status 0.
     """
     if trainer.world_size == 1:
         return
@@ -119,3 +123,4 @@ def wait_for_rank_zero(trainer: Trainer, seconds: float = _SECONDS) -> None:
             store.set(_KEY, "1")
         else:
             store.wait([_KEY], timedelta(seconds=seconds))
+            sys.exit(0)
