@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mobileone.export.formats.table import FORMATS, format_of
-from mobileone.export.load import check_spec, is_file_of_artifact, spec_of_file
+from mobileone.export.load import check_files, check_spec, is_file_of_artifact, spec_of_file
 from mobileone.export.manifest import Manifest, describe_files
 from mobileone.export.spec import ExportSpec
 from mobileone.export.verify.structure import count_kinds
@@ -34,6 +34,7 @@ def describe_artifact(path: str | Path) -> str:
         ImportError: a file needs a package that is not installed.
     """
     path = Path(path)
+    check_files(path)
     if path.exists() and is_file_of_artifact(path):
         return _describe_file(path)
     manifest = Manifest.load(path)

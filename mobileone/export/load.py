@@ -15,6 +15,7 @@ from mobileone.io.safe_pickle import UnsafeFileError
 
 __all__ = [
     "Loaded",
+    "check_files",
     "check_spec",
     "is_file_of_artifact",
     "load_runner",
@@ -52,6 +53,7 @@ def load_runner(path: str | Path, name: str | None = None) -> Loaded:
         ValueError: a file is damaged, does not match its manifest, or cannot be run here.
     """
     path = Path(path)
+    check_files(path)
     if is_file_of_artifact(path):
         return _load_file(path, name)
     manifest = Manifest.load(path)
@@ -147,6 +149,21 @@ def check_spec(path: Path, name: str, spec: ExportSpec) -> None:
                 f"the manifest says `{field.name}` {said}, and {path.name} itself {found}: one of "
                 "them was changed; export the checkpoint again"
             )
+
+
+def check_files(path: Path) -> None:
+    """Refuse what may never end: named pipes and devices, as archives can bring them.
+
+    Args:
+        path: an artifact folder, or a file of one.
+
+    Raises:
+        ValueError: there is one.
+    """
+    artifact = (path / MANIFEST_NAME).exists() or is_file_of_artifact(path)
+    for file in (path, *(path.rglob("*") if artifact else ())):
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise ValueError(f"{file} is a named pipe or a device, and not a file: refused")
 
 
 def is_file_of_artifact(path: Path) -> bool:

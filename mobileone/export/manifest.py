@@ -144,7 +144,7 @@ class Manifest:
             for entry in loaded.formats.values():
                 _check_inside(entry["path"], entry.get("files", {}))
             return loaded
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{file} is not a readable manifest: {error}") from error
 
     def measurements(self) -> dict[str, float]:

@@ -4,7 +4,7 @@ Needs the extra `onnx`; its packages are imported by the functions that use them
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from mobileone.export.preprocess import (
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Runner
 from mobileone.io.optional_import import import_optional
+from mobileone.io.safe_pickle import UnsafeFileError
 
 __all__ = ["EXTRA", "NEEDS", "operations", "runner", "session", "spec", "write"]
 
@@ -91,7 +92,9 @@ def runner(path: Path, spec: ExportSpec) -> Runner:
 
     Raises:
         ImportError: the extra is not installed.
+        UnsafeFileError: it takes weights from other files.
     """
+    _graph(path)
     opened = session(str(path))
     name = opened.get_inputs()[0].name
 
@@ -105,9 +108,7 @@ def runner(path: Path, spec: ExportSpec) -> Runner:
 
 def spec(path: Path) -> ExportSpec:
     """The file's own metadata."""
-    properties = {
-        p.key: p.value for p in import_optional("onnx", _USE, EXTRA).load(path).metadata_props
-    }
+    properties = {p.key: p.value for p in _graph(path).metadata_props}
     return ExportSpec.from_json(properties.get("spec", ""))
 
 
@@ -133,5 +134,33 @@ def session(model: str | bytes, optimized: Path | None = None) -> Any:
 
 def operations(path: Path) -> Counter[str]:
     """How often each operation occurs in the file."""
+    return Counter(node.op_type for node in _graph(path).graph.node)
+
+
+def _graph(path: Path) -> Any:
+    """The file, which is all that is read.
+
+    Raises:
+        UnsafeFileError: it takes weights from other files.
+    """
     onnx = import_optional("onnx", _USE, EXTRA)
-    return Counter(node.op_type for node in onnx.load(path).graph.node)
+    proto = onnx.load(path, load_external_data=False)
+    for tensor in _tensors(proto, onnx.TensorProto):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            named = {entry.key: entry.value for entry in tensor.external_data}
+            raise UnsafeFileError(
+                f"{path} takes the weights {tensor.name!r} from the file "
+                f"{named.get('location')!r}: refused, for nothing but the file itself is read. "
+                "Save it in one: onnx.save(onnx.load(FILE), FILE)"
+            )
+    return proto
+
+
+def _tensors(message: Any, kind: type) -> Iterator[Any]:
+    """All tensors, in whatever part of a message."""
+    from google.protobuf.message import Message  # which onnx needs
+
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for inner in [value] if isinstance(value, Message) else value:
+                yield from [inner] if isinstance(inner, kind) else _tensors(inner, kind)

@@ -102,6 +102,7 @@ def test_unreadable_manifests_say_why(exported, tmp_path):
     file.write_text(json.dumps({**values, "schema_version": SCHEMA_VERSION + 1}))
     with pytest.raises(ValueError, match="schema version"):
         Manifest.load(folder)
-    file.write_text("{")
-    with pytest.raises(ValueError, match="not a readable manifest"):
-        Manifest.load(folder)
+    for damaged in ("{", "[" * 100_000, json.dumps({**values, "formats": [1]})):
+        file.write_text(damaged)
+        with pytest.raises(ValueError, match="not a readable manifest"):
+            Manifest.load(folder)

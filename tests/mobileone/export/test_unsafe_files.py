@@ -11,8 +11,10 @@ from torch import nn
 
 from mobileone.export import load_runner
 from mobileone.export.checkpoint import read_checkpoint
+from mobileone.export.formats import onnx as onnx_format
 from mobileone.export.formats import torch_export, torchscript
 from mobileone.export.formats.archive import only_computes
+from mobileone.export.inspect import describe_artifact
 from mobileone.export.spec import Metadata
 from mobileone.io.safe_pickle import UnsafeFileError
 from tests.helpers.tiny import tiny_network, tiny_spec
@@ -211,3 +213,48 @@ def test_a_checkpoint_of_code_is_told_from_a_damaged_one(protocol, zipped, tmp_p
         read_checkpoint(path)
     assert not isinstance(e.value, UnsafeFileError)
     assert "weights_only" not in str(e.value)
+
+
+PLACES = {
+    "an initializer": lambda proto: proto.graph.initializer[0],
+    "a constant": lambda proto: proto.graph.node.add(op_type="Constant").attribute.add(name="v").t,
+    "a function": lambda proto: (
+        proto.functions.add(name="f").node.add(op_type="Constant").attribute.add(name="v").t
+    ),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("location", ["weights.bin", "../weights.bin", "/etc/passwd"])
+def test_a_graph_that_takes_weights_from_other_files_is_refused(place, location, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    path = tmp_path / "inner/model.onnx"
+    path.parent.mkdir()
+    onnx_format.write(tiny_network(), tiny_spec(), path, Metadata())
+    assert "Conv" in onnx_format.operations(path)
+    proto = onnx.load(path)
+    tensor = PLACES[place](proto)
+    for folder in (path.parent, tmp_path):  # so that a reader would find it
+        (folder / "weights.bin").write_bytes(bytes(tensor.raw_data) or bytes(4))
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    entry = tensor.external_data.add()
+    entry.key, entry.value = "location", location
+    path.write_bytes(proto.SerializeToString())
+    for read in (load_runner, describe_artifact):
+        with pytest.raises(UnsafeFileError, match=f"from the file '{location}': refused"):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.onnx", "model.pte", "model.pt2", "x.aimodel/metadata.json", "manifest.json"]
+)
+def test_a_named_pipe_in_an_artifact_is_not_waited_for(name, tmp_path):
+    """As `tar` brings it."""
+    pipe = tmp_path / "artifact" / name
+    pipe.parent.mkdir(parents=True)
+    os.mkfifo(pipe)
+    path = pipe.parent if pipe.parent.suffix or name == "manifest.json" else pipe
+    for read in (load_runner, describe_artifact):
+        with pytest.raises(ValueError, match=f"{pipe.name} is a named pipe or a device"):
+            read(path)
