@@ -66,8 +66,11 @@ def _of_a_library(error: Exception) -> str | None:
     if any(kind.__name__ == "MisconfigurationException" for kind in kinds):
         return str(error)
     names = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-    if "_instantiate_trainer" in names and isinstance(error, ValueError | TypeError | ImportError):
-        return f"--trainer: {error}"
+    if isinstance(error, ValueError | TypeError | ImportError):
+        if names & {"_instantiate_trainer", "setup_data"}:
+            return f"--trainer: {str(error).strip()}"
+        if "_set_seed" in names:
+            return f"--seed_everything: {error}"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
     return None

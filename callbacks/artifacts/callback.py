@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from string import Formatter
 from typing import Any
 from weakref import proxy
 
@@ -110,7 +111,8 @@ class ReparameterizeOnSave(AtomicCheckpoint):
             after the links have moved.
 
     Raises:
-        ValueError: an unknown format, or a `filename` without `{step}`; before a fit, a format that
+        ValueError: an unknown format, or a `filename` without `{step}` or with a field that cannot
+            be; before a fit, a format that
             cannot hold the network: integers for one of floats, or the reverse.
     """
 
@@ -129,8 +131,11 @@ class ReparameterizeOnSave(AtomicCheckpoint):
         save_weights_only: bool = False,
         pixels: bool = False,
     ) -> None:
-        if "{step" not in filename:
+        self._fields = _fields(filename)
+        if "step" not in self._fields:
             raise ValueError(f"`filename` (={filename!r}) must contain {{step}}: names must differ")
+        if timeout <= 0:
+            raise ValueError(f"`timeout` (={timeout}) must be greater than 0 seconds")
         super().__init__(
             dirpath=dirpath,
             filename=filename,
@@ -176,6 +181,20 @@ class ReparameterizeOnSave(AtomicCheckpoint):
             check_integers(self.formats, scheme_of(get_network(pl_module)) is not None)
         if written:
             check_packages(self.formats)
+
+    def check_names(self, logged: Collection[str]) -> None:
+        """Make sure that what is monitored, and what the file names state, is logged.
+
+        Args:
+            logged: names of all that is.
+
+        Raises:
+            ValueError: something is not.
+        """
+        for option, names in (("monitor", [str(self.monitor)]), ("filename", self._fields)):
+            missing = sorted(set(names) - {"epoch", "step", *logged})
+            if missing:
+                raise ValueError(self._not_logged(option, missing[0], logged))
 
     # -- Lightning's hooks -------------------------------------------------------------------
 
@@ -232,16 +251,15 @@ class ReparameterizeOnSave(AtomicCheckpoint):
             self._collected.append(found)
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the monitored metric's name, before an epoch is spent.
+        """Check the names of metrics, before an epoch is spent.
 
         Raises:
-            ValueError: it has the prefix of this validation's metrics, and is none of them.
+            ValueError: one has the prefix of this validation's metrics, and is none of them.
         """
         known = set(trainer.callback_metrics)
         prefixes = {name.partition("/")[0] for name in known if "/" in name}
-        monitored = str(self.monitor)
-        if monitored.partition("/")[0] in prefixes and monitored not in known:
-            raise ValueError(self._not_logged(known))
+        names = {str(self.monitor), *self._fields}
+        self.check_names(known | {n for n in names if n.partition("/")[0] not in prefixes})
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -355,14 +373,16 @@ class ReparameterizeOnSave(AtomicCheckpoint):
     def _score(self, metrics: dict[str, Tensor]) -> Tensor:
         """The monitored value."""
         if self.monitor not in metrics:
-            raise ValueError(self._not_logged(metrics))
+            raise ValueError(self._not_logged("monitor", str(self.monitor), metrics))
         return torch.tensor(float(metrics[self.monitor]))
 
-    def _not_logged(self, metrics: Collection[str]) -> str:
-        available = sorted(set(metrics) - {"epoch", "step"})
+    def _not_logged(self, option: str, name: str, logged: Collection[str]) -> str:
+        given = self.monitor if option == "monitor" else self.filename
+        own = {str(self.monitor), *self._fields, "epoch", "step"}
         return (
-            f"`monitor` (={self.monitor!r}) was not logged by this validation; available: "
-            f"{available}. Set `monitor` to one of them, or log it in `validation_step`"
+            f"`{option}` (={given!r}) names {name!r}, which is not logged (valid names: "
+            f"{', '.join(sorted(set(logged) - own))}): take one of them, or log it in "
+            "`validation_step`"
         )
 
     def _rank(self, path: str, score: Tensor) -> None:
@@ -470,6 +490,26 @@ class ReparameterizeOnSave(AtomicCheckpoint):
         self.last_error = result.reason
         if result.reason:
             rank_zero_warn(f"{result.reason}\n{then[result.status]}")
+
+
+def _fields(filename: str) -> list[str]:
+    """The metrics that a pattern of file names states.
+
+    Raises:
+        ValueError: it is none, or a metric cannot be written like that.
+    """
+    fields = []
+    try:
+        for _, name, how, _ in Formatter().parse(filename):
+            if name is not None:
+                format(1 if name in ("epoch", "step") else 1.0, how or "")
+                fields.append(name)
+    except ValueError as error:
+        raise ValueError(
+            f"`filename` (={filename!r}) cannot be filled in ({error}): give braces with a name, "
+            "and a format if needed, such as {epoch:03d}-{step:06d}-{val/acc1:.2f}"
+        ) from error
+    return fields
 
 
 def _ends_here(trainer: Trainer) -> bool:

@@ -199,9 +199,22 @@ class ImageClassifier(TrainingModule):
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"`num_classes` (={num_classes}) must be at least 1")
-        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
+        at_least_0 = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "weight_decay_end": weight_decay_end,
+            "warmup_epochs": warmup_epochs,
+        }
+        for name, value in at_least_0.items():
             if value < 0:
                 raise ValueError(f"`{name}` (={value}) must be at least 0")
+        if momentum >= 1:
+            raise ValueError(f"`momentum` (={momentum}) must be below 1, for example 0.9")
+        if lr_reference_batch is not None and lr_reference_batch < 1:
+            raise ValueError(
+                f"`lr_reference_batch` (={lr_reference_batch}) must be at least 1 image, or null"
+            )
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"`label_smoothing` (={label_smoothing}) must be in [0, 1]")
         if layer_decay is not None and not 0 < layer_decay <= 1:
@@ -224,12 +237,17 @@ class ImageClassifier(TrainingModule):
         self.test_metrics = collect(basic_metrics(num_classes), "test/")
         self.further_val_metrics = collect(self.make_metrics(), "val/")
         self.further_test_metrics = collect(self.make_metrics(), "test/")
-        self.model = timm.create_model(
-            model,
-            pretrained=pretrained,
-            num_classes=num_classes,
-            **{"in_chans": in_chans, **(model_kwargs or {})},
-        )
+        arguments = {"in_chans": in_chans, **(model_kwargs or {})}
+        try:
+            self.model = timm.create_model(
+                model, pretrained=pretrained, num_classes=num_classes, **arguments
+            )
+        except (TypeError, ValueError, AttributeError) as error:
+            if not model_kwargs:
+                raise
+            raise ValueError(
+                f"`model_kwargs` (={model_kwargs}) do not fit the model {model}: {error}"
+            ) from error
         # what a checkpoint brings has its statistics and scales; see `on_load_checkpoint`
         self._to_calibrate = weights is not None and load_start(self.model, weights, expand_fused)
         self._to_quantize = quantize is not None
@@ -306,17 +324,20 @@ class ImageClassifier(TrainingModule):
 
     def make_optimizer(self) -> Optimizer:
         """Return timm's optimizer of the network; the training data are loaded already."""
-        h = self.hparams
-        return build_optimizer(
-            self.model,
-            h["optimizer"],
-            lr=self._scaled_lr(),
-            weight_decay=h["weight_decay"],
-            momentum=h["momentum"],
-            no_decay_norm_bias=h["no_decay_norm_bias"],
-            layer_decay=h["layer_decay"],
-            **(h["optimizer_kwargs"] or {}),
-        )
+        return self._build_optimizer(self._scaled_lr())
+
+    def check_optimizer(self) -> None:
+        """Build the optimizer once, to see whether it takes its arguments.
+
+        Raises:
+            ValueError: it does not, or there is none of this name.
+        """
+        self._build_optimizer(self.hparams["lr"])
+
+    def logged_names(self) -> set[str]:
+        """The names of all that a fit logs, unless a subclass or a callback logs more."""
+        metrics = [*self.val_metrics.keys(), *self.further_val_metrics.keys()]
+        return {"train/loss", "train/loss_epoch", "lr", "weight_decay", *map(str, metrics)}
 
     def setup(self, stage: str) -> None:
         """Take the class names and the transform from the data module, and check the classes.
@@ -482,6 +503,19 @@ class ImageClassifier(TrainingModule):
             check_checkpoint_classes(spec.class_names, self._spec.class_names)
         elif spec.num_classes == self.num_classes:  # else it is loaded for other classes
             self._spec = spec
+
+    def _build_optimizer(self, lr: float) -> Optimizer:
+        h = self.hparams
+        return build_optimizer(
+            self.model,
+            h["optimizer"],
+            lr=lr,
+            weight_decay=h["weight_decay"],
+            momentum=h["momentum"],
+            no_decay_norm_bias=h["no_decay_norm_bias"],
+            layer_decay=h["layer_decay"],
+            optimizer_kwargs=h["optimizer_kwargs"],
+        )
 
     def _logits(self, images: Tensor) -> Tensor:
         logits: Tensor = self(images)

@@ -1,10 +1,12 @@
 """The optimizer by timm's names, and what its learning rate refers to."""
 
+import inspect
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from torch import nn
 from torch.optim import Optimizer
 
@@ -22,7 +24,7 @@ def build_optimizer(
     momentum: float = 0.9,
     no_decay_norm_bias: bool = False,
     layer_decay: float | None = None,
-    **kwargs: Any,
+    optimizer_kwargs: Mapping[str, Any] | None = None,
 ) -> Optimizer:
     """Make timm's optimizer `name` for the trainable parameters of `model`.
 
@@ -38,28 +40,54 @@ def build_optimizer(
         no_decay_norm_bias: no decay for parameters of one dimension (norms, biases).
         layer_decay: factor of the learning rate from each layer to the one before, by the layers
             that timm knows of the model; None for one learning rate.
-        kwargs: passed on to the optimizer.
+        optimizer_kwargs: further arguments of the optimizer.
 
     Raises:
-        ValueError: `name` is unknown; the message lists similar names.
+        ValueError: `name` is unknown, and the message lists similar names; or the optimizer does
+            not take its arguments.
     """
+    further = dict(optimizer_kwargs or {})
     known = [str(known_name) for known_name in list_optimizers()]
     if name.lower().split("_")[-1] not in known:
         hint = did_you_mean(name, known) or "; timm.optim.list_optimizers() has all names"
         raise ValueError(f"unknown `optimizer` (={name!r}){hint}")
-    optimizer = create_optimizer_v2(
-        model,
-        opt=name,
-        lr=lr,
-        weight_decay=weight_decay,
-        momentum=momentum,
-        filter_bias_and_bn=no_decay_norm_bias,
-        layer_decay=layer_decay,
-        **kwargs,
-    )
+    valid = _further_arguments(name)
+    for key in further:
+        if valid and key not in valid:
+            raise ValueError(
+                f"`optimizer_kwargs` (={further}) has {key!r}, which {name} does not take there "
+                f"(valid names: {', '.join(valid)}); learning rate, weight decay and momentum are "
+                "options of their own"
+            )
+    try:
+        optimizer = create_optimizer_v2(
+            model,
+            opt=name,
+            lr=lr,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            filter_bias_and_bn=no_decay_norm_bias,
+            layer_decay=layer_decay,
+            **further,
+        )
+    except (TypeError, ValueError) as error:
+        if not further:
+            raise
+        raise ValueError(
+            f"{name} does not take `optimizer_kwargs` (={further}): {error}"
+        ) from error
     for group in optimizer.param_groups:  # which timm leaves to its own schedulers
         group["lr"] *= group.pop("lr_scale", 1.0)
     return optimizer
+
+
+def _further_arguments(name: str) -> list[str]:
+    """What an optimizer takes next to our arguments; empty if it does not say."""
+    kind = get_optimizer_class(name.lower().split("_")[-1], bind_defaults=False)
+    parameters = inspect.signature(kind).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return []
+    return sorted(set(parameters) - {"params", "lr", "weight_decay", "momentum"})
 
 
 def total_steps(trainer: Trainer) -> int:

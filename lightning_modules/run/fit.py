@@ -28,7 +28,7 @@ from lightning_modules.data.protocol import check_data_module, in_chans, num_cla
 from lightning_modules.errors import UsageError, message_for_user
 from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.recipe.quantizing import check_quantization
-from lightning_modules.run.check_args import validate_duration
+from lightning_modules.run.check_args import check_folders, validate_duration
 from lightning_modules.run.checkpoint_args import (
     check_run_config,
     hyper_parameters,
@@ -56,6 +56,7 @@ from lightning_modules.run.wandb_logger import (
     WandbOptions,
     check_tracking,
     csv_logger,
+    end_offline_runs,
     finish_tracking,
     make_loggers,
 )
@@ -328,9 +329,13 @@ class TrainingCLI(LightningCLI):
 
     def _check_fit(self, config: Namespace, saver: Any) -> None:
         """Find out whether the fit can begin and its artifacts be written."""
+        check_folders(config)
         if isinstance(saver, ReparameterizeOnSave):
             saver.check_network(self.model)
+            if type(self.model) is ImageClassifier and not config.trainer.callbacks:
+                saver.check_names(self.model.logged_names())  # others may log what they like
         if isinstance(self.model, ImageClassifier):
+            self.model.check_optimizer()
             resumed, synchronized = config.ckpt_path is not None, config.trainer.sync_batchnorm
             check_quantization(self.model.hparams, resumed=resumed, synchronized=synchronized)
             self.model.load_teacher(self.datamodule.data_config)
@@ -372,8 +377,9 @@ class TrainingCLI(LightningCLI):
         """Leave no folder of a run that was refused before its first step."""
         if self.run is None or self._began() or self.run == self.continued.run:
             return
+        tracked = (self.run.path / "wandb").exists()
         new = self.config[self.subcommand].ckpt_path is None
-        if new and not (self.run.path / "wandb").exists():
+        if new and (not tracked or end_offline_runs(self.trainer.loggers)):
             self.run.discard()
 
     def _began(self) -> bool:

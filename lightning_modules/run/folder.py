@@ -29,11 +29,13 @@ class RunFolder:
         path: `<root>/<name>/<time>`; `<root>/<name>/latest` links to the newest with a result.
         wandb_id: Kept over resumes, so that the curves continue.
         finished: Whether its training came to its end; None if its record does not have it.
+        made: How many of the folders above it were made for it.
     """
 
     path: Path
     wandb_id: str
     finished: bool | None = None
+    made: int = 0
 
     @staticmethod
     def parent(root: str, name: str) -> Path:
@@ -70,11 +72,13 @@ class RunFolder:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         for suffix in ("", *(f"-{n}" for n in range(2, 1000))):
             path = parent / f"{stamp}{suffix}"
+            made = sum(not folder.exists() for folder in path.parents)
             try:
                 path.mkdir(parents=True)
             except FileExistsError:
                 continue
-            run = cls(path, f"{name.replace('/', '-')}-{path.name}-{secrets.token_hex(2)}")
+            wandb_id = f"{name.replace('/', '-')}-{path.name}-{secrets.token_hex(2)}"
+            run = cls(path, wandb_id, made=made)
             run.set_finished(finished=False)
             return run
         raise FileExistsError(f"{parent} has a thousand runs of this second")
@@ -108,7 +112,8 @@ class RunFolder:
             return
         shutil.rmtree(self.path, ignore_errors=True)
         with suppress(OSError):  # it holds other runs
-            self.path.parent.rmdir()
+            for folder in self.path.parents[: max(1, self.made)]:
+                folder.rmdir()
 
     @property
     def checkpoints(self) -> Path:

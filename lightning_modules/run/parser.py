@@ -24,10 +24,21 @@ _IN_CLASS = re.compile(
 )
 _WRONG_VALUE = re.compile(
     r'Parser key "([\w.]+)":\s+(?:Expected a |Does not validate[^\[]+)'
-    r"(typing\.Literal[^\]]+\]|\[?(?:<class '\w+'>(?:, )?)+).*?\bvalue: (.*)",
+    r"(typing\.Literal[^\]]+\]|\[?(?:<class '\w+'>(?:, )?)+).*?\bvalue: ([^\n]*)",
     re.DOTALL,
 )
-_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "null"}
+_SEVERAL = re.compile(
+    r'Parser key "([\w.]+)":.*\n  Errors:\n(.*)\n  Given value type:.*\n  Given value: (.*)',
+    re.DOTALL,
+)
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "NoneType": "null",
+    "list": "a list",
+    "Iterable": "a list",
+}
 _UNKNOWN_IN_CLASS = re.compile(r"Option '([\w.]+)' is not accepted")
 
 
@@ -47,7 +58,11 @@ class Parser(LightningArgumentParser):
             more = f"--{found['key']}.help {found['path']}"
             message = self._about_class(**found.groupdict())
         elif wrong := _WRONG_VALUE.search(message):
-            message = _about_value(*wrong.groups())
+            outer, option = re.findall(r'Parser key "([\w.]+)"', message)[0], wrong[1]
+            option = option if option == outer else f"{outer}.{option}"  # of a class
+            message = _about_value(option, wrong[2], wrong[3])
+        elif (several := _SEVERAL.search(message)) and "Problem with" not in message:
+            message = _about_several(*several.groups())
         elif "Import path does not correspond to a subclass" in message:
             message = re.sub(r"(?s)\A.*(Import path[^\n]*).*\Z", r"\1", message)
         print(f"{name}: error: {message.strip()}", file=sys.stderr)
@@ -88,6 +103,20 @@ def _about_value(option: str, expected: str, given: str) -> str:
     else:
         rule = " or ".join(_KINDS.get(name, f"of type {name}") for name in names)
     return f"--{option} {given} must be {rule}"
+
+
+def _about_several(option: str, expected: str, given: str) -> str:
+    """The same of an option that takes values of several kinds."""
+    rules: list[str] = []
+    for kind in re.findall(r"Expected a (.*)", expected):
+        if "Literal" in kind:
+            rules += [name.strip("' ") for name in kind.partition("[")[2].strip("]").split(",")]
+        elif "import path" in kind:
+            rules.append("the path of a class")
+        else:
+            name = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", kind)
+            rules.append(_KINDS.get(name, name))
+    return f"--{option} {given} must be {', '.join(dict.fromkeys(rules[:-1]))} or {rules[-1]}"
 
 
 def class_path(kind: type) -> str:

@@ -18,6 +18,7 @@ __all__ = [
     "WandbOptions",
     "check_tracking",
     "csv_logger",
+    "end_offline_runs",
     "finish_timeout",
     "finish_tracking",
     "how_to_send",
@@ -191,6 +192,16 @@ def finish_tracking(loggers: list[Logger]) -> list[str]:
     of_wandb = [logger for logger in loggers if isinstance(logger, FaultTolerantWandbLogger)]
     due = [logger for logger in of_wandb if logger.online or logger.last_error is not None]
     return [line for logger in due if (line := logger.finish()) is not None]
+
+
+def end_offline_runs(loggers: list[Logger]) -> bool:
+    """End wandb's runs so that their folder can go; False, and nothing, if a server has one."""
+    of_wandb = [logger for logger in loggers if isinstance(logger, WandbLogger)]
+    for logger in of_wandb:
+        if not isinstance(logger, FaultTolerantWandbLogger) or logger.online:
+            return False
+        logger.finish()
+    return True
 
 
 def _wandb_logger(

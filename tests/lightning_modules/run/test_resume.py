@@ -312,6 +312,83 @@ def test_what_cannot_be_trained_is_refused_without_a_folder(tmp_path, capsys, op
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ("--model.optimizer sgdd", "unknown `optimizer` (='sgdd'); did you mean sgd"),
+        (
+            '--model.optimizer_kwargs {"foo":1}',
+            "`optimizer_kwargs` (={'foo': 1}) has 'foo', which momentum does not take there (valid "
+            "names: dampening, ",
+        ),
+        (
+            '--model.optimizer_kwargs {"lr":1}',
+            "learning rate, weight decay and momentum are options",
+        ),
+        (
+            '--model.optimizer adamw --model.optimizer_kwargs {"betas":[2,3]}',
+            "adamw does not take `optimizer_kwargs` (={'betas': [2, 3]}): Invalid beta",
+        ),
+        ("--model.warmup_epochs -1", "`warmup_epochs` (=-1.0) must be at least 0"),
+        ("--model.weight_decay_end -1", "`weight_decay_end` (=-1.0) must be at least 0"),
+        ("--model.momentum 2", "`momentum` (=2.0) must be below 1"),
+        ("--model.lr_reference_batch 0", "`lr_reference_batch` (=0) must be at least 1"),
+        (
+            '--model.model_kwargs {"foo":1}',
+            "`model_kwargs` (={'foo': 1}) do not fit the model test_",
+        ),
+        ('--model.model_kwargs {"drop_rate":5}', "do not fit the model test_byobnet: dropout prob"),
+        ("--trainer.accumulate_grad_batches 0", "accumulate_grad_batches 0 must be at least 1"),
+        ("--trainer.gradient_clip_val -1", "gradient_clip_val -1 must be at least 0"),
+        ("--trainer.num_sanity_val_steps -5", "num_sanity_val_steps -5 must be at least -1"),
+        ("--trainer.limit_train_batches 0", "--trainer.limit_train_batches 0 trains nothing"),
+        ("--trainer.val_check_interval 0", "must be a number of batches from 1"),
+        ("--trainer.val_check_interval 99", "--trainer: `val_check_interval` (99) must be less"),
+        ("--trainer.devices 0", "devices='0'"),
+        ("--trainer.precision 17", "--trainer.precision 17 must be 64, 32, 16, transformer-engine"),
+        ("--trainer.logger foo", "foo must be the path of a class, a list, true or false or null"),
+        ("--checkpoint.monitor foo", "`monitor` (='foo') names 'foo', which is not logged (valid"),
+        ("--checkpoint.monitor val/acc --trainer.callbacks []", "valid names: lr, train/loss, "),
+        (
+            "--checkpoint.filename {step}-{foo}",
+            "(='{step}-{foo}') names 'foo', which is not logged",
+        ),
+        ("--checkpoint.filename {step:zz}", "`filename` (='{step:zz}') cannot be filled in"),
+        ("--checkpoint.filename {step", "`filename` (='{step') cannot be filled in (expected '}'"),
+        ("--checkpoint.filename {step}-{val/acc1:d}", "cannot be filled in (Unknown format code"),
+        (
+            '--checkpoint.metadata {"author":5}',
+            "error: --checkpoint.metadata.author 5 must be of type str\n",
+        ),
+        ("--checkpoint.timeout 0", "`timeout` (=0.0) must be greater than 0 seconds"),
+        ("--checkpoint.dirpath afile/here", "--checkpoint.dirpath afile/here: "),
+        ("--snapshots.dirpath afile", "afile is a file; name a folder"),
+        ("--seed_everything -1", "--seed_everything: -1 is not in bounds"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_in_a_line(tmp_path, capsys, options, complaint):
+    """As for a new user, whose wandb log is offline."""
+    (tmp_path / "afile").touch()
+    said = error_of(capsys, *FIT, "--wandb.mode", "offline", *options.split())
+    assert complaint in said
+    assert len([line for line in said.splitlines() if "error: " in line]) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_is_refused_by_the_trainer_leaves_nothing_of_wandb(
+    tmp_path, capsys, monkeypatch
+):
+    def refuse(*args):
+        raise ValueError("no such weights")
+
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/notes.txt").touch()
+    monkeypatch.setattr(ImageClassifier, "on_fit_start", refuse)
+    with pytest.raises(ValueError, match="no such weights"):
+        main([*FIT, "--wandb.mode", "offline"])
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["notes.txt"]
+
+
 def test_a_run_that_is_further_than_its_end_is_refused_in_a_sentence(tmp_path, capsys):
     at = {"loops": {"fit_loop": {"epoch_progress": {"current": {"processed": 8}}}}}
     checkpoint = write(tmp_path / "a.ckpt", 0, **at)
@@ -322,18 +399,28 @@ def test_a_run_that_is_further_than_its_end_is_refused_in_a_sentence(tmp_path, c
 def test_a_metric_that_is_not_logged_is_refused_before_the_first_epoch(capsys, monkeypatch):
     monkeypatch.setattr(ImageClassifier, "training_step", lambda *args: 1 / 0)
     said = error_of(capsys, *FIT, "--checkpoint.monitor", "val/accuracy")
-    assert "`monitor` (='val/accuracy') was not logged by this validation" in said
+    assert "`monitor` (='val/accuracy') names 'val/accuracy', which is not logged" in said
     assert "val/acc1" in said
+
+
+# on rank 0: longer than Lightning takes to see that another rank has ended with an error
+SLOW_TO_LEAVE = """
+import atexit, os, sys, time
+if "fit" in sys.argv and "LOCAL_RANK" not in os.environ:
+    atexit.register(time.sleep, 8)
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_of_two_processes_rank_0_ends_last(tmp_path, number):
     """It waits for the export; SIGTERM reaches one process, Ctrl-C all of them."""
+    (tmp_path / "slow_to_leave.py").write_text(SLOW_TO_LEAVE)
     two = "--trainer.devices 2 --trainer.strategy ddp --trainer.max_epochs 100".split()
     background = ["--checkpoint.background", "true", "--data.num_workers", "1"]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
-    process = start_python("-m", "mobileone", *FIT, *two, *background, **pipe)
+    command = [*FIT, *two, *background, "--imports", "[slow_to_leave]"]
+    process = start_python("-m", "mobileone", *command, **pipe)
     wait_for(lambda: list(tmp_path.glob("runs/r/*/checkpoints/*.ckpt")))
     if number == signal.SIGTERM:
         process.send_signal(number)
