@@ -7,6 +7,7 @@ from importlib.metadata import version
 
 from lightning_modules.cli.commands import COMMANDS, load
 from lightning_modules.cli.help import help_of, options_of
+from lightning_modules.cli.threads import choose_waiting
 
 __all__ = ["main"]
 
@@ -20,8 +21,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: With code 2 on arguments that cannot be used.
     """
-    # waiting threads sleep: spinning ones stall training where cores are shared
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = sys.argv[1:] if argv is None else list(argv)
     if shell := os.environ.pop("_ARGCOMPLETE", ""):  # jsonargparse would answer, and slowly
         _complete(shell)
@@ -31,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(_help_of(name, rest), end="")
         sys.exit(0)
     if name in COMMANDS:
+        waiting = choose_waiting()  # before torch is imported
+        if name == "fit" and waiting:
+            print(waiting, file=sys.stderr)
         _run(name, rest)
     elif words == ["--version"]:
         print(f"mobileone {version('mobileone-lightning')}")
