@@ -171,7 +171,7 @@ def check_run_config(path: Path, given: Collection[str] = ()) -> list[str]:
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(
             f"{path} cannot be read ({str(error).splitlines()[0]}): give a configuration with "
             "--config"

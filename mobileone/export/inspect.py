@@ -36,7 +36,12 @@ def describe_artifact(path: str | Path) -> str:
     path = Path(path)
     check_files(path)
     if path.exists() and is_file_of_artifact(path):
-        return _describe_file(path)
+        try:
+            return _describe_file(path)
+        except (ImportError, ValueError):
+            raise
+        except Exception as error:  # whatever a reader makes of a damaged file
+            raise ValueError(f"{path} cannot be read: {error}") from error
     manifest = Manifest.load(path)
     lines = [str(path), *_header(manifest)]
     try:
@@ -130,4 +135,6 @@ def _words(values: Mapping[str, Any]) -> str:
 
 
 def _row(name: str, text: str) -> str:
-    return f"  {name:<15}{text}"
+    # a forged name must not reach the terminal as a command
+    shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    return f"  {name:<15}{shown}"

@@ -142,10 +142,25 @@ class Manifest:
             }
             loaded = cls(**{**{k: v for k, v in values.items() if k in known}, **nested})
             for entry in loaded.formats.values():
-                _check_inside(entry["path"], entry.get("files", {}))
+                _check_inside(entry["path"], entry["files"])
+            loaded._check_types()
             return loaded
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{file} is not a readable manifest: {error}") from error
+
+    def _check_types(self) -> None:
+        """What others read as numbers and tables is that.
+
+        Raises:
+            TypeError: it is not.
+        """
+        for name in ("versions", "rejected"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise TypeError(f"`{name}` is no table")
+        numbers = {"parameters": self.parameters, "condition": self.condition}
+        for name, value in {**numbers, **self.training.metrics}.items():
+            if not isinstance(value, int | float | None):
+                raise TypeError(f"`{name}` (={value!r}) is no number")
 
     def measurements(self) -> dict[str, float]:
         """What was measured of each file, under the names that loggers get."""

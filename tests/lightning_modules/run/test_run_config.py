@@ -83,9 +83,10 @@ def test_values_and_lightnings_classes_are_taken(tmp_path):
     data = {"init_args": {"dataset": "torch/cifar10", "model": "mobileone_s1.apple_in1k"}}
     path.write_text(yaml.safe_dump({"model": ours, "data": data, "imports": []}))
     check_run_config(path)
-    path.write_text("a: [")
-    with pytest.raises(ValueError, match="cannot be read"):
-        check_run_config(path)
+    for damaged in ("a: [", "[" * 10_000):
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match="cannot be read"):
+            check_run_config(path)
 
 
 def test_where_a_run_writes_is_not_taken_and_nothing_is_fetched(tmp_path, capsys):

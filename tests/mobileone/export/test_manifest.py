@@ -102,7 +102,16 @@ def test_unreadable_manifests_say_why(exported, tmp_path):
     file.write_text(json.dumps({**values, "schema_version": SCHEMA_VERSION + 1}))
     with pytest.raises(ValueError, match="schema version"):
         Manifest.load(folder)
-    for damaged in ("{", "[" * 100_000, json.dumps({**values, "formats": [1]})):
+    wrong = [{"formats": [1]}, {"formats": {"onnx": {"path": "x"}}}, {"versions": 5}]
+    wrong += [{"parameters": "x"}, {"training": {"metrics": {"acc": "high"}}}]
+    for damaged in ("{", "[" * 100_000, *(json.dumps({**values, **part}) for part in wrong)):
         file.write_text(damaged)
         with pytest.raises(ValueError, match="not a readable manifest"):
             Manifest.load(folder)
+
+
+def test_a_forged_name_is_no_command_to_the_terminal(exported):
+    folder = exported[1]
+    edit(folder, lambda values: values.update(created="\x1b]0;mine\x07"))
+    text = describe_artifact(folder)
+    assert "\x1b" not in text and r"\x1b]0;mine\x07" in text
