@@ -189,31 +189,19 @@ def _family(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _pareto(results: Mapping[Path, Result]) -> dict[str, Any]:
-    """The paper's Figure 1; on top the newest latencies, and those that were measured like them."""
+    """The paper's Figure 1, with the newest latencies on top."""
     timed = [path for path, result in results.items() if result.kind == "latency"]
     fault = None if timed else "no latency was measured here"
     with tempfile.TemporaryDirectory() as folder:
         if timed:
-            newest = max(timed, key=lambda path: _when(results[path]))
-            rows = [row for row in results[newest].rows if row.get("failure") is None]
-            there = dict.fromkeys(row["runtime"] for row in rows)
-            runtime = "onnxruntime" if "onnxruntime" in there else next(iter(there), "")
             try:
-                like = _measurement(results[newest])
-                same = [path for path in timed if _measurement(results[path]) == like]
-                same.sort(key=lambda path: _when(results[path]))
-                draw_pareto([*map(str, same)], runtime, output=folder)
+                newest = max(timed, key=lambda path: _when(results[path]))
+                draw_pareto([str(newest)], output=folder)
             except ValueError as error:
                 fault = str(error)
         if fault is not None:
             draw_pareto(output=folder)
         return {"png": (Path(folder) / "pareto.png").read_bytes(), "fault": fault}
-
-
-def _measurement(result: Result) -> tuple[str, ...]:
-    """What must be equal, so that two results belong into one chart."""
-    keys = ("statistic", "threads", "batch_size", "device")
-    return (result.machine_id, *(str(result.protocol.get(key)) for key in keys))
 
 
 def _when(result: Result) -> datetime:

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from mobileone.io.atomic import atomic_write, replace_text
+from mobileone.io.versions import installed_versions
 
 __all__ = ["Result", "Row", "compare_machines"]
 
@@ -272,24 +272,6 @@ def _place(result: Result) -> str:
     return f"{result.machine_id} ({cpu}, {cores} cores, {memory} GiB, {system}; {result.date})"
 
 
-_PACKAGES = (
-    "mobileone-lightning",
-    "torch",
-    "torchvision",
-    "timm",
-    "numpy",
-    "fvcore",
-    "lightning",
-    "onnx",
-    "onnxruntime",
-    "openvino",
-    "coremltools",
-    "executorch",
-    "ai-edge-litert",
-    "coreai-core",
-)
-
-
 def describe_machine(device: str = "cpu") -> dict[str, Any]:
     """Describe this machine, and a device of it.
 
@@ -322,12 +304,7 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
 
 def describe_versions(device: str = "cpu") -> dict[str, str]:
     """Versions of Python and of the installed packages that measurements depend on."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    versions = installed_versions()
     if device.startswith("cuda"):
         import torch
 

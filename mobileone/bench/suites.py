@@ -43,18 +43,6 @@ SUITES: dict[str, tuple[str, ...]] = {
 """Names of each suite; which of them can be built depends on the version of timm."""
 
 
-def get_suite(name: str) -> tuple[list[str], list[str]]:
-    """The names of a suite: what can be built here, and what cannot.
-
-    Raises:
-        ValueError: It is unknown.
-    """
-    if name not in SUITES:
-        raise ValueError(f"`suite` (={name!r}) must be one of {', '.join(SUITES)}")
-    here = [model for model in SUITES[name] if has_model(model)]
-    return here, [model for model in SUITES[name] if model not in here]
-
-
 TORCHVISION = "torchvision/"
 
 
@@ -65,54 +53,45 @@ def has_model(name: str) -> bool:
     return timm.is_model(name)
 
 
-def check_models(names: Iterable[str]) -> tuple[str, ...]:
-    """The names as a tuple without repeats.
-
-    Raises:
-        ValueError: There is none, or one is unknown; names the closest ones.
-    """
-    if isinstance(names, str):
-        raise ValueError(f"`models` (={names!r}) must be a list of names, e.g. [{names!r}]")
-    chosen = tuple(dict.fromkeys(names))
-    if not chosen:
-        raise ValueError(
-            "`models` is empty: name at least one, such as mobileone_s0, or a group of them: "
-            f"{' or '.join(f'--suite {suite}' for suite in SUITES)}"
-        )
-    for name in chosen:
-        if not has_model(name):
-            known = [*timm.list_models(), *(TORCHVISION + n for n in _torchvision_names())]
-            hint = did_you_mean(name, known) or "; timm.list_models() has all names"
-            raise ValueError(f"`models`: neither timm nor torchvision has {name!r}{hint}")
-    return chosen
-
-
 def choose_models(
     names: Iterable[str], suite: str | None
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Named models, and those of a suite that can be built here.
+    """Named models, and those of a suite that can be built here, each once.
 
     Args:
-        names: As `check_models` takes them.
+        names: Names of timm's models, or torchvision's with the prefix `torchvision/`.
         suite: A name in `SUITES`; None: the named ones alone.
 
     Returns:
         The names, and what a result's protocol reports about the choice: `suite` and `missing`.
 
     Raises:
-        ValueError: See `check_models` and `get_suite`.
+        ValueError: There is none, or one is unknown; names the closest ones.
     """
-    if suite is None:
-        return check_models(names), {}
-    here, missing = get_suite(suite)
-    return check_models([*names, *here]), {"suite": suite, "missing": missing}
+    if isinstance(names, str):
+        raise ValueError(f"`models` (={names!r}) must be a list of names, e.g. [{names!r}]")
+    if suite is not None and suite not in SUITES:
+        raise ValueError(f"`suite` (={suite!r}) must be one of {', '.join(SUITES)}")
+    members = () if suite is None else SUITES[suite]
+    missing = [name for name in members if not has_model(name)]
+    chosen = tuple(name for name in dict.fromkeys([*names, *members]) if name not in missing)
+    if not chosen:
+        raise ValueError(
+            "`models` is empty: name at least one, such as mobileone_s0, or a group of them: "
+            f"{' or '.join(f'--suite {suite}' for suite in SUITES)}"
+        )
+    if unknown := next((name for name in chosen if not has_model(name)), None):
+        known = [*timm.list_models(), *(TORCHVISION + n for n in _torchvision_names())]
+        hint = did_you_mean(unknown, known) or "; timm.list_models() has all names"
+        raise ValueError(f"`models`: neither timm nor torchvision has {unknown!r}{hint}")
+    return chosen, {} if suite is None else {"suite": suite, "missing": missing}
 
 
 def build_model(name: str, seed: int = 0) -> nn.Module:
     """Build a network with random weights, in eval mode.
 
     Args:
-        name: As `check_models` takes it.
+        name: As `choose_models` takes it.
         seed: Of the weights.
     """
     with torch.random.fork_rng():

@@ -2,19 +2,18 @@
 
 import json
 import math
-import platform
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Parity
 from mobileone.io.checksum import file_sha256
+from mobileone.io.versions import installed_versions
 
 __all__ = [
     "MANIFEST_NAME",
@@ -27,22 +26,6 @@ __all__ = [
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1
-
-_PACKAGES = (
-    "mobileone-lightning",
-    "torch",
-    "timm",
-    "lightning",
-    "coremltools",
-    "onnx",
-    "onnxruntime",
-    "executorch",
-    "litert-torch",
-    "ai-edge-litert",
-    "coreai-torch",
-    "coreai-core",
-    "numpy",
-)
 
 
 @dataclass(frozen=True)
@@ -95,7 +78,7 @@ class Manifest:
     condition: float | None = None
     rejected: Mapping[str, str] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
-    versions: dict[str, str] = field(default_factory=lambda: _versions())
+    versions: dict[str, str] = field(default_factory=installed_versions)
     created: str = field(
         default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds")
     )
@@ -266,16 +249,6 @@ def describe_format(
         "operations": dict(operations.most_common()),
         **{name: parity.to_dict() for name, parity in checks.items()},
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _finite(value: Any) -> Any:

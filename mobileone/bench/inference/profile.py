@@ -2,15 +2,15 @@
 
 import math
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.module_tracker import ModuleTracker
 
 from mobileone.bench.inference.case import build_form
 from mobileone.bench.paper import paper_row
@@ -35,7 +35,7 @@ def memory_traffic(model: nn.Module, x: Tensor) -> dict[str, int]:
         Bytes by the name of the innermost module in whose forward the operation ran; "" is the
         model itself.
     """
-    with _Counter(model) as counter:
+    with ModuleTracker() as running, _Counter(running) as counter:
         model(x)
     return dict(counter.moved)
 
@@ -43,20 +43,10 @@ def memory_traffic(model: nn.Module, x: Tensor) -> dict[str, int]:
 class _Counter(TorchDispatchMode):
     """Adds up what reaches PyTorch's dispatcher, by the module that is running."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, running: ModuleTracker) -> None:
         super().__init__()
-        self.moved: defaultdict[str, int] = defaultdict(int)
-        self._running: list[str] = []
-        self._hooks = []
-        for name, module in model.named_modules():
-            enter = partial(self._enter, name)
-            self._hooks.append(module.register_forward_pre_hook(enter))
-            self._hooks.append(module.register_forward_hook(self._leave))
-
-    def __exit__(self, *error: Any) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        super().__exit__(*error)
+        self.moved: Counter[str] = Counter()
+        self._running = running
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
@@ -67,16 +57,12 @@ class _Counter(TorchDispatchMode):
             t.untyped_storage().data_ptr() in places for t in written
         )
         if not view:
-            self.moved[self._running[-1] if self._running else ""] += sum(
+            # names begin with that of the model's class
+            innermost = max(self._running.parents, key=lambda name: name.count("."))
+            self.moved[innermost.partition(".")[2]] += sum(
                 t.numel() * t.element_size() for t in (*read, *written)
             )
         return output
-
-    def _enter(self, name: str, *_: Any) -> None:
-        self._running.append(name)
-
-    def _leave(self, *_: Any) -> None:
-        self._running.pop()
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
@@ -119,8 +105,6 @@ def profile_models(
     names, choice = choose_models(models, suite)
     if input_size is not None and input_size < 1:
         raise ValueError(f"`input_size` (={input_size}) must be at least 1")
-    if level not in get_args(Level):
-        raise ValueError(f"`level` (={level!r}) must be one of {', '.join(get_args(Level))}")
     rows = [row for name in names for row in profile_module(name, build_model(name), input_size)]
     how = {"batch_size": 1, "image_size": input_size, "form": "fused, BatchNorm folded",
            "macs": "fvcore", "element": "float32", "shown": level}  # fmt: skip

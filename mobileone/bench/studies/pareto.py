@@ -48,13 +48,13 @@ class Point:
 
 
 def draw_pareto(
-    results: Sequence[str] = (), runtime: str = "onnxruntime", output: str | Path = "."
+    results: Sequence[str] = (), runtime: str | None = None, output: str | Path = "."
 ) -> tuple[Path, Path]:
     """Draw accuracy against latency, with the Pareto fronts.
 
     Args:
         results: Latency results of one machine; none: the paper's data alone.
-        runtime: Which runtime of these results.
+        runtime: Which of their runtimes; None: onnxruntime, or the first where that is missing.
         output: Folder for `pareto.png` and `pareto.svg`.
 
     Returns:
@@ -66,6 +66,7 @@ def draw_pareto(
         FileNotFoundError: There is no such result.
     """
     loaded = [Result.load(path) for path in results]
+    runtime = runtime or _usual_runtime(loaded)
     measured = measured_points(loaded, runtime) if loaded else []
     canvas = Figure(figsize=(8, 5.5), layout="constrained")
     axes = canvas.subplots()
@@ -147,6 +148,11 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
         if not front or point.top1 > front[-1].top1:
             front.append(point)
     return front
+
+
+def _usual_runtime(results: Sequence[Result]) -> str:
+    there = {row["runtime"]: None for r in results for row in r.rows if row["failure"] is None}
+    return "onnxruntime" if "onnxruntime" in there else next(iter(there), "")
 
 
 def _point(model: str, latency: float) -> Point | None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from mobileone.bench.inference import case as module
 from mobileone.bench.inference.case import deploy_form, reset_bn_statistics
-from mobileone.bench.suites import build_model, check_models, input_size_of
+from mobileone.bench.suites import build_model, choose_models, input_size_of
 from tests.helpers.norms import randomize_bn
 from tests.helpers.variants import slow_where
 
@@ -94,13 +94,13 @@ def test_settled_norms_keep_activations_at_ordinary_size():
 
 
 def test_models_are_named_or_refused():
-    assert check_models(["mobileone_s0", "mobileone_s0"]) == ("mobileone_s0",)
+    assert choose_models(["mobileone_s0", "mobileone_s0"], None) == (("mobileone_s0",), {})
     with pytest.raises(ValueError, match=r"'mobileone_s9'; did you mean .*mobileone_s"):
-        check_models(["mobileone_s9"])
+        choose_models(["mobileone_s9"], None)
     with pytest.raises(ValueError, match="must be a list"):
-        check_models("mobileone_s0")
+        choose_models("mobileone_s0", None)
     with pytest.raises(ValueError, match="is empty"):
-        check_models([])
+        choose_models([], None)
     assert input_size_of(build_model("mobilevit_xxs")) == (3, 256, 256)
     assert input_size_of(nn.ReLU(), 64) == (3, 64, 64)
     assert torch.equal(*(build_model("mobileone_mu0").head.fc.weight for _ in range(2)))

@@ -14,7 +14,7 @@ from mobileone.bench.inference.latency import measure_latency, measure_throughpu
 from mobileone.bench.inference.memory import measure_memory
 from mobileone.bench.runtimes import RUNTIMES, check_runtimes, missing_runtimes, runtimes_for
 from mobileone.bench.show.tables import change_table, make_table, result_table
-from mobileone.bench.suites import SUITES, get_suite
+from mobileone.bench.suites import SUITES, choose_models
 from mobileone.bench.timing import check_device
 from tests.helpers.tables import text_of
 from tests.helpers.variants import slow
@@ -162,14 +162,14 @@ def test_numbers_are_checked_before_anything_is_built():
 
 def test_suites_hold_what_can_be_built_and_name_the_rest():
     assert set(SUITES) == {"paper", "2026"}
-    here, missing = get_suite("paper")
-    assert len(here) + len(missing) == 30
-    assert {"MobileNeXt-1.0", "MobileFormer-96"} <= set(missing)
+    here, choice = choose_models([], "paper")
+    assert len(here) + len(choice["missing"]) == 30
+    assert {"MobileNeXt-1.0", "MobileFormer-96"} <= set(choice["missing"])
     families = "mobilenetv1 mobilenetv2 mobilenetv3 efficientnet shufflenet repvgg fastvit repvit "
     for family in f"{families}mobilenetv4 starnet mobileone_s4".split():
         assert any(family in name for name in SUITES["2026"]), family
     with pytest.raises(ValueError, match=r"'2027'.*paper, 2026"):
-        get_suite("2027")
+        choose_models([], "2027")
 
 
 def test_throughput_divides_the_batch_by_the_median():
