@@ -101,9 +101,7 @@ class DatasetSplits:
             return dataset
         _check_class_folders(dataset, split)
         names = _class_to_index(dataset)
-        _check_known_classes(self.class_index, names, split)
-        if split != "test":
-            _check_all_classes(self.class_index, names, split)
+        _check_classes(self.class_index, names, split)
         return dataset if names == self.class_index else self._open(split, self.class_index)
 
     @property
@@ -199,15 +197,11 @@ _OPTION = "--data.root, or SRC of `mobileone shards`"
 
 def _missing_split(root: Path, split: str) -> FileNotFoundError:
     """The error that lists what is there instead of ``split``."""
-    if not root.exists():
-        return FileNotFoundError(
-            f"data root {str(root)!r} does not exist. Give a folder that holds train/<class>/*.png "
-            f"and val/<class>/*.png (jpg, webp … too): {_OPTION}."
-        )
     if not root.is_dir():
         return FileNotFoundError(
-            f"data root {str(root)!r} is a file. Give the folder that holds the splits, train/ and "
-            f"val/, or train.tar and val.tar: {_OPTION}."
+            f"data root {str(root)!r} {'is a file' if root.exists() else 'does not exist'}. Give "
+            "the folder that holds train/<class>/*.png and val/<class>/*.png (jpg, webp … too), "
+            f"or train.tar and val.tar: {_OPTION}."
         )
     found = sorted(path.name + "/" * path.is_dir() for path in root.iterdir())
     names = _synonyms(split)
@@ -326,21 +320,19 @@ def _check_class_folders(dataset: Any, split: str) -> None:
         )
 
 
-def _check_known_classes(expected: Iterable[str], found: Iterable[str], split: str) -> None:
-    """Raise ValueError if ``split`` has a class that has no index."""
-    unknown = sorted(set(found) - set(expected))
-    if unknown:
+def _check_classes(expected: Iterable[str], found: Iterable[str], split: str) -> None:
+    """Raise ValueError if ``split`` has a class without index, or, but for a test, lacks one.
+
+    A class that validation lacks would silently not count.
+    """
+    if unknown := sorted(set(found) - set(expected)):
         raise ValueError(
             f"{split} has classes that are not among the {len(set(expected))} known ones (those of "
             f"training, or of the --data.classes file): {_listing(unknown)}. Add training images "
             "of them, remove them, or correct the spelling."
         )
-
-
-def _check_all_classes(expected: Iterable[str], found: Iterable[str], split: str) -> None:
-    """Raise ValueError if ``split`` lacks a class: it would silently not count."""
     absent = sorted(set(expected) - set(found))
-    if absent:
+    if absent and split != "test":
         raise ValueError(
             f"{split} has no images of {_listing(absent)}, which training (or the --data.classes "
             f"file) has. Add a folder with images of them to {split}, or remove them there."

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -11,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from lightning_modules.report.run_sections import ARTIFACT_COLUMNS, format_rows, read_run
+from lightning_modules.report.run_sections import read_run
 from mobileone.bench.paper import paper_table
 from mobileone.bench.results import Result, Row
 from mobileone.bench.show.tables import cell, heading, notes, shown
@@ -21,7 +20,7 @@ from mobileone.io.atomic import replace_text
 __all__ = ["write_report"]
 
 _ROWS = 80  # of a table on the page; the file has all
-_QUOTED = {"params_m": "{:g}", "mmacs": "{:.0f}", "top1": "{:.1f}", "mobile_ms": "{:.2f}"}
+_QUOTED = ("params_m", "mmacs", "top1", "mobile_ms")
 _RUN_RECORD = "run.json"
 
 
@@ -68,7 +67,6 @@ def write_report(
         family=_family(list(results.values())),
         pareto=_pareto(results),
         run=None if run is None else read_run(run),
-        artifact_columns=ARTIFACT_COLUMNS,
         results=[_shown(path, result, folder) for path, result in results.items()],
         unreadable=unreadable,
     )  # fmt: skip
@@ -88,17 +86,10 @@ def _environment() -> Environment:
     environment.filters |= {
         "base64": lambda png: base64.b64encode(png).decode("ascii"),
         "cell": cell,
-        "formats": format_rows,
-        "is_numeric": lambda rows, key: all(_is_number(row.get(key)) for row in rows),
+        "is_numeric": lambda rows, key: not any(isinstance(row.get(key), str) for row in rows),
         "metrics": lambda metrics: "; ".join(f"{k} {v:.4g}" for k, v in metrics.items()) or "none",
     }
     return environment
-
-
-def _is_number(value: object) -> bool:
-    if value is None or isinstance(value, int | float):
-        return True
-    return isinstance(value, str) and re.fullmatch(r"[-–+.,\d]+( %|\u00a0MB)?", value) is not None
 
 
 def _folder(path: str | Path, name: str) -> Path:
@@ -161,7 +152,7 @@ def _family(results: Sequence[Result]) -> dict[str, Any]:
     tables = [paper_table(9), paper_table(13)]
     rows: dict[str, Row] = {
         row["build"]: {"model": row["build"]}
-        | {key: table.mark(form.format(row[key])) for key, form in _QUOTED.items()}
+        | {key: row[key] if table.verified else table.mark(row[key]) for key in _QUOTED}
         for table in tables
         for row in table.rows
         if str(row["build"]).startswith("mobileone_")

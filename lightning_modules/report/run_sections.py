@@ -13,21 +13,10 @@ from matplotlib.figure import Figure
 from callbacks.report.figures import confusion_figure, curve_figures, read_curves
 from mobileone.export.manifest import MANIFEST_NAME, Manifest
 
-__all__ = ["ARTIFACT_COLUMNS", "format_rows", "read_run"]
+__all__ = ["read_run"]
 
 _CONFUSIONS = 10
 _DRAWN = 60  # classes; more cannot be distinguished in a picture
-
-ARTIFACT_COLUMNS = {
-    "format": "format",
-    "path": "file",
-    "size": "size",
-    "status": "parity",
-    "error": "largest error",
-    "tolerance": "tolerance",
-    "agreement": "same top-1",
-    "images": "images",
-}
 
 
 def read_run(run: Path) -> dict[str, Any]:
@@ -55,28 +44,6 @@ def read_run(run: Path) -> dict[str, Any]:
     }
 
 
-def format_rows(manifest: Manifest) -> list[dict[str, Any]]:
-    """A row for each file of an artifact, with the columns of `ARTIFACT_COLUMNS`."""
-    rows = []
-    for name, entry in manifest.formats.items():
-        parity = entry.get("parity", {})
-        agreement = parity.get("top1_agreement")
-        more = {
-            "format": name,
-            "size": _megabytes(entry["bytes"]),
-            "status": parity.get("status", "not measured"),
-            "error": next((v for k, v in parity.items() if k.startswith("max_")), None),
-            "agreement": None if agreement is None else f"{100 * agreement:.0f} %",
-        }
-        rows.append({"path": entry["path"]} | dict(parity) | more)
-    return rows
-
-
-def _megabytes(count: int) -> str:
-    """A number of bytes for people, in one unbroken word."""
-    return f"{count / 1e6:.2f}\u00a0MB"
-
-
 def _facts(
     curves: Mapping[str, list[tuple[int, float]]], manifest: Manifest | str
 ) -> dict[str, str]:
@@ -87,7 +54,7 @@ def _facts(
     if isinstance(manifest, Manifest):
         facts["parameters deployed"] = f"{manifest.parameters / 1e6:.2f} M"
         for name, entry in manifest.formats.items():
-            facts[f"{name} file"] = _megabytes(entry["bytes"])
+            facts[f"{name} file"] = f"{entry['bytes'] / 1e6:.2f}\u00a0MB"
     return facts
 
 

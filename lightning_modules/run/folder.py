@@ -1,7 +1,6 @@
 """The folder of a run: a new one each time, or that of the checkpoint which is continued."""
 
 import json
-import os
 import secrets
 import shutil
 import time
@@ -14,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from mobileone.io.atomic import replace_text
+from mobileone.io.atomic import point_link, replace_text
 
 __all__ = ["RunFolder", "SaveRunConfig"]
 
@@ -136,13 +135,8 @@ class RunFolder:
 
     def make_latest(self) -> None:
         """Let `latest` next to the folder link to it; not every file system has links."""
-        link = self.path.parent / f".latest-{os.getpid()}"
-        link.unlink(missing_ok=True)
-        try:
-            link.symlink_to(self.path.name, target_is_directory=True)
-            link.replace(self.path.parent / "latest")
-        except OSError:
-            link.unlink(missing_ok=True)
+        with suppress(OSError):
+            point_link(self.path.parent / "latest", self.path)
 
 
 class SaveRunConfig(SaveConfigCallback):

@@ -74,12 +74,13 @@ def draw_pareto(
     _draw_set(axes, paper, f"paper: {paper_table(9).columns['mobile_ms']}", own=False)
     if loaded:
         _draw_set(axes, measured, _legend(loaded[0], runtime), own=True)
-    unknown = unknown_latencies(loaded, runtime)
+    latencies = _latencies(loaded, runtime)
+    unknown = {name: time for name, time in latencies.items() if _point(name, time) is None}
     _draw_unknown(axes, unknown)
     axes.set_xscale("log")
     plain_ticks(axes.xaxis)
-    latencies = [*(point.latency for point in [*paper, *measured]), *unknown.values()]
-    axes.set_xlim(0.85 * min(latencies), 1.3 * max(latencies))
+    times = [*(point.latency for point in paper), *latencies.values()]
+    axes.set_xlim(0.85 * min(times), 1.3 * max(times))
     axes.set_xlabel("latency (ms, logarithmic)")
     axes.set_ylabel("ImageNet top-1 (%)")
     axes.grid(alpha=0.3, linewidth=0.5)
@@ -112,32 +113,24 @@ def measured_points(results: Sequence[Result], runtime: str) -> list[Point]:
         values = {str(result.protocol.get(key)) for result in results}
         if len(values) > 1:
             raise ValueError(f"the results differ in `{key}`: {', '.join(sorted(values))}")
-    points: dict[str, Point] = {}
-    for result in results:
-        statistic = result.protocol["statistic"]
-        for row in result.rows:
-            if row["runtime"] == runtime and row.get(statistic) is not None:
-                point = _point(row["model"], row[statistic])
-                if point is not None:
-                    points[row["model"]] = point
+    found = (_point(name, time) for name, time in _latencies(results, runtime).items())
+    points = [point for point in found if point is not None]
     if not points:
         there = sorted({row["runtime"] for result in results for row in result.rows})
         raise ValueError(
             f"`runtime` (={runtime!r}): no network of known accuracy was measured in it; "
             f"the results are of {', '.join(there)}"
         )
-    return list(points.values())
+    return points
 
 
-def unknown_latencies(results: Sequence[Result], runtime: str) -> dict[str, float]:
-    """Measured networks whose accuracy is not recorded: name -> latency; a later result wins."""
+def _latencies(results: Sequence[Result], runtime: str) -> dict[str, float]:
+    """The number to quote of every network that was measured in a runtime, by name."""
     return {
-        row["model"]: row[result.protocol["statistic"]]
+        row["model"]: row[result.statistic]
         for result in results
         for row in result.rows
-        if row["runtime"] == runtime
-        and row.get(result.protocol["statistic"]) is not None
-        and _point(row["model"], 1.0) is None
+        if row["runtime"] == runtime and row.get(result.statistic) is not None
     }
 
 
