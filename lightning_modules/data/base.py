@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.data import suggested_max_num_workers
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_modules.data.dataloader import DeferredStartDataLoader, ResumableDataLoader
 from lightning_modules.data.dataset import collate
-from lightning_modules.data.samplers import EvaluationSampler
 from lightning_modules.data.workers import worker_options
 from lightning_modules.randomness import derive_seed, resolve_seed
 
@@ -130,11 +130,19 @@ class ResumableData(LightningDataModule):
             return ResumableDataLoader(batches_done=self._batches_done, **options)
         return DeferredStartDataLoader(**options)
 
-    def _evaluation_sampler(self, dataset: Sized) -> EvaluationSampler | None:
-        """Each image once over all processes; None where one process takes them in order."""
+    def _evaluation_sampler(self, dataset: Sized) -> UnrepeatedDistributedSampler | None:
+        """Each image once over all processes; None where one process takes them in order.
+
+        torch's sampler (and Lightning, which puts it around any other) repeats images to give every
+        process equally many: a metric that is summed over the processes would not be exact. That
+        some processes have one batch less does no harm where each has one: DistributedDataParallel
+        exchanges buffers before the first batch without gradients only, and metrics are summed
+        after the last.
+        """
         if self._processes == 1:
             return None
-        return EvaluationSampler(dataset, self._processes, self._rank)
+        share = {"num_replicas": self._processes, "rank": self._rank}
+        return UnrepeatedDistributedSampler(dataset, **share, shuffle=False)
 
     def _batches_done(self) -> int:
         """How many batches of the present epoch come before the resumed checkpoint."""

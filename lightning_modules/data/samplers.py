@@ -8,7 +8,7 @@ from torch.utils.data import DistributedSampler
 
 from lightning_modules.randomness import derive_seed
 
-__all__ = ["EpochSampler", "EvaluationSampler", "SampleKey", "ShardSampler"]
+__all__ = ["EpochSampler", "SampleKey", "ShardSampler"]
 
 
 class SampleKey(NamedTuple):
@@ -98,24 +98,3 @@ class ShardSampler(EpochSampler):
             for index in part[torch.randperm(len(part), generator=generator)].tolist()
         ]
         return iter([SampleKey(epoch, index) for index in mine[self.start :]])
-
-
-class EvaluationSampler(DistributedSampler[int]):
-    """Process ``rank`` takes every n-th image, in order; no image is taken twice.
-
-    A metric that is summed over the processes is exact then, which it is not with the images
-    that torch's sampler (and Lightning, which puts it around any other) repeats to give every
-    process equally many. Some processes have one image less, and perhaps one batch less. That
-    does no harm where each has at least one: DistributedDataParallel exchanges buffers before the
-    first batch without gradients only, and metrics are summed after the last.
-    """
-
-    def __init__(self, dataset: Sized, num_replicas: int, rank: int) -> None:
-        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)  # type: ignore[arg-type]
-        self._mine = range(rank, len(dataset), num_replicas)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._mine)
-
-    def __len__(self) -> int:
-        return len(self._mine)

@@ -15,7 +15,7 @@ from lightning_modules.data.base import ResumableData
 from lightning_modules.data.samplers import EpochSampler, SampleKey
 from lightning_modules.data.transforms import resolve_config
 from lightning_modules.dense.shapes import CLASSES, Picture, Shapes
-from lightning_modules.dense.sources import VOC_CLASSES, CocoBoxes, VocMasks, coco_classes
+from lightning_modules.dense.sources import VOC_CLASSES, CocoBoxes, VocMasks
 from lightning_modules.randomness import derive_seed, isolated_rng
 from mobileone.io.atomic import directory_lock
 
@@ -175,10 +175,11 @@ class DetectionData(_DenseData):
     stacked = False
 
     def _real_classes(self, root: str) -> tuple[str, ...]:
-        return coco_classes(root, "val2017")
+        self._sources[False] = CocoBoxes(root, "val2017", train=False)
+        return self._sources[False].class_names
 
     def _read(self, root: str, train: bool) -> Dataset:
-        source = CocoBoxes(root, "train2017" if train else "val2017", train)
+        source = CocoBoxes(root, "train2017", train=True)
         if source.class_names != self.class_names:
             raise ValueError(
                 f"the training categories of {root!r} are others than those of val2017: "

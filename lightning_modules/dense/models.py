@@ -14,8 +14,9 @@ from lightning_modules.recipe.optimizers import build_optimizer
 from lightning_modules.recipe.schedules import Schedule
 from lightning_modules.recipe.training_module import TrainingModule
 from mobileone.dense import segmenter, ssdlite
+from mobileone.io.optional_import import import_optional
 
-__all__ = ["Detector", "Segmenter", "mean_average_precision"]
+__all__ = ["Detector", "Segmenter"]
 
 _CLASSES = "class_names"  # in a checkpoint
 
@@ -174,7 +175,7 @@ class Detector(_DenseModule):
         self.model = ssdlite(
             model, classes, size=size, smallest_anchor=smallest_anchor, pretrained=pretrained
         )
-        self.precision_metric = mean_average_precision()
+        self.precision_metric = _mean_average_precision()
 
     def training_step(self, batch: tuple[list[Tensor], list[Any]], batch_idx: int) -> Tensor:
         """Return the sum of the losses of boxes and classes."""
@@ -194,19 +195,15 @@ class Detector(_DenseModule):
         self.log_dict({f"val/{key}": scores[key] for key in ("map", "map_50")}, prog_bar=True)
 
 
-def mean_average_precision() -> Any:
+def _mean_average_precision() -> Any:
     """COCO's metric as torchmetrics computes it by pycocotools.
 
     Raises:
         ImportError: pycocotools is not installed.
     """
+    import_optional("pycocotools", "the score of a detection", "mobileone-lightning[dense]")
     from torchmetrics.detection import MeanAveragePrecision
 
-    try:
-        metric = MeanAveragePrecision(backend="pycocotools")
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "detection is scored by pycocotools: pip install -e '.[dense]'"
-        ) from error
+    metric = MeanAveragePrecision(backend="pycocotools")
     metric.warn_on_many_detections = False  # COCO scores an image's best hundred; SSD gives more
     return metric

@@ -2,10 +2,8 @@
 
 import contextlib
 import io
-import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +13,7 @@ from torchvision.datasets import CocoDetection, VOCSegmentation
 
 from lightning_modules.dense.shapes import Picture, corner_boxes
 
-__all__ = ["IGNORED", "VOC_CLASSES", "CocoBoxes", "VocMasks", "coco_classes"]
+__all__ = ["IGNORED", "VOC_CLASSES", "CocoBoxes", "VocMasks"]
 
 IGNORED = 255
 """Label of pixels that count neither for the loss nor for the score, as in VOC's masks."""
@@ -103,7 +101,8 @@ class CocoBoxes(Dataset[Picture]):
             with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
                 self._source = CocoDetection(str(folder), str(file))
             categories = self._source.coco.cats
-            self.class_names = _names(categories.values())
+            names = (str(categories[key]["name"]) for key in sorted(categories))
+            self.class_names = ("background", *names)
             notes = self._source.coco.anns.values()
             sizes = {len(note["bbox"]) for note in notes}
             unknown = {note["category_id"] for note in notes} - set(categories)
@@ -139,31 +138,12 @@ class CocoBoxes(Dataset[Picture]):
         )
 
 
-def coco_classes(root: str | Path, name: str) -> tuple[str, ...]:
-    """`background` and the categories of a split, without the images.
-
-    Raises:
-        FileNotFoundError: There are no such annotations.
-        ValueError: They are not COCO's.
-    """
-    file = _annotations(root, name)
-    try:
-        return _names(json.loads(file.read_text(encoding="utf-8"))["categories"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(_not_coco(file, error)) from error
-
-
 def _annotations(root: str | Path, name: str) -> Path:
     folder = Path(root).expanduser()
     file = folder / f"annotations/instances_{name}.json"
     if not file.is_file():
         raise FileNotFoundError(f"no COCO in {str(folder)!r}: {file} must exist. Set --data.root.")
     return file
-
-
-def _names(categories: Iterable[Any]) -> tuple[str, ...]:
-    ordered = sorted(categories, key=lambda category: category["id"])
-    return ("background", *(str(category["name"]) for category in ordered))
 
 
 def _not_coco(file: Path, reason: object) -> str:

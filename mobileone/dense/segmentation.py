@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
 import mobileone.registration  # noqa: F401  (registers the family with timm)
+from mobileone.io.optional_import import import_optional
 
 __all__ = ["SEGMENTERS", "DeepLabV3", "deeplabv3", "segmenter"]
 
@@ -94,23 +95,15 @@ def segmenter(
     _check_classes(num_classes)
     if architecture == "deeplabv3":
         return deeplabv3(model, num_classes, pretrained=pretrained)
-    network: nn.Module = _smp().create_model(
+    install = "mobileone-lightning[dense]"
+    smp = import_optional("segmentation_models_pytorch", f"`architecture` {architecture}", install)
+    network: nn.Module = smp.create_model(
         architecture,
         encoder_name=f"tu-{model}",
         encoder_weights="imagenet" if pretrained else None,
         classes=num_classes,
     )
     return network
-
-
-def _smp() -> Any:
-    try:
-        import segmentation_models_pytorch
-    except ImportError as error:
-        raise ImportError(
-            "this architecture is segmentation-models-pytorch's: pip install -e '.[dense]'"
-        ) from error
-    return segmentation_models_pytorch
 
 
 def _check_classes(num_classes: int) -> None:

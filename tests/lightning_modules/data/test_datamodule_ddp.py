@@ -6,7 +6,6 @@ import pytest
 from torch.utils.data import SequentialSampler
 
 from lightning_modules.data.datamodule import ImageDataModule
-from lightning_modules.data.samplers import EvaluationSampler
 from lightning_modules.recipe.classifier import ImageClassifier
 from tests.helpers.processes import run_program
 from tests.helpers.ranks import on_rank
@@ -17,16 +16,6 @@ def module(root, **options):
     return ImageDataModule(
         str(root), **{"batch_size": 2, "input_size": 16, "num_workers": 0} | options
     )
-
-
-@pytest.mark.parametrize(("images", "processes"), [(41, 2), (8, 3), (3, 3), (6, 2)])
-def test_shares_are_disjoint_and_complete(images, processes):
-    samplers = [EvaluationSampler(range(images), processes, rank) for rank in range(processes)]
-    shares = [list(sampler) for sampler in samplers]
-    assert sorted(index for share in shares for index in share) == list(range(images))
-    assert [len(sampler) for sampler in samplers] == [len(share) for share in shares]
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    assert all(share == sorted(share) for share in shares)
 
 
 @pytest.mark.parametrize("split", ["val", "test"])

@@ -119,7 +119,7 @@ def test_the_page_has_it_all_and_needs_nothing(results, run):
     )
     for words in (
         "mobileone_mu0", "top-1 (%), paper", "12.35",  # family, and what was measured
-        "75.0 %", "2.08 M", "4.00\u00a0MB", "2e-07", "validation images",  # head and artifact
+        "75.0 %", "2.08 M", "4.00\u00a0MB", "2.0e-07", "validation images",  # head and artifact
         "val/macro_f1 0.7",
         "7 of 10 images right, 70.0%", "most frequent confusions",
         "Of the test, as the network saw them",
