@@ -11,6 +11,7 @@ import torch
 from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.optim.swa_utils import update_bn
 
 from mobileone.bench.results import Row
 from mobileone.bench.runtimes import RUNTIMES
@@ -33,29 +34,16 @@ _FOLDING_TOLERANCE = 1e-3
 """Of float32 outputs, relative to the largest: folding changes the order of sums only."""
 
 
-@dataclass(frozen=True)
-class DeployForm:
-    """A network in inference form.
-
-    Attributes:
-        model: In eval mode, on the CPU.
-        norms_left: BatchNorms that remain, since no convolution directly precedes them.
-        branches_left: Layers that have a folded form but are not in it, as sentences; none is
-            expected.
-    """
-
-    model: nn.Module
-    norms_left: int
-    branches_left: tuple[str, ...]
-
-
 _SETTLING = 4  # images that BatchNorm's statistics are of
 
 
 def build_form(
     model: nn.Module, image_size: int | None, batch_size: int = 1
-) -> tuple[DeployForm, Tensor]:
+) -> tuple[nn.Module, Row, Tensor]:
     """Fold a network with BatchNorm statistics of random images, the same in every call.
+
+    With the initial statistics activations of an untrained MobileOne grow beyond 1e8, and other
+    networks' shrink to denormal numbers, which processors multiply slowly.
 
     Args:
         model: In eval mode; its statistics are changed.
@@ -63,7 +51,7 @@ def build_form(
         batch_size: How many images to return.
 
     Returns:
-        The form, and other random images, (N, C, H, W).
+        What `deploy_form` does, and other random images, (N, C, H, W).
 
     Raises:
         RuntimeError: As `deploy_form`.
@@ -71,13 +59,13 @@ def build_form(
     size = input_size_of(model, image_size)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        reset_bn_statistics(model, torch.randn(_SETTLING, *size))
+        update_bn([torch.randn(_SETTLING, *size)], model)
         x = torch.randn(batch_size, *size)
-    return deploy_form(model, x[:1]), x
+    return *deploy_form(model, x[:1]), x
 
 
 @torch.no_grad()
-def deploy_form(model: nn.Module, x: Tensor) -> DeployForm:
+def deploy_form(model: nn.Module, x: Tensor) -> tuple[nn.Module, Row]:
     """Fold a network and verify the fold on an input.
 
     Every network gets what converters for phones do anyway: BatchNorm inside the convolution. So
@@ -85,8 +73,13 @@ def deploy_form(model: nn.Module, x: Tensor) -> DeployForm:
 
     Args:
         model: In eval mode, with BatchNorm statistics that are not the initial ones, or the
-            check means little; see `reset_bn_statistics`.
+            check means little.
         x: (N, C, H, W), on the same device.
+
+    Returns:
+        A copy in inference form, and how much is left unfolded: `branches_left`, layers that have a
+        folded form but are not in it (none is expected), and `norms_left`, BatchNorms that no
+        convolution directly precedes.
 
     Raises:
         RuntimeError: The folded branches do not compute what the network computes.
@@ -96,35 +89,14 @@ def deploy_form(model: nn.Module, x: Tensor) -> DeployForm:
     error = relative_error(fused(x), expected)
     if not error < _FOLDING_TOLERANCE:
         raise RuntimeError(f"folding the branches changed the output by {error:.2g} (relative)")
-    branches_left = tuple(unfused_layers(fused))
+    branches = len(list(unfused_layers(fused)))
     before = deepcopy(fused)  # in case that a pair is not what it seems
     for conv_name, norm_name in _pairs(fused, x):
         _fold(fused, conv_name, norm_name)
     if not relative_error(fused(x), expected) < _FOLDING_TOLERANCE:
         fused = before  # the output of some convolution is read by another operation as well
-    left = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fused.modules())
-    return DeployForm(fused, left, branches_left)
-
-
-@torch.no_grad()
-def reset_bn_statistics(model: nn.Module, x: Tensor) -> nn.Module:
-    """Set BatchNorm's statistics to those of a batch, so that activations are of ordinary size.
-
-    With the initial statistics those of an untrained MobileOne grow beyond 1e8, other networks'
-    shrink to denormal numbers, which processors multiply slowly.
-
-    Args:
-        model: Changed in place; returned in eval mode.
-        x: At least two images, (N, C, H, W).
-    """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 1.0
-    model.train()(x)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    return model.eval()
+    norms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fused.modules())
+    return fused, {"branches_left": branches, "norms_left": norms}
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -251,26 +223,19 @@ def prepare(
         setting: The rest.
     """
     folder.mkdir()
-    form, x = build_form(build(), setting.image_size, setting.batch_size)
+    model, left, x = build_form(build(), setting.image_size, setting.batch_size)
     with torch.inference_mode():
-        expected = form.model(x)
-    row: Row = {
-        "model": name,
-        "runtime": "",
-        **asdict(setting),
-        "image_size": x.shape[2],
-        "branches_left": len(form.branches_left),
-        "norms_left": form.norms_left,
-    }
+        expected = model(x)
+    row: Row = {"model": name, "runtime": "", **asdict(setting), "image_size": x.shape[2], **left}
     files: _Files = {}
     return [
-        _in_runtime(row | {"runtime": runtime}, form, x, expected, folder, files)
+        _in_runtime(row | {"runtime": runtime}, model, x, expected, folder, files)
         for runtime in runtimes
     ]
 
 
 def _in_runtime(
-    row: Row, form: DeployForm, x: Tensor, expected: Tensor, folder: Path, files: _Files
+    row: Row, model: nn.Module, x: Tensor, expected: Tensor, folder: Path, files: _Files
 ) -> BenchmarkCase:
     runtime = RUNTIMES[row["runtime"]]
     path = files.get(runtime.convert, folder / row["runtime"])
@@ -287,7 +252,7 @@ def _in_runtime(
 
     try:
         if runtime.convert not in files:
-            runtime.convert(form.model, x, path)
+            runtime.convert(model, x, path)
             files[runtime.convert] = path
         run = load()
         error = relative_error(as_tensor(run()), expected)
@@ -295,10 +260,10 @@ def _in_runtime(
             raise RuntimeError(f"its output differs from PyTorch's by {error:.2g} (relative)")
     except Exception as failure:  # whatever a converter raises: the others are measured still
         reason = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
-        return BenchmarkCase(row | {"failure": reason}, form.model, placed, path, None)
+        return BenchmarkCase(row | {"failure": reason}, model, placed, path, None)
     checked.append(run)
     row |= {"relative_error": error, "prepare_s": time.perf_counter() - started}
-    return BenchmarkCase(row, form.model, placed, path, load)
+    return BenchmarkCase(row, model, placed, path, load)
 
 
 def as_tensor(output: Any) -> Tensor:

@@ -93,26 +93,26 @@ def measure_latency(
 def measure_throughput(
     models: Sequence[str],
     batch_sizes: Sequence[int] = (1, 8, 32),
-    devices: Sequence[str] = ("cpu",),
     runtimes: Sequence[str] | None = ("eager",),
     runs: int = 40,
     threads: int = 1,
     input_size: int | None = None,
+    device: str = "cpu",
     suite: str | None = None,
 ) -> Result:
     """Time batches, as `measure_latency` times single images, and divide.
 
-    Cases of the same batch size and device alternate. A batch that does not fit into memory
-    is in the result with that reason.
+    Cases of the same batch size alternate. A batch that does not fit into memory is in the result
+    with that reason.
 
     Args:
         models: Names of timm's models, or torchvision's with the prefix `torchvision/`.
         batch_sizes: Images in an inference.
-        devices: Devices of PyTorch.
         runtimes: Names in `RUNTIMES`; None: all that are present.
-        runs: Timed inferences of each case, batch size and device.
+        runs: Timed inferences of each case and batch size.
         threads: Threads, and processors that they are kept on.
         input_size: Height and width; None: what each model is meant for.
+        device: Device of PyTorch.
         suite: A group of models, in addition: `paper` (Table 9) or `2026`.
 
     Returns:
@@ -124,24 +124,19 @@ def measure_throughput(
         ImportError: A runtime was named that is not installed; says how to install it.
     """
     names, choice = choose_models(models, suite)
-    for name, values in (("batch_sizes", batch_sizes), ("devices", devices)):
-        if not values or isinstance(values, str):
-            raise ValueError(f"`{name}` (={values!r}) must be a list of one or more")
-    places = [(batch, input_size, device) for device in devices for batch in batch_sizes]
-    for place in places:
-        Setting(threads, *place)  # all are checked before the first is measured
-        check_runtimes(runtimes, place[-1])
-    results = [measure_latency(names, runtimes, "paper", runs, threads, *place) for place in places]
-    how = results[0].protocol | choice
-    how |= {
-        "batch_size": None,
-        "batch_sizes": list(batch_sizes),
-        "device": None,
-        "devices": {r.machine["device"]: r.machine["device_name"] for r in results},
-        "statistic": "images_per_s",
-    }
+    if not batch_sizes:
+        raise ValueError(f"`batch_sizes` (={batch_sizes!r}) must be a list of one or more")
+    for batch in batch_sizes:  # all are checked before the first is measured
+        Setting(threads, batch, input_size, device)
+    check_runtimes(runtimes, device)
+    results = [
+        measure_latency(names, runtimes, "paper", runs, threads, batch, input_size, device)
+        for batch in batch_sizes
+    ]
+    how = results[0].protocol | choice | {"statistic": "images_per_s"}
+    how |= {"batch_size": None, "batch_sizes": list(batch_sizes)}
     rows = [_with_rate(row) for result in results for row in result.rows]
-    return Result.new("throughput", how, rows, devices[-1])
+    return Result.new("throughput", how, rows, device)
 
 
 def _with_rate(row: Row) -> Row:

@@ -120,12 +120,12 @@ def profile_module(name: str, model: nn.Module, input_size: int | None = None) -
         input_size: Height and width.
     """
     train, stages = _own_parameters(model), _stage_names(model)
-    form, x = build_form(model, input_size)
-    own = _own_counts(form.model, x)
+    fused, left, x = build_form(model, input_size)
+    own = _own_counts(fused, x)
     uncounted = own.pop("uncounted")
     total = _add(own, lambda layer: "", train)[""]
     row: Row = {"model": name, "level": "model", "name": "", **total, "image_size": x.shape[2]}
-    row |= {"branches_left": len(form.branches_left), "norms_left": form.norms_left}
+    row |= left
     row["uncounted"] = ", ".join(f"{op} ×{count}" for op, count in uncounted.most_common())
     by_stage = _add(own, lambda layer: _stage_of(layer, stages), train)
     layers = _add(own, lambda layer: layer, {})

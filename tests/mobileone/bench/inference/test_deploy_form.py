@@ -7,7 +7,7 @@ from timm.models import byobnet
 from torch import nn
 
 from mobileone.bench.inference import case as module
-from mobileone.bench.inference.case import deploy_form, reset_bn_statistics
+from mobileone.bench.inference.case import build_form, deploy_form
 from mobileone.bench.suites import build_model, choose_models, input_size_of
 from tests.helpers.norms import randomize_bn
 from tests.helpers.variants import slow_where
@@ -28,25 +28,25 @@ def test_folding_keeps_the_function_and_leaves_no_norm(name):
     # timm folds RepViT into float32 whatever it was
     dtype, tolerance = (torch.float32, 1e-3) if name == "repvit_m0_9" else (torch.float64, 1e-8)
     model, x = randomize_bn(build_model(name)).to(dtype), X.to(dtype)
-    form = deploy_form(model, x)
-    torch.testing.assert_close(form.model(x), model(x), rtol=tolerance, atol=tolerance)
-    assert not form.branches_left and form.norms_left == 0
-    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in form.model.modules())
+    fused, left = deploy_form(model, x)
+    torch.testing.assert_close(fused(x), model(x), rtol=tolerance, atol=tolerance)
+    assert left == {"branches_left": 0, "norms_left": 0}
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fused.modules())
 
 
 def test_mobileone_has_the_function_of_timms_own_unfolded_branches():
     theirs = randomize_bn(byobnet.mobileone_s0()).eval().double()
     ours = build_model("mobileone_s0").double()
     ours.load_state_dict(theirs.state_dict())
-    form = deploy_form(ours, X.double())
-    torch.testing.assert_close(form.model(X.double()), theirs(X.double()), rtol=1e-8, atol=1e-8)
+    fused, _ = deploy_form(ours, X.double())
+    torch.testing.assert_close(fused(X.double()), theirs(X.double()), rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", ["mobileone_mu0", "repvgg_a0", "fastvit_t8", "repvit_m0_9"])
 def test_branches_that_were_not_folded_are_named(name, monkeypatch):
     monkeypatch.setattr(module, "reparameterize", module.deepcopy)
-    form = deploy_form(randomize_bn(timm.create_model(name).eval()), X)
-    assert len(form.branches_left) > 10
+    _, left = deploy_form(randomize_bn(timm.create_model(name).eval()), X)
+    assert left["branches_left"] > 10
 
 
 class Reused(nn.Module):
@@ -67,9 +67,9 @@ class Reused(nn.Module):
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_norm_that_is_not_the_only_reader_stays(inplace):
     model = randomize_bn(Reused(inplace)).eval()
-    form = deploy_form(model, X)
-    assert form.norms_left == 1
-    torch.testing.assert_close(form.model(X), model(X))
+    fused, left = deploy_form(model, X)
+    assert left["norms_left"] == 1
+    torch.testing.assert_close(fused(X), model(X))
 
 
 def test_wrongly_folded_branches_are_refused(monkeypatch):
@@ -85,12 +85,8 @@ def test_wrongly_folded_branches_are_refused(monkeypatch):
 
 
 def test_settled_norms_keep_activations_at_ordinary_size():
-    model = build_model("mobileone_s1")
-    momenta = [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    before = model(X).abs().max()
-    after = reset_bn_statistics(model, X)(X).abs().max()
-    assert not model.training and 1e-3 < after < 1e3 and after != before
-    assert momenta == [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    fused, _, x = build_form(build_model("mobileone_s1"), 64)
+    assert 1e-3 < fused(x).abs().max() < 1e3
 
 
 def test_models_are_named_or_refused():

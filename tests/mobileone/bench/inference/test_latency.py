@@ -206,8 +206,8 @@ def test_core_ml_files_have_the_names_that_the_runner_uses(tmp_path):
     from mobileone.bench.suites import build_model
 
     model = build_model("mobileone_mu0")
-    form, x = build_form(model, 32)
-    convert_coreml(form.model, x, tmp_path / "model")
+    fused, _, x = build_form(model, 32)
+    convert_coreml(fused, x, tmp_path / "model")
     spec = coremltools.utils.load_spec(str(tmp_path / "model.mlpackage"))
     assert [i.name for i in spec.description.input] == ["images"]
     assert list(spec.description.input[0].type.multiArrayType.shape) == [1, 3, 32, 32]
