@@ -5,6 +5,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import chain
 from os import PathLike
 from pathlib import Path
@@ -58,6 +59,7 @@ class Sample(NamedTuple):
     skipped: list[SkippedImage]
 
 
+@dataclass(frozen=True)
 class ImageClassificationDataset(Dataset[Sample]):
     """Reads, converts and transforms the images of one split.
 
@@ -72,21 +74,12 @@ class ImageClassificationDataset(Dataset[Sample]):
         num_classes: labels from 0 to one less are right.
     """
 
-    def __init__(
-        self,
-        source: Any,
-        transform: PhasedTransform,
-        mode: str,
-        seed: int,
-        skip_unreadable: bool,
-        num_classes: int,
-    ) -> None:
-        self.source = source
-        self.transform = transform
-        self.mode = mode
-        self.seed = seed
-        self.skip_unreadable = skip_unreadable
-        self.num_classes = num_classes
+    source: Any
+    transform: PhasedTransform
+    mode: str
+    seed: int
+    skip_unreadable: bool
+    num_classes: int
 
     def __len__(self) -> int:
         return len(self.source)

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -89,6 +89,7 @@ class Runtime:
         return None
 
 
+@cache
 def shipped(name: str) -> Callable[[nn.Module, Tensor, Path], None]:
     """A `convert` that writes the file of a format, as an artifact holds it.
 
@@ -334,9 +335,15 @@ def _coreai(path: Path, x: Tensor, threads: int) -> Run:
     return run
 
 
-_TORCHSCRIPT, _ONNX = shipped("torchscript"), shipped("onnx")
-_ONNX_PACKAGES = ("onnxruntime", "onnx", "onnxscript")
-_ANYWHERE = ("cpu", "cuda", "mps", "xpu")
+_EXTRA = "mobileone-lightning"
+_ONNX = ("onnxruntime", "onnx", "onnxscript")
+_ANYWHERE, _CPU_AND_CUDA = ("cpu", "cuda", "mps", "xpu"), ("cpu", "cuda")
+
+
+def _reading(name: str, load: Callable[[Path, Tensor, int], Run], **more: Any) -> Runtime:
+    """A runtime of a format's file, as an artifact holds it."""
+    file, output = Path(FORMATS[name].filename), FORMATS[name].output
+    return Runtime(shipped(name), load, reads=file.suffix, pixels=output == "probabilities", **more)
 
 
 def _coreml_on(units: str) -> Runtime:
@@ -353,49 +360,21 @@ def _coreml_on(units: str) -> Runtime:
 
 RUNTIMES = {
     "eager": Runtime(_save, _eager, devices=_ANYWHERE),
-    "torchscript": Runtime(_TORCHSCRIPT, _torchscript, devices=("cpu", "cuda"), reads=".pt"),
-    "torch_export": Runtime(
-        shipped("torch_export"), _torch_export, devices=("cpu", "cuda"), reads=".pt2"
-    ),
+    "torchscript": _reading("torchscript", _torchscript, devices=_CPU_AND_CUDA),
+    "torch_export": _reading("torch_export", _torch_export, devices=_CPU_AND_CUDA),
     "compile": Runtime(_save, _compiled, devices=("cpu", "cuda", "xpu"), own_memory=False),
-    "onnxruntime": Runtime(
-        _ONNX,
-        _onnxruntime,
-        packages=_ONNX_PACKAGES,
-        install="mobileone-lightning[onnx]",
-        reads=".onnx",
+    "onnxruntime": _reading("onnx", _onnxruntime, packages=_ONNX, install=f"{_EXTRA}[onnx]"),
+    "openvino": _reading(
+        "onnx", _openvino, packages=("openvino", *_ONNX), install=f"{_EXTRA}[openvino,onnx]"
     ),
-    "openvino": Runtime(
-        _ONNX,
-        _openvino,
-        packages=("openvino", *_ONNX_PACKAGES),
-        install="mobileone-lightning[openvino,onnx]",
-        reads=".onnx",
+    "executorch": _reading(
+        "executorch", _executorch, packages=("executorch",), install=f"{_EXTRA}[executorch]"
     ),
-    "executorch": Runtime(
-        shipped("executorch"),
-        _executorch,
-        packages=("executorch",),
-        install="mobileone-lightning[executorch]",
-        reads=".pte",
-        pixels=True,
+    "litert": _reading(
+        "litert", _litert, packages=("ai_edge_litert", "litert_torch"), install=f"{_EXTRA}[litert]"
     ),
-    "litert": Runtime(
-        shipped("litert"),
-        _litert,
-        packages=("ai_edge_litert", "litert_torch"),
-        install="mobileone-lightning[litert]",
-        reads=".tflite",
-        pixels=True,
-    ),
-    "coreai": Runtime(
-        shipped("coreai"),
-        _coreai,
-        packages=("coreai_torch",),
-        install="mobileone-lightning[coreai]",
-        reads=".aimodel",
-        pixels=True,
-        speed=False,
+    "coreai": _reading(
+        "coreai", _coreai, packages=("coreai_torch",), install=f"{_EXTRA}[coreai]", speed=False
     ),
     # one row for each choice of compute units, so that they can contend with each other
     "coreml": _coreml_on("ALL"),
