@@ -59,7 +59,7 @@ class Sample(NamedTuple):
     skipped: list[SkippedImage]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageClassificationDataset(Dataset[Sample]):
     """Reads, converts and transforms the images of one split.
 
