@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule
 
 from mobileone.export.spec import ExportSpec
 
-__all__ = ["ClassificationData", "CurriculumData", "check_data_module", "in_chans", "num_classes"]
+__all__ = ["ClassificationData", "check_data_module", "in_chans", "num_classes"]
 
 
 class ClassificationData(Protocol):
@@ -29,18 +29,6 @@ class ClassificationData(Protocol):
     def class_names(self) -> Sequence[str]: ...
     @property
     def data_config(self) -> Mapping[str, Any]: ...
-
-
-class CurriculumData(ClassificationData, Protocol):
-    """What the `Curriculum` callback needs in addition, if it has any phases."""
-
-    def set_curriculum(self, phases: Sequence[tuple[int, int, float]]) -> None:
-        """Train with these phases from now on, called before the training loader is made.
-
-        Args:
-            phases: first epoch, side of the images in pixels and strength of the augmentation
-                (0..1) of each phase; the first starts at epoch 0.
-        """
 
 
 _NEEDED = {

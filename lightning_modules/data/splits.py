@@ -300,24 +300,19 @@ def _check_class_folders(dataset: Any, split: str) -> None:
     root = Path(reader.root)
     inside = {name.replace("\\", "/").partition("/")[0] for name in reader.filenames()}
     folders = {path.name for path in root.iterdir() if path.is_dir()}
-    hidden = sorted(name for name in folders & inside if name.startswith("."))
-    if hidden:
-        raise ValueError(
-            f"{split}: hidden folders in {str(root)!r} hold images and would become classes: "
-            f"{_listing(hidden)}. Remove them."
-        )
-    loose = sorted(inside - folders)
-    if loose:
-        raise ValueError(
-            f"{split}: {len(loose)} images are directly in {str(root)!r}, for example "
-            f"{loose[0]}. Every image must be in a folder named after its class."
-        )
-    empty = sorted(name for name in folders - inside if not name.startswith("."))
-    if empty:
-        raise ValueError(
-            f"{split}: no images in {_listing(empty)} (in {str(root)!r}). Add images or remove "
-            "the empty folders."
-        )
+    hidden = {name for name in folders if name.startswith(".")}
+    faults = (
+        (hidden & inside, "hidden folders hold images and would become classes: {}. Remove them"),
+        (
+            inside - folders,
+            "images in no folder of a class: {}. Each must be in one that has its name",
+        ),
+        (folders - inside - hidden, "no images in {}. Add images or remove the empty folders"),
+    )
+    for names, fault in faults:
+        if names:
+            wrong = fault.format(_listing(sorted(names)))
+            raise ValueError(f"{split}: {wrong} (in {str(root)!r}).")
 
 
 def _check_classes(expected: Iterable[str], found: Iterable[str], split: str) -> None:

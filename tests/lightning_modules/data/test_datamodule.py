@@ -204,7 +204,7 @@ def test_class_file_must_match_the_folders(pets, tmp_path):
 
 def test_images_outside_class_folders(pets):
     Image.new("RGB", (4, 4)).save(pets / "train" / "loose.png")
-    with pytest.raises(ValueError, match=r"1 images are directly.*loose\.png"):
+    with pytest.raises(ValueError, match=r"images in no folder of a class: .loose\.png"):
         ready(pets)
 
 
@@ -231,8 +231,8 @@ def test_batch_larger_than_the_data(pets):
         ({"root": "nowhere"}, r"nowhere' does not exist.*train/<class>"),
         ({"dataset": "imagenett"}, "dataset='imagenett' is unknown"),
         ({"dataset": "torch/nothing"}, "Unknown torchvision dataset nothing"),
-        ({"auto_augment": "rand-m9-q"}, r"has the part 'q'. 'rand' knows m<number>, n<number>"),
-        ({"auto_augment": "original-m9"}, r"has the part 'm9'. 'original' knows mstd<number>"),
+        ({"auto_augment": "rand-m9-q"}, "has the part 'q', which has no number"),
+        ({"auto_augment": "original-m9"}, "Unknown AutoAugment config section"),
         ({"auto_augment": "nope"}, "{.*'auto_augment': 'nope'.*rand-m9"),
         ({"auto_augment": "v0", "input_size": (4, 8, 8), "mean": (0,), "std": (1,)}, "RGBA"),
         ({"batch_size": 0}, "batch_size=0"),
