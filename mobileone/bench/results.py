@@ -106,7 +106,7 @@ class Result:
         kind: What was measured, one of `KINDS`.
         protocol: How: runs, statistics, threads, sizes …, as JSON holds them.
         machine: Where, as `describe_machine` gives it.
-        versions: Versions of the software, as `describe_versions` gives them.
+        versions: Versions of the software, as `installed_versions` gives them, and of CUDA.
         date: When, ISO 8601 with the offset of the zone.
         rows: The table. Missing values are None or absent, never NaN.
     """
@@ -152,7 +152,7 @@ class Result:
             kind,
             dict(protocol),
             describe_machine(device),
-            describe_versions(device),
+            _versions(device),
             datetime.now().astimezone().isoformat(timespec="seconds"),
             [dict(row) for row in rows],
         )
@@ -302,8 +302,7 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
     }
 
 
-def describe_versions(device: str = "cpu") -> dict[str, str]:
-    """Versions of Python and of the installed packages that measurements depend on."""
+def _versions(device: str) -> dict[str, str]:
     versions = installed_versions()
     if device.startswith("cuda"):
         import torch

@@ -65,13 +65,7 @@ def map_formats() -> dict[str, Format]:
     """The rows of networks that return logits (N, classes, H, W)."""
     return {
         **tensor_formats([LOGITS]),
-        "coreml": Format(
-            "model.mlpackage",
-            _write_map,
-            lambda path, spec: partial(_map, MLProgram(path)),
-            FLOAT16_TOLERANCE,
-            operations=coreml.operations,
-        ),
+        "coreml": _coreml_format(_write_map, _map),
     }
 
 
@@ -84,13 +78,7 @@ def box_formats(network: SSD | None = None) -> dict[str, Format]:
     """
     rows = {
         **tensor_formats(BOXES),
-        "coreml": Format(
-            "model.mlpackage",
-            write_boxes,
-            lambda path, spec: partial(_boxes, MLProgram(path)),
-            FLOAT16_TOLERANCE,
-            operations=coreml.operations,
-        ),
+        "coreml": _coreml_format(write_boxes, _boxes),
     }
     if network is not None:
         rows["detector"] = Format(
@@ -103,6 +91,14 @@ def box_formats(network: SSD | None = None) -> dict[str, Format]:
 
 
 # -- Core ML ----------------------------------------------------------------------------------
+
+
+def _coreml_format(write: Callable[..., Any], run: Callable[[MLProgram, Tensor], Any]) -> Format:
+    def runner(path: Path, spec: ExportSpec) -> Callable[[Tensor], Any]:
+        return partial(run, MLProgram(path))
+
+    file, operations = "model.mlpackage", coreml.operations
+    return Format(file, write, runner, FLOAT16_TOLERANCE, operations=operations)
 
 
 class _Candidates(FromPixels):
