@@ -46,7 +46,7 @@ def build_form(
     networks' shrink to denormal numbers, which processors multiply slowly.
 
     Args:
-        model: In eval mode; its statistics are changed.
+        model: Is put in eval mode; its statistics are changed.
         image_size: Height and width; None: what the model is meant for.
         batch_size: How many images to return.
 
@@ -61,7 +61,7 @@ def build_form(
         torch.manual_seed(0)
         update_bn([torch.randn(_SETTLING, *size)], model)
         x = torch.randn(batch_size, *size)
-    return *deploy_form(model, x[:1]), x
+    return *deploy_form(model.eval(), x[:1]), x
 
 
 @torch.no_grad()
