@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -21,6 +20,7 @@ from callbacks.artifacts.callback import ReparameterizeOnSave
 from callbacks.dry_run import is_dry_run
 from callbacks.report.figures import confusion_figure, curves_figure, read_curves, samples_figure
 from callbacks.report.worst_images import WorstImages
+from mobileone.bench.show.charts import write_figure
 from mobileone.export.manifest import MANIFEST_NAME, Manifest
 from mobileone.export.preprocess import denormalize
 from mobileone.export.spec import ExportSpec
@@ -174,9 +174,8 @@ def _publish(trainer: Trainer, name: str, figure: Figure) -> None:
     if is_dry_run(trainer):
         return
     final = _folder(trainer) / f"{name}.png"
-    with atomic_write(final) as temporary, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"Glyph \d+")  # names in a script without font
-        figure.savefig(temporary, dpi=120, format="png")
+    with atomic_write(final) as temporary:
+        write_figure(figure, temporary)
     _log_picture(trainer.loggers, f"report/{name}", final, trainer.global_step)
 
 

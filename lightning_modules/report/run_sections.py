@@ -2,7 +2,6 @@
 
 import csv
 import io
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from matplotlib.figure import Figure
 
 from callbacks.report.figures import confusion_figure, curve_figures, read_curves
+from mobileone.bench.show.charts import write_figure
 from mobileone.export.manifest import MANIFEST_NAME, Manifest
 
 __all__ = ["read_run"]
@@ -102,7 +102,5 @@ def _worst(folder: Path) -> dict[str, Any] | None:
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    with warnings.catch_warnings():  # class names in a script that the font lacks
-        warnings.filterwarnings("ignore", message=r"Glyph \d+")
-        figure.savefig(buffer, format="png", dpi=160)
+    write_figure(figure, buffer)
     return buffer.getvalue()

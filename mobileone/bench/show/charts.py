@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import wrap
-from typing import Any
+from typing import IO, Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -18,12 +18,13 @@ from mobileone.bench.results import KINDS, Result, Row
 from mobileone.bench.show.tables import cell, heading, title
 from mobileone.io.atomic import atomic_write
 
-__all__ = ["COLORS", "MARKERS", "bar_figure", "plain_ticks", "save_figure"]
+__all__ = ["COLORS", "MARKERS", "bar_figure", "plain_ticks", "save_figure", "write_figure"]
 
 # Okabe and Ito, 2008: distinct for the color-blind; the order alternates dark and light, so
 # that neighbors differ in a gray print as well. Markers and hatches repeat the distinction.
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_WIDE = 30  # times the shortest bar: then the axis is logarithmic
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")
 
 
@@ -59,6 +60,10 @@ def bar_figure(result: Result) -> Figure:
                 bars = [found for (found,) in own.values()]
                 style = colors.index(label) % len(COLORS)
                 _draw_bars(axes, bars, column, places, 0.84 / len(series), start, style)
+            lengths = [row[column] for row in rows if row.get(column)]
+            if lengths and max(lengths) > _WIDE * min(lengths):
+                axes.set_xscale("log")
+                plain_ticks(axes.xaxis)
             doubtful = column.startswith("paper_") and not all(r["paper_verified"] for r in rows)
             axes.set_xlabel(heading(column) + UNVERIFIED * doubtful, fontsize=9)
             axes.set_yticks(range(len(names)), [Path(str(key)).name for key in names])
@@ -138,10 +143,22 @@ def save_figure(figure: Figure, stem: str | Path) -> tuple[Path, Path]:
         metadata = {"Date": None} if kind == "svg" else None
         with (
             atomic_write(final) as partial,
-            warnings.catch_warnings(),
             matplotlib.rc_context({"svg.hashsalt": stem.name}),
         ):
-            warnings.filterwarnings("ignore", message=r"Glyph \d+")  # names in any script
-            figure.savefig(partial, format=kind, dpi=160, metadata=metadata)
+            write_figure(figure, partial, kind, metadata=metadata)
         files.append(final)
     return files[0], files[1]
+
+
+def write_figure(figure: Figure, file: Path | IO[bytes], kind: str = "png", **options: Any) -> None:
+    """Write a chart; of names in a script that the font lacks, boxes.
+
+    Args:
+        figure: The chart.
+        file: Path or stream.
+        kind: `png` or `svg`.
+        options: Of matplotlib's `savefig`.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph \d+")
+        figure.savefig(file, format=kind, dpi=160, **options)
