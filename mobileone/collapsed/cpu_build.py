@@ -23,8 +23,8 @@ __all__ = ["load"]
 
 log = logging.getLogger(__name__)
 
-_SOURCES = ("depthwise.cpp", "gram.cpp", "pointwise.cpp")
-_HEADERS = ("planes.h", "patches.h", "branches.h", "moments.h", "input_gradient.h")
+_SOURCES = ("algebra.cpp", "depthwise.cpp", "gram.cpp", "pointwise.cpp")
+_HEADERS = ("branches.h", "input_gradient.h", "moments.h", "patches.h", "planes.h", "tiles.h")
 # sums may be reordered to use vectors; NaN and infinity keep their meaning
 _FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=c++17"),

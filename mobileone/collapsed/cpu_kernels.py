@@ -20,7 +20,9 @@ __all__ = [
     "affine",
     "affine_grad",
     "available",
+    "branch_gradients",
     "channel_moments",
+    "collapse",
     "depthwise_backward",
     "depthwise_forward",
     "depthwise_input_grad",
@@ -37,6 +39,10 @@ __all__ = [
 # What the kernels take after the number of threads: integers, lists of float32 tensors (p), and
 # tensors of the types below, which may be absent where the letter is large
 _SIGNATURES = {
+    "collapse_float32": "iiiiiiidpddfddddfff",
+    "collapse_float64": "iiiiiiidpdddddddddd",
+    "branch_gradients_float32": "iiiiiiidpidddddfdffpfd",
+    "branch_gradients_float64": "iiiiiiidpidddddddddpdd",
     "depthwise_forward": "iiiiifiiidpifddddb",
     "depthwise_backward": "iiiiifFfiiidpdddbFp",
     "depthwise_moments": "iiiiifdd",
@@ -77,6 +83,54 @@ def fits(x: Tensor) -> bool:
     """Whether there are kernels for a tensor of this device, dtype and layout."""
     ordinary = x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
     return ordinary and available()
+
+
+def collapse(
+    geometry: Geometry, tensors: Sequence[Tensor], mean: Tensor, moved: Tensor, cov: Tensor
+) -> list[Tensor]:
+    """Fold a block on m (G, J), m less the origin of the patches, and C (G, J, J).
+
+    Returns:
+        In float64 μᵢ and vᵢ, (norms, G, O), and of each convolution what its weights could make of
+        the variance, and the variance that it explains, (kernels, G, O); in C's dtype Ŵ (G, O, J),
+        b̂ (G, O) and aᵢ (norms, G, O).
+    """
+    groups, outputs = geometry.groups, geometry.out_chs // geometry.groups
+    empty = functools.partial(torch.empty, device=cov.device)
+    norms, kernels = ((n, groups, outputs) for n in (geometry.norms, geometry.branches))
+    wide = [empty(shape, dtype=torch.float64) for shape in (norms, norms, kernels, kernels)]
+    shapes = (groups, outputs, geometry.patch), (groups, outputs), norms
+    folded = [*wide, *(empty(shape, dtype=cov.dtype) for shape in shapes)]
+    name = f"collapse_{str(cov.dtype).removeprefix('torch.')}"
+    _call(name, *_matrices(geometry, tensors), mean, moved, cov, *folded)
+    return folded
+
+
+def branch_gradients(
+    geometry: Geometry,
+    tensors: Sequence[Tensor],
+    number: int,
+    sums: Sequence[Tensor],
+    means: Sequence[Tensor],
+    folded: Sequence[Tensor],
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The gradients of a block's parameters, and S (G, J, J) and r (G, J) of its patches.
+
+    Args:
+        geometry: The block.
+        tensors: Its `parameters`.
+        number: n.
+        sums: Σ g (x − o)ᵀ (G, O, J), Σ g (G, O), and the same before g was centered.
+        means: m less o, and less the origin of the patches that S and r are for, (G, J).
+        folded: C (G, J, J) and then vᵢ, Ŵ, aᵢ as `collapse` returned them.
+    """
+    cov = folded[0]
+    grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
+    slope, offset = torch.empty_like(cov), torch.empty_like(means[0])
+    name = f"branch_gradients_{str(cov.dtype).removeprefix('torch.')}"
+    block = _matrices(geometry, tensors)
+    _call(name, *block, number, *sums, *means, *folded, grads, slope, offset)
+    return grads, slope, offset
 
 
 def depthwise_forward(
@@ -264,6 +318,13 @@ def affine_grad(
 ) -> None:
     """Write a g + s z + r to `to`, or add it; a, s, r are (C), float32; g behind the rectifier."""
     _call("affine_grad", *_planes(z), g, y, z, a, s, r, int(accumulate), to)
+
+
+def _matrices(geometry: Geometry, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """A block as matrices: G, O, J, taps of a channel, and then as `_block`."""
+    groups, outputs = geometry.groups, geometry.out_chs // geometry.groups
+    block = _block(geometry, tensors)
+    return groups, outputs, geometry.patch, geometry.kernel_size**2, *block
 
 
 def _patches(x: Tensor, geometry: Geometry) -> tuple[int, ...]:

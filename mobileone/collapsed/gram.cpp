@@ -10,22 +10,23 @@
 
 #include "patches.h"
 #include "planes.h"
+#include "tiles.h"
 
 namespace {
 
-// Rows of A and of B whose products are summed at a time, one vector of sums each, and rows and
-// vectors of a tile of a product: what registers hold.
+// Rows of A and of B whose products are summed at a time, one vector of sums each: what registers
+// hold.
 #ifdef __AVX512F__
-constexpr int BLOCK = 4, ROWS = 8, VECTORS = 3;
+constexpr int BLOCK = 4;
 #else
-constexpr int BLOCK = 2, ROWS = 4, VECTORS = 1;
+constexpr int BLOCK = 2;
 #endif
 constexpr int SUMS = BLOCK * BLOCK;
 constexpr int64_t PACK = 512;               // columns that are copied together
 constexpr int64_t STRIDE = PACK + LANES;    // of a copied row: a power of two would fill one cache set
 constexpr int64_t PANEL = 64, NEAR = 32;    // rows of A that stay in the second and first cache
 constexpr int64_t TASKS = 16;               // into which the work is divided, or more
-constexpr int64_t WIDTH = VECTORS * LANES;  // columns of a tile
+constexpr int64_t STEP = WIDTH<float>;      // columns of a tile
 
 // Sums of neighboring lanes: those of a in the first half, those of b in the second.
 inline V pairs(const V& a, const V& b) {
@@ -138,7 +139,7 @@ class Panel {
 
   const Patches* a_;
   const Patches& b_;
-  Aligned right_, left_;
+  Aligned<float> right_, left_;
 };
 
 // Σ a bᵀ (G, A, B) over the columns, and Σ a (G, A); a null a is b. The columns are shared out in
@@ -192,7 +193,7 @@ struct Matrix {
 };
 
 // A sum of products of small matrices with patches, and a constant a row: what one task does is
-// WIDTH columns, all rows.
+// STEP columns, all rows.
 class Products {
  public:
   Products(int64_t groups, int64_t rows, const float* constant)
@@ -205,24 +206,24 @@ class Products {
 
   // Write to (batch, groups, rows, length), rectified on demand.
   void write(int threads, int64_t length, bool relu, float* to) {
-    const int64_t columns = patches_[0]->columns(), steps = (columns + WIDTH - 1) / WIDTH;
+    const int64_t columns = patches_[0]->columns(), steps = (columns + STEP - 1) / STEP;
     arrange();
 #pragma omp parallel num_threads(threads)
     {
-      Aligned packed(depth_ * WIDTH);
+      Aligned<float> packed(depth_ * STEP);
 #pragma omp for collapse(2) schedule(static)
       for (int64_t g = 0; g < groups_; ++g)
         for (int64_t step = 0; step < steps; ++step) {
-          const int64_t first = step * WIDTH, count = std::min(WIDTH, columns - first);
+          const int64_t first = step * STEP, count = std::min(STEP, columns - first);
           float* row = packed.data();
           for (const Patches* patches : patches_)
-            for (int64_t k = 0; k < patches->rows(); ++k, row += WIDTH)
+            for (int64_t k = 0; k < patches->rows(); ++k, row += STEP)
               patches->copy(g, k, first, count, row);
           for (int64_t tile = 0; tile < tiles_; ++tile) {
-            float sums[ROWS * WIDTH];
-            multiply(arranged_.data() + (g * tiles_ + tile) * depth_ * ROWS, packed.data(), sums);
+            float sums[ROWS * STEP];
+            multiply(depth_, arranged_.data() + (g * tiles_ + tile) * depth_ * ROWS, packed.data(), sums);
             for (int64_t j = tile * ROWS; j < std::min(rows_, (tile + 1) * ROWS); ++j)
-              put(sums + (j % ROWS) * WIDTH, constant_[g * rows_ + j], g * rows_ + j, first, count,
+              put(sums + (j % ROWS) * STEP, constant_[g * rows_ + j], g * rows_ + j, first, count,
                   length, relu, to);
           }
         }
@@ -243,23 +244,6 @@ class Products {
         at += m.columns;
       }
     }
-  }
-
-  void multiply(const float* left, const float* right, float* to) const {
-    V sums[ROWS][VECTORS] = {};
-    for (int64_t k = 0; k < depth_; ++k, left += ROWS, right += WIDTH) {
-      V row[VECTORS];
-#pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) row[v] = load(right + v * LANES);
-#pragma GCC unroll 8
-      for (int j = 0; j < ROWS; ++j) {
-        const V factor = V{} + left[j];
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) sums[j][v] += factor * row[v];
-      }
-    }
-    for (int j = 0; j < ROWS; ++j)
-      for (int v = 0; v < VECTORS; ++v) store(to + j * WIDTH + v * LANES, sums[j][v]);
   }
 
   void put(const float* sums, float constant, int64_t row, int64_t first, int64_t count,

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from mobileone.collapsed import cpu_kernels as native
 from mobileone.collapsed.algebra import (
-    Branches,
-    BranchGrads,
     Collapsed,
     PatchStatistics,
     branch_backward,
@@ -48,25 +46,20 @@ def forward(
     """
     x = x.contiguous()
     stats, shift = patch_statistics(x, geometry)
-    algebra = algebra_dtype(geometry, x.dtype)
-    branches, cov, product = _products(geometry, tensors, stats, algebra)
-    var = branch_variances(branches, cov, product)
-    level = required_precision(stats, branches.kernels, product, var[: geometry.branches], inward)
+    algebra, far = algebra_dtype(geometry, x.dtype), mean_dominates(stats)
+    cov, folded = _fold(x, geometry, tensors, stats, shift if far else None, algebra)
+    level = required_precision(stats, folded.size, folded.explained, folded.var, inward)
     if level is Float64Level.SUMS:
-        stats, _ = patch_statistics(x.double(), geometry)
-    if level:
-        branches, cov, product = _products(geometry, tensors, stats, torch.float64)
-        var = branch_variances(branches, cov, product)
-    far = level is Float64Level.SUMS or mean_dominates(stats)
-    folded = collapse(branches, stats.mean - shift if far else stats.mean, var)
+        (stats, _), far = patch_statistics(x.double(), geometry), True
+    if level is Float64Level.SUMS or (level and algebra != torch.float64):
+        cov, folded = _fold(x, geometry, tensors, stats, shift if far else None, torch.float64)
     # under autocast the product is as narrow as the branches' own, whatever precision is needed
     careful = level >= Float64Level.PRODUCT and dtype == tensors[0].dtype
     wide = torch.float64 if careful else dtype
     y = _product(folded, x, geometry, shift if far else None, wide, relu).to(dtype)
-    mean = branch_means(branches, stats.mean)
     how = torch.tensor([level, far], device="cpu")
     kept = [stats.mean, cov, folded.weight, folded.bias, folded.scale]
-    return [y, mean, var.double(), how, shift, *kept]
+    return [y, folded.mean, folded.var, how, shift, *kept]
 
 
 def empty_outputs(x: Tensor, geometry: Geometry, dtype: torch.dtype) -> list[Tensor]:
@@ -101,19 +94,63 @@ def backward(
     _, var, how, shift, m, *rest = kept
     level, far = how.tolist()
     algebra = torch.float64 if level else algebra_dtype(geometry, x.dtype)
-    cov, weight, bias, scale = (tensor.to(algebra) for tensor in rest)
-    folded = Collapsed(weight, bias, var.to(algebra), scale)
+    cov, weight, _, scale = (tensor.to(algebra) for tensor in rest)
     sums = _gradient_sums(g, y, x.contiguous(), geometry, shift, level)
-    weight_grad = sums.products - sums.rest[..., None] * (m - shift)[:, None, :]  # about the mean
-    branches = gather_branches(geometry, tensors, cov.dtype)
-    stats = PatchStatistics(m - shift if far else m, cov, geometry.patches(x))
-    grads = branch_backward(weight_grad.to(cov.dtype), sums.rest, branches, stats, folded)
-    grads = grads._replace(beta=sums.total)
+    means = m - shift, m - shift if far else m
+    folded = cov, var, weight, scale
+    grads, slope, offset = _branch_gradients(sums, geometry, tensors, means, folded)
     dx = x.new_empty(0)
     if inward:
-        dpatches = _patch_gradient(sums, geometry, shift if far else None, folded.weight, grads)
+        dpatches = _patch_gradient(sums, geometry, shift if far else None, weight, slope, offset)
         dx = col2im(dpatches, geometry, x.shape).to(x.dtype)
-    return [dx, *branch_gradients(geometry, grads, tensors)]
+    return [dx, *grads]
+
+
+class _Folded(NamedTuple):
+    """A block on the moments of its patches.
+
+    Attributes:
+        mean: μᵢ of every branch, the skip last, (B or B + 1, G, O), in float64.
+        var: vᵢ likewise.
+        size: What the weights of a convolution branch could make of the variance, (B, G, O).
+        explained: The part of the patches' variance that its output explains, likewise.
+        weight: Ŵ (G, O, J), in the dtype of the algebra.
+        bias: b̂ (G, O).
+        scale: aᵢ, (B or B + 1, G, O).
+    """
+
+    mean: Tensor
+    var: Tensor
+    size: Tensor
+    explained: Tensor
+    weight: Tensor
+    bias: Tensor
+    scale: Tensor
+
+
+def _fold(
+    x: Tensor,
+    geometry: Geometry,
+    tensors: Sequence[Tensor],
+    stats: PatchStatistics,
+    shift: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, _Folded]:
+    """C in the dtype of the algebra, and what the block is for patches less a shift."""
+    mean, cov = stats.mean, stats.cov.to(dtype)
+    moved = mean if shift is None else mean - shift
+    if native.fits(x) and tensors[0].dtype == x.dtype:
+        return cov, _Folded(*native.collapse(geometry, tensors, mean, moved, cov))
+    branches = gather_branches(geometry, tensors, dtype)
+    product = torch.matmul(branches.kernels, cov)
+    var = branch_variances(branches, cov, product)
+    variance = cov.diagonal(dim1=-2, dim2=-1)[..., None]
+    size = torch.matmul(branches.kernels.square(), variance).squeeze(-1)
+    folded = collapse(branches, moved, var)
+    explained, means = product.square().sum(-1), branch_means(branches, mean)
+    return cov, _Folded(
+        means, var.double(), size, explained, folded.weight, folded.bias, folded.scale
+    )
 
 
 class _GradientSums(NamedTuple):
@@ -129,6 +166,7 @@ class _GradientSums(NamedTuple):
         y: The output where g is still to be rectified; for the kernels.
         center: (G, O); None where g is less it.
         right: x, for the kernels, or its patches as matrices.
+        number: n.
     """
 
     products: Tensor
@@ -138,6 +176,7 @@ class _GradientSums(NamedTuple):
     y: Tensor | None
     center: Tensor | None
     right: Tensor
+    number: int
 
 
 def _gradient_sums(
@@ -148,7 +187,7 @@ def _gradient_sums(
         g = g.contiguous()
         center, products, rest = native.gram_weight_grad(g, y, x, geometry, shift)
         total = rest + number * center.double()
-        return _GradientSums(products, rest, total, g, y, center, x)
+        return _GradientSums(products, rest, total, g, y, center, x, number)
     if y is not None:
         g = torch.ops.aten.threshold_backward(g, y, 0)
     # narrow gradients would lose P in cancellation, and S, of order 1/n, underflows in float16
@@ -161,7 +200,7 @@ def _gradient_sums(
     if level == Float64Level.SUMS:
         left, right = left.double(), right.double()
     products = torch.matmul(left, (right - shift[..., None]).mT).sum(0, dtype=torch.float64)
-    return _GradientSums(products, rest, total.view_as(rest), left, None, None, right)
+    return _GradientSums(products, rest, total.view_as(rest), left, None, None, right, number)
 
 
 def _patch_gradient(
@@ -169,11 +208,12 @@ def _patch_gradient(
     geometry: Geometry,
     shift: Tensor | None,
     weight: Tensor,
-    grads: BranchGrads,
+    slope: Tensor,
+    offset: Tensor,
 ) -> Tensor:
     """What the patches receive, (M, G, J, L): Ŵᵀg + S x + r, of x less a shift."""
     dtype, right = sums.left.dtype, sums.right
-    weight, slope, offset = (t.to(dtype) for t in (weight, grads.slope, grads.offset))
+    weight, slope, offset = (t.to(dtype) for t in (weight, slope, offset))
     if sums.center is not None:
         matrices = shift, weight, slope, offset
         return native.gram_input_grad(sums.left, sums.y, sums.center, right, geometry, *matrices)
@@ -185,8 +225,33 @@ def _patch_gradient(
     return total.add_(offset[..., None])
 
 
+def _branch_gradients(
+    sums: _GradientSums,
+    geometry: Geometry,
+    tensors: Sequence[Tensor],
+    means: tuple[Tensor, Tensor],
+    folded: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The gradient of every parameter, S (G, J, J) and r (G, J).
+
+    `means` are m less the shift of the sums, and less that of the patches; `folded` are C and then
+    vᵢ, Ŵ and aᵢ.
+    """
+    number, (cov, var, weight, scale) = sums.number, folded
+    if sums.center is not None and tensors[0].dtype == sums.right.dtype:
+        parts = sums.products, sums.rest, sums.total
+        return native.branch_gradients(geometry, tensors, number, parts, means, folded)
+    weight_grad = sums.products - sums.rest[..., None] * means[0][:, None, :]  # about the mean
+    stats = PatchStatistics(means[1], cov, number)
+    collapsed = Collapsed(weight, sums.rest, var.to(cov.dtype), scale)
+    branches = gather_branches(geometry, tensors, cov.dtype)
+    grads = branch_backward(weight_grad.to(cov.dtype), sums.rest, branches, stats, collapsed)
+    gradients = branch_gradients(geometry, grads._replace(beta=sums.total), tensors)
+    return gradients, grads.slope, grads.offset
+
+
 def _product(
-    folded: Collapsed,
+    folded: _Folded,
     x: Tensor,
     geometry: Geometry,
     shift: Tensor | None,
@@ -203,14 +268,3 @@ def _product(
     y = torch.matmul(weight, patches.to(dtype)).add_(bias[..., None])
     size = geometry.output_size(*x.shape[2:])
     return image(y.relu_() if relu else y, torch.Size((len(x), geometry.out_chs, *size)))
-
-
-def _products(
-    geometry: Geometry,
-    tensors: Sequence[Tensor],
-    stats: PatchStatistics,
-    dtype: torch.dtype,
-) -> tuple[Branches, Tensor, Tensor]:
-    """The branches, C and Wᵢ C in the dtype of the algebra."""
-    branches, cov = gather_branches(geometry, tensors, dtype), stats.cov.to(dtype)
-    return branches, cov, torch.matmul(branches.kernels, cov)

@@ -136,7 +136,7 @@ def patch_statistics(x: Tensor, geometry: Geometry) -> tuple[PatchStatistics, Te
 
 
 def required_precision(
-    stats: PatchStatistics, kernels: Tensor, product: Tensor, var: Tensor, inward: bool
+    stats: PatchStatistics, size: Tensor, explained: Tensor, var: Tensor, inward: bool
 ) -> Float64Level:
     """Whether rounding would be magnified in what is made of the patches.
 
@@ -147,17 +147,16 @@ def required_precision(
 
     Args:
         stats: Of the patches, summed in their own dtype.
-        kernels: Wᵢ, (B, G, O, J).
-        product: Wᵢ C, likewise.
-        var: vᵢ, (B, G, O).
+        size: Σⱼ Wᵢⱼ² Cⱼⱼ of the convolution branches, (B, G, O).
+        explained: |C Wᵢ|², likewise.
+        var: vᵢ of every branch, the skip last, (B or B + 1, G, O).
         inward: Whether ∂L/∂x will be wanted.
     """
-    variance = stats.cov.diagonal(dim1=-2, dim2=-1).to(var.dtype)
-    size = torch.matmul(kernels.square(), variance[..., None]).squeeze(-1)
+    var = var[: len(size)]
     thinnest = max(_THINNEST, _PRECISE * stats.number**0.5)
     worst = (var * thinnest < size).any() | ~stats.cov.isfinite().all()
     if inward:
-        total, explained = variance.sum(-1)[:, None], product.square().sum(-1)
+        total = stats.cov.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None]
         worst |= (explained > (1 - _ALIKE) * total * var).any()
     # the only look at the numbers: a GPU is waited for
     levels = (var * _THIN < size).any(), (var * _ROUGH < size).any(), worst

@@ -25,17 +25,6 @@ inline V load(const float* p) {
 
 inline void store(float* p, const V& v) { std::memcpy(p, &v, sizeof v); }
 
-// Zeros whose first is the beginning of a vector: loads that cross two cache lines take twice the time.
-class Aligned {
- public:
-  explicit Aligned(int64_t count) : vectors_((count + LANES - 1) / LANES) {}
-  float* data() { return reinterpret_cast<float*>(vectors_.data()); }
-  const float* data() const { return reinterpret_cast<const float*>(vectors_.data()); }
-
- private:
-  std::vector<V> vectors_;
-};
-
 // Move N float32 sums to their float64 totals.
 template <int N>
 inline void drain(V (&sums)[N], Wide (&totals)[N]) {
