@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from callbacks.artifacts.folder import CheckpointFolder
 from mobileone.export import ExportJob, Manifest
 from mobileone.export.worker import ExportResult, ExportWorker, can_travel, run_job
-from mobileone.io.atomic import clean_stale, directory_lock, staging_folder
+from mobileone.io.atomic import clean_stale, directory_lock
 
 __all__ = ["ExportQueue", "Listener", "MakeJob", "Publisher"]
 
@@ -96,8 +96,7 @@ class ExportQueue:
     def _begin(self, job: ExportJob) -> None:
         if self.background and can_travel(job):
             with contextlib.suppress(PicklingError, AttributeError, TypeError):  # by pickle
-                place = staging_folder(self.folder.path)
-                self._worker = ExportWorker(job, place, self.timeout)
+                self._worker = ExportWorker(job, self.folder.path, self.timeout)
                 return
         self._end(job, run_job(job))
 

@@ -9,7 +9,6 @@ children, as those of a loader.
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -29,7 +28,7 @@ from mobileone.export.artifact import REJECTED, RejectedError
 from mobileone.export.checkpoint import ExportJob
 from mobileone.export.formats.table import FORMATS
 from mobileone.export.manifest import MANIFEST_NAME, Manifest
-from mobileone.io.atomic import clean_stale, replace_text
+from mobileone.io.atomic import clean_stale, replace_text, staging
 from mobileone.io.user_modules import import_user_modules, imported_user_modules
 
 __all__ = ["ExportResult", "ExportWorker", "Status", "can_travel", "modules_to_import", "run_job"]
@@ -130,16 +129,18 @@ class ExportWorker:
 
     Args:
         job: what to export.
-        folder: an empty folder for the worker's own files; removed when the job is over.
+        parent: gets a folder for the worker's own files, which is removed when the job is over.
         timeout: seconds after which the worker is stopped.
 
     Raises:
         OSError: the job could not be written, or the process not started.
     """
 
-    def __init__(self, job: ExportJob, folder: Path, timeout: float) -> None:
-        self.job, self._folder, self._timeout = job, folder, timeout
+    def __init__(self, job: ExportJob, parent: Path, timeout: float) -> None:
+        self.job, self._parent, self._timeout = job, parent, timeout
         self._started = time.monotonic()
+        self._held = contextlib.ExitStack()
+        folder = self._folder = self._held.enter_context(staging(parent))
         try:
             torch.save(job, folder / _JOB)
             with (folder / _LOG).open("wb") as log:
@@ -153,7 +154,7 @@ class ExportWorker:
                     start_new_session=True,  # Ctrl-C is for the training process
                 )
         except BaseException:  # a full disk, or a network that does not pickle
-            shutil.rmtree(folder, ignore_errors=True)
+            self._held.close()
             raise
 
     @property
@@ -187,8 +188,8 @@ class ExportWorker:
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
-        with contextlib.suppress(OSError):
-            clean_stale(self._folder.parent)
+        self._held.close()
+        clean_stale(self._parent)
 
     def _outcome(self) -> tuple[Status, str, str]:
         """Status, reason and details, by the worker itself if it could still write them."""

@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "publish_folder",
     "replace_text",
     "staging",
-    "staging_folder",
 ]
 
 
@@ -76,20 +75,22 @@ _REPLACED = ".replaced-"
 
 @contextmanager
 def staging(parent: Path) -> Iterator[Path]:
-    """A fresh folder in `parent`, removed on exit whatever happens."""
-    folder = staging_folder(parent)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    """A fresh folder in `parent`, held by this process, and removed on exit whatever happens.
 
-
-def staging_folder(parent: Path) -> Path:
-    """A fresh folder in `parent` that `clean_stale` removes if nothing else does."""
+    What killed processes have left in `parent` is removed before.
+    """
     parent.mkdir(parents=True, exist_ok=True)
+    if fcntl is not None:  # without locks nobody can tell what is left from what is in use
+        _clean_folders(parent)
     folder = parent / f"{_PREFIX}{secrets.token_hex(6)}"
-    folder.mkdir()
-    return folder
+    with ExitStack() as held:
+        while not folder.is_dir():  # another process may clean it away before it is held
+            folder.mkdir()
+            held.enter_context(_held(folder))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -156,8 +157,9 @@ def discard(path: Path) -> None:
     """Remove a file or folder under another name, so that no half of it is ever seen."""
     if os.path.lexists(path):
         hidden = path.with_name(f"{_PREFIX}{secrets.token_hex(6)}")
-        path.rename(hidden)
-        _remove(hidden)
+        with _held(path):
+            path.rename(hidden)
+            _remove(hidden)
 
 
 def point_link(link: Path, target: Path | None) -> None:
@@ -181,25 +183,46 @@ def point_link(link: Path, target: Path | None) -> None:
 
 
 def clean_stale(parent: Path) -> None:
-    """Remove what a killed process left in `parent`, and restore a folder it was replacing."""
-    for path in sorted(parent.glob(f"{_PREFIX}*")):
-        original = path.name.partition(_REPLACED)[2]
-        if original and not os.path.lexists(parent / original):
-            path.rename(parent / original)
-        else:
+    """Remove what killed processes left in `parent`, which this one holds, and restore a folder
+    that one was replacing. What another process has in use there stays.
+    """
+    _clean_folders(parent)
+    for path in parent.glob(f"{_PREFIX}*"):
+        if not path.is_dir() or path.is_symlink():
             _remove(path)
+
+
+def _clean_folders(parent: Path) -> None:
+    for path in sorted(parent.glob(f"{_PREFIX}*")):
+        if path.is_symlink() or not path.is_dir():
+            continue
+        with suppress(OSError), directory_lock(path):  # in use, or another user's
+            original = path.name.partition(_REPLACED)[2]
+            if original and not os.path.lexists(parent / original):
+                path.rename(parent / original)
+            else:
+                _remove(path)
+
+
+def _held(path: Path) -> ExitStack:
+    """A lock on a folder, which stays with it through renames; nothing where there can be none."""
+    held = ExitStack()
+    with suppress(OSError):  # a file, a folder that was just cleaned away, a system without locks
+        held.enter_context(directory_lock(path, patience=60.0))
+    return held
 
 
 def _replace_in_two_steps(staged: Path, final: Path) -> None:
     """For file systems without a swap: a kill between the renames is repaired by `clean_stale`."""
     aside = final.with_name(f"{_PREFIX}{secrets.token_hex(6)}{_REPLACED}{final.name}")
-    final.rename(aside)
-    try:
-        staged.rename(final)
-    except OSError:
-        aside.rename(final)
-        raise
-    _remove(aside)
+    with _held(final):
+        final.rename(aside)
+        try:
+            staged.rename(final)
+        except OSError:
+            aside.rename(final)
+            raise
+        _remove(aside)
 
 
 def _swap(first: Path, second: Path) -> bool:

@@ -3,8 +3,12 @@
 import pytest
 
 from mobileone.export.formats.table import FORMATS, check_packages
+from mobileone.export.preprocess import normalize
+from mobileone.export.verify.parity import fixed_images
+from mobileone.quantization import quantize_trained
+from tests.helpers.tiny import tiny_network, tiny_spec
 
-__all__ = ["OF_FLOATS", "skip_without_packages"]
+__all__ = ["OF_FLOATS", "network_for", "skip_without_packages"]
 
 OF_FLOATS = [name for name, row in FORMATS.items() if not row.integers]
 
@@ -15,3 +19,10 @@ def skip_without_packages(name):
         check_packages([name])
     except ImportError as error:
         pytest.skip(str(error))
+
+
+def network_for(name):
+    """The tiny network, of integers where the format is."""
+    if not FORMATS[name].integers:
+        return tiny_network()
+    return quantize_trained(tiny_network(), [normalize(fixed_images(tiny_spec()), tiny_spec())])

@@ -14,10 +14,8 @@ from mobileone.export import ExportJob
 from mobileone.export.worker import ExportWorker
 
 folder = Path(sys.argv[1])
-place = folder / ".tmp-job"
-place.mkdir(parents=True)
 job = ExportJob(folder / "a.ckpt", folder / "out", ("torchscript",), network=nn.Flatten())
-worker = ExportWorker(job, place, 100)
+worker = ExportWorker(job, folder, 100)
 child = os.fork()  # as a loader's process, which keeps what it inherits
 if child:
     print(worker.pid, child, flush=True)

@@ -248,8 +248,7 @@ def test_best_checkpoint_and_best_artifact_are_one_network_while_the_worker_work
 class SlowWorker:
     """Takes longer than an epoch: it exports when it is waited for."""
 
-    def __init__(self, job, place, timeout):
-        place.rmdir()
+    def __init__(self, job, parent, timeout):
         self.job = job
 
     def running(self):
@@ -382,10 +381,8 @@ def test_a_disk_that_fills_up_with_the_job_leaves_no_half_of_it(tmp_path, folder
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(worker.torch, "save", full)
-    place = folder / ".tmp-job"
-    place.mkdir(parents=True)
     with pytest.raises(OSError, match="No space"):
-        worker.ExportWorker(None, place, 1)
+        worker.ExportWorker(None, folder, 1)
     assert list(folder.iterdir()) == []
 
 

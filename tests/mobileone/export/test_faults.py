@@ -15,11 +15,12 @@ from mobileone.export import (
     FORMATS,
     Manifest,
     RejectedError,
+    TrainingState,
     export_model,
     load_runner,
 )
 from mobileone.export.preprocess import normalize
-from tests.helpers.formats import OF_FLOATS, skip_without_packages
+from tests.helpers.formats import OF_FLOATS, network_for, skip_without_packages
 from tests.helpers.paths import PROGRAMS
 from tests.helpers.processes import run_program, start_python
 from tests.helpers.tiny import tiny_network, tiny_spec
@@ -126,6 +127,32 @@ def test_a_file_that_the_system_cuts_short_is_an_error_in_every_format(tmp_path)
     assert set(said) == {*OF_FLOATS}
     assert all("too large" in text or "while writing" in text for text in said.values()), said
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+@pytest.mark.parametrize(
+    ("name", "point"),
+    [
+        *((name, "writing") for name in (*OF_FLOATS, "litert_int8") if name != "coreml_fp32"),
+        ("torchscript", "publishing"),
+        ("coreai", "publishing"),  # a folder
+        ("torchscript", "replaced"),
+    ],
+)
+def test_a_kill_leaves_whole_files_and_the_next_export_cleans_up(name, point, tmp_path):
+    skip_without_packages(name)
+    folder, images = tmp_path / "artifact", torch.zeros(1, 3, 32, 48, dtype=torch.uint8)
+    old = export_model(network_for(name), tiny_spec(), folder, [name], TrainingState(step=1))
+    run_program("kill_export.py", folder, name, point, status=-9)
+    assert len(list(tmp_path.iterdir())) == 2  # and what the kill has left
+    found = Manifest.load(folder)
+    assert found.training.step == (None if point == "replaced" else old.training.step)
+    found.verify(folder)
+    expected = load_runner(folder).run(images)
+    export_model(network_for(name), tiny_spec(), folder, [name], overwrite=True)
+    assert list(tmp_path.iterdir()) == [folder]
+    assert torch.equal(load_runner(folder).run(images), expected)
 
 
 @pytest.mark.slow

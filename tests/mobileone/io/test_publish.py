@@ -19,6 +19,38 @@ def test_a_failure_while_staging_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_process_has_left_is_removed_and_what_is_in_use_is_not(tmp_path):
+    folder_with(tmp_path / ".tmp-1", "left")
+    with publish.staging(tmp_path) as used:
+        folder_with(used / "x", "new")
+        assert list(tmp_path.iterdir()) == [used]
+        with publish.staging(tmp_path) as other:
+            assert {*tmp_path.iterdir()} == {used, other}
+        publish.clean_stale(tmp_path)
+        assert (used / "x" / "file").read_text() == "new"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_cleaned_away_before_it_is_held_is_made_again(tmp_path, monkeypatch):
+    """By another process, which holds it at that moment."""
+    real, calls = publish.directory_lock, []
+
+    def late(folder, patience=0.0):
+        calls.append(folder)
+        if len(calls) == 1:
+            folder.rmdir()
+            raise FileNotFoundError(folder)
+        return real(folder, patience)
+
+    monkeypatch.setattr(publish, "directory_lock", late)
+    with publish.staging(tmp_path) as folder:
+        assert folder.is_dir()
+        monkeypatch.undo()
+        publish.clean_stale(tmp_path)
+        assert folder.is_dir()
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize("can_swap", [True, False])
 def test_a_folder_replaces_an_older_one(tmp_path, monkeypatch, can_swap):
     if not can_swap:
