@@ -31,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(0)
     if name in COMMANDS:
         waiting = choose_waiting()  # before torch is imported
-        if name == "fit" and waiting:
-            print(waiting, file=sys.stderr)
+        if name == "fit":
+            _prepare_training(waiting)
         _run(name, rest)
     elif words == ["--version"]:
         print(f"mobileone {version('mobileone-lightning')}")
@@ -56,6 +56,14 @@ _ASKS_FOR_HELP = [
 
 def _help_of(name: str, argv: list[str]) -> str:
     return help_of(" ".join([name, *argv[:-1]]), lambda: _run(name, argv))
+
+
+def _prepare_training(waiting: str) -> None:
+    from mobileone.io.memory import keep_freed_memory
+
+    if waiting:
+        print(waiting, file=sys.stderr)
+    keep_freed_memory()
 
 
 def _run(name: str, argv: list[str]) -> None:

@@ -20,6 +20,7 @@ from mobileone.bench.training_step.implementations import (
     build_implementation,
     sample_images,
 )
+from mobileone.io.memory import keep_freed_memory
 
 __all__ = [
     "StepTime",
@@ -200,6 +201,7 @@ class _Training:
     """What happens in the process."""
 
     def __init__(self, model: str, implementation: str, setting: TrainingSetting) -> None:
+        keep_freed_memory()  # as `fit` does
         torch.set_num_threads(setting.threads)
         form = torch.channels_last if setting.channels_last else torch.contiguous_format
         self.setting = setting
