@@ -148,7 +148,7 @@ def why_unusable(checkpoint: Path) -> str | None:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.glob("*.ckpt") if path.exists())
+    return (path for path in folder.glob("*.ckpt") if path.is_file())
 
 
 def _newest_first(parent: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """Archives of PyTorch (`.pt`, `.pt2`) as records, and which operators their code may call."""
 
 import io
+import re
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +14,8 @@ _WITH_TEXT = frozenset(
     "Float Int add conv1d conv2d conv3d device div div_ einsum eq ge gelu gelu_ gt index le len "
     "linalg_norm lt meshgrid ne pad scatter scatter_reduce slice split".split()
 )
+# up to torch 2.12 dimensions could have names
+_DIMENSION = re.compile(r"(start_|end_|out_?)?dims?|dim[012]|names").fullmatch
 _BEYOND = ("str", "Storage", "Stream", "Generator", "Future", "RRef", "__torch__")
 
 
@@ -60,7 +63,9 @@ def only_computes(name: str) -> bool:
     arguments of neither kind cannot reach it.
     """
     schemas = torch._C._jit_get_schemas_for_operator(f"aten::{name}")
-    types = {str(argument.type) for schema in schemas for argument in schema.arguments}
+    found = [argument for schema in schemas for argument in schema.arguments]
+    texts = ("str", "List[str]", "Optional[List[str]]")
+    types = {str(a.type) for a in found if str(a.type) not in texts or not _DIMENSION(a.name)}
     beyond = {kind.removesuffix("[]") for kind in types if kind.startswith(_BEYOND)}
     beyond -= {"str?", "Generator?"}  # modes, and None in a file
     return bool(schemas) and (not beyond or (beyond == {"str"} and name in _WITH_TEXT))

@@ -246,6 +246,12 @@ def test_a_truncated_checkpoint_is_passed_over_or_another_is_offered(tmp_path, c
     assert all(torch.equal(v, again["state_dict"][k]) for k, v in whole["state_dict"].items())
 
 
+def test_a_named_pipe_is_no_checkpoint(tmp_path):
+    run = make_run(tmp_path, "20260101-000000")
+    os.mkfifo(run / "checkpoints/epoch=000-step=000009.ckpt")
+    assert newest_usable(run) == (None, [])
+
+
 def test_a_missing_artifact_is_made_up_for(tmp_path):
     """A run that was killed after its last checkpoint, before its artifact."""
     main(FIT)
@@ -403,11 +409,11 @@ def test_a_metric_that_is_not_logged_is_refused_before_the_first_epoch(capsys, m
     assert "val/acc1" in said
 
 
-# on rank 0: longer than Lightning takes to see that another rank has ended with an error
+# on rank 0: longer than another rank takes to end, and Lightning to see that it was with an error
 SLOW_TO_LEAVE = """
 import atexit, os, sys, time
 if "fit" in sys.argv and "LOCAL_RANK" not in os.environ:
-    atexit.register(time.sleep, 8)
+    atexit.register(time.sleep, 15)
 """
 
 
