@@ -177,10 +177,12 @@ class ReparameterizeOnSave(AtomicCheckpoint):
             ValueError: one is for the other kind of networks, of integers or of floats.
             ImportError: a package is missing; names the pip command.
         """
+        scheme = None
         if isinstance(getattr(pl_module, "model", None), nn.Module):
-            check_integers(self.formats, scheme_of(get_network(pl_module)) is not None)
+            scheme = scheme_of(get_network(pl_module))
+            check_integers(self.formats, scheme is not None)
         if written:
-            check_packages(self.formats)
+            check_packages(self.formats, scheme=scheme)
 
     def check_names(self, logged: Collection[str]) -> None:
         """Make sure that what is monitored, and what the file names state, is logged.

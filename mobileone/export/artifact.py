@@ -32,8 +32,7 @@ from mobileone.export.verify.structure import (
     unfused_layers,
 )
 from mobileone.io.atomic import discard, publish_folder, staging
-from mobileone.quantization import conditions
-from mobileone.quantization.deployed import is_quantized
+from mobileone.quantization import conditions, scheme_of
 from mobileone.reparameterize import reparameterize
 
 __all__ = ["REJECTED", "RejectedError", "export_model"]
@@ -113,7 +112,7 @@ def export_model(
     """
     directory, chosen = Path(directory).expanduser(), check_formats(formats, table)
     rows = FORMATS if table is None else table
-    check_packages(chosen, table)
+    check_packages(chosen, table, scheme_of(model))
     if os.path.lexists(directory) and not (overwrite or _is_empty(directory)):
         raise FileExistsError(
             f"{directory} exists: choose another folder, or give `overwrite` (--overwrite true)"
@@ -127,7 +126,7 @@ def export_model(
         reference = _inference_copy(model)
         expected_outputs = _outputs(reference, spec, images, outputs)
         fused = reparameterize(reference)
-        check_integers(chosen, is_quantized(fused), rows)
+        check_integers(chosen, scheme_of(fused) is not None, rows)
         checked = Reference(fused, expected_outputs, images)
         expected = fused_kinds(fused, normalize(images[:1], spec))
         unfused = unfused_layers(fused)

@@ -10,12 +10,13 @@ import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_dec
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mobileone.quantization.rounding import Scheme
+
 __all__ = [
     "DequantizeWeight",
     "QuantizeDequantize",
     "QuantizedConv2d",
     "QuantizedLinear",
-    "is_quantized",
     "round_bias",
 ]
 
@@ -63,6 +64,12 @@ class DequantizeWeight(nn.Module):
         return _Q.dequantize_per_channel(weight, scale, zero, 0, -128, 127, torch.int8)
 
 
+def _fits(weight: Tensor, scheme: Scheme) -> bool:
+    if scheme == "palette4":
+        return len(weight.unique()) <= 16
+    return scheme == "int8" or bool(((weight >= -8) & (weight <= 7)).all())
+
+
 class _QuantizedLayer(nn.Module):
     """Integer weights, one scale an output channel, and the grids of input and output."""
 
@@ -76,12 +83,11 @@ class _QuantizedLayer(nn.Module):
         bias: Tensor,
         input: QuantizeDequantize,
         output: nn.Module | None = None,
-        bits: int = 8,
+        scheme: Scheme = "int8",
     ) -> None:
         super().__init__()
-        low, high = (int(value) for value in weight.aminmax())
-        if weight.dtype != torch.int8 or low < -(2 ** (bits - 1)) or high >= 2 ** (bits - 1):
-            raise ValueError(f"`weight` must be int8 with values of {bits} bits")
+        if weight.dtype != torch.int8 or not _fits(weight, scheme):
+            raise ValueError(f"`weight` must be int8 with values of the `scheme` {scheme!r}")
         if not (weight_scale > 0).all() or len(weight_scale) != len(weight):
             raise ValueError("`weight_scale` must be positive, one for each output channel")
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -89,7 +95,7 @@ class _QuantizedLayer(nn.Module):
         self.register_buffer("weight_scale", weight_scale.detach().float())
         self.register_buffer("weight_zero", torch.zeros(len(weight), dtype=torch.int64))
         self.dequantize = DequantizeWeight()
-        self.input, self.output, self.bits = input, output or nn.Identity(), bits
+        self.input, self.output, self.scheme = input, output or nn.Identity(), scheme
 
     def dequantized_weight(self) -> Tensor:
         """The weights as numbers, float32."""
@@ -104,18 +110,17 @@ class QuantizedConv2d(_QuantizedLayer):
     """A convolution of integers: y = conv(Q(x), weight * weight_scale) + bias.
 
     Args:
-        weight: int8, (C_out, C_in / groups, K, K); of `bits` bits, in int8 also where there are
-            fewer.
+        weight: int8, (C_out, C_in / groups, K, K).
         weight_scale: (C_out,), positive.
         bias: (C_out,), float32; see `round_bias`.
         input: Rounds the input.
         output: Rounds the output, before the activation; needed where what follows is neither a
             quantized layer nor a ReLU in front of one: else the kernel returns float numbers.
-        bits: Of the weights.
+        scheme: Of the weights: "int4" has -8..7, "palette4" at most 16 different values.
         stride, padding, dilation, groups: As of `nn.Conv2d`.
 
     Raises:
-        ValueError: The weights are not integers of `bits` bits, or a scale is not positive.
+        ValueError: The weights are not integers of the scheme, or a scale is not positive.
     """
 
     def __init__(
@@ -125,14 +130,14 @@ class QuantizedConv2d(_QuantizedLayer):
         bias: Tensor,
         input: QuantizeDequantize,
         output: nn.Module | None = None,
-        bits: int = 8,
+        scheme: Scheme = "int8",
         *,
         stride: tuple[int, int] = (1, 1),
         padding: tuple[int, int] = (0, 0),
         dilation: tuple[int, int] = (1, 1),
         groups: int = 1,
     ) -> None:
-        super().__init__(weight, weight_scale, bias, input, output, bits)
+        super().__init__(weight, weight_scale, bias, input, output, scheme)
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
 
     def forward(self, x: Tensor) -> Tensor:
@@ -171,8 +176,3 @@ def round_bias(bias: Tensor, input_scale: float | Tensor, weight_scale: Tensor) 
     """
     step = input_scale * weight_scale.double()
     return ((bias.double() / step).round().clamp(-_LIMIT, _LIMIT) * step).to(bias.dtype)
-
-
-def is_quantized(model: nn.Module) -> bool:
-    """Whether a fused network has layers of integers."""
-    return any(isinstance(module, _QuantizedLayer) for module in model.modules())

@@ -201,9 +201,8 @@ class QuantizedLayer(nn.Module):
         grid = _grid(self.input_quantizer)
         output = None if self.output_quantizer is None else _grid(self.output_quantizer)
         bias = round_bias(bias, float(step), steps)
-        bits = 4 if self.scheme == "int4" else 8
         if self.geometry is None:
-            layer: nn.Module = QuantizedLinear(codes, steps, bias, grid, output, bits)
+            layer: nn.Module = QuantizedLinear(codes, steps, bias, grid, output, self.scheme)
         else:
             stride, padding, dilation, groups = self.geometry
             layer = QuantizedConv2d(
@@ -212,7 +211,7 @@ class QuantizedLayer(nn.Module):
                 bias,
                 grid,
                 output,
-                bits,
+                self.scheme,
                 stride=stride,
                 padding=padding,
                 dilation=dilation,

@@ -18,6 +18,7 @@ from mobileone.reparameterize import reparameterize
 
 __all__ = ["calibrate_quantization", "conditions", "quantize", "quantize_trained", "scheme_of"]
 
+_KINDS = (QuantizedLayer, QuantizedConv2d, QuantizedLinear)
 _FOLDS = ("fuse", "reparameterize", "switch_to_deploy")  # what timm calls
 
 
@@ -231,8 +232,8 @@ def layers_of(model: nn.Module) -> dict[str, QuantizedLayer]:
 
 
 def scheme_of(model: nn.Module) -> Scheme | None:
-    """How a network in training form is quantized; None: it is not."""
-    return next((layer.scheme for layer in layers_of(model).values()), None)
+    """How a network, in training form or of integers, is quantized; None: it is not."""
+    return next((m.scheme for m in model.modules() if isinstance(m, _KINDS)), None)
 
 
 @torch.no_grad()
@@ -302,5 +303,4 @@ def conditions(model: nn.Module) -> dict[str, float]:
     Args:
         model: What `quantize` returned, calibrated; or a network of integers.
     """
-    kinds = (QuantizedLayer, QuantizedConv2d, QuantizedLinear)
-    return {n: m.condition() for n, m in model.named_modules() if isinstance(m, kinds)}
+    return {n: m.condition() for n, m in model.named_modules() if isinstance(m, _KINDS)}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 __all__ = [
+    "FEW_BITS",
     "SCHEMES",
     "ActivationQuantizer",
     "Scales",
@@ -26,6 +27,7 @@ Scales = Literal["learned", "running"]
 """Steps by gradient, or from the extremes of what is seen (weights: of the weights)."""
 
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
+FEW_BITS: tuple[Scheme, ...] = ("int4", "palette4")  # a weight, or its place in a table, has four
 
 _LEVELS = 255
 _MOMENTUM = 0.01  # of running extremes

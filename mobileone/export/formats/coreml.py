@@ -51,6 +51,7 @@ def write(
     *,
     precision: Precision = "float16",
     target: str = "iOS16",
+    **options: Any,
 ) -> dict[str, Any]:
     """Convert `model` and save the `.mlpackage` folder at `path`.
 
@@ -65,6 +66,7 @@ def write(
         metadata: shown by Xcode, in addition to the spec as JSON.
         precision: of weights and arithmetic.
         target: the first iOS that runs it.
+        options: others of `coremltools.convert`.
 
     Returns:
         Description of the input and the outputs for the manifest.
@@ -74,7 +76,7 @@ def write(
             list(spec.class_names), predicted_feature_name=LABEL
         )
     network = WithPreprocessing(model, spec)
-    options = {"classifier_config": labels, "target": target}
+    options |= {"classifier_config": labels, "target": target}
     with converted(network, spec, path, precision, **options) as mlmodel:
         save(mlmodel, spec, path, metadata)
     return {**_interface(spec, precision), "minimum_deployment_target": target}

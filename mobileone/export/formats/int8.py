@@ -17,16 +17,19 @@ from torch import Tensor, nn
 
 from mobileone.export.formats import coreml, executorch, litert, onnx
 from mobileone.export.spec import ExportSpec, Metadata
-from mobileone.export.verify.integers import INTEGER, LINEAR, Contents, Grid
+from mobileone.export.verify.integers import INTEGER, LINEAR, Contents, Grid, four_channels, packed
 from mobileone.export.verify.mlprogram import MLProgram
+from mobileone.io.coremltools_noise import quiet
 from mobileone.io.optional_import import import_optional
+from mobileone.quantization import Scheme, scheme_of
 from mobileone.quantization.deployed import QuantizedConv2d, QuantizeDequantize, QuantizedLinear
+from mobileone.quantization.rounding import FEW_BITS
 
 __all__ = ["ROADS", "Road"]
 
 
 class Road(NamedTuple):
-    """How an integer file of a format is written, and what it then has inside.
+    """How an integer file of a format is written, what it then has inside, and packages it needs.
 
     Among the operations are `conv.integer`, convolutions whose input and weights are integers, and
     `linear.integer`, linear layers whose weights are. Other convolutions do not count as such.
@@ -34,11 +37,19 @@ class Road(NamedTuple):
 
     write: Callable[[nn.Module, ExportSpec, Path, Metadata], Mapping[str, Any]]
     read: Callable[[Path], Contents]
+    needs_for_4_bits: tuple[str, ...] = ()
 
 
 _Q = torch.ops.quantized_decomposed
 _USE = "a file of integers"
 _FLOAT = "float_conv"
+_OPSET = 21  # of ONNX: the first with 4 bits
+
+
+def _described(scheme: Scheme | None, packed: bool = True) -> dict[str, Any]:
+    """What the manifest says of the weights."""
+    return {"quantized": True, "weight_bits": 4 if packed and scheme in FEW_BITS else 8}
+
 
 # -- ONNX ----------------------------------------------------------------------------------------
 
@@ -47,7 +58,65 @@ def _write_onnx(
     model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata
 ) -> dict[str, Any]:
     """Save the graph with QuantizeLinear and DequantizeLinear nodes; see `onnx.write`."""
-    return {**onnx.write(model, spec, path, metadata), "quantized": True}
+    network, scheme = _with_four_channels(model), scheme_of(model)
+    interface = onnx.write(network, spec, path, metadata)
+    if scheme in FEW_BITS:
+        interface["opset"] = _pack_onnx(path, tables=scheme == "palette4")
+    return {**interface, **_described(scheme)}
+
+
+def _with_four_channels(network: nn.Module) -> nn.Module:
+    """A copy whose first convolution reads a multiple of four channels, the last ones zero.
+
+    onnxruntime gathers integers channel by channel, a few bytes at once: with three channels, this
+    layer alone took a quarter of the time.
+    """
+    copied = deepcopy(network)
+    first = next(m for m in copied.modules() if isinstance(m, (QuantizedConv2d, QuantizedLinear)))
+    missing = -first.weight.shape[1] % 4
+    if isinstance(first, QuantizedConv2d) and first.groups == 1 and missing:
+        weight, zeros = four_channels(first.weight.detach()), nn.ZeroPad3d((0, 0, 0, 0, 0, missing))
+        first.weight = nn.Parameter(weight, requires_grad=False)
+        first.input = nn.Sequential(zeros, first.input)  # type: ignore[assignment]
+    return copied
+
+
+def _pack_onnx(path: Path, tables: bool) -> int:
+    """Store weights in 4 bits; the opset.
+
+    onnxruntime unpacks them when it loads the file. It multiplies floats where a weight of 4 bits
+    is dequantized at once, without the cast.
+    """
+    package = import_optional("onnx", _USE, onnx.EXTRA)
+    node, kinds = package.helper.make_node, package.TensorProto
+    contents = package.load(path)
+    graph, unpacked = contents.graph, list[Any]()
+    weights = [t for t in graph.initializer if t.data_type == kinds.INT8 and len(t.dims) > 1]
+    for weight in weights:
+        name, kind = weight.name, kinds.INT4
+        codes = torch.from_numpy(package.numpy_helper.to_array(weight).copy())
+        if tables:
+            kind, (table, codes) = kinds.UINT4, codes.unique(return_inverse=True)
+            graph.initializer.append(
+                package.numpy_helper.from_array(table.numpy(), f"{name}.table")
+            )
+            unpacked.append(node("Cast", [name], [f"{name}.indices"], to=kinds.INT32))
+            unpacked.append(node("Gather", [f"{name}.table", f"{name}.indices"], [f"{name}.codes"]))
+        else:
+            unpacked.append(node("Cast", [name], [f"{name}.codes"], to=kinds.INT8))
+        raw = packed(codes, 4)
+        weight.CopyFrom(package.helper.make_tensor(name, kind, weight.dims, raw, raw=True))
+    names = {weight.name for weight in weights}
+    for reader in graph.node:
+        if reader.op_type == "DequantizeLinear" and reader.input[0] in names:
+            reader.input[0] += ".codes"
+    others = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*unpacked, *others])
+    contents.opset_import[0].version = _OPSET
+    package.checker.check_model(contents, full_check=True)
+    package.save(contents, path)
+    return _OPSET
 
 
 def _read_onnx(path: Path) -> Contents:
@@ -71,7 +140,7 @@ def _read_onnx(path: Path) -> Contents:
     grids: list[Grid] = []
     for node in graph.node:
         source = made.get(node.input[0]) if node.input else None
-        if node.op_type == "DequantizeLinear" and source is not None:
+        if node.op_type == "DequantizeLinear" and source and source.op_type == "QuantizeLinear":
             own, given = ((values[n.input[1]], values[n.input[2]]) for n in (node, source))
             grids += [own] * readers[node.output[0]] if own == given else []
         elif node.op_type in ("Gemm", "MatMul"):
@@ -88,9 +157,32 @@ def _read_onnx(path: Path) -> Contents:
 def _write_coreml(
     model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata
 ) -> dict[str, Any]:
-    """Save a package for iOS 17, which has 8-bit activations; see `coreml.write`."""
-    interface = coreml.write(deepcopy(model), spec, path, metadata, target="iOS17")
-    return {**interface, "quantized": True}
+    """Save a package for the first iOS that has its weights and activations; see `coreml.write`.
+
+    Core ML turns integers of 4 bits into such itself.
+    """
+    scheme = scheme_of(model) or "int8"
+    options = {"pass_pipeline": _tables()} if scheme == "palette4" else {}
+    model, target = deepcopy(model), _TARGETS[scheme]
+    interface = coreml.write(model, spec, path, metadata, target=target, **options)
+    return {**interface, **_described(scheme)}
+
+
+# tables with a scale a channel behind them are of iOS 18, but wrong before iOS 26
+_TARGETS: dict[Scheme, str] = {"int8": "iOS17", "int4": "iOS18", "palette4": "iOS26"}
+
+
+def _tables() -> Any:
+    """Passes of coremltools that store weights as indices into a table of their values."""
+    with quiet():
+        ct = import_optional("coremltools", _USE, "coremltools")
+        optimize = import_optional("coremltools.optimize.coreml", _USE, "coremltools")
+    config = optimize.OpPalettizerConfig(mode="unique", weight_threshold=0)
+    chosen = optimize.OptimizationConfig(global_config=config)
+    passes, name = ct.PassPipeline.DEFAULT, "compression::palettize_weights"
+    passes.append_pass(name)
+    passes.set_options(name, {"config": chosen, "joint_compression": True})
+    return passes
 
 
 def _read_coreml(path: Path) -> Contents:
@@ -132,12 +224,16 @@ class _DynamicRounding(nn.Module):
 def _write_executorch(
     model: nn.Module, spec: ExportSpec, path: Path, metadata: Metadata
 ) -> dict[str, Any]:
-    """Save a program for XNNPACK's integer kernels; see `executorch.write`."""
+    """Save a program for XNNPACK's integer kernels; see `executorch.write`.
+
+    Weights keep a byte: XNNPACK has no convolution of 4 bits.
+    """
     network = _signed(model)
     for layer in network.modules():
         if isinstance(layer, QuantizedLinear) and isinstance(layer.output, nn.Identity):
             layer.input = nn.Sequential(layer.input, _DynamicRounding())  # type: ignore[assignment]
-    return {**executorch.write(network, spec, path, metadata), "quantized": True}
+    interface = executorch.write(network, spec, path, metadata)
+    return {**interface, **_described(scheme_of(model), packed=False)}
 
 
 # of XNNPACK's nodes, by their number in `XNodeUnion`: the fields of input and weights
@@ -185,7 +281,8 @@ def _write_litert(
     """Save a model of integers; see `litert.write`.
 
     The converter leaves a linear layer in floats whose output is not rounded: it gets its integers
-    back, and the runtime rounds its input by its own extremes.
+    back, and the runtime rounds its input by its own extremes. Weights keep a byte: the runtime
+    reads 4 bits, but its fast kernels do not.
     """
     network = _signed(model)
     for layer in network.modules():
@@ -201,7 +298,7 @@ def _write_litert(
     builder = _builder()
     builder.Finish(written.Pack(builder), b"TFL3")
     path.write_bytes(litert.finished(bytes(builder.Output()), spec))
-    return {**interface, "quantized": True}
+    return {**interface, **_described(scheme_of(model), packed=False)}
 
 
 def _restore(schema: Any, tensor: Any, buffer: Any, layers: Sequence[QuantizedLinear]) -> None:
@@ -268,7 +365,7 @@ def _litert_grid(tensor: Any) -> Grid | None:
 
 
 ROADS = {
-    "onnx": Road(_write_onnx, _read_onnx),
+    "onnx": Road(_write_onnx, _read_onnx, ("onnxruntime>=1.23",)),
     "coreml": Road(_write_coreml, _read_coreml),
     "executorch": Road(_write_executorch, _read_executorch),
     "litert": Road(_write_litert, _read_litert),

@@ -43,6 +43,7 @@ from mobileone.export.verify.parity import (
     recovered_logits,
 )
 from mobileone.io.optional_import import require
+from mobileone.quantization.rounding import FEW_BITS, Scheme
 
 __all__ = [
     "DEFAULT_FORMATS",
@@ -100,6 +101,7 @@ class Format:
             but the order of the sums differs; None leaves that comparison out. Four times the
             network's own rounding is accepted where that is more.
         needs: the packages to write it, as `pip` takes them.
+        needs_for_4_bits: those that weights of 4 bits need besides.
         most_images: on how many images it is compared at most, where running it here is slow.
         advice: what helps where a file errs too much.
     """
@@ -116,6 +118,7 @@ class Format:
     optional_pixels: bool = False
     program_tolerance: float | None = None
     needs: tuple[str, ...] = ()
+    needs_for_4_bits: tuple[str, ...] = ()
     most_images: int | None = None
     advice: str = ""
 
@@ -217,6 +220,7 @@ def _int8(name: str, row: Format) -> Format:
         output=row.output,
         optional_pixels=row.optional_pixels,
         needs=row.needs,
+        needs_for_4_bits=road.needs_for_4_bits,
         spec=row.spec,
         operations=lambda path: road.read(path).operations,
         check=partial(integers.check, runner=row.runner, returns=row.returns, read=road.read),
@@ -264,15 +268,25 @@ def check_formats(
     return chosen
 
 
-def check_packages(names: Iterable[str], table: Mapping[str, Format] | None = None) -> None:
+def check_packages(
+    names: Iterable[str],
+    table: Mapping[str, Format] | None = None,
+    scheme: Scheme | None = None,
+) -> None:
     """Make sure, without importing them, that the packages to write these formats are here.
+
+    Args:
+        names: of formats, known.
+        table: where they are rows; None for `FORMATS`.
+        scheme: how the network is quantized; None: it is not.
 
     Raises:
         ImportError: one is missing, or of a version that does not fit; names all of them and the
             pip command.
     """
     known = FORMATS if table is None else table
-    require({name: known[name].needs for name in names}, "formats")
+    few = scheme in FEW_BITS
+    require({n: known[n].needs + few * known[n].needs_for_4_bits for n in names}, "formats")
 
 
 def check_integers(

@@ -12,12 +12,15 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mobileone.export.spec import ExportSpec
 from mobileone.export.verify.parity import Parity, Reference, Runner, compare, measure
 from mobileone.quantization.deployed import QuantizedConv2d, QuantizeDequantize, QuantizedLinear
+from mobileone.quantization.rounding import Scheme
 
 __all__ = [
     "INTEGER",
@@ -26,10 +29,13 @@ __all__ = [
     "Contents",
     "Grid",
     "check",
+    "four_channels",
     "missing_grids",
     "missing_weights",
+    "packed",
 ]
 
+_Form = tuple[bytes, ...]  # what a file that keeps numbers in this way has, each somewhere
 Grid = tuple[float, int]  # scale, and zero point as a code 0..255
 INTEGER, LINEAR = "conv.integer", "linear.integer"  # layers of integers, among the operations
 
@@ -114,14 +120,18 @@ def missing_weights(path: Path, network: nn.Module) -> list[str]:
     """
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     contents = [file.read_bytes() for file in files]
+
+    def there(form: tuple[bytes, ...]) -> bool:
+        return all(any(part in content for content in contents) for part in form)
+
     return [
         name
         for name, layer in network.named_modules()
         if isinstance(layer, (QuantizedConv2d, QuantizedLinear))
         and not all(
-            any(form in content for form in forms for content in contents)
+            any(map(there, forms))
             for forms in (
-                _integers(layer.weight.detach()),
+                _integers(layer.weight.detach(), layer.scheme),
                 _floats(layer.weight_scale),
                 _biases(layer),
             )
@@ -153,15 +163,38 @@ def missing_grids(found: Iterable[Grid], network: nn.Module) -> list[str]:
     return missing
 
 
-def _integers(weight: Tensor) -> Iterator[bytes]:
-    """In the orders that formats keep: (O, I, H, W), (O, H, W, I), and of depthwise (H, W, O)."""
-    yield weight.numpy().tobytes()
+def packed(codes: Tensor, bits: int) -> bytes:
+    """The lowest bits of integers, one after the other, from the lowest bit of each byte on."""
+    digits = codes.flatten()[:, None] >> torch.arange(bits) & 1
+    return np.packbits(digits.byte().numpy(), bitorder="little").tobytes()
+
+
+def four_channels(weight: Tensor) -> Tensor:
+    """(O, I, H, W) with I a multiple of four; what is added reads zeros, and is in any table."""
+    added = (0, 0, 0, 0, 0, -weight.shape[1] % 4)
+    return F.pad(weight, added, value=int(weight.flatten()[0]))
+
+
+def _integers(weight: Tensor, scheme: Scheme) -> Iterator[_Form]:
+    """In the orders that formats keep: (O, I, H, W), (O, H, W, I), and of depthwise (H, W, O).
+
+    Weights of 4 bits may have a byte each, too; indices have as many bits as their table needs.
+    """
+    orders = [weight]
     if weight.ndim == 4:
-        yield weight.permute(0, 2, 3, 1).contiguous().numpy().tobytes()
-        yield weight.permute(1, 2, 3, 0).contiguous().numpy().tobytes()
+        orders += [weight.permute(0, 2, 3, 1), weight.permute(1, 2, 3, 0), four_channels(weight)]
+    for codes in orders:
+        yield (codes.contiguous().numpy().tobytes(),)
+        if scheme == "int4":
+            yield (packed(codes, 4),)
+        elif scheme == "palette4":
+            table, indices = codes.unique(return_inverse=True)
+            for bits in range(1, 5):
+                if len(table) <= 2**bits:
+                    yield table.numpy().tobytes(), packed(indices, bits)
 
 
-def _biases(layer: QuantizedConv2d | QuantizedLinear) -> Iterator[bytes]:
+def _biases(layer: QuantizedConv2d | QuantizedLinear) -> Iterator[_Form]:
     """As numbers, or in steps of input times weight scale, counted in float64 or in float32.
 
     ExecuTorch counts in float32, which has the first 24 bits of a bias.
@@ -169,11 +202,11 @@ def _biases(layer: QuantizedConv2d | QuantizedLinear) -> Iterator[bytes]:
     bias = layer.bias.detach()
     yield from _floats(bias)
     step = layer.input.scale * layer.weight_scale.double()
-    yield (bias.double() / step).round().to(torch.int32).numpy().tobytes()
+    yield ((bias.double() / step).round().to(torch.int32).numpy().tobytes(),)
     narrow = torch.tensor(layer.input.scale) * layer.weight_scale
-    yield (bias * narrow.reciprocal()).round().to(torch.int32).numpy().tobytes()
+    yield ((bias * narrow.reciprocal()).round().to(torch.int32).numpy().tobytes(),)
 
 
-def _floats(values: Tensor) -> Iterator[bytes]:
-    yield values.numpy().tobytes()
-    yield values.half().numpy().tobytes()
+def _floats(values: Tensor) -> Iterator[_Form]:
+    yield (values.numpy().tobytes(),)
+    yield (values.half().numpy().tobytes(),)

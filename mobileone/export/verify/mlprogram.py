@@ -28,6 +28,9 @@ _READERS = {
     "FLOAT16": "read_fp16_data",
     "FLOAT32": "read_float_data",
     "INT4": "read_int4_data",
+    "UINT1": "read_uint1_data",
+    "UINT2": "read_uint2_data",
+    "UINT3": "read_uint3_data",
     "UINT4": "read_uint4_data",
     "INT8": "read_int8_data",
     "UINT8": "read_uint8_data",
@@ -121,13 +124,21 @@ class MLProgram:
 
     def integer_layers(self, kind: str) -> int:
         """How many layers of a type have integers for weights and for their input."""
-        made_by = {name: op.type for op in self._operations for name, _ in op.outputs}
-        return sum(
-            made_by.get(op.arguments["x"]) == "dequantize"
-            and made_by.get(op.arguments["weight"]) == "constexpr_affine_dequantize"
-            for op in self._operations
-            if op.type == kind
-        )
+        made_by = {name: op for op in self._operations for name, _ in op.outputs}
+        types = {op.outputs[0][0]: op.outputs[0][1] for op in self._operations}
+
+        def of_integers(op: _Operation) -> bool:
+            given, weight = (made_by.get(op.arguments[name]) for name in ("x", "weight"))
+            if given is None or given.type != "dequantize" or weight is None:
+                return False
+            if weight.type != "constexpr_blockwise_shift_scale":  # of iOS 18
+                return weight.type == "constexpr_affine_dequantize"
+            data = weight.arguments["data"]
+            if isinstance(data, _Name):  # a table's
+                return types[data] == "INT8"
+            return not data.is_floating_point()
+
+        return sum(of_integers(op) for op in self._operations if op.type == kind)
 
     def grids(self) -> list[tuple[float, int]]:
         """Scale and zero point, as a code 0..255, of each reading of a `dequantize`.

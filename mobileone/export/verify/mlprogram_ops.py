@@ -108,8 +108,12 @@ def _along(values: Any, like: Tensor, axis: int | None) -> Tensor:
     return found.reshape([-1 if i == axis % like.ndim else 1 for i in range(like.ndim)])
 
 
-def _lut_to_dense(indices: Tensor, lut: Tensor, shape: list[int]) -> Tensor:
-    """Indices packed in bytes, lowest bits first, into a table of 2^bits values."""
+def _lut_to_dense(indices: Tensor, lut: Tensor, shape: list[int] | None = None) -> Tensor:
+    """Indices into a table of 2^bits values; with a shape packed in bytes, lowest bits first."""
+    if shape is None:  # from iOS 18 on, where each block might have a table of vectors
+        if lut.numel() != lut.shape[-2]:
+            raise NotImplementedError(f"tables of the shape {tuple(lut.shape)}")
+        return lut.flatten()[indices.long()]
     bits = (lut.numel() - 1).bit_length()
     count = int(torch.tensor(shape).prod())
     unpacked = (indices.reshape(-1, 1).int() >> torch.arange(8)) & 1  # (bytes, 8)

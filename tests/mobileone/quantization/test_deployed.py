@@ -9,10 +9,9 @@ from mobileone.quantization.deployed import (
     QuantizedConv2d,
     QuantizeDequantize,
     QuantizedLinear,
-    is_quantized,
     round_bias,
 )
-from mobileone.quantization.network import conditions, quantize_trained
+from mobileone.quantization.network import conditions, quantize_trained, scheme_of
 from tests.helpers.tiny import tiny_network
 
 
@@ -22,15 +21,15 @@ def codes(x, scale, zero_point):
 
 
 @pytest.mark.parametrize("signed", [False, True])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("scheme", ["int4", "int8"])
 @pytest.mark.parametrize("geometry", [{}, {"stride": (2, 2), "padding": (1, 1), "groups": 4}])
-def test_a_convolution_is_a_sum_of_integers(signed, bits, geometry):
+def test_a_convolution_is_a_sum_of_integers(signed, scheme, geometry):
     torch.manual_seed(0)
-    limit = 2 ** (bits - 1)
+    limit = 8 if scheme == "int4" else 128
     weight = torch.randint(-limit, limit, (8, 4 // geometry.get("groups", 1), 3, 3)).to(torch.int8)
     scale, bias = torch.rand(8) + 0.1, torch.randn(8)
     grid = QuantizeDequantize(0.02, 100, signed)
-    layer = QuantizedConv2d(weight, scale, bias, grid, None, bits, **geometry)
+    layer = QuantizedConv2d(weight, scale, bias, grid, None, scheme, **geometry)
     x = 2 * torch.randn(2, 4, 9, 9)
     whole = torch.nn.functional.conv2d(codes(x, 0.02, 100), weight.double(), **geometry)
     expected = whole * (0.02 * scale.double()).view(-1, 1, 1) + bias.double().view(-1, 1, 1)
@@ -54,7 +53,8 @@ def test_a_linear_layer_rounds_its_output_if_asked():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight": torch.full((2, 3), 8, dtype=torch.int8)}, "4 bits"),
+        ({"weight": torch.full((2, 3), 8, dtype=torch.int8)}, "int4"),
+        ({"weight": torch.arange(18).to(torch.int8).view(2, 9), "scheme": "palette4"}, "palette4"),
         ({"weight": torch.zeros(2, 3)}, "int8"),
         ({"weight_scale": torch.tensor([1.0, 0.0])}, "`weight_scale`"),
     ],
@@ -65,7 +65,7 @@ def test_a_layer_refuses_what_no_kernel_takes(change, message):
         "weight_scale": torch.ones(2),
         "bias": torch.zeros(2),
         "input": QuantizeDequantize(1.0),
-        "bits": 4,
+        "scheme": "int4",
     }
     with pytest.raises(ValueError, match=message):
         QuantizedLinear(**{**given, **change})
@@ -93,7 +93,7 @@ def test_a_rounded_network_is_close_and_rounds_before_what_is_no_layer():
     trained = tiny_network()
     images = torch.randn(16, 3, 32, 48)
     network = quantize_trained(trained, images.split(5))
-    assert is_quantized(network) and not is_quantized(trained)
+    assert (scheme_of(network), scheme_of(trained)) == ("int8", None)
     layers = [m for m in network.modules() if isinstance(m, (QuantizedConv2d, QuantizedLinear))]
     rounds = [isinstance(layer.output, QuantizeDequantize) for layer in layers]
     assert rounds == [False, True, False]  # the pooling follows the second convolution

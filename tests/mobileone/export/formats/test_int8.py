@@ -14,17 +14,19 @@ from torch import nn
 from mobileone.export import FORMATS, Metadata
 from mobileone.export.artifact import RejectedError, export_model
 from mobileone.export.formats import int8
-from mobileone.export.formats.table import check_integers
+from mobileone.export.formats.table import check_integers, check_packages
 from mobileone.export.inspect import describe_artifact
 from mobileone.export.preprocess import normalize
 from mobileone.export.verify import integers
 from mobileone.export.verify.parity import Reference, fixed_images
+from mobileone.io import optional_import
 from mobileone.quantization.deployed import QuantizedConv2d, QuantizedLinear, round_bias
 from mobileone.quantization.deployed import QuantizeDequantize as GRID
 from mobileone.quantization.network import quantize_trained
 from tests.helpers.tiny import tiny_network, tiny_spec
 from tests.helpers.variants import slow
 
+LAYERS = QuantizedConv2d, QuantizedLinear
 INTEGER = sorted(name for name, row in FORMATS.items() if row.integers)
 SPEC = tiny_spec()
 IMAGES = fixed_images(SPEC, 64)
@@ -33,6 +35,11 @@ IMAGES = fixed_images(SPEC, 64)
 @pytest.fixture(scope="module")
 def quantized():
     return quantize_trained(tiny_network(), [normalize(IMAGES, SPEC)])
+
+
+@pytest.fixture(scope="module", params=["int4", "palette4"])
+def few_bits(request):
+    return quantize_trained(tiny_network(), [normalize(IMAGES, SPEC)], request.param)
 
 
 def export(network, name, folder, change=None):
@@ -66,6 +73,87 @@ def test_a_quantized_network_becomes_a_file_of_integers(name, quantized, tmp_pat
     assert entry["parity"]["images"] == 64
     assert entry["parity"]["top1_agreement"] >= 0.99
     assert entry["weights_parity"]["max_relative_error"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        ("onnx_int8", 4),
+        ("coreml_int8", 4),
+        slow("executorch_int8", 8),
+        slow("litert_int8", 8),
+    ],
+)
+def test_weights_of_4_bits_are_so_in_the_file_where_a_runtime_multiplies_them(
+    name, bits, few_bits, tmp_path
+):
+    entry = export(few_bits, name, tmp_path / "artifact").formats[name]
+    assert entry["weight_bits"] == bits
+    assert (entry["operations"]["conv.integer"], entry["operations"]["linear.integer"]) == (2, 1)
+    assert entry["weights_parity"]["max_relative_error"] == 0
+
+
+def test_onnx_keeps_the_integers_of_4_bits(few_bits, tmp_path):
+    """Read by the package of ONNX: integers, or a table and places in it."""
+    path = tmp_path / "model.onnx"
+    FORMATS["onnx_int8"].write(few_bits, SPEC, path, Metadata())
+    contents = onnx.load(path)
+    kept = {t.name: onnx.numpy_helper.to_array(t) for t in contents.graph.initializer}
+    kinds = {t.data_type for t in contents.graph.initializer if len(t.dims) > 1}
+    layers = {n: m for n, m in few_bits.named_modules() if isinstance(m, LAYERS)}
+    assert contents.opset_import[0].version == 21 and len(layers) == 3
+    tables = next(iter(layers.values())).scheme == "palette4"
+    assert kinds == {onnx.TensorProto.UINT4 if tables else onnx.TensorProto.INT4}
+    for name, layer in layers.items():
+        found = kept[f"{name}.weight"].astype(int)
+        if tables:
+            found = kept[f"{name}.weight.table"][found]
+        assert (found[:, : layer.weight.shape[1]] == layer.weight.numpy()).all()
+
+
+def test_a_fourth_channel_of_zeros_changes_no_bit(quantized, tmp_path, monkeypatch):
+    row, found = FORMATS["onnx_int8"], {}
+    for name in ("padded", "plain"):
+        path = tmp_path / f"{name}.onnx"
+        row.write(quantized, SPEC, path, Metadata())
+        found[name] = row.runner(path, SPEC)(IMAGES)
+        assert row.count_operations(path)["Pad"] == (name == "padded")
+        monkeypatch.setattr(int8, "_with_four_channels", lambda network: network)
+    assert torch.equal(found["padded"], found["plain"])
+
+
+@pytest.mark.parametrize("name", ["onnx_int8", "coreml_int8"])
+def test_a_changed_weight_of_4_bits_is_caught(name, few_bits, tmp_path):
+    with pytest.raises(RejectedError, match=r"weights parity: .*'0.reparam_conv"):
+        export(few_bits, name, tmp_path / "artifact", move_weights)
+
+
+def move_weights(network):
+    """Two of them change places: the table stays."""
+    weight = convolution(network).weight.view(-1)
+    other = next(i for i, value in enumerate(weight) if value != weight[0])
+    weight[[0, other]] = weight[[other, 0]]
+
+
+def test_a_changed_table_is_caught(tmp_path):
+    network = quantize_trained(tiny_network(), [normalize(IMAGES, SPEC)], "palette4")
+
+    def change(network):
+        weight = convolution(network).weight
+        weight[weight == weight.max()] -= 1
+
+    with pytest.raises(RejectedError, match=r"weights parity: .*'0.reparam_conv"):
+        export(network, "onnx_int8", tmp_path / "artifact", change)
+
+
+def test_weights_of_4_bits_need_an_onnxruntime_that_reads_them(few_bits, tmp_path, monkeypatch):
+    known = optional_import.version
+    monkeypatch.setattr(
+        optional_import, "version", lambda name: "1.22" if name == "onnxruntime" else known(name)
+    )
+    with pytest.raises(ImportError, match=r"`onnx_int8` \(here is onnxruntime 1.22\).*>=1.23'"):
+        export_model(few_bits, SPEC, tmp_path / "artifact", ["onnx_int8"], images=IMAGES)
+    check_packages(["onnx_int8"], scheme="int8")
 
 
 def convolution(network) -> QuantizedConv2d:

@@ -203,6 +203,14 @@ def test_scales_of_blocks_are_repeated_along_each_axis():
     assert dense.tolist() == [[-1, 0, 0, 10], [3, 4, 40, 50]]
 
 
+def test_a_table_of_ios18_is_looked_up():
+    table = torch.tensor([-7, 0, 5, 100]).view(1, 1, 4, 1)
+    dense = KERNELS["constexpr_lut_to_dense"](torch.tensor([[3, 0, 2], [1, 1, 3]]), table)
+    assert dense.tolist() == [[100, -7, 5], [0, 0, 100]]
+    with pytest.raises(NotImplementedError, match="tables of the shape"):
+        KERNELS["constexpr_lut_to_dense"](torch.tensor([[1], [0]]), table.view(2, 1, 2, 1))
+
+
 # -- What it does not know -------------------------------------------------------------------
 
 
