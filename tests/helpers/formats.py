@@ -13,10 +13,10 @@ __all__ = ["OF_FLOATS", "network_for", "skip_without_packages"]
 OF_FLOATS = [name for name, row in FORMATS.items() if not row.integers]
 
 
-def skip_without_packages(name):
+def skip_without_packages(name, scheme=None):
     """Skip a test of a format whose packages are not installed, or do not exist for this Python."""
     try:
-        check_packages([name])
+        check_packages([name], scheme=scheme)
     except ImportError as error:
         pytest.skip(str(error))
 
