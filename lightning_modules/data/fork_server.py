@@ -6,11 +6,14 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from types import FunctionType
 from typing import Any
 
+from lightning_modules.data.image_io import IMAGE_PLUGINS
+
 __all__ = ["DATA_WORKERS", "TO_THE_GROUP", "start_server"]
 
 TO_THE_GROUP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
-_PRELOADED = ["lightning_modules.data.dataset", "lightning_modules.data.dataloader"]
+_ROOM = "lightning_modules.data"
+_PRELOADED = [f"{_ROOM}.dataset", f"{_ROOM}.dataloader", *IMAGE_PLUGINS, f"{_ROOM}.frozen"]
 
 
 class _Server(forkserver.ForkServer):

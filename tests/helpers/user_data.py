@@ -1,5 +1,7 @@
 """Datasets as a user would write them, named by `--data.dataset tests.helpers.user_data:NAME`."""
 
+import gc
+import multiprocessing
 import sys
 import threading
 from pathlib import Path
@@ -106,8 +108,22 @@ class _OfImports(Paths):
     """Images that only a module that `--imports` names can read."""
 
     def __getitem__(self, index):
-        assert "tests.programs.my_networks" in sys.modules
+        assert "tests.helpers.apple" in sys.modules
         return super().__getitem__(index)
+
+
+class _OfServer(Paths):
+    """Images that only a worker that shares the fork server's memory reads."""
+
+    def __getitem__(self, index):
+        if multiprocessing.parent_process():
+            assert gc.get_freeze_count() > 10_000
+            assert "PIL.WebPImagePlugin" in sys.modules and "PIL.EpsImagePlugin" not in sys.modules
+        return super().__getitem__(index)
+
+
+def make_of_server(root, split):
+    return _OfServer(root, split)
 
 
 def make_of_imports(root, split):

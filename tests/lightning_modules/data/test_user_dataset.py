@@ -63,8 +63,13 @@ def test_a_lock_that_another_thread_holds_does_not_stop_the_workers(pets):
 
 
 def test_workers_have_the_modules_of_imports(pets):
-    import_user_modules(["tests.programs.my_networks"])
+    import_user_modules(["tests.helpers.apple"])
     assert batches(module(pets, "make_of_imports", num_workers=1))
+
+
+def test_workers_share_what_their_server_has_imported(pets):
+    """All that reading needs, in memory that the garbage collector leaves alone."""
+    assert batches(module(pets, "make_of_server", num_workers=1))
 
 
 def test_a_data_set_that_no_worker_can_be_sent_is_refused(pets):
