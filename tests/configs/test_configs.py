@@ -49,7 +49,6 @@ def test_header_gives_command_expectation_and_hardware(recipe):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_runs_for_a_batch(recipe, images, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MOBILEONE_CACHE", str(tmp_path / "cache"))
     below = {"imagenet/fast.yaml": ["base", "s0"], "imagenet/distill.yaml": ["base", "s1"]}
     parts = below.get(recipe, ["base"] if "imagenet/s" in recipe else [])
     base = [word for part in parts for word in ("--config", str(ROOT / f"imagenet/{part}.yaml"))]

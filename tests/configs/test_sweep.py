@@ -29,7 +29,6 @@ def agent_command(pick):
 @pytest.mark.parametrize("pick", [min, max])
 def test_the_command_of_an_agent_trains(pick, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MOBILEONE_CACHE", str(tmp_path / "cache"))
     env, program, *words = agent_command(pick)
     assert (env, program) == ("/usr/bin/env", "mobileone")
     main([*words, "--model.model", "mobileone_mu0", *DRY.split()])

@@ -20,7 +20,6 @@ def tiny_run(tmp_path_factory):
     run = root / "quickstart" / "latest"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        patch.setenv("MOBILEONE_CACHE", str(root / "cache"))
         main(["fit", *words.split(), "--run.root", str(root)])
         last = str(run / "checkpoints/last.ckpt")
         main(["test", "--ckpt_path", last, "--wandb.mode", "disabled"])

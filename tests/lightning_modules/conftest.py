@@ -11,17 +11,10 @@ from tests.helpers.images import write_images
 from tests.helpers.trainer import fit
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    """The cache folder of all tests, where the digits are written once."""
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def here(tmp_path, monkeypatch, cache):
+def here(tmp_path, monkeypatch):
     """The test's own folder is the current one; no wandb run is left open."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MOBILEONE_CACHE", str(cache))
     monkeypatch.setenv("WANDB_SILENT", "true")
     yield
     import wandb

@@ -122,16 +122,10 @@ def test_output_stride_is_checked(bad):
         timm.create_model("mobileone_s0", output_stride=bad)
 
 
-def test_import_and_creation_warn_about_nothing():
+def test_importing_and_creating_warn_about_nothing_and_load_no_optional_package():
     script = (
-        "import timm, mobileone; timm.create_model('mobileone_s0');"
-        "mobileone.reparameterize(timm.create_model('mobileone_s4').eval())"
+        "import sys, timm, mobileone, mobileone.export;"
+        "assert not {'lightning', 'coremltools', 'fvcore'} & set(sys.modules);"
+        "mobileone.reparameterize(timm.create_model('mobileone_s4', device='meta').eval())"
     )
     run_python("-W", "error", "-c", script)
-
-
-def test_core_imports_neither_lightning_nor_coremltools():
-    script = (
-        "import sys, mobileone;assert not {'lightning', 'coremltools', 'fvcore'} & set(sys.modules)"
-    )
-    run_python("-c", script)

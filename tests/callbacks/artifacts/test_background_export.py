@@ -35,12 +35,6 @@ from tests.helpers.modules import ScoredClassifier
 from tests.helpers.paths import PROGRAMS
 from tests.helpers.processes import run_program, start_python
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*LeafSpec.* is deprecated:FutureWarning",  # by Lightning
-    # Lightning about resuming in the middle of an epoch with a loader that cannot
-    "ignore:You're resuming from a checkpoint that ended before",
-)
-
 
 @pytest.fixture
 def make(folder):
@@ -171,17 +165,6 @@ def test_an_export_that_was_missed_is_made_up_for(make, tmp_path, folder, starte
     assert targets(folder)["best"] == name(0)
 
 
-def test_an_exception_in_training_lets_the_export_end(make, tmp_path, folder, started):
-    def fail(trainer, pl_module):
-        if trainer.current_epoch == 1:
-            raise RuntimeError("out of memory")
-
-    fails = LambdaCallback(on_train_epoch_start=fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        fit(ScoredClassifier([0.5]), make(), tmp_path, max_epochs=2, callbacks=[fails])
-    assert contents(folder) == expected(0)
-
-
 @pytest.mark.parametrize("stop", [ForceQuit, Interrupted])
 def test_ctrl_c_ends_an_export_that_would_take_minutes(
     make, tmp_path, folder, started, monkeypatch, stop
@@ -227,24 +210,6 @@ def test_training_goes_on_while_the_worker_works(make, tmp_path, folder, started
     assert seen == [False] * STEPS + [True]
 
 
-def test_best_checkpoint_and_best_artifact_are_one_network_while_the_worker_works(
-    make, tmp_path, folder, started
-):
-    """Its link waits for the export that moves the artifact's."""
-    seen = []
-
-    class Look(Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if trainer.current_epoch == 2 and batch_idx == 0:
-                found = targets(folder)
-                seen.append((found["best"], found["best.ckpt"], found["last.ckpt"]))
-
-    fit(ScoredClassifier([0.1, 0.5, 0.2]), make(), tmp_path, max_epochs=3, callbacks=[Look()])
-    assert seen == [(name(0), f"{name(0)}.ckpt", f"{name(1)}.ckpt")]
-    assert targets(folder)["best"] == name(1)
-    assert targets(folder)["best.ckpt"] == f"{name(1)}.ckpt"
-
-
 class SlowWorker:
     """Takes longer than an epoch: it exports when it is waited for."""
 
@@ -259,6 +224,18 @@ class SlowWorker:
 
     def stop(self):
         pass
+
+
+def test_an_exception_in_training_lets_the_export_end(make, tmp_path, folder, monkeypatch):
+    def fail(trainer, pl_module):
+        if trainer.current_epoch == 1:
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(publisher, "ExportWorker", SlowWorker)
+    fails = LambdaCallback(on_train_epoch_start=fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit(ScoredClassifier([0.5]), make(), tmp_path, max_epochs=2, callbacks=[fails])
+    assert contents(folder) == expected(0)
 
 
 @pytest.mark.filterwarnings("ignore:Exporting")
@@ -300,6 +277,7 @@ def test_the_best_follows_where_each_export_ends_after_the_next_validation(
     fit(ScoredClassifier(scores), make(**options), tmp_path, max_epochs=4, callbacks=[Look()])
     look()
     assert [found["best.ckpt"] for found in seen] == [f"{name(e)}.ckpt" for e in checkpoints]
+    assert [found["last.ckpt"] for found in seen] == [f"{name(e)}.ckpt" for e in range(4)]
     assert [found.get("best") for found in seen] == [e if e is None else name(e) for e in artifacts]
 
 

@@ -103,7 +103,7 @@ def test_every_command_takes_modules_of_the_users_own(name, capsys):
 def test_a_runtime_of_the_users_own_is_measured_by_all(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(PROGRAMS)
     monkeypatch.setattr("mobileone.io.user_modules._imported", {})
-    options = ["mobileone_mu0", "--imports", "[my_runtimes]", "--input_size", "32"]
+    options = ["test_byobnet", "--imports", "[my_runtimes]", "--input_size", "32"]
     try:
         for kind, more in (("latency", ["--runs", "1"]), ("memory", [])):
             command = ["benchmark", kind, *options, *more, "--runtimes", "[mine]"]

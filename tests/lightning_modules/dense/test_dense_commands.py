@@ -21,7 +21,7 @@ pytest.importorskip("pycocotools", reason="needs the extra `dense`")
 ROOT = Path(str(files("configs"))) / "dense"
 RECIPES = sorted(path.name for path in ROOT.glob("*.yaml"))
 QUIET = "--trainer.enable_progress_bar false --trainer.accelerator cpu".split()
-TINY = "--model.model mobileone_mu0 --data.size 64 --data.batch_size 4 --data.num_workers 0".split()
+TINY = "--model.model test_byobnet --data.size 64 --data.batch_size 4 --data.num_workers 0".split()
 SHAPES = [*TINY, "--data.count", "8", *QUIET]
 OWN = {"segment": ["--model.architecture", "unet"], "detect": ["--model.size", "64"]}
 
@@ -109,9 +109,8 @@ def test_a_run_has_what_fit_gives(task, capsys):
     metrics = (folder / "metrics/version_0/metrics.csv").read_text().splitlines()[0].split(",")
     assert {"train/loss_epoch", "train/loss", "lr"} <= set(metrics)
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    assert (
-        config["model"]["init_args"]["model"] == "mobileone_mu0" and config["run"]["name"] == task
-    )
+    assert config["model"]["init_args"]["model"] == "test_byobnet"
+    assert config["run"]["name"] == task
     last = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
     assert last["epoch"] == 1 and last["averaging_state"]["n_averaged"] == 4
     raw, averaged = last["current_model_state"], last["state_dict"]

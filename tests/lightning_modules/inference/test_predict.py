@@ -20,7 +20,7 @@ from mobileone.export import ExportSpec, export_model
 from tests.helpers.variants import slow
 
 NAMES = ('cat, "big"', "chien é")
-MODEL = "mobileone_s0"
+MODEL = "mobileone_mu0"
 
 
 @pytest.fixture(scope="module")

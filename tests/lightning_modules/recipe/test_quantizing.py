@@ -175,7 +175,7 @@ def test_what_is_validated_is_what_ships_in_integers(start, make_folder, tmp_pat
     saver = ReparameterizeOnSave(
         dirpath=str(tmp_path / "files"), formats=["onnx_int8"], background=False, strict=True
     )
-    trainer = train(module(start, lr=0.01), root, tmp_path, seen, saver, epochs=2)
+    trainer = train(module(start, lr=0.01), root, tmp_path, seen, saver)
     artifact = saver.artifact_path
     assert "QLinearConv" in str(session_operations(artifact / "model.int8.onnx"))
     runner = load_runner(artifact, "onnx_int8")

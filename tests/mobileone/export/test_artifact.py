@@ -25,7 +25,6 @@ from mobileone.export.formats import table as formats_module
 from mobileone.export.inspect import describe_artifact
 from mobileone.export.isolation import isolated
 from mobileone.export.worker import run_job
-from tests.helpers.processes import run_python
 from tests.helpers.tiny import tiny_network, tiny_spec
 
 FORMATS = ["torchscript"]
@@ -279,13 +278,6 @@ def test_loading_refuses_a_tampered_folder(tmp_path):
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(ValueError, match="does not match its manifest"):
         load_torchscript_artifact(folder)
-
-
-def test_importing_the_package_does_not_import_coremltools_or_lightning():
-    code = (
-        "import sys, mobileone.export as e; print({'coremltools', 'lightning'} & set(sys.modules))"
-    )
-    assert run_python("-c", code).stdout.strip() == "set()"
 
 
 def test_a_model_without_anything_to_fuse_is_exported(tmp_path):

@@ -28,16 +28,16 @@ from tests.helpers.tiny import tiny_network, tiny_spec
 ODD = ('the "cat", sat', "crème brûlée", "猫\t", "it's; {odd}")
 
 
-@pytest.mark.parametrize("name", OF_FLOATS)
+# coreml_fp32 is written by the same code as coreml
+@pytest.mark.parametrize("name", [name for name in OF_FLOATS if name != "coreml_fp32"])
 @pytest.mark.parametrize(
     ("channels", "size", "names"),
     [
-        (3, (32, 32), ODD),
         (1, (32, 32), ("only",)),
         (4, (513, 257), ("a", "b")),
-        (3, (32, 32), tuple(f"class {i}" for i in range(20_000))),
+        (3, (32, 32), (*ODD, *(f"class {i}" for i in range(20_000)))),
     ],
-    ids=["odd names", "one class, gray", "four channels, 513x257", "20,000 classes"],
+    ids=["one class, gray", "four channels, 513x257", "20,000 classes and odd names"],
 )
 def test_every_format_takes_what_is_unusual(name, channels, size, names, tmp_path):
     skip_without_packages(name)
@@ -73,8 +73,12 @@ def test_a_read_only_folder_is_said(tmp_path):
     for parent in [tmp_path, *tmp_path.parents]:  # pytest keeps its folders to itself
         if parent.stat().st_uid == 0 and parent != Path("/"):
             parent.chmod(parent.stat().st_mode | 0o055)
-    done = run_program("export_as_nobody.py", locked / "artifact")
-    assert "Permission denied" in done.stdout
+    os.seteuid(65534)
+    try:
+        with pytest.raises(PermissionError, match="locked"):
+            export_model(tiny_network(), tiny_spec(), locked / "artifact", ["torchscript"])
+    finally:
+        os.seteuid(0)
     assert list(locked.iterdir()) == []
 
 
