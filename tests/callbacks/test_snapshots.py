@@ -17,11 +17,6 @@ from callbacks.snapshots import Snapshots, _remove_others
 from tests.helpers import trainer as helpers
 from tests.helpers.processes import run_program
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:You're resuming from a checkpoint that ended before the epoch ended",
-    "ignore:.*treespec, LeafSpec.*:FutureWarning",
-)
-
 
 class Resumable(DataLoader):
     """Twelve batches; continues where the checkpoint was made."""

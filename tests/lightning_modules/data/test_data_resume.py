@@ -19,7 +19,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*exists and is not empty",
     "ignore:The dirpath has changed",
     "ignore:.*callbacks used to create the checkpoint need to be provided",
-    "ignore:.*treespec, LeafSpec.*:FutureWarning",  # inside Lightning 2.6
 )
 
 EVERY_VALIDATION = {"save_on_train_epoch_end": False}

@@ -21,7 +21,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Consider setting `persistent_workers=True`",
     "ignore:.*exists and is not empty",
     "ignore:.*callbacks used to create the checkpoint need to be provided",
-    "ignore:.*treespec, LeafSpec.*:FutureWarning",  # inside Lightning 2.6
 )
 
 

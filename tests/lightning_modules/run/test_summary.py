@@ -10,12 +10,7 @@ from mobileone.export import FORMATS
 from tests.helpers.checkpoints import fit, name, saver
 from tests.helpers.modules import ScoredClassifier
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),  # by Lightning
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:epoch=.* has files for"),
-    pytest.mark.filterwarnings("ignore:Exporting"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:epoch=.* has files for", "ignore:Exporting")
 
 
 def no_converter(model, spec, path, metadata):

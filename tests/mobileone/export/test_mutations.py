@@ -1,6 +1,7 @@
 """MobileOne-S0 itself, written wrongly on purpose: the gates must publish none of it.
 
-Each mutation is handed to `export_model` as the file that was written.
+Each mutation is handed to `export_model` as the file that was written; those that a network of two
+blocks shows as well are in `verify/test_mlprogram.py`.
 """
 
 import copy
@@ -8,7 +9,6 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -20,15 +20,7 @@ from mobileone.export import FORMATS, ExportSpec, Metadata, RejectedError, expor
 from mobileone.export.formats import coreml
 from mobileone.export.preprocess import normalize
 from tests.helpers.branches import Branches
-from tests.helpers.mlpackage import (
-    declare_bgr,
-    digits,
-    edit,
-    operations_of,
-    permute_labels,
-    perturb_weight,
-    swap_channels,
-)
+from tests.helpers.mlpackage import digits, perturb_weight
 
 pytest.importorskip("coremltools")
 pytestmark = pytest.mark.slow
@@ -107,16 +99,6 @@ def publish(network, good, tmp_path, monkeypatch):
     return run
 
 
-def rejected(publish, package, *checks):
-    """It lies beside, under another name, and each of these checks says why."""
-    with pytest.raises(RejectedError) as caught:
-        publish(package)
-    assert not (package.parent / "artifact").exists()
-    assert (package.parent / "artifact.rejected" / "manifest.json").is_file()
-    for check in checks:
-        assert f"coreml: {check}" in str(caught.value)
-
-
 def test_the_good_one_is_published(good, publish):
     manifest = publish(good[0])
     entry = manifest.formats["coreml"]
@@ -126,49 +108,21 @@ def test_the_good_one_is_published(good, publish):
     assert "batch_norm" not in entry["operations"] and "add" not in entry["operations"]
 
 
-@pytest.mark.parametrize("field", ["mean", "std"])
-def test_a_wrong_normalization(copied, publish, field):
-    """One channel's constant, a hundredth of the range away, in the program."""
-    value = {"mean": 255 * SPEC.mean[1], "std": 1 / (255 * SPEC.std[1])}[field]
-    kind = {"mean": "sub", "std": "mul"}[field]
-
-    def change(proto):
-        operations = operations_of(proto)
-        (name,) = [op.inputs["y"].arguments[0].name for op in operations if op.type == kind]
-        (const,) = [op for op in operations if op.outputs[0].name == name]
-        tensor = const.attributes["val"].immediateValue.tensor
-        numbers = np.frombuffer(tensor.bytes.values, np.float16).copy()
-        assert numbers[1] == pytest.approx(value, rel=1e-3)
-        numbers[1] += np.float16(2.55 if field == "mean" else value / 20)
-        tensor.bytes.values = numbers.tobytes()
-
-    edit(copied, change)
-    rejected(publish, copied, "program parity")
-
-
-@pytest.mark.parametrize("change", [declare_bgr, permute_labels])
-def test_rgb_declared_as_bgr_and_a_permuted_label_list(copied, publish, change):
-    edit(copied, change)
-    rejected(publish, copied, "parity", "program parity")
-
-
-def test_swapped_channels_of_the_first_layer(fused, publish, tmp_path):
-    coreml.write(swap_channels(fused), SPEC, tmp_path / "m.mlpackage", Metadata())
-    rejected(publish, tmp_path / "m.mlpackage", "program parity", "weights parity")
-
-
 @pytest.mark.parametrize("what", ["largest", "median", "bias"])
-@pytest.mark.parametrize("layer", [0, 1, 20, 41, 42])
+@pytest.mark.parametrize("layer", [0, 20, 42])
 def test_one_perturbed_number(copied, fused, publish, layer, what):
     """Of two million, in half precision: 1 % larger."""
     convs = [m for m in fused.modules() if isinstance(m, nn.Conv2d)]
     tensor = convs[layer].bias if what == "bias" else convs[layer].weight
     which = -1 if what == "largest" else tensor.numel() // 2
     perturb_weight(copied, tensor, which, 1.01)
-    rejected(publish, copied, "weights parity")
+    with pytest.raises(RejectedError, match="coreml: weights parity"):
+        publish(copied)
+    assert not (copied.parent / "artifact").exists()
+    assert (copied.parent / "artifact.rejected" / "manifest.json").is_file()
 
 
-@pytest.mark.parametrize("layer", ["stem", "stages.1.2", "stages.3.1"])
+@pytest.mark.parametrize("layer", ["stem", "stages.3.1"])
 def test_a_layer_left_unfused(network, fused, publish, tmp_path, layer):
     partly = copy.deepcopy(fused)
     partly.set_submodule(layer, Branches(network.get_submodule(layer)).eval())

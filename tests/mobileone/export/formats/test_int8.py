@@ -14,7 +14,7 @@ from torch import nn
 from mobileone.export import FORMATS, Metadata
 from mobileone.export.artifact import RejectedError, export_model
 from mobileone.export.formats import int8
-from mobileone.export.formats.table import check_integers, check_packages
+from mobileone.export.formats.table import check_formats, check_integers, check_packages
 from mobileone.export.inspect import describe_artifact
 from mobileone.export.preprocess import normalize
 from mobileone.export.verify import integers
@@ -320,12 +320,15 @@ def test_floats_do_not_hold_a_quantized_network(name, quantized, tmp_path):
 
 @pytest.mark.parametrize("name", INTEGER)
 def test_integers_do_not_hold_a_network_of_floats(name, tmp_path):
-    with pytest.raises(ValueError, match=r"--model.quantize int8 \(configs"):
+    ways = r"--model.quantize int8 \(configs/quantize\.yaml.*`mobileone compress`"
+    with pytest.raises(ValueError, match=ways):
         export_model(tiny_network(), SPEC, tmp_path / "artifact", [name])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_formats_are_checked_without_a_network():
+    with pytest.raises(ValueError, match=r"coreai-torch 0\.4\.3 refuses"):
+        check_formats(["coreai_int8"])
     check_integers(["onnx"], quantized=False)
     check_integers(["onnx_int8", "coreml_int8"], quantized=True)
     with pytest.raises(ValueError, match="hold floats"):
