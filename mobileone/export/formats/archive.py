@@ -14,7 +14,7 @@ _WITH_TEXT = frozenset(
     "Float Int add conv1d conv2d conv3d device div div_ einsum eq ge gelu gelu_ gt index le len "
     "linalg_norm lt meshgrid ne pad scatter scatter_reduce slice split".split()
 )
-# up to torch 2.12 dimensions could have names
+# in older torch (2.10) dimensions can have names
 _DIMENSION = re.compile(r"(start_|end_|out_?)?dims?|dim[012]|names").fullmatch
 _BEYOND = ("str", "Storage", "Stream", "Generator", "Future", "RRef", "__torch__")
 
