@@ -157,7 +157,7 @@ class Manifest:
     def described(self) -> dict[str, str]:
         """Each format in words: file, size and faithfulness, or why it was left out."""
         written = {
-            name: f"{entry['path']}, {entry['bytes'] / 1e6:.1f} MB, {_in_words(entry['parity'])}"
+            name: f"{entry['path']}, {_size(entry['bytes'])}, {_in_words(entry['parity'])}"
             for name, entry in self.formats.items()
         }
         return written | {name: f"left out: {reason}" for name, reason in self.rejected.items()}
@@ -191,6 +191,10 @@ class Manifest:
             ]
         if problems:
             raise ValueError(f"{directory} does not match its manifest: {'; '.join(problems)}")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.0f} kB"
 
 
 def _in_words(parity: Mapping[str, Any]) -> str:
