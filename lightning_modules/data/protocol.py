@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule
 
 from mobileone.export.spec import ExportSpec
 
-__all__ = ["ClassificationData", "check_data_module", "in_chans", "num_classes"]
+__all__ = ["ClassificationData", "check_data_module", "in_chans", "num_classes", "require"]
 
 
 class ClassificationData(Protocol):
@@ -42,6 +42,14 @@ _NEEDED = {
         'self.data_config = {"input_size": (3, 224, 224), "mean": (0.485, 0.456, 0.406), '
         '"std": (0.229, 0.224, 0.225), "interpolation": "bilinear", "crop_pct": 0.875}',
     ),
+    "train_dataloader": (
+        "the training images, shuffled",
+        "def train_dataloader(self):  # -> DataLoader",
+    ),
+    "test_dataloader": (
+        "the test images; `mobileone validate` scores those of the validation",
+        "def test_dataloader(self):  # -> DataLoader",
+    ),
     "val_dataloader": (
         "the validation images; a checkpoint and its artifact are written after each validation",
         "def val_dataloader(self):  # -> DataLoader",
@@ -57,18 +65,16 @@ _NEEDED = {
 _KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct")
 
 
-def check_data_module(data: object, needs_curriculum: bool = False) -> ClassificationData:
+def check_data_module(data: object) -> ClassificationData:
     """Return ``data`` as what it is, or say what it lacks.
 
     Args:
         data: a data module.
-        needs_curriculum: whether it must have `set_curriculum`, too.
 
     Raises:
         ValueError: an attribute is missing or has a value that cannot be.
     """
-    needed = ["class_names", "data_config", "val_dataloader"]
-    _require(data, *needed, *["set_curriculum"] * needs_curriculum)
+    require(data, "class_names", "data_config", "val_dataloader")
     checked = cast(ClassificationData, data)
     config = checked.data_config
     faults = [f"lacks {key}" for key in _KEYS if key not in config]
@@ -92,7 +98,7 @@ def num_classes(data: object) -> int:
     Raises:
         ValueError: it has no `class_names`.
     """
-    _require(data, "class_names")
+    require(data, "class_names")
     return len(cast(ClassificationData, data).class_names)
 
 
@@ -102,14 +108,20 @@ def in_chans(data: object) -> int:
     Raises:
         ValueError: it has no `data_config`.
     """
-    _require(data, "data_config")
+    require(data, "data_config")
     return int(cast(ClassificationData, data).data_config["input_size"][0])
 
 
-_NONE = (None, LightningDataModule.val_dataloader)  # which only raises
+_LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
+_NONE = (None, *(getattr(LightningDataModule, name) for name in _LOADERS))  # which only raise
 
 
-def _require(data: object, *names: str) -> None:
+def require(data: object, *names: str) -> None:
+    """Make sure that a data module has these attributes.
+
+    Raises:
+        ValueError: some are missing; the message says what each is for.
+    """
     # statically: a property would run the user's code, and hide an AttributeError of its own
     missing = [name for name in names if getattr_static(data, name, None) in _NONE]
     if missing:

@@ -24,7 +24,7 @@ from callbacks.report.callback import Report
 from callbacks.snapshots import Snapshots
 from lightning_modules.data.base import ResumableData
 from lightning_modules.data.datamodule import ImageDataModule
-from lightning_modules.data.protocol import check_data_module, in_chans, num_classes
+from lightning_modules.data.protocol import check_data_module, in_chans, num_classes, require
 from lightning_modules.errors import UsageError, message_for_user
 from lightning_modules.recipe.classifier import ImageClassifier
 from lightning_modules.recipe.quantizing import check_quantization
@@ -42,6 +42,7 @@ from lightning_modules.run.config_files import (
     value_in_configs,
 )
 from lightning_modules.run.folder import RunFolder, SaveRunConfig
+from lightning_modules.run.hints import Hints
 from lightning_modules.run.option_words import spell_out
 from lightning_modules.run.parser import Parser, class_parser, class_path, is_class
 from lightning_modules.run.resume import Continuation, find_continuation, newest_usable
@@ -290,8 +291,10 @@ class TrainingCLI(LightningCLI):
         """Choose the run folder, when the data are known to be good, and what is written there."""
         self.count_classes(self.datamodule)  # a model that does not ask for it needs them too
         self._check_options_of_the_data()
+        loader = {"fit": "train", "validate": "val", "test": "test"}[str(self.subcommand)]
+        require(self.datamodule, f"{loader}_dataloader")
         if self.subcommand == "fit" and self.config["fit"].get("curriculum.phases"):
-            check_data_module(self.datamodule, needs_curriculum=True)
+            require(self.datamodule, "set_curriculum")
         if isinstance(self.datamodule, ResumableData):  # others may need the Trainer
             self.datamodule.setup(str(self.subcommand))
         self.run = None
@@ -324,7 +327,7 @@ class TrainingCLI(LightningCLI):
             raise
         end_with_rank_zero(trainer)
         if self.subcommand == "fit":
-            cast(Any, trainer).callbacks.insert(0, EpochLines())
+            cast(Any, trainer).callbacks[:0] = [EpochLines(), Hints()]
         return trainer
 
     def _check_fit(self, config: Namespace, saver: Any) -> None:

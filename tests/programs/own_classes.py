@@ -66,6 +66,12 @@ class MyData(LightningDataModule):
     val_dataloader = test_dataloader = train_dataloader
 
 
+class Untrained(MyData):
+    """Lacks training images."""
+
+    train_dataloader = LightningDataModule.train_dataloader
+
+
 class Unvalidated(MyData):
     """Lacks validation images."""
 

@@ -63,7 +63,7 @@ STORAGES = {
 
 def test_folders(pets):
     data = ready(pets)
-    assert check_data_module(data, needs_curriculum=True).class_names == ["cat", "dog"]
+    assert check_data_module(data).class_names == ["cat", "dog"]
     assert (num_classes(data), in_chans(data)) == (2, 3)
     images, targets = next(iter(data.train_dataloader()))
     assert images.shape == (2, 3, 16, 16)

@@ -3,7 +3,7 @@
 import pytest
 from lightning.pytorch import LightningDataModule
 
-from lightning_modules.data.protocol import check_data_module, in_chans, num_classes
+from lightning_modules.data.protocol import check_data_module, in_chans, num_classes, require
 
 _CONFIG = {
     "input_size": (1, 32, 32),
@@ -49,7 +49,14 @@ def test_what_is_missing_is_named_with_its_use_and_an_example():
 
 def test_a_curriculum_is_asked_for_only_where_it_is_needed():
     with pytest.raises(ValueError, match=r"(?s)lacks set_curriculum\..*phases` empty"):
-        check_data_module(_Data(), needs_curriculum=True)
+        require(_Data(), "set_curriculum")
+
+
+def test_a_loader_that_lightning_would_only_miss_later_is_named():
+    with pytest.raises(ValueError, match=r"(?s)lacks train_dataloader\..*shuffled"):
+        require(_Data(), "val_dataloader", "train_dataloader")
+    with pytest.raises(ValueError, match=r"(?s)lacks test_dataloader\..*`mobileone validate`"):
+        require(_Data(), "test_dataloader")
 
 
 @pytest.mark.parametrize(

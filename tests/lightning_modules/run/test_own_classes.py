@@ -132,6 +132,7 @@ def test_class_paths_work_in_a_configuration_too(tmp_path):
     [
         (["--data", "own.Nameless"], "lacks class_names"),
         (["--data", "own.Nameless", "--model", "own.Free"], "lacks class_names"),
+        (["--data", "own.Untrained"], "lacks train_dataloader"),
         (["--data", "own.Unvalidated"], "lacks val_dataloader"),
         (["--data", "own.MyData", "--curriculum.phases", "[[0,32,1.0]]"], "lacks set_curriculum"),
         (["--model", "own.Missing"], "own.Missing"),
