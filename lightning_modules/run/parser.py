@@ -61,10 +61,10 @@ class Parser(LightningArgumentParser):
             outer, option = re.findall(r'Parser key "([\w.]+)"', message)[0], wrong[1]
             option = option if option == outer else f"{outer}.{option}"  # of a class
             message = _about_value(option, wrong[2], wrong[3])
+        elif "does not correspond to a subclass" in message:
+            message = re.sub(r"(?s)\A.*(Import path[^\n]*).*\Z", r"\1", message)
         elif (several := _SEVERAL.search(message)) and "Problem with" not in message:
             message = _about_several(*several.groups())
-        elif "Import path does not correspond to a subclass" in message:
-            message = re.sub(r"(?s)\A.*(Import path[^\n]*).*\Z", r"\1", message)
         print(f"{name}: error: {message.strip()}", file=sys.stderr)
         print(f"`{name} {more}` lists all options", file=sys.stderr)
         sys.exit(2)

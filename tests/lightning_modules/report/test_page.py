@@ -41,6 +41,7 @@ def run(tmp_path):
     entry = {
         "path": "model.pt",
         "bytes": 4_000_000,
+        "files": {},
         "parity": {"status": "measured", "max_relative_error": 2e-7, "tolerance": 1e-3,
                    "top1_agreement": 1.0, "images": 8},
     }  # fmt: skip
