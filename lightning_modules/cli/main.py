@@ -59,7 +59,7 @@ def _help_of(name: str, argv: list[str]) -> str:
 
 
 def _prepare_training(waiting: str) -> None:
-    from mobileone.io.memory import keep_freed_memory
+    from mobileone.io.allocator import keep_freed_memory
 
     if waiting:
         print(waiting, file=sys.stderr)

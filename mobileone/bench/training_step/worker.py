@@ -20,7 +20,7 @@ from mobileone.bench.training_step.implementations import (
     build_implementation,
     sample_images,
 )
-from mobileone.io.memory import keep_freed_memory
+from mobileone.io.allocator import keep_freed_memory
 
 __all__ = [
     "StepTime",

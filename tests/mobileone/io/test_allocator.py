@@ -4,7 +4,7 @@ import platform
 
 import pytest
 
-from mobileone.io import memory
+from mobileone.io import allocator
 from tests.helpers.processes import run_python
 
 PROGRAM = """
@@ -23,7 +23,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 def faults(*words, **variables):
     """What the function returned, and how often the system had to find memory afterwards."""
-    done = run_python("-c", PROGRAM, memory.__file__, *words, variables=variables)
+    done = run_python("-c", PROGRAM, allocator.__file__, *words, variables=variables)
     said, count = done.stdout.split()
     return said, int(count)
 
