@@ -34,7 +34,9 @@ IMAGE_PLUGINS = [
     f"PIL.{name}ImagePlugin" for name in ("Png", "Jpeg", "WebP", "Bmp", "Tiff", "Gif", "Ppm")
 ]
 """Their modules, a tenth of what `Image.init` imports."""
-_FLOATING = "its floating-point values"
+_FLOATING = (
+    "its values are floating-point, and nothing says which one is white: save it with 8 or 16 bits"
+)
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -98,39 +100,27 @@ def why_unreadable(error: Exception) -> str:
         )
     if isinstance(error, OSError):  # the system's, or Pillow's "image file is truncated"
         return error.strerror or str(error)
-    if str(error).startswith(_FLOATING):
-        return str(error)
+    if str(error) == _FLOATING:
+        return _FLOATING
     return f"it is damaged: {error}" if str(error) else "it is damaged"
 
 
 def convert(image: Image.Image, mode: str) -> Image.Image:
     """``image`` in ``mode``, 8 bits a channel.
 
-    Pillow clips 16-bit gray at 255, which leaves a white image, and cuts fractions off, which
-    leaves a black one: here 16-bit gray is scaled, and so are floating-point values in 0..1.
+    Pillow clips 16-bit gray at 255, which leaves a white image: here it is scaled.
 
     Raises:
-        ValueError: floating-point values beyond 0..1, whose white value is unknown.
+        ValueError: floating-point values, whose white value is unknown.
     """
     if image.mode == "F":
-        image = Image.fromarray((_unit_range(image) * 255).round().astype(np.uint8))
+        raise ValueError(_FLOATING)
     if image.mode.startswith("I"):  # 16-bit gray: "I;16", "I;16B" …; older Pillow says "I"
         gray = np.asarray(image, dtype=np.float64) / 257
         image = Image.fromarray(gray.round().clip(0, 255).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image if image.mode == mode else image.convert(mode)  # which would copy it
-
-
-def _unit_range(image: Image.Image) -> np.ndarray:
-    values = np.asarray(image, dtype=np.float64)
-    low, high = values.min(), values.max()
-    if not (low >= 0 and high <= 1):  # NaN is not either
-        raise ValueError(
-            f"{_FLOATING} reach from {low:g} to {high:g}, and only 0 to 1 (black to "
-            "white) have a meaning here: save it with 8 or 16 bits, or scaled to 0..1"
-        )
-    return values
 
 
 def find_images(images: str | Path | Sequence[str | Path]) -> list[Path]:

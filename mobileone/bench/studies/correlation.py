@@ -18,10 +18,6 @@ __all__ = ["correlation_figure", "study_correlation"]
 QUANTITIES = {"mmacs": "multiply-adds (M)", "params_m": "parameters (M)"}
 
 _FEW = 7  # of them all 5040 permutations are tried
-_NOTE = (
-    "Table 9 has all of the paper's models. Which of them Table 1 is of is not printed; its p fit "
-    "to about 21."
-)
 _LEAST = 4  # points; of three, every order has a |ρ| of at least 0.5
 
 
@@ -47,8 +43,8 @@ def study_correlation(
     Returns:
         A row for each runtime and quantity: `source` ("here"), `device` (the runtime),
         `quantity`, Spearman's `rho`, its two-sided `p`, `n`; then the paper's rows as printed in
-        Table 1 ("paper, Table 1", no `n`) and as they come out of its Table 9 ("paper, Table 9").
-        Last the points, with `level` "point": rows of a latency result, `mmacs`, `params_m`.
+        Table 1 ("paper, Table 1", no `n`). Last the points, with `level` "point": rows of a latency
+        result, `mmacs`, `params_m`.
 
     Raises:
         ValueError: An argument is out of its range, or there are fewer than four models.
@@ -60,8 +56,8 @@ def study_correlation(
     latency = measure_latency(names, runtimes, protocol, runs, threads)
     counted = {r["model"]: r for r in profile_models(names).rows if r["level"] == "model"}
     points = [row | _counts(counted[row["model"]]) for row in latency.rows]
-    rows = [*_measured(points, latency.statistic), *_printed(), *_recomputed(), *points]
-    how = latency.protocol | choice | {"note": _NOTE}
+    rows = [*_measured(points, latency.statistic), *_printed(), *points]
+    how = latency.protocol | choice
     return replace(latency, kind="correlation", protocol=how, rows=rows)
 
 
@@ -141,21 +137,16 @@ def _counts(row: Row) -> Row:
     return {"level": "point", "mmacs": row["macs"] / 1e6, "params_m": row["parameters"] / 1e6}
 
 
-def _correlation(
-    source: str, device: str, quantity: str, pairs: Sequence[tuple[float, float]]
-) -> Row:
-    rho, p = rank_correlation([x for x, _ in pairs], [y for _, y in pairs]) or (None, None)
-    row = {"source": source, "device": device, "quantity": quantity}
-    return row | {"rho": rho, "p": p, "n": len(pairs)}
-
-
 def _measured(points: Sequence[Row], statistic: str) -> list[Row]:
-    rows = []
+    rows: list[Row] = []
     for runtime in dict.fromkeys(row["runtime"] for row in points):
         timed = [r for r in points if r["runtime"] == runtime and r["failure"] is None]
+        latencies = [row[statistic] for row in timed]
         for quantity in QUANTITIES:
-            pairs = [(r[quantity], r[statistic]) for r in timed]
-            rows.append(_correlation("here", runtime, quantity, pairs))
+            found = rank_correlation([row[quantity] for row in timed], latencies)
+            rho, p = found or (None, None)
+            row = {"source": "here", "device": runtime, "quantity": quantity}
+            rows.append(row | {"rho": rho, "p": p, "n": len(timed)})
     return rows
 
 
@@ -163,14 +154,3 @@ def _printed() -> list[Row]:
     table = paper_table(1)
     source = table.mark("paper, Table 1")
     return [{"source": source, "n": None} | dict(row) for row in table.rows]
-
-
-def _recomputed() -> list[Row]:
-    table = paper_table(9)
-    rows = []
-    for device in ("mobile", "cpu"):
-        timed = [row for row in table.rows if row[f"{device}_ms"] is not None]
-        for quantity in QUANTITIES:
-            pairs = [(row[quantity], row[f"{device}_ms"]) for row in timed]
-            rows.append(_correlation(table.mark("paper, Table 9"), device, quantity, pairs))
-    return rows

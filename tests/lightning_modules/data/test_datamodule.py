@@ -407,19 +407,12 @@ def test_sixteen_bit_gray_is_scaled_not_clipped(tmp_path):
         assert np.asarray(read_image(file, "RGB")).tolist() == [[[0] * 3, [100] * 3, [255] * 3]]
 
 
-def test_floating_point_images_are_scaled_or_refused(make_folder):
+def test_floating_point_images_are_refused(make_folder):
     root = make_folder({"train": {"a": 1}, "val": {"a": 1}}, size=(3, 1))
-    path = root / "train/a/x.tiff"
-    Image.fromarray(np.array([[0, 0.4, 1]], dtype=np.float32)).save(path)
-    with path.open("rb") as file:
-        assert np.asarray(read_image(file, "L")).tolist() == [[0, 102, 255]]
-    for values in ([0, 1, 200], [-1, 0, 1], [0, float("nan"), 1]):
-        Image.fromarray(np.array([values], dtype=np.float32)).save(path)
-        data = ready(root, batch_size=2, num_workers=0)
-        with pytest.raises(
-            UnreadableImageError, match=r"x\.tiff \(its floating-point values reach"
-        ):
-            list(data.train_dataloader())
+    Image.fromarray(np.array([[0, 0.4, 1]], dtype=np.float32)).save(root / "train/a/x.tiff")
+    data = ready(root, batch_size=2, num_workers=0)
+    with pytest.raises(UnreadableImageError, match=r"x\.tiff \(its values are floating-point"):
+        list(data.train_dataloader())
 
 
 AUGMENTATIONS = {
