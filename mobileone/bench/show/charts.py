@@ -39,10 +39,13 @@ def bar_figure(result: Result) -> Figure:
     """Bars of the columns that `Kind.bars` names, side by side; a panel a value of the first key.
 
     Means have their deviations. Accuracies do not begin at 0, or differences could not be seen.
+    What no runtime here can run, and interpreters, whose times mean nothing, are left out.
     """
     panel, name, *more = result.keys
     color = more[0] if more else panel
-    panels, colors = _grouped(result.rows, panel), list(_grouped(result.rows, color))
+    meant = [row for row in result.rows if row.get("speed", True) and row.get("runtime", True)]
+    shown = meant or result.rows
+    panels, colors = _grouped(shown, panel), list(_grouped(shown, color))
     columns = [column or result.statistic for column in KINDS[result.kind].bars]
     heights = [0.5 + 0.25 * len(rows) for rows in panels.values()]
     figure = Figure(figsize=(5 + 3 * len(columns), 1 + sum(heights)), layout="constrained")

@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,6 +80,12 @@ def test_a_table_and_a_panel_a_folder(folder, tmp_path):
     assert [axes.get_title("left") for axes in panels] == [f"folder {folder}", f"folder {second}"]
     (bar,) = panels[1].patches
     assert bar.get_width() == both.rows[1]["min_ms"]
+
+
+def test_the_chart_has_no_interpreters(result):
+    drawn = {row["file"] for row in result.rows if row.get("speed") and row["failure"] is None}
+    (axes,) = bar_figure(result).axes
+    assert {label.get_text() for label in axes.get_yticklabels()} == {Path(f).name for f in drawn}
 
 
 class Repeated(nn.Module):
