@@ -60,7 +60,7 @@ def bar_figure(result: Result) -> Figure:
             for i, (label, own) in enumerate(series.items()):
                 middle = (i - (len(series) - 1) / 2) / len(series)
                 places = [names.index(key) + 0.84 * middle for key in own]
-                bars = [found for (found,) in own.values()]
+                bars = [found[-1] for found in own.values()]
                 style = colors.index(label) % len(COLORS)
                 _draw_bars(axes, bars, column, places, 0.84 / len(series), start, style)
             lengths = [row[column] for row in rows if row.get(column)]
