@@ -1,7 +1,7 @@
 """How many images a second the training loader delivers, by its number of workers."""
 
 import statistics
-import time
+import timeit
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -131,10 +131,5 @@ def _skip(stream: Iterator[Any], count: int) -> None:
 
 def _images_a_second(action: Callable[[], Any], images: int, rounds: int) -> list[float]:
     """The speed of an action on so many images in each round, after one that does not count."""
-    action()
-    speeds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        action()
-        speeds.append(images / (time.perf_counter() - start))
-    return speeds
+    _, *seconds = timeit.repeat(action, repeat=1 + rounds, number=1)
+    return [images / each for each in seconds]

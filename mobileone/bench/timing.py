@@ -1,9 +1,9 @@
 """How inferences are timed: order, statistic, and the processors that they are kept on."""
 
-import gc
 import os
 import random
 import time
+import timeit
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -71,7 +71,7 @@ def torch_threads(threads: int) -> Iterator[None]:
 
 @contextmanager
 def pinned(threads: int) -> Iterator[list[int]]:
-    """Keep all threads of this process on fixed processors, and the garbage collector off.
+    """Keep all threads of this process on fixed processors.
 
     Where the system reports which logical processors share a core, one of each core is taken
     first. The processors cannot be fixed outside Linux; there the list is empty.
@@ -84,9 +84,6 @@ def pinned(threads: int) -> Iterator[list[int]]:
     """
     chosen = _spread()[:threads] if hasattr(os, "sched_setaffinity") else []
     before = {}
-    collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()
     try:
         # pools of threads exist already, and each thread has its own affinity
         for task in _tasks() if chosen else []:
@@ -99,8 +96,6 @@ def pinned(threads: int) -> Iterator[list[int]]:
                 os.sched_setaffinity(task, processors)
             except ProcessLookupError:  # the thread has ended
                 continue
-        if collecting:
-            gc.enable()
 
 
 def _usable() -> int:
@@ -211,7 +206,9 @@ def time_in_turn(
             run = loaders[name]() if protocol.reload else ready[name]
             for _ in range(protocol.warmup):
                 run()
-            kept = sorted(_time(run, count))
+            # with the garbage collector off
+            found = timeit.repeat(run, timer=time.perf_counter_ns, repeat=count, number=1)
+            kept = sorted(nanoseconds / 1e9 for nanoseconds in found)
             times[name] += kept[protocol.trim : len(kept) - protocol.trim]
     return times
 
@@ -227,13 +224,3 @@ def summarize(times: list[float]) -> dict[str, float | int]:
         "max_ms": float(milliseconds.max()),
         "timed": len(times),
     }
-
-
-def _time(run: Run, count: int) -> list[float]:
-    clock = time.perf_counter_ns
-    times = [0] * count
-    for i in range(count):
-        started = clock()
-        run()
-        times[i] = clock() - started
-    return [nanoseconds / 1e9 for nanoseconds in times]
