@@ -1,15 +1,13 @@
 """The table of subcommands: a new one is a function and a row here."""
 
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any
 
-__all__ = ["COMMANDS", "Command", "load"]
+__all__ = ["COMMANDS", "Command"]
 
 
 @dataclass(frozen=True)
 class Command:
-    """A row of the table. A function is named as `module:function`.
+    """A row of the table. A function is named as `pkgutil.resolve_name` takes it.
 
     Attributes:
         help: One line for the help.
@@ -174,9 +172,3 @@ COMMANDS = {
         "runs/detect/latest/checkpoints/best.ckpt shipped/",
     ),
 }
-
-
-def load(target: str) -> Any:
-    """Import what a row names as `module:function`."""
-    module, _, name = target.partition(":")
-    return getattr(import_module(module), name)

@@ -6,11 +6,12 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from lightning_modules.cli.commands import Command, load
+from lightning_modules.cli.commands import Command
 from lightning_modules.cli.output import print_result
 from lightning_modules.run.option_words import spell_out
 from lightning_modules.run.warning_filters import silence_known_messages
@@ -43,7 +44,7 @@ def run_command(name: str, command: Command, argv: list[str]) -> None:
             files are not those that were written, or some of those asked for were left out.
     """
     silence_known_messages()
-    function = load(command.function)
+    function = resolve_name(command.function)
     parser = _parser(name, command, function)
     words = spell_out(_first_in_place(command.first, argv), parser)
     options = parser.parse_args(words)
@@ -116,7 +117,7 @@ def _call(
     options.pop(command.first.removeprefix("--"), None)
     if not _measures(function):
         result = function(**options)
-        print_result(load(command.show)(result))
+        print_result(resolve_name(command.show)(result))
         if "directory" in options:
             print(f"-> {Path(options['directory'])}")
         if isinstance(result, Manifest) and result.rejected:
@@ -130,13 +131,13 @@ def _call(
     before = None if against is None else Result.load(against, kind)
     _show_progress()
     result = function(**options)
-    print_result(load(command.show)(result))
+    print_result(resolve_name(command.show)(result))
     if output is not None:
         files = result.save_all(output)
         if command.figure:
             from mobileone.bench.show.charts import save_figure
 
-            files += save_figure(load(command.figure)(result), Path(output) / kind)
+            files += save_figure(resolve_name(command.figure)(result), Path(output) / kind)
         print(", ".join(map(str, files)))
     if before is not None:
         from mobileone.bench.show.tables import change_table

@@ -4,8 +4,9 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from pkgutil import resolve_name
 
-from lightning_modules.cli.commands import COMMANDS, load
+from lightning_modules.cli.commands import COMMANDS
 from lightning_modules.cli.help import help_of, options_of
 from lightning_modules.cli.threads import choose_waiting
 
@@ -72,7 +73,7 @@ def _run(name: str, argv: list[str]) -> None:
     put_current_folder_on_path()
     command = COMMANDS[name]
     if not command.show:
-        load(command.function)(name.split()[-1], argv)
+        resolve_name(command.function)(name.split()[-1], argv)
         return
     from lightning_modules.cli.execute import run_command
 

@@ -1,10 +1,11 @@
 """The measuring subcommands as a user meets them."""
 
 import json
+from pkgutil import resolve_name
 
 import pytest
 
-from lightning_modules.cli.commands import COMMANDS, load
+from lightning_modules.cli.commands import COMMANDS
 from lightning_modules.cli.main import main
 from mobileone.bench.results import KINDS, Result
 from mobileone.bench.runtimes import RUNTIMES
@@ -42,7 +43,7 @@ def test_latency_is_compared_with_an_earlier_result_of_this_machine_only(tmp_pat
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_result_has_a_command_and_can_be_compared(kind):
     (command,) = (c for name, c in COMMANDS.items() if name.split()[-1].removeprefix("--") == kind)
-    assert callable(load(command.function)) and callable(load(command.show))
+    assert callable(resolve_name(command.function)) and callable(resolve_name(command.show))
     keys, statistic = KINDS[kind].keys, KINDS[kind].statistic
     row = dict.fromkeys(keys, "x") | {statistic or "min_ms": 2.0}
     before = Result.new(kind, {"statistic": "min_ms"}, [row])
