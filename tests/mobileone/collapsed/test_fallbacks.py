@@ -18,6 +18,7 @@ from mobileone.bench.training_step.worker import kept_bytes
 from mobileone.collapsed import Path, functions, path_of
 from mobileone.collapsed.branches import describe, parameters
 from tests.helpers import twin
+from tests.helpers.variants import slow
 
 BLOCKS = [
     {"in_chs": 6, "out_chs": 6, "groups": 6, "num_conv_branches": 2},
@@ -405,8 +406,17 @@ def network():
 
 # the compiler hides this warning of its own by a way that errors do not go
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("mode", ["auto", "always", "never", "stacked"])
+@pytest.mark.parametrize(
+    ("mode", "dtype"),
+    [
+        ("auto", torch.float32),
+        ("always", torch.float32),
+        ("always", torch.float64),
+        ("stacked", torch.float64),
+        *(slow(mode, torch.float64) for mode in ("auto", "never")),
+        *(slow(mode, torch.float32) for mode in ("never", "stacked")),
+    ],
+)
 def test_compiled_models_train_as_eager_ones_in_one_graph(mode, dtype, monkeypatch):
     torch.compiler.reset()
     eager = network().to(dtype)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import timm
@@ -98,7 +99,8 @@ def test_the_result_holds_every_implementation_and_names_the_one_that_died(monke
         def step(self):
             if self._name == "ours":
                 os.kill(self._process.pid, signal.SIGSEGV)
-            return super().step()
+            taken = super().step()  # by a second slower for timm, however busy the machine is
+            return replace(taken, seconds=taken.seconds + (self._name == "timm"))
 
     monkeypatch.setattr(training, "StepWorker", Mortal)
     result = measure_training(
@@ -157,20 +159,14 @@ def test_timms_stem_is_made_safe_where_it_would_die_and_the_result_says_so():
         assert change_of(name, "cuda", channels_last) is None
 
 
-def test_a_contender_that_hangs_is_ended(monkeypatch):
-    monkeypatch.setattr(worker_module, "_LIMIT", 0.2)
-    worker = StepWorker("mobileone_s0", "plain", TrainingSetting(2, 32))
-    os.kill(worker._process.pid, signal.SIGSTOP)
-    with pytest.raises(StepWorkerError, match=r"no answer to 'prepare' in 0\.2 seconds"):
-        worker.prepare()
-    worker.close()
-    assert not worker._process.is_alive()
-
-
-def test_an_error_in_the_process_is_told():
+def test_an_error_in_the_process_is_told_and_one_that_hangs_is_ended(monkeypatch):
     worker = StepWorker("mobileone_s0", "plain", TrainingSetting(1, 32, images="noise"))
     try:  # one value a channel in the last layers
         with pytest.raises(StepWorkerError, match="ValueError: Expected more than 1 value"):
+            worker.prepare()
+        monkeypatch.setattr(worker_module, "_LIMIT", 0.2)
+        os.kill(worker._process.pid, signal.SIGSTOP)
+        with pytest.raises(StepWorkerError, match=r"no answer to 'prepare' in 0\.2 seconds"):
             worker.prepare()
     finally:
         worker.close()
