@@ -17,7 +17,7 @@ from mobileone.block_checks import (
     check_norm_factory,
     check_statistics,
 )
-from mobileone.collapsed import CollapseMode, is_hooked, plan_collapsed, run_collapsed
+from mobileone.collapsed import CollapseMode, Plan, is_hooked, plan_collapsed, run_collapsed
 from mobileone.folding import (
     batch_norm_affine,
     center_pad,
@@ -153,13 +153,24 @@ class MobileOneBlock(nn.Module):
 
     @torch.jit.unused
     def _forward_training(self, x: Tensor) -> Tensor:
-        """Train in the cheapest exact form; running statistics stay while checkpointing recomputes.
+        """Train in the cheapest exact form."""
+        return self.train_as(plan_collapsed(self, x), x)
+
+    @torch.jit.unused
+    def train_as(self, plan: Plan | None, x: Tensor) -> Tensor:
+        """Train in a form; running statistics stay while checkpointing recomputes.
 
         The collapsed forms rectify as well where a ReLU follows, so that it keeps no copy.
+
+        Args:
+            plan: The collapsed form; None: the branches.
+            x: Input (N, C_in, H, W).
+
+        Returns:
+            Output (N, C_out, H', W').
         """
         # what a compiler records, it recomputes itself
         recomputing = not torch.compiler.is_compiling() and _is_in_backward_pass()
-        plan = plan_collapsed(self, x)
         if plan is None:
             with _shadowed_buffers(self.norms()) if recomputing else nullcontext():
                 return self.act(self.attn(self._sum_branches(x)))

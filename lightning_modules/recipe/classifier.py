@@ -138,11 +138,12 @@ class ImageClassifier(TrainingModule):
             `{"kappa": 4.0}`.
         channels_last: memory format on CUDA. On a CPU it is not used: collapsed blocks read planes
             (docs/collapsed-training.md has both layouts' times).
-        collapse: how MobileOne's blocks train: `auto` in the cheapest of the exact forms (on
-            CUDA branch by branch, for none was measured there), `always` in a collapsed one for
-            less memory (on CUDA only blocks of at least four BatchNorms), `never` branch by branch.
-            All give the same numbers up to rounding, so a checkpoint of one continues with any
-            other; other networks have `auto` only.
+        collapse: how MobileOne's blocks train: `auto` in the cheapest of the exact forms, by a cost
+            model on a CPU and as `measured` on CUDA; `measured` in the one that is fastest in a
+            trial, at the first steps; `always` in a collapsed one for less memory (on CUDA only
+            blocks of at least four BatchNorms); `never` branch by branch. All give the same numbers
+            up to rounding, so a checkpoint of one continues with any other; other networks have
+            `auto` only.
         skip_nonfinite: how many steps in a row may be left out because their loss or a gradient is
             NaN or infinite; 0 stops at the first.
         seed: of dropout and mixing; None for the checkpoint's, else that of `seed_everything`,

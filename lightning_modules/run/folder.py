@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from mobileone.collapsed import keep_choices
 from mobileone.io.atomic import point_link, replace_text
 
 __all__ = ["RunFolder", "SaveRunConfig"]
@@ -154,6 +155,8 @@ class SaveRunConfig(SaveConfigCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that all ranks resume from one file; the trainer knows it only now.
 
+        From here on forms of blocks that are measured are the run's: see `keep_choices`.
+
         Raises:
             RuntimeError: They do not.
         """
@@ -163,6 +166,7 @@ class SaveRunConfig(SaveConfigCallback):
                 f"rank {trainer.global_rank} would resume from {mine}, rank 0 from {first}: put "
                 "--run.root on a file system that all nodes see"
             )
+        keep_choices(Path(trainer.default_root_dir) / "forms", trainer.global_rank)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the configuration to `<run>/config.yaml` and the loggers; log in every epoch."""
@@ -180,6 +184,10 @@ class SaveRunConfig(SaveConfigCallback):
         """Note that nothing is left to do: a run of this name with other options may begin."""
         if trainer.is_global_zero:
             RunFolder.read(Path(trainer.default_root_dir)).set_finished(finished=True)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let what this process trains next be no part of the run."""
+        keep_choices(None)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Now there is a result: let `latest` link to this run."""

@@ -6,15 +6,14 @@ import json
 import os
 import platform
 import re
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from mobileone.io.atomic import atomic_write, replace_text
+from mobileone.io.processor import processor
 from mobileone.io.versions import installed_versions
 
 __all__ = ["Result", "Row", "compare_machines"]
@@ -310,20 +309,6 @@ def _versions(device: str) -> dict[str, str]:
         versions["cuda"] = str(torch.version.cuda)
         versions["cudnn"] = str(torch.backends.cudnn.version())
     return versions
-
-
-@cache
-def processor() -> str:
-    """Model name of the CPU."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    if platform.system() == "Darwin":
-        command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return platform.processor() or platform.machine()
 
 
 def _memory_gib() -> int | None:

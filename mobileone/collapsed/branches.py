@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from mobileone.collapsed.algebra import Branches, BranchGrads
 from mobileone.folding import StridedPointwise
+
+if TYPE_CHECKING:
+    from mobileone.collapsed.dispatch import Plan
 
 __all__ = [
     "BranchedBlock",
@@ -29,14 +32,14 @@ __all__ = [
     "parameters",
     "unsupported_reason",
     "update_running_statistics",
+    "with_parts",
 ]
 
 
-CollapseMode = Literal["auto", "always", "never"]
-"""`auto`: the cheapest form; `always`: a collapsed one; `never`: the branches.
-
-On CUDA `auto` means the branches, `always` the stacked form from four BatchNorms on, else branches.
-"""
+CollapseMode = Literal["auto", "always", "never", "measured"]
+"""`auto`: the cheapest form, by a cost model on a CPU and by trial on CUDA; `measured`: by trial on
+either; `always`: a collapsed one, on CUDA the stacked form from four BatchNorms on, else branches;
+`never`: the branches."""
 
 
 class BranchedBlock(Protocol):
@@ -59,6 +62,10 @@ class BranchedBlock(Protocol):
 
     def norms(self) -> list[nn.Module]:
         """The BatchNorms of all branches, the skip's last."""
+        ...
+
+    def train_as(self, plan: Plan | None, x: Tensor) -> Tensor:
+        """Train on x in a form; None: in the branches."""
         ...
 
 
@@ -159,7 +166,7 @@ def unsupported_reason(block: BranchedBlock) -> str | None:
     if not all(map(_is_plain_norm, block.norms())):
         return "a BatchNorm that is synchronized, frozen, or without affine or running terms"
     names = ("conv_kxk", "conv_scale", "drop_path", "identity")
-    parts = _with_parts([block._modules.get(name) for name in names])
+    parts = with_parts([block._modules.get(name) for name in names])
     if _has_any_global_hook() or any(map(is_hooked, parts)):
         return "a layer with a hook or a forward of its own"
     return None
@@ -250,7 +257,7 @@ def _conv_branches(block: BranchedBlock) -> list[nn.Module]:
     return [*block.conv_kxk, *scale]
 
 
-def _with_parts(modules: list[nn.Module | None]) -> list[nn.Module]:
+def with_parts(modules: list[nn.Module | None]) -> list[nn.Module]:
     """The modules and all inside; `modules()`, which looks for doubles, takes thrice the time."""
     found: list[nn.Module] = []
     while modules:

@@ -9,7 +9,7 @@ import torch
 
 from mobileone.collapsed.branches import CollapseMode, Geometry
 
-__all__ = ["Path", "Setting", "choose", "costs"]
+__all__ = ["Path", "Setting", "choose", "costs", "runnable"]
 
 # Costs are counted in multiply-adds of a matrix product, forward and backward together. Measured
 # on a core of an AMD EPYC (Zen 4), where a product runs at 45 GFMA/s: 45 are a nanosecond.
@@ -126,14 +126,13 @@ def choose(
 ) -> Path:
     """Pick a block's form.
 
-    On CUDA `auto` takes the branches: no form was measured there, and the table's constants are a
-    CPU's. `always` stacks the branches there, where that launches fewer kernels than they do.
+    On CUDA it is the branches, as the table's constants are a CPU's; `always` stacks them there,
+    where that launches fewer kernels than they do.
     """
     if mode == "never" or patches < 2:
         return Path.BRANCHES  # one value a channel has no variance: BatchNorm raises
     if setting.device == "cuda":
-        alike = len(set(geometry.eps)) == 1  # as one BatchNorm has one ε
-        stacks = mode == "always" and alike and geometry.norms >= _STACK
+        stacks = mode == "always" and _can_stack(geometry) and geometry.norms >= _STACK
         return Path.STACKED if stacks else Path.BRANCHES
     table = costs(geometry, patches, width, setting)
     if mode == "always":
@@ -143,6 +142,20 @@ def choose(
         if cost < table[best]:
             best = path
     return best
+
+
+@functools.lru_cache(maxsize=4096)
+def runnable(geometry: Geometry, patches: int, width: int, setting: Setting) -> tuple[Path, ...]:
+    """The collapsed forms that can run a block; on CUDA those that never wait for the device."""
+    if patches < 2:
+        return ()
+    on_cpu = costs(geometry, patches, width, setting) if setting.device == "cpu" else ()
+    stacked = (Path.STACKED,) if _can_stack(geometry) else ()
+    return (*(path for path in on_cpu if path is not Path.BRANCHES), *stacked)
+
+
+def _can_stack(geometry: Geometry) -> bool:
+    return len(set(geometry.eps)) == 1  # as one BatchNorm has one ε
 
 
 def _rates(channels_last: bool, narrow: bool) -> _Rates:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from mobileone.io.atomic import flush
 
-__all__ = ["load"]
+__all__ = ["cache_folders", "load", "private"]
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +40,9 @@ def load() -> ctypes.CDLL | None:
     if compiler is not None:
         try:
             digest = _digest(compiler)
-            for folder in _folders():
+            for folder in cache_folders():
                 try:
-                    return ctypes.CDLL(str(_built(compiler, digest, _private(folder))))
+                    return ctypes.CDLL(str(_built(compiler, digest, private(folder))))
                 except (OSError, subprocess.SubprocessError) as error:  # read-only, noexec, full
                     failure = error
         except (OSError, subprocess.SubprocessError) as error:
@@ -51,7 +51,7 @@ def load() -> ctypes.CDLL | None:
     return None
 
 
-def _folders() -> Iterator[Path]:
+def cache_folders() -> Iterator[Path]:
     """Where the library may be kept, the best place first."""
     with suppress(RuntimeError):  # a user without an entry in passwd has no home
         yield Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mobileone"
@@ -59,7 +59,7 @@ def _folders() -> Iterator[Path]:
         yield Path(tempfile.gettempdir()) / f"mobileone-{os.getuid()}"
 
 
-def _private(folder: Path) -> Path:
+def private(folder: Path) -> Path:
     """Make a folder in which nobody else can plant a library, or make sure that it is one.
 
     Whoever can write to a folder above could put another in its place.

@@ -22,9 +22,10 @@ from mobileone.collapsed.branches import (
     unsupported_reason,
     update_running_statistics,
 )
-from mobileone.collapsed.cost_model import Path, Setting, choose
+from mobileone.collapsed.cost_model import Path, Setting, choose, runnable
 from mobileone.collapsed.depthwise import has_kernels
 from mobileone.collapsed.functions import CollapsedConvolution
+from mobileone.collapsed.trial import fastest
 
 __all__ = ["Plan", "log_path_once", "path_of", "plan_collapsed", "run_collapsed"]
 
@@ -89,15 +90,24 @@ def _plan(block: BranchedBlock, x: Tensor) -> Plan | str:
     geometry = describe(block)
     height, width = geometry.output_size(*x.shape[2:])
     setting = Setting(kind, dtype, has_kernels(x, own, dtype), _is_channels_last(x))
-    pick = (
-        choose.__wrapped__ if torch.compiler.is_compiling() else choose
-    )  # sizes are symbols there
-    path = pick(geometry, x.shape[0] * height * width, width, setting, block.collapse)
-    if path is Path.BRANCHES:
-        return "the cheapest"
+    asked = (geometry, x.shape[0] * height * width, width, setting)
     # with kernels all of a network collapses, and stays in planes; else its depthwise blocks do not
     to_channels_last = setting.channels_last and not setting.kernels
-    return Plan(path, geometry, dtype, tensors, to_channels_last)
+    plan = functools.partial(
+        Plan, geometry=geometry, dtype=dtype, tensors=tensors, to_channels_last=to_channels_last
+    )
+    compiling = torch.compiler.is_compiling()  # sizes are symbols there, which nothing may keep
+    if _is_measured(block.collapse, kind):
+        paths = (runnable.__wrapped__ if compiling else runnable)(*asked)
+        return fastest(block, x, [plan(path) for path in paths]) or "the fastest that is known"
+    path = (choose.__wrapped__ if compiling else choose)(*asked, block.collapse)
+    return "the cheapest" if path is Path.BRANCHES else plan(path)
+
+
+def _is_measured(mode: CollapseMode, device: str) -> bool:
+    """Whether a trial decides. On CUDA it does, unless runs are to be the same each time."""
+    on_cuda = mode == "auto" and device == "cuda"
+    return mode == "measured" or (on_cuda and not torch.are_deterministic_algorithms_enabled())
 
 
 def _log_path(block: BranchedBlock, x: Tensor, plan: Plan | str) -> None:
