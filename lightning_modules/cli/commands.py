@@ -105,6 +105,12 @@ COMMANDS = {
         "mobileone_s0 --output results",
         _BARS,
     ),
+    "benchmark training --suite": Command(
+        "measure training steps by model, batch, precision and layout, within ten minutes",
+        "mobileone.bench.training_step.suite:measure_suite",
+        _TABLE,
+        "gpu --device cuda --output results",
+    ),
     "benchmark data": Command(
         "count images a second by number of workers; report what limits a run",
         "lightning_modules.data.benchmark:benchmark_data",

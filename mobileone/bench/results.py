@@ -66,6 +66,11 @@ KINDS = {
         bars=("seconds", "kept_mib"),
         statistic="seconds",
     ),
+    "suite": Kind(
+        ("model", "batch_size", "precision", "layout", "contender"),
+        ("seconds", "spread_seconds", "to_plain", "timm_to", "kept_mib", "peak_mib"),
+        statistic="seconds",
+    ),
     "data": Kind(
         ("reader", "workers"),
         ("images_per_s", "slowest_images_per_s", "fastest_images_per_s"),

@@ -22,6 +22,7 @@ from mobileone.reparameterize import set_collapse
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "WAYS",
     "ImageKind",
     "build_implementation",
     "change_of",
@@ -57,21 +58,28 @@ def _ours(variant: str, mode: CollapseMode = "auto") -> nn.Module:
     return model
 
 
-def _compiled(model: nn.Module) -> nn.Module:
-    model.compile()
-    return model
-
-
-IMPLEMENTATIONS: dict[str, Callable[[str], nn.Module]] = {
+_NETWORKS: dict[str, Callable[[str], nn.Module]] = {
     "timm": lambda variant: getattr(byobnet, variant)(),
-    "timm compiled": lambda variant: _compiled(getattr(byobnet, variant)()),
     "ours": _ours,
     "ours always": lambda variant: _ours(variant, "always"),
-    "ours compiled": lambda variant: _compiled(_ours(variant)),
+    "ours measured": lambda variant: _ours(variant, "measured"),
     "plain": lambda variant: plain_network(_ours(variant)),
-    "plain compiled": lambda variant: _compiled(plain_network(_ours(variant))),
 }
-"""What each implementation builds from a variant's name."""
+WAYS: dict[str, str | None] = {
+    "": None,
+    " compiled": "default",
+    " reduce-overhead": "reduce-overhead",
+    " graphs": None,
+}
+"""How a network runs, by the end of an implementation's name, and `torch.compile`'s mode: in eager
+mode, compiled, compiled with CUDA graphs, or as CUDA graphs of the eager kernels."""
+
+IMPLEMENTATIONS = {
+    network + way: (build, mode)
+    for network, build in _NETWORKS.items()
+    for way, mode in WAYS.items()
+}
+"""What each implementation builds from a variant's name, and how it is compiled."""
 
 
 def check_implementation(name: str, variant: str) -> None:
@@ -92,7 +100,8 @@ def change_of(name: str, device: str, channels_last: bool) -> str | None:
 
     It concerns timm's stem on a CPU in channels-last, which compilers choose by themselves.
     """
-    in_danger = name == "timm compiled" or (name == "timm" and channels_last)
+    compiled = IMPLEMENTATIONS[name][1] is not None
+    in_danger = name.startswith("timm") and (compiled or channels_last)
     if in_danger and device.startswith("cpu"):
         return "the stem's 1×1 branch takes every second pixel first, for oneDNN's issue 6035"
     return None
@@ -115,7 +124,10 @@ def build_implementation(
     check_implementation(name, variant)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = IMPLEMENTATIONS[name](variant)
+        build, mode = IMPLEMENTATIONS[name]
+        model = build(variant)
+    if mode is not None:
+        model.compile(mode=mode)
     if change_of(name, device, channels_last) is not None:
         slice_before_1x1(model.stem.conv_scale.conv)
     form = torch.channels_last if channels_last else torch.contiguous_format

@@ -13,26 +13,30 @@ import torch
 from mobileone.bench.results import Result, Row
 from mobileone.bench.timing import check_device, check_threads
 from mobileone.bench.training_step.implementations import (
-    IMPLEMENTATIONS,
     ImageKind,
     change_of,
     check_implementation,
 )
 from mobileone.bench.training_step.worker import (
+    Precision,
     StepTime,
     StepWorker,
     StepWorkerError,
     TrainingSetting,
 )
 
-__all__ = ["measure_training"]
+__all__ = ["measure_training", "quartile_distance"]
 
 _log = logging.getLogger(__name__)
+
+_CONTENDERS = (
+    *("timm", "timm compiled", "ours", "ours always", "ours compiled", "plain", "plain compiled"),
+)
 
 
 def measure_training(
     models: Sequence[str] = ("mobileone_s0", "mobileone_s1"),
-    contenders: Sequence[str] = tuple(IMPLEMENTATIONS),
+    contenders: Sequence[str] = _CONTENDERS,
     batch_size: int = 16,
     input_size: int = 224,
     rounds: int = 7,
@@ -88,11 +92,15 @@ def measure_training(
     for model in models:
         for implementation in contenders:
             check_implementation(implementation, model)
-    setting = TrainingSetting(batch_size, input_size, threads, device, channels_last, amp, images)
+    precision: Precision = "bfloat16" if amp else "default"
+    setting = TrainingSetting(
+        batch_size, input_size, threads, device, channels_last, precision, images
+    )
     rows: list[Row] = []
     for model in models:
         rows += _measure_model(model, contenders, setting, rounds)
     how = asdict(setting) | {
+        "amp": amp,
         "rounds": rounds,
         "statistic": "seconds",
         "process": "one a contender",
@@ -163,14 +171,15 @@ def _statistics(
 
     return {
         "seconds": statistics.median(own),
-        "spread_seconds": _quartile_distance(own),
+        "spread_seconds": quartile_distance(own),
         "cpu_seconds": statistics.median(step.cpu_seconds for step in times[name]),
         "to_plain": ratio("plain"),
         "timm_to": ratio("timm", inverse=True),
     }
 
 
-def _quartile_distance(values: list[float]) -> float:
+def quartile_distance(values: list[float]) -> float:
+    """Between the first and the third."""
     if len(values) < 2:
         return 0.0
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from mobileone.bench.training_step.implementations import (
 from mobileone.io.allocator import keep_freed_memory
 
 __all__ = [
+    "Precision",
     "StepTime",
     "StepWorker",
     "StepWorkerError",
@@ -73,10 +75,15 @@ def peak_bytes(step: Callable[[], object], device: str) -> int:
 
 _MIB = 2.0**20
 _WARMUP = 2  # steps in which compilers run and libraries set themselves up
-_LIMIT = 1800.0  # seconds for a reply: compilers take minutes, a hung process forever
+_LIMIT = 1800.0  # seconds for a reply
 _PATIENCE = 10.0  # seconds until a process that does not end is killed
 # the profiler, which measures memory, logs every start and missing GPUs
 _QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "KINETO_LOG_LEVEL": "99"}
+
+
+Precision = Literal["default", "float32", "tf32", "bfloat16", "float16"]
+"""`default`: PyTorch's own, with TF32 in CUDA's convolutions; `float32`: without; `tf32`: in matrix
+products as well; the others: the forward pass under autocast, with a scaled loss in float16."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ class TrainingSetting:
         threads: CPU threads of PyTorch.
         device: Device of PyTorch.
         channels_last: Memory format of models and images.
-        amp: Whether the forward pass runs under autocast in bfloat16.
+        precision: Of the arithmetic, see `Precision`.
         images: What is trained on: crops of photographs, or noise.
     """
 
@@ -98,7 +105,7 @@ class TrainingSetting:
     threads: int = 1
     device: str = "cpu"
     channels_last: bool = False
-    amp: bool = False
+    precision: Precision = "default"
     images: ImageKind = "photos"
 
 
@@ -127,23 +134,31 @@ class StepWorker:
         model: timm's name of the model.
         implementation: Which implementation, a name in `IMPLEMENTATIONS` of `implementations.py`.
         setting: How it is trained.
+
+    Attributes:
+        limit: Seconds to wait for a reply: compilers take minutes, a hung process forever.
     """
 
     def __init__(self, model: str, implementation: str, setting: TrainingSetting) -> None:
+        self.limit = _LIMIT
+        self._task = model, implementation, setting
         spawn = multiprocessing.get_context("spawn")
         self._connection, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_serve, args=(theirs, model, implementation, setting))
+        self._process = spawn.Process(target=_serve, args=(theirs,))
         with _environment(_QUIET):
             self._process.start()
         theirs.close()
 
-    def prepare(self) -> None:
+    def prepare(self, *task: Any) -> None:
         """Build the network and take the first steps, in which compilers run.
+
+        Args:
+            task: Another model, implementation and setting, in place of what the process has.
 
         Raises:
             StepWorkerError: It failed, as in every method.
         """
-        self._ask("prepare")
+        self._ask("prepare", *(task or self._task))
 
     def step(self) -> StepTime:
         """Take a step: forward, backward, SGD."""
@@ -167,12 +182,12 @@ class StepWorker:
         self._process.kill()
         self._process.join()
 
-    def _ask(self, command: str) -> Any:
+    def _ask(self, command: str, *arguments: Any) -> Any:
         try:
-            self._connection.send(command)
-            if not self._connection.poll(_LIMIT):
+            self._connection.send((command, *arguments))
+            if not self._connection.poll(self.limit):
                 self._process.kill()
-                raise StepWorkerError(f"no answer to {command!r} in {_LIMIT:g} seconds")
+                raise StepWorkerError(f"no answer to {command!r} in {self.limit:.4g} seconds")
             failure, answer = self._connection.recv()
         except (EOFError, OSError) as error:  # OSError: a broken pipe
             self._process.join()
@@ -182,17 +197,21 @@ class StepWorker:
         return answer
 
 
-def training_step(model: nn.Module, x: Tensor, amp: bool = False) -> Callable[[], None]:
+def training_step(
+    model: nn.Module, x: Tensor, precision: Precision = "default"
+) -> Callable[[], None]:
     """A complete step on images (N, C, H, W): forward, cross-entropy, backward, SGD."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
+    scaler = torch.amp.GradScaler(x.device.type, enabled=precision == "float16")
     targets = torch.arange(len(x), device=x.device)
 
     def step() -> None:
         optimizer.zero_grad()
-        with _autocast(x, amp):
+        with _autocast(x, precision):
             loss = F.cross_entropy(model(x), targets)
-        loss.backward()
-        optimizer.step()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
 
     return step
 
@@ -208,9 +227,15 @@ class _Training:
         self.model = build_implementation(
             implementation, model, setting.device, setting.channels_last
         )
-        images = sample_images(setting.images, setting.batch_size, setting.image_size)
+        images = _images(setting.images, setting.batch_size, setting.image_size)
         self.x = images.to(setting.device, memory_format=form)
-        self._step = training_step(self.model, self.x, setting.amp)
+        if setting.precision != "default":
+            allowed = setting.precision != "float32"
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+        self._in_graphs = implementation.endswith((" graphs", " reduce-overhead"))
+        if implementation.endswith(" graphs"):
+            self.model = _graphed(self.model, self.x, setting.precision)
+        self._step = training_step(self.model, self.x, setting.precision)
         for _ in range(_WARMUP):
             self._step()
 
@@ -222,8 +247,10 @@ class _Training:
         return StepTime(time.perf_counter() - started, time.process_time() - cpu_started)
 
     def memory(self) -> dict[str, float]:
+        if self._in_graphs and self.x.is_cuda:  # whose memory is never given back
+            return {}
         peak = peak_bytes(self._step, self.setting.device)
-        with _autocast(self.x, self.setting.amp):
+        with _autocast(self.x, self.setting.precision):
             kept = kept_bytes(self.model, self.x)
         share = _MIB * len(self.x)
         return {"kept_mib": kept / share, "peak_mib": peak / share}
@@ -233,19 +260,33 @@ class _Training:
             torch.cuda.synchronize(self.x.device)
 
 
-def _serve(
-    connection: Connection, model: str, implementation: str, setting: TrainingSetting
-) -> None:
+_images = lru_cache(maxsize=1)(sample_images)  # a second for hundreds
+
+
+def _graphed(model: nn.Module, x: Tensor, precision: Precision) -> nn.Module:
+    """The network with forward and backward passes as CUDA graphs."""
+    if not x.is_cuda:
+        raise ValueError("CUDA graphs need a CUDA device")
+    with _autocast(x, precision, cache=False):
+        graphed: Any = torch.cuda.make_graphed_callables(model, (x,))
+    return cast(nn.Module, graphed)
+
+
+def _serve(connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     training: _Training | None = None
     while True:
         try:
-            command = connection.recv()
+            command, *arguments = connection.recv()
         except EOFError:
             return
         try:
-            training = training or _Training(model, implementation, setting)
-            answer = None if command == "prepare" else getattr(training, command)()
+            if command == "prepare":
+                training = None  # free its memory first
+                torch.cuda.empty_cache()
+                training, answer = _Training(*arguments), None
+            else:
+                answer = getattr(training, command)()
         except Exception as error:  # whatever a compiler raises: the others are measured still
             first = next(iter(str(error).splitlines()), "")
             connection.send((f"{type(error).__name__}: {first}"[:200], None))
@@ -265,8 +306,10 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
             del os.environ[name]
 
 
-def _autocast(x: Tensor, amp: bool) -> AbstractContextManager[Any]:
-    return torch.autocast(x.device.type, torch.bfloat16, enabled=amp)
+def _autocast(x: Tensor, precision: Precision, cache: bool = True) -> AbstractContextManager[Any]:
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision)
+    enabled = dtype is not None
+    return torch.autocast(x.device.type, dtype, enabled=enabled, cache_enabled=cache)
 
 
 def _ending(code: int | None) -> str:

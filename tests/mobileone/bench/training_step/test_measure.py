@@ -177,7 +177,7 @@ def test_training_under_autocast_keeps_less():
     x = torch.randn(8, 3, 96, 96)
     model = build_implementation("plain", "mobileone_s0", "cpu")
     before = [p.clone() for p in model.parameters()]
-    training_step(model, x, amp=True)()
+    training_step(model, x, "bfloat16")()
     assert not all(map(torch.equal, before, model.parameters()))
     with torch.autocast("cpu", torch.bfloat16):
         halved = kept_bytes(model, x)
