@@ -27,7 +27,7 @@ from mobileone.io.safe_pickle import UnsafeFileError
 __all__ = ["EXTRA", "NEEDS", "operations", "runner", "session", "spec", "write"]
 
 EXTRA = "mobileone-lightning[onnx]"
-NEEDS = ("onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5")
+NEEDS = ("onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.6")
 _USE = "the `onnx` format"
 
 
