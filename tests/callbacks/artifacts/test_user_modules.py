@@ -17,13 +17,7 @@ from mobileone.io import user_modules
 from tests.helpers.checkpoints import saver
 from tests.helpers.command import error_of
 from tests.helpers.paths import PROGRAMS
-from tests.helpers.processes import run_python
 from tests.helpers.trainer import fit
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
-]
 
 
 class Module(LightningModule):
@@ -55,6 +49,7 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         patched.syspath_prepend(str(PROGRAMS))
         patched.setattr(user_modules, "_imported", {})
+        patched.delitem(sys.modules, "my_formats", raising=False)  # else it registers nothing
         user_modules.import_user_modules(["my_networks", "my_formats"])
         callback = saver(folder, formats=["torchscript", "weights"], strict=True)
         torch.manual_seed(0)
@@ -67,14 +62,14 @@ def run(tmp_path_factory):
                 worker.subprocess, "Popen", lambda c, **o: [seen.append(c), real(c, **o)][1]
             )
             loaders = DataLoader(data, 4), DataLoader(data, 8)
-            fit(folder.parent, module, loaders, callback, max_epochs=2)
+            fit(folder.parent, module, loaders, callback)
         yield folder, module.eval(), seen
         FORMATS.pop("weights")
 
 
 def test_the_worker_imports_the_modules_and_the_format_is_published_and_compared(run):
     folder, module, commands = run
-    assert [command[-2:] for command in commands] == [["my_networks", "my_formats"]] * 2
+    assert [command[-2:] for command in commands] == [["my_networks", "my_formats"]]
     manifest = Manifest.load(folder / "last")
     manifest.verify(folder / "last")
     for name in ("torchscript", "weights"):
@@ -123,11 +118,17 @@ def test_a_file_of_the_users_format_that_is_wrong_is_rejected(run, tmp_path, mon
         export_model(module.model, module.export_spec, tmp_path / "out", ["weights"])
 
 
-def test_no_command_imports_a_module_that_the_checkpoint_names(run, tmp_path):
-    """In a process of its own, with the modules in the current folder."""
-    words = ("-m", "mobileone", "export", run[0] / "last.ckpt", tmp_path / "none")
-    refused = run_python(*words, cwd=PROGRAMS, status=2)
-    assert "timm knows no model 'my_repvgg'" in refused.stderr and "--imports" in refused.stderr
+def test_no_command_imports_a_module_that_the_checkpoint_names(run, tmp_path, monkeypatch, capsys):
+    """With the module in the current folder."""
+    program = (PROGRAMS / "my_networks.py").read_text().replace("my_repvgg", "sent_network")
+    (tmp_path / "sent_network.py").write_text(program)
+    contents = torch.load(run[0] / "last.ckpt", weights_only=True)
+    contents["hyper_parameters"]["model"] = contents["export_spec"]["model_name"] = "sent_network"
+    torch.save(contents, tmp_path / "sent.ckpt")
+    monkeypatch.chdir(tmp_path)
+    refused = error_of(capsys, "export", "sent.ckpt", "none")
+    assert "timm knows no model 'sent_network'" in refused and "--imports" in refused
+    assert "sent_network" not in sys.modules
 
 
 def test_commands_import_the_modules_by_name(run, tmp_path, monkeypatch, capsys):
