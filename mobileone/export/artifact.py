@@ -188,7 +188,8 @@ def _write(
         interface = row.write(checked.model, spec, path, metadata) or _UNDESCRIBED
         checks = row.compare(path, spec, checked)
         written = row.count_operations(path)
-        problems = _problems(row, checks)
+        problems = [f"the network has {said}" for said in row.contradictions(path, spec)]
+        problems += _problems(row, checks)
         if row.operations is not None:
             problems += structure_problems(count_kinds(written), expected)
         return _File(describe_format(path, interface, written, checks), problems)

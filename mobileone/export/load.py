@@ -1,6 +1,5 @@
 """A written file as a function: from its artifact folder, or alone."""
 
-from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -137,18 +136,10 @@ def check_spec(path: Path, name: str, spec: ExportSpec) -> None:
     Raises:
         ValueError: they differ, so that one of them was changed.
     """
-    read = FORMATS[name].spec
-    try:
-        own = spec if read is None else read(path)
-    except ValueError:  # none in it, or a damaged file, of which its reader reports more
-        return
-    for field in fields(spec):
-        said, found = getattr(spec, field.name), getattr(own, field.name)
-        if field.name != "pixels" and said != found:  # which is the format's
-            raise ValueError(
-                f"the manifest says `{field.name}` {said}, and {path.name} itself {found}: one of "
-                "them was changed; export the checkpoint again"
-            )
+    if said := FORMATS[name].contradictions(path, spec):
+        raise ValueError(
+            f"the manifest says {said[0]}: one of them was changed; export the checkpoint again"
+        )
 
 
 def check_files(path: Path) -> None:

@@ -1,7 +1,6 @@
 """The description of an artifact: what is inside, where it comes from, and the hashes to check."""
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -86,7 +85,9 @@ class Manifest:
 
     def save(self, directory: Path) -> None:
         """Write `manifest.json` into the folder."""
-        values = _finite({**asdict(self), "spec": self.spec.to_dict()})
+        said = json.dumps({**asdict(self), "spec": self.spec.to_dict()})
+        # JSON has no NaN and no infinity: they become null
+        values = json.loads(said, parse_constant=lambda name: None)
         text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
         (directory / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
 
@@ -253,14 +254,3 @@ def describe_format(
         "operations": dict(operations.most_common()),
         **{name: parity.to_dict() for name, parity in checks.items()},
     }
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
-    if isinstance(value, Mapping):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

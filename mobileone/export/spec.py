@@ -6,7 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-__all__ = ["ExportSpec", "Metadata"]
+__all__ = ["ExportSpec", "Metadata", "NoSpecError"]
+
+
+class NoSpecError(ValueError):
+    """A file that does not say what it expects and returns."""
 
 
 @dataclass(frozen=True)
@@ -123,10 +127,11 @@ class ExportSpec:
         """Rebuild a spec from `to_json`; empty text is that of a file that has none.
 
         Raises:
+            NoSpecError: it is empty.
             ValueError: it is not a spec.
         """
         if not text:
-            raise ValueError(
+            raise NoSpecError(
                 "the file does not record its classes and input: keep it in its artifact folder, "
                 "next to manifest.json, or export it again"
             )

@@ -36,7 +36,7 @@ __all__ = [
 NEEDS = ("litert-torch>=0.10,<0.11",)
 EXTRA = "mobileone-lightning[litert]"
 _USE = "the `litert` format"
-_SPEC = "spec.json"
+_SPEC, _LABELS = "spec.json", "labels.txt"
 
 
 def write(
@@ -95,7 +95,7 @@ def finished(contents: bytes, spec: ExportSpec) -> bytes:
     archive = io.BytesIO(contents)
     with zipfile.ZipFile(archive, "a") as files:
         files.writestr(_SPEC, spec.to_json())
-        files.writestr("labels.txt", "\n".join(spec.class_names))
+        files.writestr(_LABELS, "\n".join(spec.class_names))
     return archive.getvalue()
 
 
@@ -131,13 +131,20 @@ def interpreter(path: Path, threads: int | None = None) -> Any:
 
 
 def spec(path: Path) -> ExportSpec:
-    """The file's own metadata."""
+    """The file's own metadata.
+
+    Raises:
+        ValueError: there is none, or `labels.txt`, which apps read, has other names.
+    """
     try:
         with zipfile.ZipFile(path) as files:
-            text = files.read(_SPEC)
+            text, labels = files.read(_SPEC), files.read(_LABELS).decode()
     except (zipfile.BadZipFile, KeyError):
-        text = b""
-    return ExportSpec.from_json(text)
+        text, labels = b"", ""
+    found = ExportSpec.from_json(text)
+    if labels != "\n".join(found.class_names):
+        raise ValueError(f"{_LABELS} in {path.name} has other class names than its {_SPEC}")
+    return found
 
 
 def operations(path: Path) -> Counter[str]:

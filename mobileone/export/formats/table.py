@@ -9,10 +9,11 @@ FORMATS["weights"] = Format("model.npz", write=write, runner=runner)
 `--imports '[my_formats]'` imports such a module, and `--formats '[weights]'` names the row.
 """
 
+import reprlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from mobileone.export.formats import (
     torch_export,
     torchscript,
 )
-from mobileone.export.spec import ExportSpec, Metadata
+from mobileone.export.spec import ExportSpec, Metadata, NoSpecError
 from mobileone.export.verify import coreml as coreml_checks
 from mobileone.export.verify import integers
 from mobileone.export.verify.parity import (
@@ -126,6 +127,23 @@ class Format:
         """What the runner returns for a file with this spec: `logits` or `probabilities`."""
         return "probabilities" if self.optional_pixels and spec.pixels else self.output
 
+    def contradictions(self, path: Path, spec: ExportSpec) -> list[str]:
+        """What the file itself says otherwise than `spec`; nothing where it says nothing.
+
+        Raises:
+            ValueError: what it says cannot be read.
+        """
+        try:
+            own = spec if self.spec is None else self.spec(path)
+        except NoSpecError:
+            return []
+        return [
+            f"`{field.name}` {said}, and {path.name} itself {found}"
+            for field in fields(spec)
+            if field.name != "pixels"  # which is the format's
+            for said, found in _differences(getattr(spec, field.name), getattr(own, field.name))
+        ]
+
     def compare(self, path: Path, spec: ExportSpec, reference: Reference) -> dict[str, Parity]:
         """Compare a file with the network, by name of the comparison."""
         reference = reference.at_most(self.most_images)
@@ -150,6 +168,13 @@ class Format:
     def count_operations(self, path: Path) -> Counter[str]:
         """The operations in a file; none where the format does not count them."""
         return self.operations(path) if self.operations else Counter()
+
+
+def _differences(said: Any, found: Any) -> list[tuple[str, str]]:
+    """The first difference of two values, in few words: there may be thousands of class names."""
+    if isinstance(said, tuple) and len(said) == len(found):
+        return [(repr(a), repr(b)) for a, b in zip(said, found, strict=True) if a != b][:1]
+    return [(reprlib.repr(said), reprlib.repr(found))] if said != found else []
 
 
 def tensor_formats(outputs: Sequence[str] | None = None) -> dict[str, Format]:

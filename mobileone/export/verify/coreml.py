@@ -3,6 +3,7 @@
 import copy
 import sys
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,28 +57,28 @@ def check(
         ValueError: the package's labels or input are not the spec's.
     """
 
-    def stated() -> Parity:
-        answer = MLProgram(path).predict(reference.images)
-        found = answer.logits[:, columns(answer, spec)]
-        return compare(reference.logits, found, "logits", tolerance)
+    program = cache(MLProgram)
+
+    def logits(images: Tensor, rounding: bool) -> Tensor:
+        answer = program(path).predict(images, rounding=rounding)
+        return answer.logits[:, columns(answer, spec)]
 
     def exact() -> Parity:
         # the synthetic images have colors: gray ones cannot show RGB for BGR
         images = torch.cat([reference.images, fixed_images(spec, 2)])
-        answer = MLProgram(path).predict(images, rounding=False)
-        found = answer.logits[:, columns(answer, spec)]
-        logits = _rounded_logits(spec, reference.model, images, precision)
-        return compare(logits, found, "logits", program_tolerance)
+        expected = _rounded_logits(spec, reference.model, images, precision)
+        return compare(expected, logits(images, False), "logits", program_tolerance)
 
     def native() -> Parity:
-        probabilities = runtime(path, spec)(reference.images)
         expected = reference.logits.softmax(dim=1)
-        return compare(expected, probabilities, "probabilities", tolerance)
+        return compare(expected, runtime(path, spec)(reference.images), "probabilities", tolerance)
 
     checks = {
-        "parity": stated,
+        "parity": lambda: compare(
+            reference.logits, logits(reference.images, True), "logits", tolerance
+        ),
         "program_parity": exact,
-        "weights_parity": lambda: _weights_parity(path, spec, reference, precision),
+        "weights_parity": lambda: _weights_parity(program(path), spec, reference, precision),
     }
     if sys.platform == "darwin":
         checks["runtime_parity"] = native
@@ -106,14 +107,14 @@ class _Layer(NamedTuple):
 
 @torch.no_grad()
 def _weights_parity(
-    path: Path, spec: ExportSpec, reference: Reference, precision: torch.dtype
+    program: MLProgram, spec: ExportSpec, reference: Reference, precision: torch.dtype
 ) -> Parity:
     """The largest relative error of a single weight or bias; an image shows the layers' order.
 
     Raises:
         NotVerifiedError: the layers are not the network's, so that they cannot be matched.
     """
-    written = [_Layer(*layer) for layer in MLProgram(path).layers()]
+    written = [_Layer(*layer) for layer in program.layers()]
     with layers_in_order(reference.model) as modules:
         reference.model(normalize(reference.images[:1], spec))
     own = [_Layer(module.weight, module.bias) for module in modules]

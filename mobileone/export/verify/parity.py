@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,11 +45,13 @@ class Reference:
         model: the fused network that was written, float32, eval mode, on the CPU.
         outputs: by name, (N, ...), of the trained network itself, branches and all.
         images: 8-bit images (N, C, H, W).
+        known: what was measured already, of which copies with fewer images take the same.
     """
 
     model: nn.Module
     outputs: Mapping[str, Tensor]
     images: Tensor
+    known: dict[str, float] = field(default_factory=dict, repr=False)
 
     @property
     def logits(self) -> Tensor:
@@ -74,6 +76,11 @@ class Reference:
         Logits of a network that has hardly been trained are small differences of large numbers:
         each order of the sums gives others. 0 for a network that does not run in float64.
         """
+        if "rounding" not in self.known:
+            self.known["rounding"] = self._rounding(spec)
+        return self.known["rounding"]
+
+    def _rounding(self, spec: ExportSpec) -> float:
         few = self.at_most(_ROUNDING_IMAGES)
         found = tuple(few.fused_outputs(spec).values())
         try:
@@ -124,49 +131,36 @@ class Parity:
     @property
     def accepted(self) -> bool:
         """False if the outputs are not finite, err too much, or agree too seldom."""
-        if self.status == "not finite" or self._disagrees or self._changes:
-            return False
-        return not self._too_far
-
-    @property
-    def _disagrees(self) -> bool:
-        given = self.top1_agreement is not None and self.min_agreement is not None
-        return given and self.top1_agreement < self.min_agreement  # type: ignore[operator]
-
-    @property
-    def _too_far(self) -> bool:
-        given = self.max_relative_error is not None and self.tolerance is not None
-        return given and not self.max_relative_error <= self.tolerance  # type: ignore[operator]
-
-    @property
-    def _changes(self) -> bool:
-        given = self.clear_changed is not None and self.max_clear_changed is not None
-        return given and self.clear_changed > self.max_clear_changed  # type: ignore[operator]
+        return self.problem() is None
 
     def problem(self) -> str | None:
         """The reason why it is not accepted; None if it is."""
-        if self.accepted:
-            return None
-        if self._disagrees:
+        if self.status == "not finite":
+            return self.reason
+        if _above(self.min_agreement, self.top1_agreement):
             return (
                 f"the network's class for {self.top1_agreement:.1%} of {self.images} images, which "
                 f"is less than {self.min_agreement:.0%}"
             )
-        if self.max_relative_error is None:
-            return self.reason
-        if self._too_far:
+        if _above(self.max_relative_error, self.tolerance):
             return (
                 f"relative error {self.max_relative_error:.2g} of the {self.kind} is above "
                 f"{self.tolerance:g}"
             )
-        return (
-            f"another class than the network's for {self.clear_changed} of the {self.clear_images} "
-            "images whose class is clear"
-        )
+        if _above(self.clear_changed, self.max_clear_changed):
+            return (
+                f"another class than the network's for {self.clear_changed} of the "
+                f"{self.clear_images} images whose class is clear"
+            )
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that apply."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def _above(value: float | None, limit: float | None) -> bool:
+    return value is not None and limit is not None and not value <= limit
 
 
 def fixed_images(spec: ExportSpec, count: int = 8) -> Tensor:

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from mobileone.export.formats.table import Format
 from mobileone.export.preprocess import normalize
@@ -14,7 +15,7 @@ from mobileone.export.verify.parity import (
     measure,
     recovered_logits,
 )
-from tests.helpers.tiny import tiny_spec
+from tests.helpers.tiny import tiny_network, tiny_spec
 
 
 def test_the_largest_relative_error_over_the_images():
@@ -23,6 +24,38 @@ def test_the_largest_relative_error_over_the_images():
     parity = compare(reference, candidate, "logits")
     assert parity.max_relative_error == pytest.approx(max(1 / 4, 1 / 10))
     assert (parity.status, parity.top1_agreement, parity.images) == ("measured", 1.0, 2)
+
+
+class Counting(nn.Module):
+    """A classifier that counts its passes in float64."""
+
+    passes = 0
+
+    def __init__(self):
+        super().__init__()
+        self.network = tiny_network()
+
+    def forward(self, x):
+        Counting.passes += x.dtype == torch.float64
+        return self.network(x)
+
+
+def test_the_rounding_of_float32_is_measured_once_for_all_files():
+    """Also for a format that is compared on fewer images."""
+    model, spec = Counting().eval(), tiny_spec()
+    images = fixed_images(spec, 20)
+    logits = model(normalize(images, spec)).detach()
+    checked = Reference(model, {"logits": logits}, images)
+    for most in (None, 8):
+        row = Format(
+            "x",
+            write=lambda *_: None,
+            runner=lambda path, spec: lambda images: model(normalize(images, spec)).detach(),
+            program_tolerance=1e-5,
+            most_images=most,
+        )
+        assert row.compare(Path("x"), spec, checked)["program_parity"].tolerance >= 1e-5
+    assert Counting.passes == 1
 
 
 def test_top1_agreement_counts_images():
