@@ -14,7 +14,6 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
@@ -30,8 +29,7 @@ from mobileone.export.formats import coreml, litert, torchscript
 from mobileone.export.formats.pt2_reader import load_program
 from mobileone.export.formats.table import FORMATS
 from mobileone.export.spec import ExportSpec, Metadata
-from mobileone.io.coremltools_noise import quiet
-from mobileone.io.noise import without_noise
+from mobileone.io.noise import quiet
 
 __all__ = [
     "RUNTIMES",
@@ -262,21 +260,13 @@ def _torch_export(path: Path, x: Tensor, threads: int) -> Run:
     return _complete(load_program(path.with_suffix(".pt2"))[0].module().to(x.device), x)
 
 
-def _quiet() -> AbstractContextManager[None]:
-    """Hold back what the runtimes print when they open a file."""
-    return without_noise(
-        r"cpuinfo_utils\.cpp|threadpool\.cpp|ODIE|Enum subclass|Created TensorFlow Lite",
-        r"(read|open)_(text|binary) is deprecated|This API is experimental|coreai-torch has only",
-    )
-
-
 def _executorch(path: Path, x: Tensor, threads: int) -> Run:
     """Load the method, in a pool of that many threads.
 
     The runtime has one pool, as large as the machine unless it is replaced, which must not happen
     while a method is used that was loaded before.
     """
-    with _quiet():
+    with quiet():
         from executorch.extension.pybindings import _C
         from executorch.runtime import Runtime as Interpreter
 
@@ -295,7 +285,7 @@ def _executorch(path: Path, x: Tensor, threads: int) -> Run:
 
 def _litert(path: Path, x: Tensor, threads: int) -> Run:
     """Open an interpreter, which uses XNNPACK; its memory may hold other values after a run."""
-    with _quiet():
+    with quiet():
         interpreter = litert.interpreter(path.with_suffix(".tflite"), threads)
     given, returned = (
         details[0]["index"]
@@ -314,7 +304,7 @@ def _litert(path: Path, x: Tensor, threads: int) -> Run:
 
 def _coreai(path: Path, x: Tensor, threads: int) -> Run:
     """Open the asset in the interpreter of Apple's package."""
-    with _quiet():
+    with quiet():
         from coreai.authoring.asset import AIModelAsset
         from coreai.runtime import NDArray
 

@@ -30,7 +30,7 @@ from mobileone.export.preprocess import FromPixels
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.mlprogram import MLProgram
 from mobileone.export.verify.parity import Parity, Reference, compare_outputs
-from mobileone.io.coremltools_noise import quiet
+from mobileone.io.noise import quiet
 from mobileone.io.optional_import import import_optional
 
 __all__ = [

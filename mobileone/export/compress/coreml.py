@@ -19,7 +19,7 @@ from mobileone.export.formats import coreml
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.layers import layers_in_order, on_layers
 from mobileone.export.verify.mlprogram import MLProgram
-from mobileone.io.coremltools_noise import quiet
+from mobileone.io.noise import quiet
 from mobileone.io.optional_import import import_optional
 
 __all__ = ["correct_biases", "palettize", "write_palettes"]

@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from mobileone.export.preprocess import IMAGE, for_device, one_by_one
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Runner
-from mobileone.io.noise import without_noise
+from mobileone.io.noise import quiet
 from mobileone.io.optional_import import import_optional
 
 __all__ = ["NEEDS", "operations", "runner", "spec", "write"]
@@ -56,7 +55,7 @@ def write(
         OSError: the disk is full.
     """
     network, given, names, interface = for_device(model, spec, outputs)
-    with _quiet():
+    with quiet():
         converters = import_optional("coreai_torch", _USE, _INSTALL)
         runtime = import_optional("coreai.runtime", _USE, _INSTALL)
         program = torch.export.export(network, tuple(given.values()))
@@ -99,7 +98,7 @@ def runner(path: Path, spec: ExportSpec) -> Runner:
     asset = _asset(path)
 
     def batch(images: Tensor) -> Any:
-        with _quiet(), ThreadPoolExecutor(1) as thread:  # a notebook's thread has a loop of its own
+        with quiet(), ThreadPoolExecutor(1) as thread:  # a notebook's thread has a loop of its own
             return thread.submit(asyncio.run, _run(asset, images)).result()
 
     return batch
@@ -129,7 +128,7 @@ def operations(path: Path) -> Counter[str]:
     A call of another function counts by its name. `bias` are additions of constants, but for those
     to scaled values, which are the rest of a norm.
     """
-    with _quiet():
+    with quiet():
         module = _asset(path).program._module._mlir_module
     (main,) = (f for f in module.body if _text(f, "sym_name") == f'"{_FUNCTION}"')
     (body,) = main.regions[0].blocks
@@ -165,12 +164,5 @@ def _text(operation: Any, attribute: str) -> str:
 
 
 def _asset(path: Path) -> Any:
-    with _quiet():
+    with quiet():
         return import_optional("coreai.authoring.asset", _USE, _INSTALL).AIModelAsset.load(path)
-
-
-def _quiet() -> AbstractContextManager[None]:
-    return without_noise(
-        r"coreai-torch [\d.]+: converting|ODIE \[default\]: Loading",
-        "coreai-torch has only been validated with",
-    )

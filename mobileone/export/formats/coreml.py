@@ -19,7 +19,7 @@ from mobileone.export.preprocess import WithPreprocessing
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.mlprogram import MLProgram, Prediction
 from mobileone.export.verify.parity import NotVerifiedError, Runner
-from mobileone.io.coremltools_noise import quiet
+from mobileone.io.noise import quiet
 from mobileone.io.optional_import import import_optional
 
 __all__ = [

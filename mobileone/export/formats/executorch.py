@@ -6,7 +6,6 @@ Needs the extra `executorch`; its packages are imported by the functions that us
 import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from mobileone.export.formats.flatbuffer import Table
 from mobileone.export.preprocess import for_device, one_by_one
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Runner
-from mobileone.io.noise import EXECUTORCH_WARNINGS, TORCHAO_LINES, without_noise
+from mobileone.io.noise import quiet
 from mobileone.io.optional_import import import_optional
 
 __all__ = ["NEEDS", "graphs", "operations", "runner", "spec", "write"]
@@ -52,7 +51,7 @@ def write(
         ImportError: the extra is not installed.
     """
     network, given, _, interface = for_device(model, spec, outputs)
-    with _quiet():
+    with quiet():
         exir = import_optional("executorch.exir", _USE, _INSTALL)
         xnnpack = import_optional(
             "executorch.backends.xnnpack.partition.xnnpack_partitioner", _USE, _INSTALL
@@ -74,7 +73,7 @@ def runner(path: Path, spec: ExportSpec) -> Runner:
     Raises:
         ImportError: the extra is not installed.
     """
-    with _quiet():
+    with quiet():
         runtime = import_optional("executorch.runtime", _USE, _INSTALL)
         program = runtime.Runtime.get().load_program(path)
         forward = program.load_method("forward")
@@ -166,9 +165,3 @@ _XNNPACK = """
     concatenate concatenate slice attention matmul concatenate conv_transpose2d rsqrt log gelu tanh
     exp sin copy cos
 """.split()
-
-
-def _quiet() -> AbstractContextManager[None]:
-    return without_noise(
-        rf"cpuinfo_utils\.cpp|{TORCHAO_LINES}", f"{EXECUTORCH_WARNINGS}|This API is experimental"
-    )

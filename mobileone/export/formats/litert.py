@@ -7,7 +7,6 @@ import io
 import zipfile
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from mobileone.export.formats.flatbuffer import Table
 from mobileone.export.preprocess import for_device, one_by_one
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Runner
-from mobileone.io.noise import TORCHAO_LINES, without_noise
+from mobileone.io.noise import quiet
 from mobileone.io.optional_import import import_optional
 
 __all__ = [
@@ -27,7 +26,6 @@ __all__ = [
     "finished",
     "interpreter",
     "operations",
-    "quiet",
     "runner",
     "spec",
     "write",
@@ -161,13 +159,6 @@ def operations(path: Path) -> Counter[str]:
         str(names[kinds[operator.number(0)]]).lower()
         for graph in model.tables(2)
         for operator in graph.tables(3)
-    )
-
-
-def quiet() -> AbstractContextManager[None]:
-    """Hold back what converter and interpreter print at each use."""
-    return without_noise(
-        rf"{TORCHAO_LINES}|absl::InitializeLog|oneDNN custom|arithmetic ops|Created TensorFlow Lite"
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mobileone.export.verify.mlprogram_ops import KERNELS
 from mobileone.export.verify.parity import NotVerifiedError
-from mobileone.io.coremltools_noise import quiet
+from mobileone.io.noise import quiet
 from mobileone.io.optional_import import import_optional
 
 __all__ = ["MLProgram", "Prediction"]

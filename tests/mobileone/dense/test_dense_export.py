@@ -146,7 +146,7 @@ def test_what_vision_reads_of_the_package(package):
     """Inputs, outputs, thresholds and labels, in the fields of Apple's format."""
     from coremltools.models.utils import load_spec
 
-    from mobileone.io.coremltools_noise import quiet
+    from mobileone.io.noise import quiet
 
     with quiet():
         read = load_spec(str(package))

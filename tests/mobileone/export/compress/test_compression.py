@@ -17,7 +17,7 @@ from mobileone.export.formats import coreml
 from mobileone.export.preprocess import normalize
 from mobileone.export.verify.mlprogram import MLProgram
 from mobileone.export.verify.mlprogram_ops import KERNELS
-from mobileone.io.coremltools_noise import quiet
+from mobileone.io.noise import quiet
 from mobileone.quantization import quantize
 from tests.helpers.norms import randomize_bn
 from tests.helpers.tiny import tiny_spec
