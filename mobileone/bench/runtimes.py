@@ -257,7 +257,7 @@ def _coreml(path: Path, x: Tensor, threads: int, *, compute_units: str) -> Run:
 
 def _torch_export(path: Path, x: Tensor, threads: int) -> Run:
     """Read the program; the threads are PyTorch's own, set by the caller."""
-    return _complete(load_program(path.with_suffix(".pt2"))[0].module().to(x.device), x)
+    return _complete(load_program(path.with_suffix(".pt2")).module().to(x.device), x)
 
 
 def _executorch(path: Path, x: Tensor, threads: int) -> Run:

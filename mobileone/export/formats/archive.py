@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["fresh_archive", "only_computes", "read_records"]
+__all__ = ["extra_text", "fresh_archive", "only_computes", "read_records"]
 
 # these take no text, or only the name of a mode or an equation
 _WITH_TEXT = frozenset(
@@ -35,6 +35,17 @@ def read_records(path: Path, kind: str) -> dict[str, bytes]:
     except RuntimeError as error:
         first = str(error).splitlines()[0]
         raise ValueError(f"{path} is damaged, or not a {kind} file ({first})") from error
+
+
+def extra_text(path: Path, name: str, kind: str) -> str:
+    """A text that was saved next to what the archive holds; empty where there is none.
+
+    Args:
+        path: the file.
+        name: of the text.
+        kind: see `read_records`.
+    """
+    return read_records(path, kind).get(f"extra/{name}", b"").decode()
 
 
 def fresh_archive(records: dict[str, bytes], version: int | None = None) -> io.BytesIO:

@@ -55,8 +55,8 @@ _FIX = "Export the checkpoint again: mobileone export CHECKPOINT FOLDER --format
 _DROPPED: dict[str, Any] = {"metadata": {}, "guards_code": []}
 
 
-def load_program(path: Path) -> tuple[ExportedProgram, dict[str, str]]:
-    """The program of a `.pt2` file, and its extra files by name.
+def load_program(path: Path) -> ExportedProgram:
+    """The program of a `.pt2` file.
 
     Raises:
         UnsafeFileError: it holds what could run code, or more than this project writes.
@@ -72,12 +72,11 @@ def load_program(path: Path) -> tuple[ExportedProgram, dict[str, str]]:
         contents = fresh_archive(_checked(records, str(path)))
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error!r} in its description") from error
-    extra = {n.removeprefix("extra/"): "" for n in records if n.startswith("extra/")}
     logger = logging.getLogger("torch.export")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        return torch.export.load(contents, extra_files=extra), extra
+        return torch.export.load(contents)
     except Exception as error:  # whatever torch raises on an incomplete program
         first = (str(error) or repr(error)).splitlines()[0]
         raise ValueError(f"{path} is damaged, or of another version of torch: {first}") from error

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
+from mobileone.export.formats.archive import extra_text
 from mobileone.export.formats.pt2_reader import load_program
 from mobileone.export.preprocess import interfaced, tensor_interface, tensor_runner
 from mobileone.export.spec import ExportSpec, Metadata
@@ -56,15 +57,15 @@ def write(
 
 def spec(path: Path) -> ExportSpec:
     """The file's own metadata."""
-    return ExportSpec.from_json(load_program(path)[1].get(_SPEC, ""))
+    return ExportSpec.from_json(extra_text(path, _SPEC, ".pt2"))
 
 
 def runner(path: Path, spec: ExportSpec) -> Runner:
     """The file as a function: 8-bit images (N, C, H, W) -> its outputs, as (N, classes)."""
-    return tensor_runner(load_program(path)[0].module(), spec)
+    return tensor_runner(load_program(path).module(), spec)
 
 
 def operations(path: Path) -> Counter[str]:
     """How often each operation occurs in the file."""
-    nodes = load_program(path)[0].graph.nodes
+    nodes = load_program(path).graph.nodes
     return Counter(str(node.target) for node in nodes if node.op == "call_function")

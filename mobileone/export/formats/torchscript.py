@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mobileone.export.formats.torchscript_reader import extra_file, harmless_archive
+from mobileone.export.formats.archive import extra_text
+from mobileone.export.formats.torchscript_reader import harmless_archive
 from mobileone.export.preprocess import interfaced, tensor_interface, tensor_runner
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.parity import Runner
@@ -65,7 +66,7 @@ def load(path: Path) -> nn.Module:
 
 def spec(path: Path) -> ExportSpec:
     """The file's own metadata."""
-    return ExportSpec.from_json(extra_file(path, _SPEC))
+    return ExportSpec.from_json(extra_text(path, _SPEC, "TorchScript"))
 
 
 def runner(path: Path, spec: ExportSpec) -> Runner:

@@ -15,7 +15,7 @@ from pathlib import Path
 from mobileone.export.formats.archive import fresh_archive, only_computes, read_records
 from mobileone.io.safe_pickle import UnsafeFileError
 
-__all__ = ["extra_file", "harmless_archive"]
+__all__ = ["harmless_archive"]
 
 _RECORDS = re.compile(
     r"(data|constants)\.pkl|(data|constants)/\d+|code/[\w/]+\.py|extra/[\w.]+|byteorder"
@@ -60,11 +60,6 @@ def harmless_archive(path: Path) -> io.BytesIO:
         if name.endswith(".py"):
             kept[name] = f"{_judged(data, path)}\n".encode()
     return fresh_archive(kept, int(records.get("version", b"3")))
-
-
-def extra_file(path: Path, name: str) -> str:
-    """A text that was saved next to the module; empty where there is none."""
-    return read_records(path, "TorchScript").get(f"extra/{name}", b"").decode()
 
 
 def _refused(path: Path, what: str) -> UnsafeFileError:
