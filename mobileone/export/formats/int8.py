@@ -19,7 +19,7 @@ from mobileone.export.formats import coreml, executorch, litert, onnx
 from mobileone.export.spec import ExportSpec, Metadata
 from mobileone.export.verify.integers import INTEGER, LINEAR, Contents, Grid, four_channels, packed
 from mobileone.export.verify.mlprogram import MLProgram
-from mobileone.io.coremltools_noise import quiet
+from mobileone.io.noise import quiet
 from mobileone.io.optional_import import import_optional
 from mobileone.quantization import Scheme, scheme_of
 from mobileone.quantization.deployed import QuantizedConv2d, QuantizeDequantize, QuantizedLinear
