@@ -22,6 +22,7 @@ def cache(monkeypatch, tmp_path):
     trial._fresh.clear()
 
 
+@pytest.mark.filterwarnings("ignore:the checkpoint's schedule of")  # the second run is longer
 def test_a_resumed_run_takes_the_forms_that_it_began_with(tmp_path, monkeypatch, cache):
     timed = []
 
