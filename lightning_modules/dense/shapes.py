@@ -82,7 +82,7 @@ def draw_shapes(generator: np.random.Generator, size: int) -> Picture:
         labels.append(label)
     return Picture(
         tv_tensors.Image(image),
-        tv_tensors.Mask(mask, dtype=torch.int64)[0],
+        tv_tensors.Mask(np.array(mask), dtype=torch.int64),
         corner_boxes(torch.tensor(boxes), size, size),
         torch.tensor(labels),
         torch.zeros(len(labels), dtype=torch.int64),
