@@ -1,7 +1,7 @@
 """Export of a trained segmentation or detection network, fused completely."""
 
 from argparse import ArgumentError
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from lightning_modules.dense.models import Detector, Segmenter
 from mobileone.dense import fuse
 from mobileone.dense.detection import SSDBoxes
 from mobileone.dense.export import BOXES, LOGITS, box_formats, map_formats
-from mobileone.export import ExportSpec, Format, Manifest, Metadata, TrainingState, export_model
+from mobileone.export import ExportSpec, Manifest, Metadata, TrainingState, export_model
 from mobileone.export.checkpoint import read_checkpoint
 from mobileone.export.formats.table import DEFAULT_FORMATS
 from mobileone.io.plain_arguments import registered_name
@@ -47,17 +47,10 @@ def export_segmenter(
     if input_size < 32 or input_size % 32:
         raise ValueError(f"input_size={input_size} must be a multiple of 32.")
     module, run = _load(Segmenter, checkpoint)
-    shapes = {LOGITS: (len(module.class_names), input_size, input_size)}
-    return _export(
-        fuse(module.model.eval()),
-        module,
-        input_size,
-        directory,
-        formats,
-        run,
-        shapes,
-        map_formats(),
-    )
+    network = fuse(module.model.eval())
+    outputs = {LOGITS: (len(module.class_names), input_size, input_size)}
+    spec = _spec(module, input_size)
+    return _export(network, spec, run, directory, formats, outputs=outputs, table=map_formats())
 
 
 def export_detector(
@@ -86,35 +79,29 @@ def export_detector(
     network: Any = fuse(module.model.eval()).requires_grad_(False)
     boxes = SSDBoxes(network).eval()
     anchors = len(boxes.centers)
-    shapes = dict(zip(BOXES, [(anchors, 4), (anchors, len(module.class_names))], strict=True))
-    chosen, table = [*formats, "detector"], box_formats(network)
-    return _export(boxes, module, module.hparams["size"], directory, chosen, run, shapes, table)
+    values = [(anchors, 4), (anchors, len(module.class_names))]
+    outputs, table = dict(zip(BOXES, values, strict=True)), box_formats(network)
+    spec, chosen = _spec(module, module.hparams["size"]), [*formats, "detector"]
+    return _export(boxes, spec, run, directory, chosen, outputs=outputs, table=table)
+
+
+def _spec(module: Any, size: int) -> ExportSpec:
+    model = module.hparams["model"]
+    return ExportSpec(model, module.class_names, **resolve_config(model, size))
 
 
 def _export(
     network: nn.Module,
-    module: Any,
-    size: int,
+    spec: ExportSpec,
+    run: TrainingState,
     directory: str | Path,
     formats: Sequence[str],
-    run: TrainingState,
-    shapes: Mapping[str, Sequence[int]],
-    table: Mapping[str, Format],
+    **dense: Any,
 ) -> Manifest:
-    model, names = module.hparams["model"], module.class_names
-    spec = ExportSpec(model, names, **resolve_config(model, size))
-    metadata = Metadata(description=f"{model}, {len(names)} classes, reparameterized")
-    return export_model(
-        network,
-        spec,
-        directory,
-        formats,
-        run,
-        metadata,
-        outputs=shapes,
-        table=table,
-        synthetic=2,  # maps and boxes are many values
-    )
+    named = f"{spec.model_name}, {spec.num_classes} classes, reparameterized"
+    about = Metadata(description=named)
+    # maps and boxes are many values: two images are enough
+    return export_model(network, spec, directory, formats, run, about, synthetic=2, **dense)
 
 
 def _load(kind: type[Any], checkpoint: str | Path) -> tuple[Any, TrainingState]:
