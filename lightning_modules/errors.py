@@ -9,8 +9,8 @@ __all__ = ["WORKER_DIED", "UsageError", "is_of_a_dead_worker", "message_for_user
 WORKER_DIED = (
     "a data worker has died; as a rule the system killed it because memory ran out: lower "
     "--data.num_workers or --data.batch_size, or give the job (a container: its /dev/shm too) more "
-    "memory; then continue from the last checkpoint. At the start of a program of your own: it "
-    'needs `if __name__ == "__main__":`, and a data set\'s class must be in a module'
+    "memory; then continue from the last checkpoint. At the start of a program that has the class "
+    'of its data in itself: move that to a module, or what runs under `if __name__ == "__main__":`'
 )
 
 _OURS = tuple(

@@ -1,9 +1,10 @@
 """A fork server for data workers alone, which no signal to the whole process group ends."""
 
+import os
 import signal
-from multiprocessing import forkserver, popen_forkserver, resource_tracker
-from multiprocessing.context import ForkServerContext, ForkServerProcess
-from types import FunctionType
+from io import BytesIO
+from multiprocessing import forkserver, popen_forkserver, reduction, resource_tracker, spawn, util
+from multiprocessing.context import ForkServerContext, ForkServerProcess, set_spawning_popen
 from typing import Any
 
 from lightning_modules.data.image_io import IMAGE_PLUGINS
@@ -32,20 +33,41 @@ class _Server(forkserver.ForkServer):
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(forkserver, name)
-
 
 _server = _Server()
 _server.set_forkserver_preload(_PRELOADED)
 
 
 class _Popen(popen_forkserver.Popen):
-    # the base class's own, which knows the one server of `multiprocessing` by a global name
-    _launch = FunctionType(
-        popen_forkserver.Popen._launch.__code__,  # type: ignore[attr-defined]
-        {**vars(popen_forkserver), "forkserver": _server},
-    )
+    _fds: list[int]
+
+    def _launch(self, process: Any) -> None:
+        """Send a worker to the server; the program's own file only where its data need it.
+
+        `multiprocessing` lets every process run that file first, which in a script without
+        `if __name__ == "__main__":` would train once more.
+        """
+        start = spawn.get_preparation_data(process._name)
+        set_spawning_popen(self)
+        try:
+            work, message = BytesIO(), BytesIO()
+            reduction.dump(process, work)
+            if b"__main__" not in work.getvalue():
+                start = {k: v for k, v in start.items() if not k.startswith("init_main")}
+            reduction.dump(start, message)
+        finally:
+            set_spawning_popen(None)
+        self.sentinel, pipe = _server.connect_to_new_process(self._fds)
+        lives = os.dup(pipe)  # closed when this process ends, which the worker waits for
+        self.finalizer = util.Finalize(
+            self,
+            util.close_fds,  # type: ignore[attr-defined]
+            (lives, self.sentinel),
+        )
+        with os.fdopen(pipe, "wb") as file:
+            file.write(message.getbuffer())
+            file.write(work.getbuffer())
+        self.pid = forkserver.read_signed(self.sentinel)
 
 
 class _Process(ForkServerProcess):

@@ -30,7 +30,7 @@ from lightning_modules.data.samplers import SampleKey
 from lightning_modules.data.shards.writer import make_shards
 from lightning_modules.errors import UnreadableImageError
 from tests.helpers.paths import PROGRAMS
-from tests.helpers.processes import start_python
+from tests.helpers.processes import run_python, start_python
 
 
 def module(root, **options):
@@ -311,6 +311,33 @@ def test_processes_of_the_user_s_own_get_the_signals_and_no_import_of_ours(pets)
         names = pool.submit(eval, "list(__import__('sys').modules)").result()
     assert mask == signal.pthread_sigmask(signal.SIG_BLOCK, [])
     assert "lightning_modules.data.dataset" not in names
+
+
+PLAIN = """
+from torch.utils.data import DataLoader
+from lightning_modules.data.workers import worker_options
+print("numbers:", len(list(DataLoader(range(3), **worker_options(1)))))
+"""
+OWN_CLASS = """
+from torch.utils.data import DataLoader, Dataset
+from lightning_modules.data.workers import worker_options
+
+class Numbers(Dataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return index
+
+if __name__ == "__main__":
+    print("numbers:", len(list(DataLoader(Numbers(), **worker_options(1)))))
+"""
+
+
+@pytest.mark.parametrize("text", [PLAIN, OWN_CLASS], ids=["no_guard", "own_class"])
+def test_a_program_runs_once_and_may_bring_a_class(text, tmp_path):
+    (tmp_path / "program.py").write_text(text)
+    assert run_python(tmp_path / "program.py").stdout == "numbers: 3\n"
 
 
 @pytest.mark.parametrize("dataset", ["", "tests.helpers.user_data:make_paths"])
