@@ -9,9 +9,12 @@ import sys
 import threading
 import time
 import warnings
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LambdaCallback
@@ -208,6 +211,48 @@ def test_training_goes_on_while_the_worker_works(make, tmp_path, folder, started
 
     fit(ScoredClassifier([0.5]), make(), tmp_path, max_epochs=2, callbacks=[Look()])
     assert seen == [False] * STEPS + [True]
+
+
+class LargeClassifier(ScoredClassifier):
+    """MobileOne-S0 that ships for 224 px; it is trained on small images, which takes no time."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = timm.create_model("mobileone_s0", num_classes=3)
+
+    @property
+    def export_spec(self):
+        return replace(super().export_spec, model_name="mobileone_s0", input_size=(3, 224, 224))
+
+
+@pytest.mark.slow
+def test_exports_for_devices_take_less_than_two_seconds_of_the_training(
+    make, tmp_path, folder, started
+):
+    """At two validations: to save, to start a worker, and to take in what it has written."""
+    formats, spent, worked = ["executorch", "litert", "coreai"], [], []
+    for each in formats:
+        skip_without_packages(each)
+    callback = make(formats=formats)
+
+    def timed(hook, *args):
+        start = time.perf_counter()
+        hook(*args)
+        spent.append(time.perf_counter() - start)
+
+    for hook in ("on_validation_end", "on_train_batch_end"):
+        setattr(callback, hook, partial(timed, getattr(callback, hook)))
+
+    class Wait(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch:  # as an epoch that lasts longer than the export
+                start = time.perf_counter()
+                callback._publisher.exports._worker._process.wait()
+                worked.append(time.perf_counter() - start)
+
+    fit(LargeClassifier(), callback, tmp_path, max_epochs=2, callbacks=[Wait()])
+    assert sum(spent) < 2 < worked[0], (spent, worked)
+    assert {*Manifest.load(folder / "last").formats} == {*formats}
 
 
 class SlowWorker:
