@@ -57,12 +57,17 @@ def bar_figure(result: Result) -> Figure:
         series = {label: _grouped(own, name) for label, own in _grouped(rows, color).items()}
         for axes, column in zip(line, columns, strict=True):
             start = _start(column, rows)
-            for i, (label, own) in enumerate(series.items()):
-                middle = (i - (len(series) - 1) / 2) / len(series)
-                places = [names.index(key) + 0.84 * middle for key in own]
+            beside = {key: list(_grouped(own, color)) for key, own in _grouped(rows, name).items()}
+            for label, own in series.items():
+                shares = [1 / len(beside[key]) for key in own]
+                ranks = [beside[key].index(label) for key in own]
+                places = [
+                    names.index(key) + 0.84 * (share * (rank + 0.5) - 0.5)
+                    for key, share, rank in zip(own, shares, ranks, strict=True)
+                ]
                 bars = [found[-1] for found in own.values()]
                 style = colors.index(label) % len(COLORS)
-                _draw_bars(axes, bars, column, places, 0.84 / len(series), start, style)
+                _draw_bars(axes, bars, column, places, [0.84 * s for s in shares], start, style)
             lengths = [row[column] for row in rows if row.get(column)]
             if lengths and max(lengths) > _WIDE * min(lengths):
                 axes.set_xscale("log")
@@ -75,8 +80,11 @@ def bar_figure(result: Result) -> Figure:
             axes.margins(x=0.2)
         line[0].set_title(f"{heading(panel)} {value}", fontsize=9, loc="left")
     if more:
-        drawn = [Patch(facecolor=COLORS[i % 7], hatch=HATCHES[i % 7]) for i in range(len(colors))]
-        figure.legend(drawn, colors, loc="outside lower center", ncols=4, fontsize=8)
+        patches = {key: Patch(facecolor=COLORS[i % 7], hatch=HATCHES[i % 7])
+                 for i, key in enumerate(colors) if key}  # fmt: skip
+        figure.legend(
+            patches.values(), patches.keys(), loc="outside lower center", ncols=4, fontsize=8
+        )
     figure.suptitle("\n".join(wrap(title(result), 100)), fontsize=8)
     return figure
 
@@ -102,7 +110,7 @@ def _draw_bars(
     rows: Sequence[Row],
     column: str,
     places: Sequence[float],
-    thickness: float,
+    thickness: Sequence[float],
     start: float,
     style: int,
 ) -> None:
