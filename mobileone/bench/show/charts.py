@@ -80,8 +80,11 @@ def bar_figure(result: Result) -> Figure:
             axes.margins(x=0.2)
         line[0].set_title(f"{heading(panel)} {value}", fontsize=9, loc="left")
     if more:
-        patches = {key: Patch(facecolor=COLORS[i % 7], hatch=HATCHES[i % 7])
-                 for i, key in enumerate(colors) if key}  # fmt: skip
+        patches = {
+            key: Patch(facecolor=COLORS[i % 7], hatch=HATCHES[i % 7])
+            for i, key in enumerate(colors)
+            if key
+        }
         figure.legend(
             patches.values(), patches.keys(), loc="outside lower center", ncols=4, fontsize=8
         )
