@@ -17,9 +17,9 @@ def check_model_name(name: str) -> None:
     """Raise ValueError, with similar names, unless timm knows `name`; hub addresses pass."""
     if ":" in name or timm.is_model(name):
         return
-    hint = did_you_mean(name, timm.list_models()) or "; timm.list_models() has all names"
+    hint = did_you_mean(name, timm.list_models()) or "; timm.list_models() has all names."
     raise ValueError(
-        f"unknown `model` (={name!r}){hint}. If a module of yours registers it, import that module "
+        f"unknown `model` (={name!r}){hint} If a module of yours registers it, import that module "
         "first, on the command line with --imports '[my_networks]'"
     )
 

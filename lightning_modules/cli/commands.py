@@ -106,7 +106,7 @@ COMMANDS = {
         _BARS,
     ),
     "benchmark training --suite": Command(
-        "measure training steps by model, batch, precision and layout, within ten minutes",
+        "measure training steps by model, batch, precision and layout",
         "mobileone.bench.training_step.suite:measure_suite",
         _TABLE,
         "gpu --device cuda --output results",

@@ -31,9 +31,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(_help_of(name, rest), end="")
         sys.exit(0)
     if name in COMMANDS:
-        waiting = choose_waiting()  # before torch is imported
         if name == "fit":
-            _prepare_training(waiting)
+            _prepare_training()
+        else:  # the same at each measurement, whatever the machine does
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         _run(name, rest)
     elif words == ["--version"]:
         print(f"mobileone {version('mobileone-lightning')}")
@@ -59,11 +60,11 @@ def _help_of(name: str, argv: list[str]) -> str:
     return help_of(" ".join([name, *argv[:-1]]), lambda: _run(name, argv))
 
 
-def _prepare_training(waiting: str) -> None:
+def _prepare_training() -> None:
+    if waiting := choose_waiting():  # before torch is imported
+        print(waiting, file=sys.stderr)
     from mobileone.io.allocator import keep_freed_memory
 
-    if waiting:
-        print(waiting, file=sys.stderr)
     keep_freed_memory()
 
 

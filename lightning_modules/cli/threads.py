@@ -1,6 +1,7 @@
 """How PyTorch's threads wait for each other: asleep where cores are shared, else awake a moment."""
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -24,9 +25,10 @@ def choose_waiting() -> str:
     """Set in the environment how threads of OpenMP wait; before torch is loaded.
 
     Returns:
-        What was chosen and why, for people; empty where the environment has it already.
+        What was chosen and why, for people; empty where the environment has it already, or torch is
+        loaded, which has read it.
     """
-    if any(name in os.environ for name in _OWN):
+    if "torch" in sys.modules or any(name in os.environ for name in _OWN):
         return ""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     quota, busy = _cores_allowed(), _cores_busy()

@@ -52,7 +52,7 @@ class _Popen(popen_forkserver.Popen):
         try:
             work, message = BytesIO(), BytesIO()
             reduction.dump(process, work)
-            if b"__main__" not in work.getvalue():
+            if b"_main__" not in work.getvalue():  # nor __mp_main__, its name in a spawned process
                 start = {k: v for k, v in start.items() if not k.startswith("init_main")}
             reduction.dump(start, message)
         finally:

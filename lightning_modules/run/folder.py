@@ -1,6 +1,7 @@
 """The folder of a run: a new one each time, or that of the checkpoint which is continued."""
 
 import json
+import logging
 import secrets
 import shutil
 import time
@@ -167,6 +168,8 @@ class SaveRunConfig(SaveConfigCallback):
                 "--run.root on a file system that all nodes see"
             )
         keep_choices(Path(trainer.default_root_dir) / "forms", trainer.global_rank)
+        if trainer.is_global_zero:
+            _say_what_was_measured()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the configuration to `<run>/config.yaml` and the loggers; log in every epoch."""
@@ -193,6 +196,13 @@ class SaveRunConfig(SaveConfigCallback):
         """Now there is a result: let `latest` link to this run."""
         if trainer.is_global_zero:
             RunFolder.read(Path(trainer.default_root_dir)).make_latest()
+
+
+def _say_what_was_measured() -> None:
+    logger = logging.getLogger("mobileone.collapsed.trial")
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO)
 
 
 def _log_in_every_epoch(trainer: Trainer) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from callbacks.dry_run import is_dry_run
@@ -47,7 +48,7 @@ def _pixels(trainer: Trainer, module: LightningModule) -> str | None:
     config = getattr(cast(Any, trainer).datamodule, "data_config", None)
     if not info or not config:
         return None
-    side, stride = min(config["input_size"][1:]), info[-1]["reduction"]
+    side, stride = min(config["input_size"][1:]), info[-1].get("reduction", 0)
     if side >= stride:
         return None
     return (
@@ -64,7 +65,12 @@ def _rate(trainer: Trainer, module: LightningModule) -> str | None:
         batch = effective_batch_size(trainer)
     except ValueError:  # a loader of the user's own that does not say
         return None
-    if h["lr_reference_batch"] or h["warmup_epochs"] or h["lr"] < _TOO_FAST * _PAPER * batch:
+    if (
+        h["quantize"]
+        or h["lr_reference_batch"]
+        or h["warmup_epochs"]
+        or h["lr"] < _TOO_FAST * _PAPER * batch
+    ):
         return None
     return (
         f"learning rate {h['lr']:g} is high for batches of {batch}, for the paper has 0.1 for 256: "
@@ -76,7 +82,10 @@ def _average(trainer: Trainer) -> str | None:
     ema = next((c for c in cast(Any, trainer).callbacks if isinstance(c, EMA)), None)
     if ema is None or ema.validate != "average":
         return None
-    steps = trainer.estimated_stepping_batches
+    try:
+        steps = trainer.estimated_stepping_batches
+    except MisconfigurationException:  # accumulation that changes during the training
+        return None
     updates = steps - ema.start_step
     share = math.prod(ema.decay_at(n) for n in range(int(min(updates, _WARM))))
     share *= ema.decay ** max(0, updates - _WARM)

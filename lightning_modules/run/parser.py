@@ -64,7 +64,7 @@ class Parser(LightningArgumentParser):
         elif "does not correspond to a subclass" in message:
             message = re.sub(r"(?s)\A.*(Import path[^\n]*).*\Z", r"\1", message)
         elif (several := _SEVERAL.search(message)) and "Problem with" not in message:
-            message = _about_several(*several.groups())
+            message = _about_several(*several.groups()) or message
         print(f"{name}: error: {message.strip()}", file=sys.stderr)
         print(f"`{name} {more}` lists all options", file=sys.stderr)
         sys.exit(2)
@@ -106,7 +106,7 @@ def _about_value(option: str, expected: str, given: str) -> str:
 
 
 def _about_several(option: str, expected: str, given: str) -> str:
-    """The same of an option that takes values of several kinds."""
+    """The same of an option that takes values of several kinds; empty: they are not named."""
     rules: list[str] = []
     for kind in re.findall(r"Expected a (.*)", expected):
         if "Literal" in kind:
@@ -116,7 +116,8 @@ def _about_several(option: str, expected: str, given: str) -> str:
         else:
             name = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", kind)
             rules.append(_KINDS.get(name, name))
-    return f"--{option} {given} must be {', '.join(dict.fromkeys(rules[:-1]))} or {rules[-1]}"
+    *rest, last = dict.fromkeys(rules) or [""]
+    return f"--{option} {given} must be {', '.join(rest)} or {last}" if rest else ""
 
 
 def class_path(kind: type) -> str:

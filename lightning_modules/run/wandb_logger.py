@@ -213,7 +213,7 @@ def _wandb_logger(
         save_dir=run.path,
         id=run.wandb_id,
         name=run.wandb_id,
-        resume="allow",
+        resume="allow" if mode == "online" else None,
         project=options.project,
         entity=options.entity,
         group=options.group,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mobileone.collapsed import cpu_kernels
 from mobileone.collapsed.cpu_build import cache_folders, private
 from mobileone.io.atomic import replace_text
 from mobileone.io.processor import processor
@@ -124,7 +125,8 @@ def _machine(device: torch.device) -> str:
     if device.type == "cuda":
         flags = (cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision)
         return f"{_gpu(device)}, {flags}, {_software()}"
-    return f"{processor()}, {torch.get_num_threads()} threads, {_software()}"
+    kernels = "kernels" if cpu_kernels.available() else "no kernels"
+    return f"{processor()}, {torch.get_num_threads()} threads, {kernels}, {_software()}"
 
 
 @functools.cache

@@ -75,9 +75,9 @@ class _Cell(NamedTuple):
 
 def measure_suite(
     suite: str,
-    device: str = "cpu",
+    device: str | None = None,
     contenders: Sequence[str] = tuple(_LATER),
-    budget: float = 570.0,
+    budget: float = 600.0,
     output: str | None = None,
 ) -> Result:
     """Measure training steps in all settings of a suite, until the time is over.
@@ -85,12 +85,13 @@ def measure_suite(
     The network that most want to know about comes first: the first model, in bfloat16, at large
     batches, in eager mode and as CUDA graphs; then what differs from that in more and more.
     Networks that are compiled get a process of their own. The result is written after
-    each measurement, so that nothing is lost where the machine is taken away.
+    each measurement.
 
     Args:
         suite: "gpu", S0 to S4 at 256 and 32 images of 224 px; "smoke", S0 at a toy size.
-        device: "cpu" or "cuda".
-        contenders: Implementations, by their names in `IMPLEMENTATIONS`.
+        device: "cpu" or "cuda"; null: "cuda" for the suite gpu, else "cpu".
+        contenders: Implementations, by their names in `IMPLEMENTATIONS`; those of CUDA graphs are
+            left out on a CPU.
         budget: Seconds for all.
         output: Folder for `suite.json` and `suite.csv`; null: print only.
 
@@ -109,6 +110,7 @@ def measure_suite(
         raise ValueError(f"`suite` (={suite!r}) must be one of {', '.join(SUITES)}")
     if budget <= 0:
         raise ValueError(f"`budget` (={budget}) must be above 0 seconds")
+    device = device or ("cuda" if suite == "gpu" else "cpu")
     if device.partition(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"`device` (={device!r}) must be cpu or cuda: memory is known there only")
     for contender in contenders:
@@ -130,7 +132,9 @@ def measure_suite(
             worker = worker or StepWorker(*cell)
             worker.limit = max(end - time.monotonic(), 0.0)
             row = _measure(worker, cell)
-            used = cell.alone or not (row["failure"] or "OutOfMemory").startswith("OutOfMemory")
+            failure = row["failure"]
+            broken = failure is not None and not failure.startswith("OutOfMemory")
+            used = cell.alone or broken
             _log.info("%d of %d: %s", i + 1, len(cells), row)
             left = len(cells) - i - 1
             note = f"not measured, as the time was over: {left} of {len(cells)}" if left else ""
@@ -153,6 +157,8 @@ def _cells(suite: Suite, contenders: Sequence[str], device: str) -> list[_Cell]:
                 rank = 2 * (model != suite.models[0]) + 2 * (precision != suite.precisions[0])
                 rank += batch_size != suite.batch_sizes[0]
                 for contender in contenders:
+                    if device == "cpu" and contender.endswith(" graphs"):
+                        continue
                     for channels_last in (True, False):  # as the recipe trains on CUDA, and not
                         if not channels_last and contender not in ("timm", "ours always", "plain"):
                             continue

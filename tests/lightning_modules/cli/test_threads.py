@@ -1,6 +1,7 @@
 """How waiting threads wait: awake where the cores are ours, asleep where they are shared."""
 
 import os
+import sys
 
 import pytest
 
@@ -27,7 +28,10 @@ def machine(monkeypatch, tmp_path):
 
         (tmp_path / "_STAT").write_text("cpu 7 0 0 0 0 0 0 0 0 0\ncpu0 1")
         monkeypatch.setattr(threads.time, "sleep", look)
-        said = threads.choose_waiting()
+        modules = {name: module for name, module in sys.modules.items() if name != "torch"}
+        with monkeypatch.context() as before_torch:
+            before_torch.setattr(sys, "modules", modules)
+            said = threads.choose_waiting()
         return {name: environment[name] for name in threads._OWN if name in environment}, said
 
     return choose
@@ -58,3 +62,10 @@ def test_threads_sleep_on_shared_cores(machine, situation, why):
 @pytest.mark.parametrize("load", [0.0, 2.0])
 def test_who_sets_a_variable_has_chosen(machine, own, load):
     assert machine(load, load, own=own) == (own, "")
+
+
+def test_nothing_is_chosen_or_said_once_torch_is_loaded(monkeypatch):
+    for name in threads._OWN:
+        monkeypatch.delenv(name, raising=False)
+    assert threads.choose_waiting() == ""
+    assert not set(threads._OWN) & set(os.environ)

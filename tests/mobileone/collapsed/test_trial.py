@@ -341,6 +341,14 @@ def test_what_decides_is_in_the_key(clock):
         assert len(clock.runs) == before + 18
 
 
+def test_choices_with_and_without_kernels_are_two(monkeypatch):
+    machines = set()
+    for there in (True, False):
+        monkeypatch.setattr(choices.cpu_kernels, "available", lambda there=there: there)
+        machines.add(choices._machine(torch.device("cpu")))
+    assert len(machines) == 2
+
+
 def test_choices_of_another_gpu_or_other_versions_are_others(monkeypatch):
     names = iter(["NVIDIA H200", "NVIDIA L4"])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: next(names))
