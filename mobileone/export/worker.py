@@ -188,8 +188,9 @@ class ExportWorker:
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
-        self._held.close()
-        clean_stale(self._parent)
+        with contextlib.suppress(OSError):  # a fault of a shared folder must not end a training
+            self._held.close()
+            clean_stale(self._parent)
 
     def _outcome(self) -> tuple[Status, str, str]:
         """Status, reason and details, by the worker itself if it could still write them."""

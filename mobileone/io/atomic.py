@@ -2,11 +2,13 @@
 
 import ctypes
 import os
+import platform
+import re
 import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -56,11 +58,8 @@ def flush(path: Path) -> None:
     """Push a file or folder to the disk, so that a power cut cannot reorder it with a rename."""
     if os.name != "posix":
         return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
+    with _opened(path) as descriptor:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 try:
@@ -77,12 +76,13 @@ _REPLACED = ".replaced-"
 def staging(parent: Path) -> Iterator[Path]:
     """A fresh folder in `parent`, held by this process, and removed on exit whatever happens.
 
-    What killed processes have left in `parent` is removed before.
+    What killed processes of this machine have left in `parent` is removed before: on a network
+    file system the locks of other machines may not be seen.
     """
     parent.mkdir(parents=True, exist_ok=True)
     if fcntl is not None:  # without locks nobody can tell what is left from what is in use
-        _clean_folders(parent)
-    folder = parent / f"{_PREFIX}{secrets.token_hex(6)}"
+        _clean_folders(path for path in parent.glob(f"{_PREFIX}*") if _is_of_this_machine(path))
+    folder = _hidden(parent)
     with ExitStack() as held:
         while not folder.is_dir():  # another process may clean it away before it is held
             folder.mkdir()
@@ -108,8 +108,7 @@ def directory_lock(folder: Path, patience: float = 0.0) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with _opened(folder) as descriptor:
         end = time.monotonic() + patience
         while not _locked(descriptor):
             if time.monotonic() >= end:
@@ -119,6 +118,13 @@ def directory_lock(folder: Path, patience: float = 0.0) -> Iterator[None]:
                 )
             time.sleep(0.2)
         yield
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
     finally:
         os.close(descriptor)
 
@@ -156,7 +162,7 @@ def publish_folder(staged: Path, final: Path) -> None:
 def discard(path: Path) -> None:
     """Remove a file or folder under another name, so that no half of it is ever seen."""
     if os.path.lexists(path):
-        hidden = path.with_name(f"{_PREFIX}{secrets.token_hex(6)}")
+        hidden = _hidden(path.parent)
         with _held(path):
             path.rename(hidden)
             _remove(hidden)
@@ -177,31 +183,58 @@ def point_link(link: Path, target: Path | None) -> None:
     relative = os.path.relpath(target, link.parent)
     if link.is_symlink() and link.readlink() == Path(relative):
         return
-    fresh = link.with_name(f"{_PREFIX}{secrets.token_hex(6)}")
+    fresh = _hidden(link.parent)
     fresh.symlink_to(relative)
     fresh.replace(link)
 
 
 def clean_stale(parent: Path) -> None:
     """Remove what killed processes left in `parent`, which this one holds, and restore a folder
-    that one was replacing. What another process has in use there stays.
+    that one was replacing. What another process has in use there stays; without locks (Windows)
+    nothing is removed, because it may be in use.
     """
-    _clean_folders(parent)
-    for path in parent.glob(f"{_PREFIX}*"):
+    _clean_folders(parent.glob(f"{_PREFIX}*"))
+    for path in parent.glob(f"{_PREFIX}*") if fcntl is not None else ():
         if not path.is_dir() or path.is_symlink():
             _remove(path)
 
 
-def _clean_folders(parent: Path) -> None:
-    for path in sorted(parent.glob(f"{_PREFIX}*")):
-        if path.is_symlink() or not path.is_dir():
-            continue
-        with suppress(OSError), directory_lock(path):  # in use, or another user's
-            original = path.name.partition(_REPLACED)[2]
-            if original and not os.path.lexists(parent / original):
-                path.rename(parent / original)
-            else:
-                _remove(path)
+def _hidden(parent: Path, ending: str = "") -> Path:
+    """A new name in `parent`, with the machine's in it."""
+    return parent / f"{_PREFIX}{_machine()}-{secrets.token_hex(6)}{ending}"
+
+
+def _machine() -> str:
+    """The machine's name, as it can be in a file's; empty if it is not known."""
+    return re.sub(r"[^A-Za-z0-9.-]", "_", platform.node())[:64]
+
+
+def _is_of_this_machine(path: Path) -> bool:
+    machine, before = _machine(), path.name.partition(_REPLACED)[0]
+    return bool(machine) and before.rpartition("-")[0] == f"{_PREFIX}{machine}"
+
+
+def _clean_folders(paths: Iterable[Path]) -> None:
+    for path in sorted(paths):
+        if path.is_dir() and not path.is_symlink():
+            with suppress(OSError):  # another user's, or just removed
+                _clean_folder(path)
+
+
+def _clean_folder(path: Path) -> None:
+    with ExitStack() as opened:
+        if fcntl is not None and not _is_left(opened.enter_context(_opened(path)), path):
+            return
+        original = path.name.partition(_REPLACED)[2]
+        if original and not os.path.lexists(path.parent / original):
+            path.rename(path.parent / original)
+        elif fcntl is not None:
+            _remove(path)
+
+
+def _is_left(descriptor: int, path: Path) -> bool:
+    """Lock an open folder; True if nobody held it, and it has not been removed and made again."""
+    return _locked(descriptor) and os.path.samestat(os.fstat(descriptor), path.lstat())
 
 
 def _held(path: Path) -> ExitStack:
@@ -214,7 +247,7 @@ def _held(path: Path) -> ExitStack:
 
 def _replace_in_two_steps(staged: Path, final: Path) -> None:
     """For file systems without a swap: a kill between the renames is repaired by `clean_stale`."""
-    aside = final.with_name(f"{_PREFIX}{secrets.token_hex(6)}{_REPLACED}{final.name}")
+    aside = _hidden(final.parent, f"{_REPLACED}{final.name}")
     with _held(final):
         final.rename(aside)
         try:

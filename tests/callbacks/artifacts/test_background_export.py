@@ -409,6 +409,23 @@ def test_a_disk_that_fills_up_with_the_job_leaves_no_half_of_it(tmp_path, folder
     assert list(folder.iterdir()) == []
 
 
+def test_a_folder_that_cannot_be_cleaned_does_not_end_the_training(folder, started, monkeypatch):
+    """As where another machine changes a shared folder meanwhile."""
+    tried = []
+
+    def fails(parent):
+        tried.append(parent)
+        raise OSError(116, "Stale file handle")
+
+    replace_worker(monkeypatch, "raise SystemExit(3)")
+    monkeypatch.setattr(worker, "clean_stale", fails)
+    job = ExportJob(folder / "a.ckpt", folder / "a", ("torchscript",))
+    result = worker.ExportWorker(job, folder, 100).wait()
+    assert "worker died (exit status 3)" in result.reason
+    assert tried == [folder]
+    assert list(folder.iterdir()) == []
+
+
 def test_a_worker_has_no_role_in_the_group(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
