@@ -65,8 +65,10 @@ def _of_a_library(error: Exception) -> str | None:
         )
     if any(kind.__name__ == "MisconfigurationException" for kind in kinds):
         return str(error)
-    names = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-    if isinstance(error, ValueError | TypeError | ImportError):
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = {frame.f_code.co_name for frame in frames}
+    by_lightning = frames and frames[-1].f_globals.get("__name__", "").startswith("lightning.")
+    if by_lightning and isinstance(error, ValueError | TypeError | ImportError):
         if names & {"_instantiate_trainer", "setup_data"}:
             return f"--trainer: {str(error).strip()}"
         if "_set_seed" in names:
