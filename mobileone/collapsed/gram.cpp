@@ -25,6 +25,7 @@ constexpr int SUMS = BLOCK * BLOCK;
 constexpr int64_t PACK = 512;               // columns that are copied together
 constexpr int64_t STRIDE = PACK + LANES;    // of a copied row: a power of two would fill one cache set
 constexpr int64_t PANEL = 64, NEAR = 32;    // rows of A that stay in the second and first cache
+constexpr int64_t SHORT = 128;              // terms of a sum in float32: sums of sums round less
 constexpr int64_t TASKS = 16;               // into which the work is divided, or more
 constexpr int64_t STEP = WIDTH<float>;      // columns of a tile
 
@@ -221,7 +222,9 @@ class Products {
               patches->copy(g, k, first, count, row);
           for (int64_t tile = 0; tile < tiles_; ++tile) {
             float sums[ROWS * STEP];
-            multiply(depth_, arranged_.data() + (g * tiles_ + tile) * depth_ * ROWS, packed.data(), sums);
+            const float* left = arranged_.data() + (g * tiles_ + tile) * depth_ * ROWS;
+            for (int64_t k = 0; k < depth_; k += SHORT)
+              multiply(std::min(SHORT, depth_ - k), left + k * ROWS, packed.data() + k * STEP, sums, k > 0);
             for (int64_t j = tile * ROWS; j < std::min(rows_, (tile + 1) * ROWS); ++j)
               put(sums + (j % ROWS) * STEP, constant_[g * rows_ + j], g * rows_ + j, first, count,
                   length, relu, to);

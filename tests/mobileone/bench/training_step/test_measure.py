@@ -12,7 +12,6 @@ from torch import nn
 from mobileone import MobileOneBlock
 from mobileone.bench.show.charts import bar_figure
 from mobileone.bench.show.tables import result_table
-from mobileone.bench.training_step import worker as worker_module
 from mobileone.bench.training_step.implementations import (
     IMPLEMENTATIONS,
     build_implementation,
@@ -159,12 +158,12 @@ def test_timms_stem_is_made_safe_where_it_would_die_and_the_result_says_so():
         assert change_of(name, "cuda", channels_last) is None
 
 
-def test_an_error_in_the_process_is_told_and_one_that_hangs_is_ended(monkeypatch):
+def test_an_error_in_the_process_is_told_and_one_that_hangs_is_ended():
     worker = StepWorker("mobileone_s0", "plain", TrainingSetting(1, 32, images="noise"))
     try:  # one value a channel in the last layers
         with pytest.raises(StepWorkerError, match="ValueError: Expected more than 1 value"):
             worker.prepare()
-        monkeypatch.setattr(worker_module, "_LIMIT", 0.2)
+        worker.limit = 0.2
         os.kill(worker._process.pid, signal.SIGSTOP)
         with pytest.raises(StepWorkerError, match=r"no answer to 'prepare' in 0\.2 seconds"):
             worker.prepare()
